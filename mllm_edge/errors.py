@@ -1,0 +1,90 @@
+"""Every error that mllm-edge raises on purpose.
+
+```
+MllmEdgeError
+├── SourceError        a checkpoint that cannot be read (also ValueError)
+│   ├── UnsupportedModelError   no family handles this architecture
+│   ├── ConfigError             a config value that nobody handles
+│   └── WeightsError            missing, unused, truncated or misshapen weights
+├── ExportError        the export itself failed
+│   └── ParityError             the exported graphs disagree with the source model
+├── BundleError        not a bundle, damaged, or made by a newer version (also ValueError)
+├── ImageError         an image that cannot be decoded (also ValueError)
+├── PromptError        messages, images and placeholders that do not fit together (also ValueError)
+├── ContextError       more tokens than the context holds (also ValueError)
+└── BackendError       a runtime that is missing or refuses a graph (also RuntimeError)
+```
+
+A message says what is wrong and where; `fix` holds the command or option that helps.
+"""
+
+__all__ = [
+    "BackendError",
+    "BundleError",
+    "ConfigError",
+    "ContextError",
+    "ExportError",
+    "ImageError",
+    "MllmEdgeError",
+    "ParityError",
+    "PromptError",
+    "SourceError",
+    "UnsupportedModelError",
+    "WeightsError",
+]
+
+
+class MllmEdgeError(Exception):
+    """Base of all errors of this package; `fix` is one line that tells the user what to do."""
+
+    def __init__(self, message: str, fix: str = ""):
+        super().__init__(message)
+        self.message = message
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  fix: {self.fix}" if self.fix else self.message
+
+
+class SourceError(MllmEdgeError, ValueError):
+    """A checkpoint directory or hub id that cannot be read."""
+
+
+class UnsupportedModelError(SourceError):
+    """No family handles this architecture."""
+
+
+class ConfigError(SourceError):
+    """A value in the checkpoint's configuration that no code handles."""
+
+
+class WeightsError(SourceError):
+    """Weights that are missing, unused, truncated or of the wrong shape."""
+
+
+class ExportError(MllmEdgeError):
+    """The export could not be finished; nothing was written."""
+
+
+class ParityError(ExportError):
+    """The exported graphs disagree with the source model beyond the tolerance."""
+
+
+class BundleError(MllmEdgeError, ValueError):
+    """A directory that is no bundle, a damaged one, or one from a newer version."""
+
+
+class ImageError(MllmEdgeError, ValueError):
+    """An image that cannot be opened or decoded."""
+
+
+class PromptError(MllmEdgeError, ValueError):
+    """Messages, images and image placeholders that do not fit together."""
+
+
+class ContextError(MllmEdgeError, ValueError):
+    """Prompt, image tokens and answer together exceed the context."""
+
+
+class BackendError(MllmEdgeError, RuntimeError):
+    """A runtime that is not installed or refuses a graph."""

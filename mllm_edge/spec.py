@@ -1,0 +1,350 @@
+"""What a bundle says about its model: frozen dataclasses and their JSON form.
+
+This is the closed vocabulary of the device side. Nothing here knows a model family; a word that is not here means
+that the bundle was made by a newer version. Only numpy-free standard library is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mllm_edge.errors import BundleError
+
+__all__ = [
+    "CacheSpec",
+    "Component",
+    "EmbeddingSpec",
+    "FileEntry",
+    "GenerationSpec",
+    "ImagePrompt",
+    "ImageSpec",
+    "Manifest",
+    "ModelSpec",
+    "Normalize",
+    "PositionSpec",
+    "Rescale",
+    "Resize",
+    "ResizeLongestEdge",
+    "ResizeToMultiple",
+    "RopeSpec",
+    "SCHEMA_VERSION",
+    "SplitTiles",
+    "TensorSpec",
+    "Transform",
+    "Variant",
+    "from_json",
+    "to_json",
+]
+
+SCHEMA_VERSION = 1
+
+Resample = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
+
+
+# ---------------------------------------------------------------- image transforms
+@dataclass(frozen=True)
+class ResizeLongestEdge:
+    """Scale so that the longer side is `longest_edge` px, keeping the aspect ratio; the shorter side is truncated to an
+    integer and then made even. A side over `limit` px is scaled down to it (again truncating)."""
+
+    longest_edge: int
+    resample: Resample
+    limit: int
+    op: Literal["resize_longest_edge"] = "resize_longest_edge"
+
+
+@dataclass(frozen=True)
+class ResizeToMultiple:
+    """Stretch so that both sides are multiples of `multiple` px: the longer side is rounded up first, the other follows
+    the aspect ratio (truncated) and is rounded up too."""
+
+    multiple: int
+    resample: Resample
+    op: Literal["resize_to_multiple"] = "resize_to_multiple"
+
+
+@dataclass(frozen=True)
+class Resize:
+    """Stretch to exactly `height` × `width` px."""
+
+    height: int
+    width: int
+    resample: Resample
+    op: Literal["resize"] = "resize"
+
+
+@dataclass(frozen=True)
+class SplitTiles:
+    """Cut into `size` × `size` px tiles, row by row, then append the whole image stretched to one tile. An image that is
+    one tile already stays as it is, and its grid is (0, 0)."""
+
+    size: int
+    resample: Resample
+    op: Literal["split_tiles"] = "split_tiles"
+
+
+@dataclass(frozen=True)
+class Rescale:
+    """uint8 → float32, multiplied by `factor`."""
+
+    factor: float
+    op: Literal["rescale"] = "rescale"
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """(x − mean) / std per channel, float32."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    op: Literal["normalize"] = "normalize"
+
+
+Transform = ResizeLongestEdge | ResizeToMultiple | Resize | SplitTiles | Rescale | Normalize
+
+
+# ---------------------------------------------------------------- model
+@dataclass(frozen=True)
+class ImagePrompt:
+    """How one image becomes text before tokenization. In the templates `{image}` stands for `tokens_per_tile`
+    placeholder tokens, `{row}` and `{col}` for 1-based tile coordinates.
+
+    An image with grid (0, 0) becomes `single`; with grid (R, C) it becomes, row by row, C times `tile` followed by
+    `row_end`, and at the end `overview`.
+    """
+
+    token: str
+    token_id: int
+    tokens_per_tile: int
+    single: str
+    tile: str = ""
+    row_end: str = ""
+    overview: str = ""
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """From an RGB image to `pixel_values` [tiles, channels, height, width] float32, and to prompt text."""
+
+    transforms: tuple[Transform, ...]
+    prompt: ImagePrompt
+    height: int
+    width: int
+    channels: int = 3
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """Rotary embedding of the first `dim` elements of a head, halves convention; the host computes cos and sin.
+
+    `kind` default: inverse frequencies theta^(−2i/dim). linear: positions divided by `factor`. llama3: frequencies scaled
+    by wavelength between `low_freq_factor` and `high_freq_factor` of `original_max_positions`.
+    """
+
+    theta: float
+    dim: int
+    kind: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 0
+
+
+@dataclass(frozen=True)
+class PositionSpec:
+    """How positions reach the decoder."""
+
+    kind: Literal["rope", "none"]
+    rope: RopeSpec | None = None
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """One kind of decoder state. `kv`: `past_key_values.N.key` and `.value` for N in range(layers), each
+    [batch, heads, capacity, head_dim]."""
+
+    layers: int
+    heads: int
+    head_dim: int
+    kind: Literal["kv"] = "kv"
+
+
+@dataclass(frozen=True)
+class EmbeddingSpec:
+    """Token embeddings [rows, hidden_size] in a .npy file of `dtype`; a row is multiplied by `scale` when read."""
+
+    file: str
+    rows: int
+    dtype: Literal["float16", "float32"] = "float16"
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The model as the device needs to know it. `family` and `model_type` are for people only."""
+
+    family: str
+    model_type: str
+    hidden_size: int
+    vocab_size: int
+    context_length: int
+    parameters: int
+    embedding: EmbeddingSpec
+    positions: PositionSpec
+    cache: CacheSpec
+    image: ImageSpec | None
+
+
+@dataclass(frozen=True)
+class GenerationSpec:
+    """generation.json: stop ids and the sampling defaults of the checkpoint."""
+
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None = None
+    pad_token_id: int | None = None
+    add_special_tokens: bool = True
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+
+
+# ---------------------------------------------------------------- bundle
+@dataclass(frozen=True)
+class TensorSpec:
+    """One graph input or output; a dimension is a number or a symbol."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One form of a component for one target. `minimum` maps a runtime's module name to its lowest version."""
+
+    target: str
+    dialect: Literal["contrib", "opset24", "opset17"]
+    precision: str
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    kv_mode: Literal["in_place", "append"] | None = None
+    minimum: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Component:
+    """One step of the model and the forms it comes in."""
+
+    variants: tuple[Variant, ...]
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and SHA-256 of one file of the bundle."""
+
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """manifest.json. `parity` and `accuracy` hold what was measured; `provenance` where it came from."""
+
+    schema: int
+    model: ModelSpec
+    components: Mapping[str, Component]
+    recipe: Mapping[str, Any]
+    parity: Mapping[str, Any]
+    accuracy: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    files: Mapping[str, FileEntry]
+
+
+# ---------------------------------------------------------------- JSON
+def to_json(value: Any) -> Any:
+    """A dataclass (or a container of them) as plain dicts, lists and scalars, defaults included."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): to_json(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(v) for v in value]
+    return value
+
+
+def from_json(kind: Any, data: Any, where: str = "manifest") -> Any:
+    """The inverse of `to_json` for the annotated type `kind`.
+
+    Raises BundleError that names the place (`where`) when a field is missing, unknown or of the wrong type.
+    """
+    origin = typing.get_origin(kind)
+    if kind is Any:
+        return data
+    if origin in (typing.Union, types.UnionType):
+        return _union_from_json(kind, data, where)
+    if origin is Literal:
+        return _require(data in typing.get_args(kind), data, kind, where)
+    if origin is tuple:
+        _require(isinstance(data, list), data, kind, where)
+        item = typing.get_args(kind)[0]
+        return tuple(from_json(item, v, f"{where}[{i}]") for i, v in enumerate(data))
+    if origin in (dict, Mapping):
+        _require(isinstance(data, dict), data, kind, where)
+        item = typing.get_args(kind)[1]
+        return {k: from_json(item, v, f"{where}.{k}") for k, v in data.items()}
+    if dataclasses.is_dataclass(kind):
+        return _dataclass_from_json(kind, data, where)
+    if kind is float and isinstance(data, int) and not isinstance(data, bool):
+        return float(data)
+    return _require(type(data) is kind, data, kind, where)
+
+
+def _require(ok: bool, data: Any, kind: Any, where: str) -> Any:
+    if not ok:
+        name = getattr(kind, "__name__", str(kind)) if typing.get_origin(kind) is None else str(kind)
+        raise BundleError(
+            f"{where}: {data!r:.80} is not {name}",
+            "the bundle is damaged or newer than this mllm-edge: export it again, or upgrade mllm-edge",
+        )
+    return data
+
+
+def _union_from_json(kind: Any, data: Any, where: str) -> Any:
+    options = typing.get_args(kind)
+    if data is None:
+        return _require(type(None) in options, data, kind, where)
+    tagged = [o for o in options if dataclasses.is_dataclass(o)]
+    if len(tagged) > 1:
+        op = data.get("op") if isinstance(data, dict) else None
+        match = [o for o in tagged if any(f.name == "op" and f.default == op for f in dataclasses.fields(o))]
+        _require(len(match) == 1, op if op is not None else data, "a transform this version knows", where)
+        return from_json(match[0], data, where)
+    present = [o for o in options if o is not type(None)]
+    for option in present[:-1]:
+        try:
+            return from_json(option, data, where)
+        except BundleError:
+            continue
+    return from_json(present[-1], data, where)
+
+
+def _dataclass_from_json(kind: Any, data: Any, where: str) -> Any:
+    _require(isinstance(data, dict), data, kind, where)
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    unknown = sorted(set(data) - set(fields))
+    required = {
+        n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    missing = sorted(required - set(data))
+    if unknown or missing:
+        what = f"unknown field {unknown[0]!r}" if unknown else f"missing field {missing[0]!r}"
+        raise BundleError(
+            f"{where}: {what} in {kind.__name__}",
+            "the bundle is damaged or newer than this mllm-edge: export it again, or upgrade mllm-edge",
+        )
+    return kind(**{k: from_json(hints[k], v, f"{where}.{k}") for k, v in data.items()})
