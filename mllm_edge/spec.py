@@ -27,6 +27,7 @@ __all__ = [
     "ModelSpec",
     "Normalize",
     "PositionSpec",
+    "Resample",
     "Rescale",
     "Resize",
     "ResizeLongestEdge",
@@ -80,8 +81,8 @@ class Resize:
 
 @dataclass(frozen=True)
 class SplitTiles:
-    """Cut into `size` × `size` px tiles, row by row, then append the whole image stretched to one tile. An image that is
-    one tile already stays as it is, and its grid is (0, 0)."""
+    """Cut into `size` × `size` px tiles, row by row, then append the whole image stretched to one tile. An image that
+    is one tile already stays as it is, and its grid is (0, 0)."""
 
     size: int
     resample: Resample
@@ -142,8 +143,8 @@ class ImageSpec:
 class RopeSpec:
     """Rotary embedding of the first `dim` elements of a head, halves convention; the host computes cos and sin.
 
-    `kind` default: inverse frequencies theta^(−2i/dim). linear: positions divided by `factor`. llama3: frequencies scaled
-    by wavelength between `low_freq_factor` and `high_freq_factor` of `original_max_positions`.
+    `kind` default: inverse frequencies theta^(−2i/dim). linear: positions divided by `factor`. llama3: frequencies
+    scaled by wavelength between `low_freq_factor` and `high_freq_factor` of `original_max_positions`.
     """
 
     theta: float

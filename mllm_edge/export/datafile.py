@@ -1,0 +1,78 @@
+"""External data of one graph: tensors are computed, appended and forgotten, one at a time."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+__all__ = ["DataFile", "DataSink", "DryFile"]
+
+# ONNX Runtime maps external data whose offset is a multiple of the page (and on Windows, allocation) granularity.
+_ALIGNMENT = 4096
+# Below this, a tensor sits inside the .onnx file itself.
+_INLINE_BYTES = 1024
+
+
+class DataSink(Protocol):
+    """Where a graph's weights go; `nbytes` is what they take on disk."""
+
+    nbytes: int
+
+    def add(
+        self, name: str, dtype: ir.DataType, shape: tuple[int, ...], compute: Callable[[], np.ndarray]
+    ) -> ir.TensorProtocol: ...
+
+
+class DataFile:
+    """Appends tensors to `path`; use as a context manager.
+
+    `on_bytes(n)` is called after each tensor with the number of bytes written, for a progress bar.
+    """
+
+    def __init__(self, path: Path, on_bytes: Callable[[int], None] = lambda n: None):
+        self.path, self._on_bytes = path, on_bytes
+        self.nbytes = 0
+        self._file = path.open("wb")
+
+    def __enter__(self) -> "DataFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        if self.nbytes == 0:
+            self.path.unlink()
+
+    def add(
+        self, name: str, dtype: ir.DataType, shape: tuple[int, ...], compute: Callable[[], np.ndarray]
+    ) -> ir.TensorProtocol:
+        """Write the array that `compute` returns (of `shape`, already in `dtype`) and return a reference to it."""
+        array = np.ascontiguousarray(compute())
+        assert array.shape == shape, f"{name}: {array.shape} instead of {shape}"
+        assert array.dtype == dtype.numpy(), f"{name}: {array.dtype} instead of {dtype}"
+        if array.nbytes < _INLINE_BYTES:
+            return ir.tensor(array, dtype=dtype, name=name)
+        offset = -(-self.nbytes // _ALIGNMENT) * _ALIGNMENT
+        self._file.write(b"\0" * (offset - self.nbytes))
+        self._file.write(array.data if array.dtype.isbuiltin == 1 else array.tobytes())
+        self.nbytes = offset + array.nbytes
+        self._on_bytes(array.nbytes)
+        return ir.ExternalTensor(
+            self.path.name, offset, array.nbytes, dtype, shape=ir.Shape(shape), name=name, base_dir=self.path.parent
+        )
+
+
+class DryFile:
+    """Counts bytes and computes nothing: for `--dry-run` and for progress totals."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+
+    def add(
+        self, name: str, dtype: ir.DataType, shape: tuple[int, ...], compute: Callable[[], np.ndarray]
+    ) -> ir.TensorProtocol:
+        """Count the tensor; the reference returned points nowhere."""
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        self.nbytes += int(size)
+        return ir.ExternalTensor("nowhere", 0, int(size), dtype, shape=ir.Shape(shape), name=name)

@@ -1,0 +1,263 @@
+"""SmolVLM and Idefics3: SigLIP tower, pixel-shuffle connector, Llama decoder, images as tiles.
+
+The image processor resizes to a longest edge, stretches to whole tiles and cuts them, row by row, with the whole image
+as the last tile; in the prompt each tile is announced by its row and column. Without splitting an image is one tile.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mllm_edge.errors import ConfigError
+from mllm_edge.export.decoder.llama import llama_spec
+from mllm_edge.export.plan import Plan, TracedComponent
+from mllm_edge.export.safetensors import Weights
+from mllm_edge.export.source import ConfigReader, Source
+from mllm_edge.export.tokens import chat_template, generation_spec, vocabulary
+from mllm_edge.spec import (
+    CacheSpec,
+    EmbeddingSpec,
+    ImagePrompt,
+    ImageSpec,
+    ModelSpec,
+    Normalize,
+    PositionSpec,
+    Resample,
+    Rescale,
+    Resize,
+    ResizeLongestEdge,
+    ResizeToMultiple,
+    SplitTiles,
+    TensorSpec,
+    Transform,
+)
+
+__all__ = ["MODEL_TYPES", "plan"]
+
+MODEL_TYPES = ("idefics3", "smolvlm")
+
+_TEXT, _VISION, _CONNECTOR = "model.text_model", "model.vision_model.", "model.connector."
+_POSITIONS = f"{_VISION}embeddings.position_embedding.weight"
+_FAKE, _IMAGE, _GLOBAL = "<fake_token_around_image>", "<image>", "<global-img>"
+_SIDE_LIMIT = 4096  # px; the processor's absolute maximum
+# By Pillow's number.
+_RESAMPLE: tuple[Resample, ...] = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+_SETTINGS = (
+    "do_convert_rgb",
+    "do_image_splitting",
+    "do_normalize",
+    "do_rescale",
+    "do_resize",
+    "image_mean",
+    "image_std",
+    "max_image_size",
+    "resample",
+    "size",
+)
+_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
+    "{{ ':' if message['content'][0]['type'] == 'image' else ': ' }}"
+    "{% for part in message['content'] %}{{ part['text'] if part['type'] == 'text' else '<image>' }}{% endfor %}"
+    "<end_of_utterance>\n{% endfor %}{{ 'Assistant:' if add_generation_prompt else '' }}"
+)
+
+
+def plan(source: Source, weights: Weights) -> Plan:
+    """Understand the checkpoint; raises ConfigError, WeightsError or SourceError that names what does not fit."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(**dict(source.config))
+    top, text, vision = _readers(source, config)
+    image_token_id, scale = top.take("image_token_id"), top.take("scale_factor")
+    decoder = llama_spec(text, weights, _TEXT, tied=bool(top.take("tie_word_embeddings", False)))
+    context = text.take("max_position_embeddings")
+    tower = _tower(vision, _tile(source))
+    for reader in (top, text, vision):
+        reader.finish()
+    tokens = _tokens_per_tile(source, tower.patches, scale)
+    image = _image_spec(source, tower, tokens, image_token_id)
+    _check_vocabulary(source, image.prompt, decoder.vocab_size)
+    model = ModelSpec(
+        family="smolvlm" if source.model_type == "smolvlm" else "idefics3",
+        model_type=source.model_type,
+        hidden_size=decoder.hidden_size,
+        vocab_size=decoder.vocab_size,
+        context_length=context,
+        parameters=weights.parameters,
+        embedding=EmbeddingSpec("embed_tokens.npy", rows=weights.shape(f"{_TEXT}.embed_tokens.weight")[0]),
+        positions=PositionSpec("rope", decoder.rope),
+        cache=CacheSpec(decoder.layers, decoder.kv_heads, decoder.head_dim),
+        image=image,
+    )
+    return Plan(
+        model=model,
+        decoder=decoder,
+        traced=_traced(tower, scale, tokens, decoder.hidden_size, weights),
+        embedding=f"{_TEXT}.embed_tokens.weight",
+        generation=generation_spec(source, config.text_config.to_dict()),
+        chat_template=chat_template(source, _TEMPLATE),
+        ignored=tuple(n for n in weights if n.endswith("rotary_emb.inv_freq")),
+    )
+
+
+def _readers(source: Source, config: Any) -> tuple[ConfigReader, ConfigReader, ConfigReader]:
+    where = str(source.folder / "config.json")
+    if config.text_config.model_type != "llama":
+        raise ConfigError(
+            f"{where}: text_config.model_type = {config.text_config.model_type!r}",
+            "this family is exported with a llama decoder",
+        )
+    readers = []
+    for label, part in (("", config), (" text_config", config.text_config), (" vision_config", config.vision_config)):
+        values = {k: v for k, v in part.to_dict().items() if k not in ("text_config", "vision_config")}
+        readers.append(ConfigReader(where + label, values, type(part)().to_dict()))
+    # Values that older remote code knew and the reference ignores: they must not promise another model.
+    raw = source.config.get("text_config") or {}
+    for key in ("qk_layer_norms", "use_resampler", "rope_interleaved"):
+        if raw.get(key):
+            raise ConfigError(f"{where} text_config: {key} = {raw[key]!r} is not supported", "only false is supported")
+    return readers[0], readers[1], readers[2]
+
+
+def _tower(vision: ConfigReader, tile: int) -> Any:
+    from mllm_edge.export.vision.siglip import SiglipConfig
+
+    sizes = {key: vision.take(key) for key in ("image_size", "patch_size")}
+    for key, value in sizes.items():
+        if not isinstance(value, int):
+            raise ConfigError(f"vision_config: {key} = {value!r}", "only square images and patches are supported")
+    patch = sizes["patch_size"]
+    if tile % patch:
+        raise ConfigError(
+            f"the image processor makes tiles of {tile} px, no multiple of the vision tower's patch of {patch}",
+            "use the preprocessor_config.json that belongs to this model",
+        )
+    hidden, heads = vision.take("hidden_size"), vision.take("num_attention_heads")
+    if hidden % heads:
+        raise ConfigError(f"vision_config: hidden_size {hidden} is no multiple of num_attention_heads {heads}", "")
+    return SiglipConfig(
+        hidden_size=hidden,
+        intermediate_size=vision.take("intermediate_size"),
+        layers=vision.take("num_hidden_layers"),
+        heads=heads,
+        channels=vision.require("num_channels", 3),
+        patch=patch,
+        tile=tile,
+        grid=sizes["image_size"] // patch,
+        norm_eps=vision.take("layer_norm_eps"),
+        activation=vision.require("hidden_act", "gelu_pytorch_tanh", "gelu"),
+    )
+
+
+def _traced(
+    tower: Any, scale: int, tokens: int, text_hidden: int, weights: Weights
+) -> tuple[TracedComponent, TracedComponent]:
+    from mllm_edge.export.vision.siglip import PixelShuffleConnector, SiglipTower, position_ids
+
+    hidden = TensorSpec("vision_hidden", "float32", ("tiles", tower.patches**2, tower.hidden_size))
+    pixels = TensorSpec("pixel_values", "float32", ("tiles", tower.channels, tower.tile, tower.tile))
+    features = TensorSpec("image_features", "float32", ("tiles", tokens, text_hidden))
+    table = weights.use(_POSITIONS, (tower.grid**2, tower.hidden_size))
+    ids = position_ids(tower.patches, tower.grid)
+    encoder = TracedComponent(
+        "vision_encoder",
+        lambda: SiglipTower(tower),
+        (pixels,),
+        (hidden,),
+        _VISION,
+        {"embeddings.positions": lambda: table()[ids]},
+    )
+    connector = TracedComponent(
+        "connector",
+        lambda: PixelShuffleConnector(tower.patches, scale, tower.hidden_size, text_hidden),
+        (hidden,),
+        (features,),
+        _CONNECTOR,
+    )
+    return encoder, connector
+
+
+def _processor(source: Source) -> Mapping[str, Any]:
+    """The image processor's settings: class defaults, overridden by the checkpoint's."""
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil as Defaults
+
+    settings = source.json("preprocessor_config.json") or source.json("processor_config.json").get("image_processor")
+    if not settings:
+        raise ConfigError(
+            f"{source.folder}: no preprocessor_config.json and no image_processor in processor_config.json",
+            "copy the image processor's configuration beside config.json",
+        )
+    stated = {name: settings.get(name, getattr(Defaults, name)) for name in _SETTINGS}
+    return {**stated, "rescale_factor": settings.get("rescale_factor", 1 / 255)}
+
+
+def _tile(source: Source) -> int:
+    return _longest_edge(_processor(source), "max_image_size")
+
+
+def _longest_edge(settings: Mapping[str, Any], key: str) -> int:
+    value = settings[key].get("longest_edge") if isinstance(settings[key], Mapping) else None
+    if not isinstance(value, int) or value <= 0:
+        raise ConfigError(f"preprocessor_config.json: {key} = {settings[key]!r}", 'expected {"longest_edge": pixels}')
+    return value
+
+
+def _tokens_per_tile(source: Source, patches: int, scale: int) -> int:
+    if patches % scale:
+        raise ConfigError(f"scale_factor {scale} does not divide the {patches} patches of a tile's side", "")
+    tokens = (patches // scale) ** 2
+    stated = source.json("processor_config.json").get("image_seq_len", tokens)
+    if stated != tokens:
+        raise ConfigError(
+            f"processor_config.json: image_seq_len = {stated}, but the model makes {tokens} tokens of a tile",
+            "use the processor files that belong to this model",
+        )
+    return tokens
+
+
+def _image_spec(source: Source, tower: Any, tokens: int, token_id: int) -> ImageSpec:
+    settings = _processor(source)
+    for key in ("do_rescale", "do_normalize", "do_convert_rgb"):
+        if not settings[key]:
+            raise ConfigError(f"preprocessor_config.json: {key} = {settings[key]!r}", "only true is supported")
+    resample = _RESAMPLE[int(settings["resample"])]
+    transforms: list[Transform] = []
+    if settings["do_resize"]:
+        transforms.append(ResizeLongestEdge(_longest_edge(settings, "size"), resample, _SIDE_LIMIT))
+    if settings["do_image_splitting"]:
+        transforms += [ResizeToMultiple(tower.tile, resample), SplitTiles(tower.tile, resample)]
+    else:
+        transforms.append(Resize(tower.tile, tower.tile, resample))
+    transforms.append(Rescale(settings["rescale_factor"]))
+    transforms.append(Normalize(_channels(settings["image_mean"]), _channels(settings["image_std"])))
+    prompt = ImagePrompt(
+        token=_IMAGE,
+        token_id=token_id,
+        tokens_per_tile=tokens,
+        single=f"{_FAKE}{_GLOBAL}{{image}}{_FAKE}",
+        tile=f"{_FAKE}<row_{{row}}_col_{{col}}>{{image}}",
+        row_end="\n",
+        overview=f"\n{_FAKE}{_GLOBAL}{{image}}{_FAKE}",
+    )
+    return ImageSpec(tuple(transforms), prompt, tower.tile, tower.tile, tower.channels)
+
+
+def _channels(values: Any) -> tuple[float, ...]:
+    return (float(values),) * 3 if isinstance(values, (int, float)) else tuple(float(v) for v in values)
+
+
+def _check_vocabulary(source: Source, prompt: ImagePrompt, vocab_size: int) -> None:
+    vocab = vocabulary(source)
+    path = source.folder / "tokenizer.json"
+    for token in (_IMAGE, _FAKE, _GLOBAL):
+        if token not in vocab:
+            raise ConfigError(f"{path}: the special token {token} is missing", "use this model's own tokenizer.json")
+    if vocab[_IMAGE] != prompt.token_id:
+        raise ConfigError(
+            f"{path}: {_IMAGE} has id {vocab[_IMAGE]}, but config.json says image_token_id = {prompt.token_id}",
+            "use the tokenizer.json that belongs to this model",
+        )
+    if max(vocab.values()) >= vocab_size:
+        raise ConfigError(
+            f"{path}: token ids reach {max(vocab.values())}, but vocab_size is {vocab_size}",
+            "use the tokenizer.json that belongs to this model",
+        )

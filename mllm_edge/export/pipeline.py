@@ -1,0 +1,262 @@
+"""From a checkpoint to a bundle: plan, build, write, verify, move into place."""
+
+import json
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from mllm_edge.bundle import CHAT_TEMPLATE, GENERATION, TOKENIZER, file_entries, write_manifest
+from mllm_edge.calibration.recipes import Recipe, recipe
+from mllm_edge.errors import ExportError, WeightsError
+from mllm_edge.export.datafile import DataFile, DataSink, DryFile
+from mllm_edge.export.decoder import contrib
+from mllm_edge.export.decoder.build import build_decoder
+from mllm_edge.export.decoder.spec import DecoderSpec
+from mllm_edge.export.families import family_for
+from mllm_edge.export.graph import save_model, tensor_specs
+from mllm_edge.export.plan import Plan
+from mllm_edge.export.progress import Progress, Silent
+from mllm_edge.export.safetensors import Weights
+from mllm_edge.export.source import Source, open_source
+from mllm_edge.export.trace import lower, trace
+from mllm_edge.export.verify import Parity, Scope, verify
+from mllm_edge.export.workspace import check_out, check_space, workspace
+from mllm_edge.spec import SCHEMA_VERSION, Component, Manifest, ModelSpec, Variant, to_json
+
+__all__ = ["TARGETS", "ExportReport", "export"]
+
+TARGETS = ("cpu",)
+Verify = Literal["auto", "full", "off"]
+_WHOLE_LIMIT = 2_000_000_000  # parameters; larger models are compared by their first layers
+_PROBE_LAYERS = 2
+_OTHER_FILES = 16 << 20  # bytes; room for tokenizer and graphs in the estimate
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export did, or (dry run) would do. `components` maps names to bytes of weights, embeddings included."""
+
+    source: str
+    out: str
+    target: str
+    recipe: str
+    family: str
+    parameters: int
+    components: Mapping[str, int]
+    parity: Mapping[str, Any]
+    nbytes: int
+    dry_run: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return to_json(self)
+
+
+def export(
+    model: str,
+    out: str | Path,
+    *,
+    target: str = "cpu",
+    recipe_name: str = "int4",
+    verify_mode: Verify = "auto",
+    force: bool = False,
+    dry_run: bool = False,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Export `model` (a directory or a hub id) to a bundle in `out`.
+
+    Raises SourceError and its kinds, ExportError, ParityError; then `out` is as it was before.
+    """
+    out, progress = Path(out), progress or Silent()
+    if target not in TARGETS:
+        raise ExportError(f"unknown target {target!r}", f"known targets: {', '.join(TARGETS)}")
+    chosen = recipe(recipe_name)
+    if not dry_run:
+        check_out(out, force)
+    progress.stage("reading the checkpoint")
+    source = open_source(model, revision)
+    family = family_for(source)
+    weights = source.weights()
+    plan: Plan = family.plan(source, weights)
+    job = _Job(source, plan, weights, chosen, progress)
+    sizes = job.plan_sizes()
+    _require_all_used(source, plan, weights)
+    report = ExportReport(
+        source=model,
+        out=str(out),
+        target=target,
+        recipe=chosen.name,
+        family=plan.model.family,
+        parameters=plan.model.parameters,
+        components=sizes,
+        parity={},
+        nbytes=sum(sizes.values()),
+        dry_run=dry_run,
+    )
+    if dry_run:
+        return report
+    check_space(out, report.nbytes + _OTHER_FILES)
+    with workspace(out) as folder:
+        manifest = job.write(folder)
+        if verify_mode != "off":
+            parity = job.verify(folder, manifest, whole=verify_mode == "full" or plan.model.parameters <= _WHOLE_LIMIT)
+            manifest = replace(manifest, parity=to_json(parity))
+        manifest = replace(manifest, files=file_entries(folder))
+        write_manifest(folder, manifest)
+    nbytes = sum(entry.nbytes for entry in manifest.files.values())
+    return replace(report, parity=manifest.parity, nbytes=nbytes)
+
+
+class _Job:
+    """One export in progress."""
+
+    def __init__(self, source: Source, plan: Plan, weights: Weights, chosen: Recipe, progress: Progress):
+        self._source, self._plan, self._weights = source, plan, weights
+        self._recipe, self._progress = chosen, progress
+        progress.stage("tracing the vision encoder and connector")
+        self._traces = {component.name: trace(component) for component in plan.traced}
+
+    def plan_sizes(self) -> dict[str, int]:
+        """Bytes of weights per component, computed without reading a weight; claims every weight on the way."""
+        sizes = {}
+        for name in [*self._traces, "decoder"]:
+            sink = DryFile()
+            self._build(name, sink, self._plan.decoder)
+            sizes[name] = sink.nbytes
+        embedding = self._plan.model.embedding
+        shape = (embedding.rows, self._plan.model.hidden_size)
+        self._weights.use(self._plan.embedding, shape)
+        sizes["embed_tokens"] = int(np.prod(shape)) * 2
+        return sizes
+
+    def write(self, folder: Path) -> Manifest:
+        """Every file of the bundle but the final manifest (one without results and hashes is returned)."""
+        components = {}
+        for name in [*self._traces, "decoder"]:
+            components[name] = self._write_component(folder, name, self._plan.decoder)
+        model = self._write_embeddings(folder)
+        self._write_texts(folder)
+        return Manifest(
+            schema=SCHEMA_VERSION,
+            model=model,
+            components=components,
+            recipe=to_json(self._recipe),
+            parity={},
+            accuracy={},
+            provenance=_provenance(self._source),
+            files=file_entries(folder),
+        )
+
+    def verify(self, folder: Path, manifest: Manifest, whole: bool) -> Parity:
+        """Compare with the source model; a part of the decoder stands for it when the model is large."""
+        self._progress.stage("comparing with the source model")
+        if whole:
+            write_manifest(folder, manifest)
+            return verify(self._source, folder, self._recipe.name, Scope(None))
+        probe = folder / "probe"
+        probe.mkdir()
+        try:
+            write_manifest(probe, self._write_probe(folder, probe, manifest))
+            return verify(self._source, probe, self._recipe.name, Scope(_PROBE_LAYERS))
+        finally:
+            shutil.rmtree(probe)
+
+    def _write_probe(self, folder: Path, probe: Path, manifest: Manifest) -> Manifest:
+        """A bundle beside the real one with only the decoder's first layers; the other files are links."""
+        for file in folder.iterdir():
+            if file.is_file() and not file.name.startswith("decoder."):
+                (probe / file.name).hardlink_to(file)
+        short = replace(self._plan.decoder, layers=min(_PROBE_LAYERS, self._plan.decoder.layers))
+        decoder = self._write_component(probe, "decoder", short)
+        model = replace(manifest.model, cache=replace(manifest.model.cache, layers=short.layers))
+        components = {**manifest.components, "decoder": decoder}
+        return replace(manifest, model=model, components=components, files=file_entries(probe))
+
+    def _build(self, name: str, sink: DataSink, decoder: DecoderSpec) -> ir.Model:
+        if name == "decoder":
+            return build_decoder(decoder, self._weights, self._recipe, sink)
+        component = next(c for c in self._plan.traced if c.name == name)
+        precision = self._recipe.connector if name == "connector" else self._recipe.vision
+        return lower(component, self._traces[name], self._weights, precision, sink)
+
+    def _write_component(self, folder: Path, name: str, decoder: DecoderSpec) -> Component:
+        dry = DryFile()
+        self._build(name, dry, decoder)
+        self._progress.stage(f"writing {name}", dry.nbytes)
+        try:
+            with DataFile(folder / f"{name}.onnx.data", self._progress.advance) as data:
+                model = self._build(name, data, decoder)
+        except OverflowError as e:
+            raise ExportError(f"recipe {self._recipe.name}: {e}", "use --recipe fp32 or int8") from e
+        save_model(model, folder / f"{name}.onnx")
+        precision = self._recipe.decoder if name == "decoder" else getattr(self._recipe, name, self._recipe.vision)
+        variant = Variant(
+            target="cpu",
+            dialect="contrib",
+            precision=precision.kind if precision.kind != "blocks" else f"int{precision.bits}_blocks",
+            file=f"{name}.onnx",
+            inputs=tensor_specs(model.graph.inputs),
+            outputs=tensor_specs(model.graph.outputs),
+            kv_mode="in_place" if name == "decoder" else None,
+            minimum=contrib.MINIMUM,
+        )
+        return Component((variant,))
+
+    def _write_embeddings(self, folder: Path) -> ModelSpec:
+        """Half precision, unless the float32 recipe or a large value asks for all bits."""
+        embedding = self._plan.model.embedding
+        table = self._weights.view(self._plan.embedding)
+        self._progress.stage("writing embeddings", table.shape[0])
+        half = _fits_half(table, exactly=self._recipe.name == "fp32")
+        dtype: Literal["float16", "float32"] = "float16" if half else "float32"
+        mapped = np.lib.format.open_memmap(folder / embedding.file, "w+", np.dtype(dtype), table.shape)
+        for start in range(0, len(table), 4096):
+            rows = table[start : start + 4096].astype(np.float32)
+            mapped[start : start + 4096] = rows
+            self._progress.advance(len(rows))
+        mapped.flush()
+        return replace(self._plan.model, embedding=replace(embedding, dtype=dtype))
+
+    def _write_texts(self, folder: Path) -> None:
+        shutil.copyfile(self._source.folder / "tokenizer.json", folder / TOKENIZER)
+        (folder / CHAT_TEMPLATE).write_text(self._plan.chat_template, encoding="utf-8")
+        (folder / GENERATION).write_text(json.dumps(to_json(self._plan.generation), indent=1) + "\n", encoding="utf-8")
+
+
+def _fits_half(table: np.ndarray, exactly: bool) -> bool:
+    for start in range(0, len(table), 4096):
+        rows = table[start : start + 4096].astype(np.float32)
+        with np.errstate(over="ignore"):
+            half = rows.astype(np.float16).astype(np.float32)
+        if not np.isfinite(half).all() or (exactly and not np.array_equal(half, rows)):
+            return False
+    return True
+
+
+def _require_all_used(source: Source, plan: Plan, weights: Weights) -> None:
+    weights.ignore(plan.ignored)
+    unused = weights.unused()
+    if unused:
+        more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+        raise WeightsError(
+            f"{source.folder}: the checkpoint holds {unused[0]}{more}, which no part of the export uses",
+            f"the model has a part that family {plan.model.family} does not know: exporting would drop it silently",
+        )
+
+
+def _provenance(source: Source) -> dict[str, Any]:
+    tools = {name: version(name) for name in ("onnx-ir", "onnxruntime", "torch", "transformers")}
+    local = Path(source.name).is_dir()
+    return {
+        "source": Path(source.name).resolve().name if local else source.name,
+        "revision": source.revision,
+        "tools": {"python": platform.python_version(), **tools},
+    }

@@ -1,0 +1,28 @@
+"""The transformers processor of a checkpoint, without torchvision: always the Pillow image processor."""
+
+from pathlib import Path
+from typing import Any
+
+__all__ = ["load_processor"]
+
+
+def load_processor(folder: Path) -> Any:
+    """Idefics3Processor over the Pillow image processor.
+
+    SmolVLM's own class does the same to images and text and needs two packages more (for video), so it is not used.
+    """
+    from transformers import AutoTokenizer
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+    from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
+
+    from mllm_edge.export.source import open_source
+
+    source = open_source(str(folder))
+    settings = source.json("preprocessor_config.json") or source.json("processor_config.json")["image_processor"]
+    settings = {k: v for k, v in settings.items() if not k.endswith("_type") and k != "processor_class"}
+    image_processor = Idefics3ImageProcessorPil(**settings)
+    stated = source.json("processor_config.json").get("image_seq_len")
+    vision = source.config["vision_config"]
+    patches = image_processor.max_image_size["longest_edge"] // vision.get("patch_size", 32)
+    tokens = stated or (patches // source.config.get("scale_factor", 2)) ** 2
+    return Idefics3Processor(image_processor, AutoTokenizer.from_pretrained(folder), image_seq_len=tokens)

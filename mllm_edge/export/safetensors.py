@@ -1,0 +1,189 @@
+"""Memory-mapped safetensors: tensors are read one at a time, and what was read is kept in a ledger.
+
+Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the data
+(https://huggingface.co/docs/safetensors). The header is checked against the file's size before anything is read, so a
+truncated download is named as such.
+"""
+
+import json
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from mllm_edge.errors import WeightsError
+
+__all__ = ["Weights", "open_weights"]
+
+_DTYPES: dict[str, Any] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+_MAX_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class _Entry:
+    file: Path
+    dtype: Any
+    shape: tuple[int, ...]
+    start: int  # bytes from the beginning of the file
+
+
+class Weights:
+    """The tensors of a checkpoint by name. Every read is recorded, so that `unused()` can name what nobody consumed."""
+
+    def __init__(self, entries: Mapping[str, _Entry]):
+        self._entries = dict(entries)
+        self._used: set[str] = set()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    @property
+    def parameters(self) -> int:
+        """Number of stored elements, tied weights counted once."""
+        return sum(int(np.prod(e.shape, dtype=np.int64)) for e in self._entries.values())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor; raises WeightsError when the checkpoint has no such tensor."""
+        return self._entry(name).shape
+
+    def dtype(self, name: str) -> np.dtype:
+        """The stored dtype (bfloat16 through ml_dtypes)."""
+        return np.dtype(self._entry(name).dtype)
+
+    def use(self, name: str, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
+        """Claim a tensor of the expected shape; the returned function reads it as float32 when called.
+
+        Raises WeightsError when it is missing or has another shape, at once and not when it is read.
+        """
+        entry = self._entry(name)
+        if entry.shape != shape:
+            raise WeightsError(
+                f"{entry.file}: tensor {name} has shape {list(entry.shape)}, but config.json asks for {list(shape)}",
+                "use the config.json that belongs to these weights",
+            )
+        self._used.add(name)
+        return lambda: self.read(name)
+
+    def read(self, name: str) -> np.ndarray:
+        """A copy of the tensor in float32."""
+        return self.view(name).astype(np.float32)
+
+    def view(self, name: str) -> np.ndarray:
+        """The tensor in its stored dtype, backed by the mapped file."""
+        entry = self._entry(name)
+        self._used.add(name)
+        return np.memmap(entry.file, dtype=entry.dtype, mode="r", offset=entry.start, shape=entry.shape)
+
+    def ignore(self, names: Iterable[str]) -> None:
+        """Mark tensors as known and rightly unused (inverse frequencies saved by old versions, say)."""
+        self._used.update(names)
+
+    def unused(self) -> list[str]:
+        """Names that nobody claimed, in checkpoint order."""
+        return [n for n in self._entries if n not in self._used]
+
+    def _entry(self, name: str) -> _Entry:
+        if name not in self._entries:
+            folder = next(iter(self._entries.values())).file.parent if self._entries else Path(".")
+            raise WeightsError(
+                f"{folder}: the checkpoint has no tensor {name}",
+                "the download is incomplete, or the weights belong to another architecture than config.json says",
+            )
+        return self._entries[name]
+
+
+def open_weights(folder: Path) -> Weights:
+    """Open `model.safetensors`, or all shards that `model.safetensors.index.json` lists.
+
+    Raises WeightsError for a missing shard, a truncated file, a broken header, or a checkpoint without safetensors.
+    """
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if index.is_file():
+        files = [folder / name for name in _shards(index)]
+    elif single.is_file():
+        files = [single]
+    else:
+        raise _no_safetensors(folder)
+    entries: dict[str, _Entry] = {}
+    for file in files:
+        entries.update(_read_header(file))
+    return Weights(entries)
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as e:
+        raise WeightsError(f"{index}: not a safetensors index ({e})", "download the checkpoint again") from None
+    for shard in shards:
+        if Path(shard).name != shard or not (index.parent / shard).is_file():
+            raise WeightsError(f"{index.parent}: shard {shard} is missing", "download the checkpoint again")
+    return shards
+
+
+def _no_safetensors(folder: Path) -> WeightsError:
+    pickled = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
+    if not pickled:
+        return WeightsError(f"{folder}: no model.safetensors here", "name a directory that holds a checkpoint")
+    return WeightsError(
+        f"{folder}: the weights are pickled ({pickled[0]}), and unpickling can run code",
+        'convert them once: python -c "from transformers import AutoModelForImageTextToText as M; '
+        f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\" "
+        "(and copy the tokenizer and processor files)",
+    )
+
+
+def _read_header(file: Path) -> dict[str, _Entry]:
+    size = file.stat().st_size
+    damaged = "the file is damaged or incomplete: download it again"
+    with file.open("rb") as f:
+        prefix = f.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if length == 0 or length > min(_MAX_HEADER, size - 8):
+            raise WeightsError(f"{file}: not a safetensors file, or cut off inside its header", damaged)
+        try:
+            header = json.loads(f.read(length))
+            return {n: _entry(file, n, v, 8 + length, size) for n, v in header.items() if n != "__metadata__"}
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            if isinstance(e, WeightsError):
+                raise
+            raise WeightsError(f"{file}: the safetensors header is broken ({e})", damaged) from None
+
+
+def _entry(file: Path, name: str, info: Mapping[str, Any], base: int, size: int) -> _Entry:
+    if info["dtype"] not in _DTYPES:
+        raise WeightsError(
+            f"{file}: tensor {name} has dtype {info['dtype']}",
+            f"save the checkpoint in one of {', '.join(_DTYPES)}; pre-quantized checkpoints are not read",
+        )
+    dtype = np.dtype(_DTYPES[info["dtype"]])
+    shape = tuple(int(n) for n in info["shape"])
+    begin, end = info["data_offsets"]
+    if base + end > size:
+        raise WeightsError(
+            f"{file}: truncated: {size} bytes on disk, tensor {name} ends at byte {base + end}",
+            "download the file again",
+        )
+    if end - begin != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
+        raise WeightsError(f"{file}: tensor {name}: its size does not match its shape", "download the file again")
+    return _Entry(file, dtype, shape, base + begin)

@@ -1,0 +1,144 @@
+"""Where a model comes from: a local directory or a hub id, its configuration and its weights."""
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mllm_edge.errors import ConfigError, SourceError
+from mllm_edge.export.safetensors import Weights, open_weights
+
+__all__ = ["ConfigReader", "Source", "nearest", "open_source"]
+
+_WANTED = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt", "*.tiktoken"]
+# Generation and bookkeeping settings: no effect on any tensor.
+_INERT = {
+    "_name_or_path",
+    "_pad_token_id",
+    "architectures",
+    "attention_dropout",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "dtype",
+    "eos_token_id",
+    "id2label",
+    "initializer_range",
+    "is_encoder_decoder",
+    "label2id",
+    "model_type",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "problem_type",
+    "return_dict",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint on disk. `name` is what the user typed, `revision` the hub's commit (None for a local directory)."""
+
+    name: str
+    folder: Path
+    revision: str | None
+    config: Mapping[str, Any]
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config.get("model_type", ""))
+
+    def weights(self) -> Weights:
+        """Open the weights; see `open_weights` for the errors."""
+        return open_weights(self.folder)
+
+    def json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the checkpoint, {} when it is absent; raises SourceError when it is broken."""
+        path = self.folder / name
+        return _read_json(path) if path.is_file() else {}
+
+
+def open_source(model: str, revision: str | None = None) -> Source:
+    """A local directory with config.json, or else a hub id `owner/name` (downloaded into the hub's own cache).
+
+    Raises SourceError when neither can be had.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        folder, revision = _download(model, revision)
+    if not (folder / "config.json").is_file():
+        raise SourceError(f"{folder}: no config.json here", "name a transformers checkpoint directory or a hub id")
+    return Source(model, folder, revision, _read_json(folder / "config.json"))
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """The known name most like `word`, or '' when nothing resembles it."""
+    return (difflib.get_close_matches(word, known, n=1, cutoff=0.4) or [""])[0]
+
+
+class ConfigReader:
+    """Reads a configuration and remembers what was read, so that no value that matters is overlooked.
+
+    `values` are the checkpoint's own with the defaults of its configuration class filled in; `defaults` are those of
+    the class alone. A key that the class does not know has no effect on the reference model either.
+    """
+
+    def __init__(self, where: str, values: Mapping[str, Any], defaults: Mapping[str, Any]):
+        self._where, self._values, self._defaults = where, values, defaults
+        self._taken: set[str] = set()
+
+    def take(self, key: str, default: Any = None) -> Any:
+        """The value of `key`, marked as handled."""
+        self._taken.add(key)
+        value = self._values.get(key)
+        return default if value is None else value
+
+    def require(self, key: str, *allowed: Any) -> Any:
+        """The value of `key`, which must be one of `allowed`; raises ConfigError that names them."""
+        value = self.take(key, allowed[0])
+        if value not in allowed:
+            raise ConfigError(
+                f"{self._where}: {key} = {value!r} is not supported",
+                f"supported: {', '.join(map(repr, allowed))}; check config.json for a mistake, or ask for this value",
+            )
+        return value
+
+    def finish(self) -> None:
+        """Raise ConfigError when a value that differs from the class default was read by nobody."""
+        for key, value in self._values.items():
+            known = key in self._defaults and value != self._defaults[key]
+            if known and key not in self._taken and key not in _INERT:
+                raise ConfigError(
+                    f"{self._where}: {key} = {value!r} changes the model, and this exporter does not handle it",
+                    f"only its default {self._defaults[key]!r} is supported",
+                )
+
+
+def _download(model: str, revision: str | None) -> tuple[Path, str | None]:
+    from huggingface_hub import snapshot_download
+
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise SourceError(f"{model}: no such directory", "give a checkpoint directory, or a hub id like owner/name")
+    try:
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=_WANTED))
+    except Exception as e:  # the hub client raises many kinds; the first line says which
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise SourceError(
+            f"{model}: no such directory, and the hub has not delivered it ({type(e).__name__}: {reason})",
+            "check the spelling and the network; for a gated model run `hf auth login` first",
+        ) from e
+    return folder, folder.name
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise SourceError(f"{path}: not valid JSON ({e})", "download the file again") from None
+    if not isinstance(data, dict):
+        raise SourceError(f"{path}: expected a JSON object", "download the file again")
+    return data

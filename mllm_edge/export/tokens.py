@@ -1,0 +1,72 @@
+"""Tokenizer, chat template and generation settings of a checkpoint, as the device reads them."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mllm_edge.errors import SourceError
+from mllm_edge.export.source import Source
+from mllm_edge.spec import GenerationSpec
+
+__all__ = ["chat_template", "generation_spec", "vocabulary"]
+
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+def vocabulary(source: Source) -> Mapping[str, int]:
+    """Token → id, added tokens included; raises SourceError when there is no usable tokenizer.json."""
+    from tokenizers import Tokenizer
+
+    path = source.folder / "tokenizer.json"
+    if not path.is_file():
+        raise SourceError(
+            f"{source.folder}: no tokenizer.json here",
+            "save it once with transformers: "
+            f"AutoTokenizer.from_pretrained('{source.folder}').save_pretrained('{source.folder}')",
+        )
+    try:
+        return Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
+    except Exception as e:  # the Rust side raises bare Exception
+        raise SourceError(f"{path}: not a tokenizer ({e})", "download the file again") from None
+
+
+def chat_template(source: Source, fallback: str) -> str:
+    """The checkpoint's chat template: its own file, or a field of one of its configurations, or `fallback`."""
+    path = source.folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        template = source.json(name).get("chat_template")
+        if isinstance(template, list):
+            template = next((t["template"] for t in template if t.get("name") == "default"), None)
+        if template:
+            return str(template)
+    return fallback
+
+
+def generation_spec(source: Source, text_config: Mapping[str, Any]) -> GenerationSpec:
+    """Stop ids from generation_config.json, else from the text configuration; special tokens for the template."""
+    settings = source.json("generation_config.json")
+    eos = settings.get("eos_token_id", text_config.get("eos_token_id"))
+    tokenizer = source.json("tokenizer_config.json")
+    special = {name: _content(tokenizer[name]) for name in _SPECIAL if tokenizer.get(name)}
+    if not special:
+        special = _special_from_map(source.folder / "special_tokens_map.json")
+    return GenerationSpec(
+        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        bos_token_id=settings.get("bos_token_id", text_config.get("bos_token_id")),
+        pad_token_id=settings.get("pad_token_id", text_config.get("pad_token_id")),
+        special_tokens=special,
+    )
+
+
+def _special_from_map(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        return {}
+    data = json.loads(path.read_text(encoding="utf-8"))
+    return {name: _content(data[name]) for name in _SPECIAL if data.get(name)}
+
+
+def _content(token: Any) -> str:
+    return str(token["content"] if isinstance(token, dict) else token)

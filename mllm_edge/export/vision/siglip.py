@@ -1,0 +1,128 @@
+"""SigLIP-like tower over fixed-size tiles, and the pixel-shuffle connector of Idefics3 and SmolVLM.
+
+Parameter names follow the checkpoint, so that weights stream in by name.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from mllm_edge.export.vision.layers import Linear, attention, packed_linear
+
+__all__ = ["PixelShuffleConnector", "SiglipConfig", "SiglipTower", "position_ids"]
+
+
+@dataclass(frozen=True)
+class SiglipConfig:
+    """Sizes of the tower. `tile` is the side in px of the square images it sees, `grid` that of the trained positions
+    in patches."""
+
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    channels: int
+    patch: int
+    tile: int
+    grid: int
+    norm_eps: float
+    activation: str
+
+    @property
+    def patches(self) -> int:
+        """Patches along one side of a tile."""
+        return self.tile // self.patch
+
+
+class SiglipTower(nn.Module):
+    """pixel_values [N, C, tile, tile] float32 → vision_hidden [N, patches², hidden_size]."""
+
+    def __init__(self, config: SiglipConfig):
+        super().__init__()
+        self.embeddings = _Embeddings(config)
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList([_Layer(config) for _ in range(config.layers)])})
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        hidden = self.embeddings(pixel_values)
+        for layer in self.encoder["layers"].children():
+            hidden = layer(hidden)
+        return self.post_layernorm(hidden)
+
+
+class _Embeddings(nn.Module):
+    def __init__(self, config: SiglipConfig):
+        super().__init__()
+        self.patch_embedding = nn.Conv2d(config.channels, config.hidden_size, config.patch, config.patch)
+        self.positions = nn.Parameter(torch.empty(config.patches**2, config.hidden_size))
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.patch_embedding(pixel_values).flatten(2).transpose(1, 2) + self.positions
+
+
+class _Layer(nn.Module):
+    def __init__(self, config: SiglipConfig):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.self_attn = _Attention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = _Mlp(config)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        hidden = hidden + self.self_attn(self.layer_norm1(hidden))
+        return hidden + self.mlp(self.layer_norm2(hidden))
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: SiglipConfig):
+        super().__init__()
+        self.heads = config.heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            Linear(config.hidden_size, config.hidden_size) for _ in range(4)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        qkv = packed_linear(x, [self.q_proj, self.k_proj, self.v_proj])
+        return self.out_proj(attention(qkv, self.heads))
+
+
+class _Mlp(nn.Module):
+    def __init__(self, config: SiglipConfig):
+        super().__init__()
+        self.approximate = {"gelu_pytorch_tanh": "tanh", "gelu": "none"}[config.activation]
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(nn.functional.gelu(self.fc1(x), approximate=self.approximate))
+
+
+class PixelShuffleConnector(nn.Module):
+    """vision_hidden [N, p², D] → image_features [N, p²/s², text_hidden]: s×s neighbouring patches become one token."""
+
+    def __init__(self, patches: int, scale: int, vision_hidden: int, text_hidden: int):
+        super().__init__()
+        self.patches, self.scale = patches, scale
+        projection = Linear(vision_hidden * scale**2, text_hidden, bias=False)
+        self.modality_projection = nn.ModuleDict({"proj": projection})
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        s, side, width = self.scale, self.patches // self.scale, hidden.shape[-1]
+        grid = hidden.view(-1, side, s, side, s, width)
+        tokens = grid.permute(0, 1, 3, 2, 4, 5).reshape(-1, side * side, s * s * width)
+        return self.modality_projection["proj"](tokens)
+
+
+def position_ids(patches: int, grid: int) -> np.ndarray:
+    """Which trained position [grid²] each patch of a full tile uses: [patches²] int64.
+
+    Idefics2 and its descendants place patch i at i/patches and look the fraction up among the boundaries k/grid in
+    float32; the rounding of that arithmetic is part of the trained model, so it is repeated here in the same steps.
+    """
+    boundaries = torch.arange(1 / grid, 1.0, 1 / grid)
+    step = 1.0 / torch.tensor(patches)
+    fractions = torch.clamp(torch.arange(patches, dtype=torch.float32) * step, max=1.0 - 1e-6)
+    buckets = torch.bucketize(fractions, boundaries, right=True)
+    return (buckets[:, None] * grid + buckets[None, :]).reshape(-1).numpy()

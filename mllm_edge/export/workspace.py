@@ -1,0 +1,94 @@
+"""A bundle exists whole or not at all: it is built in a hidden sibling directory and moved into place at the end."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mllm_edge.bundle import MANIFEST
+from mllm_edge.errors import ExportError
+
+__all__ = ["check_out", "check_space", "workspace"]
+
+_RESERVE = 64 << 20  # bytes left free beside the bundle
+
+
+def check_out(out: Path, force: bool) -> None:
+    """Raise ExportError when `out` is in the way: it exists without `force`, or holds something that is no bundle."""
+    if not out.exists():
+        return
+    if not force:
+        raise ExportError(f"{out} exists already", "choose another directory, or replace it with --force")
+    if not out.is_dir():
+        raise ExportError(f"{out} is a file", "choose another directory")
+    if any(out.iterdir()) and not (out / MANIFEST).is_file():
+        raise ExportError(
+            f"{out} is a directory that is not a bundle; --force replaces bundles only", "choose another directory"
+        )
+
+
+def check_space(out: Path, nbytes: int) -> None:
+    """Raise ExportError when the file system of `out` has no room for `nbytes`."""
+    parent = _existing_parent(out)
+    free = shutil.disk_usage(parent).free
+    if free < nbytes + _RESERVE:
+        raise ExportError(
+            f"{parent}: {free / 1e6:.0f} MB free, the bundle needs {nbytes / 1e6:.0f} MB and some reserve",
+            "free some space, choose another disk, or a smaller recipe (--recipe int4)",
+        )
+
+
+@contextmanager
+def workspace(out: Path) -> Iterator[Path]:
+    """A directory to build in: when the body succeeds it becomes `out` (replacing an older one), else it vanishes."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(out)
+    folder = out.parent / f".{out.name}.export-{os.getpid()}"
+    folder.mkdir()
+    try:
+        yield folder
+        _swap(folder, out)
+    except OSError as e:
+        raise ExportError(f"{e.filename or folder}: {e.strerror or e}", "free some space or choose another disk") from e
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _swap(folder: Path, out: Path) -> None:
+    if not out.exists():
+        folder.rename(out)
+        return
+    old = out.parent / f".{out.name}.old-{os.getpid()}"
+    out.rename(old)
+    try:
+        folder.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Clear what exports to the same place left behind when they were killed outright."""
+    for path in out.parent.glob(f".{out.name}.export-*"):
+        pid = path.name.rpartition("-")[2]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _existing_parent(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path

@@ -1,0 +1,47 @@
+"""What the machine offers: processor cores and memory."""
+
+import os
+import sys
+from pathlib import Path
+
+__all__ = ["peak_rss", "physical_cores", "processor_name"]
+
+
+def physical_cores() -> int:
+    """Cores this process may use, hyper-threads counted once, limited by a container's processor quota; at least 1."""
+    everything = range(os.cpu_count() or 1)
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else everything
+    siblings = set()
+    for cpu in allowed:
+        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        siblings.add(path.read_text().strip() if path.is_file() else str(cpu))
+    return max(1, min(len(siblings), _quota() or len(siblings)))
+
+
+def processor_name() -> str:
+    """The processor's model name, or its architecture where the system does not tell."""
+    path = Path("/proc/cpuinfo")
+    if path.is_file():
+        for line in path.read_text(errors="replace").splitlines():
+            if line.lower().startswith(("model name", "hardware")):
+                return line.split(":", 1)[1].strip()
+    return os.uname().machine if hasattr(os, "uname") else sys.platform
+
+
+def peak_rss() -> int:
+    """Peak resident memory of this process in bytes; 0 where it cannot be read."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _quota() -> int:
+    """Whole processors granted by the control group (version 2), 0 when there is no limit."""
+    path = Path("/sys/fs/cgroup/cpu.max")
+    if not path.is_file():
+        return 0
+    limit, _, period = path.read_text().partition(" ")
+    return 0 if limit.strip() == "max" else max(1, int(limit) // int(period))

@@ -1,0 +1,58 @@
+"""The decode loop over ids: prefill once, then one token a step."""
+
+import time
+from collections.abc import Collection, Iterator
+
+import numpy as np
+
+from mllm_edge.runtime.decoder import Decoder
+from mllm_edge.runtime.sampling import Sampler
+from mllm_edge.runtime.trace import Trace
+from mllm_edge.spec import EmbeddingSpec
+
+__all__ = ["Embedder", "generate"]
+
+# A longer prompt is fed in pieces, so that attention scores stay small; shorter ones run in one piece.
+PREFILL_CHUNK = 1024
+
+
+class Embedder:
+    """Rows of the memory-mapped token embeddings, as float32."""
+
+    def __init__(self, table: np.ndarray, spec: EmbeddingSpec):
+        self._table, self._scale = table, np.float32(spec.scale)
+
+    def __call__(self, token_ids: np.ndarray) -> np.ndarray:
+        """Embeddings [S, H] float32 of ids [S]."""
+        rows = self._table[token_ids].astype(np.float32)
+        return rows if self._scale == 1 else rows * self._scale
+
+
+def generate(
+    decoder: Decoder,
+    embed: Embedder,
+    prompt_embeds: np.ndarray,
+    sampler: Sampler,
+    stop_ids: Collection[int],
+    max_new_tokens: int,
+    trace: Trace,
+) -> Iterator[int]:
+    """Yield token ids until a stop id (which is not yielded) or `max_new_tokens`.
+
+    `prompt_embeds` [S, H] float32 is appended to what the decoder's cache holds; the cache must have room for
+    S + max_new_tokens − 1 positions. Spans: prefill once, then sample and decode per token.
+    """
+    with trace.span("prefill"):
+        for start in range(0, len(prompt_embeds), PREFILL_CHUNK):
+            logits = decoder.forward(prompt_embeds[start : start + PREFILL_CHUNK])
+    for produced in range(1, max_new_tokens + 1):
+        begin = time.perf_counter()
+        token = sampler.sample(logits)
+        trace.add("sample", begin, time.perf_counter())
+        if token in stop_ids:
+            return
+        yield token
+        if produced < max_new_tokens:
+            begin = time.perf_counter()
+            logits = decoder.forward(embed(np.array([token])))
+            trace.add("decode", begin, time.perf_counter())

@@ -1,0 +1,84 @@
+"""Spans around every stage, and the metrics of one call made of them."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+__all__ = ["Metrics", "Span", "Trace"]
+
+
+@dataclass(frozen=True)
+class Span:
+    """One timed stage; `start` and `seconds` by the monotonic clock, `start` counted from the trace's beginning."""
+
+    name: str
+    start: float
+    seconds: float
+
+
+@dataclass
+class Trace:
+    """Collects spans. Stages in order: preprocess, vision_encoder, connector, embed, prefill, sample, decode, …"""
+
+    spans: list[Span] = field(default_factory=list)
+    origin: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """Time the body of a `with` statement."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(name, begin, time.perf_counter())
+
+    def add(self, name: str, begin: float, end: float) -> None:
+        """Record a span between two readings of `time.perf_counter`."""
+        self.spans.append(Span(name, begin - self.origin, end - begin))
+
+    def seconds(self, name: str) -> float:
+        """Total time of all spans of that name."""
+        return sum(s.seconds for s in self.spans if s.name == name)
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Measurements of one call, times in seconds.
+
+    `ttft` runs from the call to the first token (preprocessing included); `tpot` is the mean time per token after the
+    first; `token_seconds` are the single intervals. Stages not run are 0.
+    """
+
+    prompt_tokens: int
+    image_tokens: int
+    tiles: int
+    new_tokens: int
+    preprocess: float
+    vision_encoder: float
+    connector: float
+    embed: float
+    prefill: float
+    ttft: float
+    total: float
+    token_seconds: tuple[float, ...]
+    kv_cache_bytes: int
+
+    @property
+    def tpot(self) -> float:
+        """Mean seconds per output token after the first; 0 when there was only one."""
+        return float(np.mean(self.token_seconds)) if self.token_seconds else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decode rate after the first token; 0 when there was only one."""
+        return 1.0 / self.tpot if self.tpot else 0.0
+
+    def as_dict(self) -> dict[str, object]:
+        """All fields and derived figures, ready for JSON."""
+        data = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {**data, "token_seconds": list(self.token_seconds), "tpot": self.tpot} | {
+            "tokens_per_second": self.tokens_per_second
+        }

@@ -1,0 +1,260 @@
+"""`VLM`: a bundle opened for questions."""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from mllm_edge.bundle import CHAT_TEMPLATE, Bundle
+from mllm_edge.errors import ContextError, MllmEdgeError, PromptError
+from mllm_edge.runtime.backend import Backend, Session, open_backend
+from mllm_edge.runtime.decoder import Decoder
+from mllm_edge.runtime.generate import Embedder, generate
+from mllm_edge.runtime.image import ImageSource
+from mllm_edge.runtime.processor import Messages, Processor, Prompt
+from mllm_edge.runtime.sampling import Sampler, SamplingParams
+from mllm_edge.runtime.tokenizer import ChatTemplate, StopStrings, StreamDecoder, Tokenizer
+from mllm_edge.runtime.trace import Metrics, Trace
+
+__all__ = ["VLM", "Chunk", "Result"]
+
+FinishReason = Literal["stop", "stop_string", "length"]
+
+# The cache grows in steps of this many positions, so that similar prompts share one allocation.
+_CAPACITY_STEP = 256
+# Tiles per run of the vision encoder: more only needs more memory.
+_TILES_PER_RUN = 4
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished answer. `token_ids` are the tokens produced, without the stop token.
+
+    `finish_reason`: stop (the model ended), stop_string, or length (max_new_tokens or the context is used up).
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    metrics: Metrics
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of the answer; concatenated, the texts are the answer. The last one carries the `result`."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    result: Result | None = None
+
+
+class VLM:
+    """A vision-language model on this machine. Not thread-safe: one call at a time.
+
+    Open with `VLM.load`; use as a context manager or call `close`.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend, max_context: int | None = None):
+        self.bundle, self.backend = bundle, backend
+        self.spec = bundle.manifest.model
+        self.context_length = min(max_context or self.spec.context_length, self.spec.context_length)
+        generation = bundle.generation()
+        self.tokenizer = Tokenizer.load(bundle.path, generation)
+        template = ChatTemplate.load(bundle.path, generation) if CHAT_TEMPLATE in bundle.manifest.files else None
+        self.processor = Processor(self.spec, self.tokenizer, template)
+        self.stop_ids = frozenset(generation.eos_token_ids)
+        self._sessions = {name: self._open(name) for name in bundle.manifest.components}
+        self.decoder = Decoder(self._sessions["decoder"], self.spec, backend)
+        self.embed = Embedder(bundle.embeddings(), self.spec.embedding)
+        self._calls = 0
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        backend: str = "auto",
+        threads: int | None = None,
+        max_context: int | None = None,
+    ) -> "VLM":
+        """Open the bundle in directory `path`.
+
+        `threads`: inside one operator, default physical cores. `max_context`: a lower bound on memory than the model's
+        own context length. Raises BundleError, BackendError.
+        """
+        if max_context is not None and max_context < 1:
+            raise ValueError(f"max_context must be positive, not {max_context}")
+        return cls(Bundle.load(path), open_backend(backend, threads), max_context)
+
+    def __enter__(self) -> "VLM":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release sessions and caches; the object cannot be used afterwards."""
+        self._calls += 1
+        self._sessions.clear()
+        del self.decoder
+
+    def generate(self, prompt: Messages, images: ImageSource | Iterable[ImageSource] = (), **options: Any) -> Result:
+        """The whole answer at once; options as in `stream`."""
+        result = None
+        for chunk in self.stream(prompt, images, **options):
+            result = chunk.result
+        assert result is not None
+        return result
+
+    def stream(
+        self,
+        prompt: Messages,
+        images: ImageSource | Iterable[ImageSource] = (),
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        raw: bool = False,
+    ) -> Iterator[Chunk]:
+        """Answer piece by piece. Arguments are checked and the prompt is processed before the first piece is asked for.
+
+        `prompt`: a question, or messages in chat format. `images`: paths, bytes, PIL images or arrays [H, W, 3] RGB.
+        `temperature` 0 is greedy. `stop`: strings that end the answer and are not part of it. `raw`: the prompt is
+        rendered already, with one image placeholder per image.
+
+        Raises PromptError, ImageError, ContextError (too many tokens), ValueError (an option out of range).
+        """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be positive, not {max_new_tokens}")
+        trace = Trace()
+        params = SamplingParams(
+            temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty, presence_penalty, seed
+        )
+        stops = StopStrings([stop] if isinstance(stop, str) else stop)
+        with trace.span("preprocess"):
+            processed = self._process(prompt, images, raw)
+        room = self._room(processed)
+        self._calls += 1
+        return self._run(processed, Sampler(params, processed.token_ids), stops, min(max_new_tokens, room), trace)
+
+    def count_tokens(self, prompt: Messages, image_sizes: Sequence[tuple[int, int]] = ()) -> int:
+        """Prompt tokens, image tokens included, for images of these (height, width); nothing is run."""
+        return self.processor.count_tokens(prompt, image_sizes)
+
+    def component(self, name: str, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run one component by itself (all but the decoder), for comparisons."""
+        return self._sessions[name].run(feeds)
+
+    def image_features(self, pixel_values: np.ndarray, trace: Trace | None = None) -> np.ndarray:
+        """Vision encoder and connector: pixel_values [tiles, C, H, W] → image features [tokens, hidden] float32."""
+        trace = trace or Trace()
+        parts = []
+        for start in range(0, len(pixel_values), _TILES_PER_RUN):
+            with trace.span("vision_encoder"):
+                hidden = self._sessions["vision_encoder"].run(
+                    {"pixel_values": pixel_values[start : start + _TILES_PER_RUN]}
+                )
+            with trace.span("connector"):
+                features = self._sessions["connector"].run(hidden)["image_features"]
+            parts.append(features.reshape(-1, features.shape[-1]))
+        return np.concatenate(parts)
+
+    def prompt_embeds(self, prompt: Prompt, trace: Trace | None = None) -> np.ndarray:
+        """Token embeddings of a prompt with the image features in their places, [S, H] float32."""
+        trace = trace or Trace()
+        features = None if prompt.pixel_values is None else self.image_features(prompt.pixel_values, trace)
+        with trace.span("embed"):
+            embeds = self.embed(prompt.token_ids)
+            if features is not None:
+                embeds[prompt.image_positions] = features
+        return embeds
+
+    def _process(self, prompt: Messages, images: Any, raw: bool) -> Prompt:
+        if not raw:
+            return self.processor.process(prompt, images)
+        if not isinstance(prompt, str):
+            raise PromptError("raw=True takes one rendered string", "give messages without raw=True")
+        return self.processor.process_text(prompt, images)
+
+    def _open(self, component: str) -> Session:
+        variant = self.bundle.variant(component, self.backend.target)
+        return self.backend.open(self.bundle.listed(variant.file), variant)
+
+    def _room(self, prompt: Prompt) -> int:
+        """Tokens that still fit behind the prompt; raises ContextError when there is not even one."""
+        tokens, image = len(prompt.token_ids), len(prompt.image_positions)
+        room = self.context_length - tokens
+        if room >= 1:
+            return room
+        smaller = self.context_length < self.spec.context_length
+        fix = "raise --max-context" if smaller else "use fewer or smaller images, or a shorter prompt"
+        raise ContextError(
+            f"the prompt has {tokens} tokens ({image} of them for images) and an answer needs at least one; "
+            f"the context holds {self.context_length}: {1 - room} too many",
+            fix,
+        )
+
+    def _run(
+        self, prompt: Prompt, sampler: Sampler, stops: StopStrings, max_new_tokens: int, trace: Trace
+    ) -> Iterator[Chunk]:
+        call = self._calls
+        tokens = len(prompt.token_ids) + max_new_tokens
+        capacity = min(-(-tokens // _CAPACITY_STEP) * _CAPACITY_STEP, self.context_length)
+        embeds = self.prompt_embeds(prompt, trace)
+        self._check_current(call)
+        cache = self.decoder.reset(capacity)
+        decoder = StreamDecoder(self.tokenizer)
+        ids: list[int] = []
+        times: list[float] = []
+        texts: list[str] = []
+        tail = ""
+        for token in generate(self.decoder, self.embed, embeds, sampler, self.stop_ids, max_new_tokens, trace):
+            times.append(time.perf_counter())
+            ids.append(token)
+            texts.append(stops.push(decoder.push(token)))
+            if stops.matched is not None:
+                tail = texts[-1]
+                break
+            if texts[-1]:
+                yield Chunk(texts[-1], (token,))
+                self._check_current(call)
+        else:
+            tail = stops.push(decoder.flush()) + stops.flush()
+            texts.append(tail)
+        reason: FinishReason = "length" if len(ids) == max_new_tokens else "stop"
+        if stops.matched is not None:
+            reason = "stop_string"
+        metrics = _metrics(prompt, trace, times, cache.nbytes)
+        yield Chunk(tail, (), Result("".join(texts), tuple(ids), reason, metrics))
+
+    def _check_current(self, call: int) -> None:
+        if call != self._calls:
+            raise MllmEdgeError(
+                "this answer was given up: another call began, or the model was closed",
+                "finish one answer before you ask for the next, or load a second VLM",
+            )
+
+
+def _metrics(prompt: Prompt, trace: Trace, times: Sequence[float], kv_cache_bytes: int) -> Metrics:
+    end = time.perf_counter()
+    return Metrics(
+        prompt_tokens=len(prompt.token_ids),
+        image_tokens=len(prompt.image_positions),
+        tiles=0 if prompt.pixel_values is None else len(prompt.pixel_values),
+        new_tokens=len(times),
+        **{name: trace.seconds(name) for name in ("preprocess", "vision_encoder", "connector", "embed", "prefill")},
+        ttft=(times[0] if times else end) - trace.origin,
+        total=end - trace.origin,
+        token_seconds=tuple(np.diff(times).tolist()),
+        kv_cache_bytes=kv_cache_bytes,
+    )

@@ -1,0 +1,25 @@
+"""Fixtures shared by all tests: one tiny checkpoint and one bundle of it, made once."""
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Idefics3 checkpoint; read only."""
+    from tests.tiny import save_tiny_idefics3
+
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    save_tiny_idefics3(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float32 bundle of it; read only."""
+    from mllm_edge.export.pipeline import export
+
+    out = tmp_path_factory.mktemp("bundle") / "tiny"
+    export(str(tiny_checkpoint), out, recipe_name="fp32")
+    return out

@@ -1,0 +1,108 @@
+"""Tiny random-weight checkpoints, made on the spot: the references of the parity tests."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import Idefics3Config, Idefics3ForConditionalGeneration, PreTrainedTokenizerFast
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
+
+__all__ = ["TEMPLATE", "make_tokenizer", "save_tiny_idefics3"]
+
+TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
+    "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+_SPECIAL = ("<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>", "<global-img>")
+
+
+def make_tokenizer(rows: int = 6, cols: int = 6) -> PreTrainedTokenizerFast:
+    """Byte-level BPE without merges (256 byte tokens) and the special tokens of SmolVLM."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tiles = [f"<row_{r}_col_{c}>" for r in range(1, rows + 1) for c in range(1, cols + 1)]
+    core.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (*_SPECIAL, *tiles)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<|im_start|>", eos_token="<end_of_utterance>", pad_token="<|im_start|>"
+    )
+
+
+def save_tiny_idefics3(
+    folder: Path,
+    *,
+    text: Mapping[str, Any] | None = None,
+    vision: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
+    processor: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    shard_size: str = "5GB",
+) -> Idefics3ForConditionalGeneration:
+    """Save a random Idefics3 with its processor files to `folder` and return the model in float32.
+
+    `text`, `vision`, `config` and `processor` override the configuration and the image processor's settings. The
+    defaults: 64 px tiles of 8 px patches, 2 + 2 layers, hidden sizes 64, up to 2 × 2 tiles.
+    """
+    tokenizer = make_tokenizer()
+    torch.manual_seed(seed)
+    model = Idefics3ForConditionalGeneration(_config(tokenizer, text, vision, config)).eval()
+    for name, weight in model.named_parameters():
+        is_norm = "norm" in name and name.endswith("weight")
+        # Larger than the usual initialization: logits spread, and greedy choices are not ties.
+        weight.data = 1 + 0.1 * torch.randn_like(weight) if is_norm else 0.15 * torch.randn_like(weight)
+    model.tie_weights()
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    _processor(tokenizer, model.config, processor).save_pretrained(folder)
+    return model
+
+
+def _config(
+    tokenizer: PreTrainedTokenizerFast,
+    text: Mapping[str, Any] | None,
+    vision: Mapping[str, Any] | None,
+    config: Mapping[str, Any] | None,
+) -> Idefics3Config:
+    return Idefics3Config(
+        text_config={
+            "model_type": "llama",
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 320,
+            "max_position_embeddings": 1024,
+            "rms_norm_eps": 1e-5,
+            **(text or {}),
+        },
+        vision_config={
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 64,
+            "patch_size": 8,
+            **(vision or {}),
+        },
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        **{"scale_factor": 2, "tie_word_embeddings": False, **(config or {})},
+    )
+
+
+def _processor(
+    tokenizer: PreTrainedTokenizerFast, config: Idefics3Config, settings: Mapping[str, Any] | None
+) -> Idefics3Processor:
+    tile = config.vision_config.image_size
+    defaults = {"size": {"longest_edge": 2 * tile}, "max_image_size": {"longest_edge": tile}}
+    image_processor = Idefics3ImageProcessorPil(**{**defaults, **(settings or {})})
+    tile = image_processor.max_image_size["longest_edge"]
+    tokens = (tile // config.vision_config.patch_size // config.scale_factor) ** 2
+    return Idefics3Processor(image_processor, tokenizer, image_seq_len=tokens, chat_template=TEMPLATE)
