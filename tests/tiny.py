@@ -6,7 +6,13 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import Idefics3Config, Idefics3ForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import (
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+)
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 
@@ -20,6 +26,10 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 _SPECIAL = ("<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>", "<global-img>")
+_CLASSES: dict[str, tuple[Any, Any]] = {
+    "idefics3": (Idefics3ForConditionalGeneration, Idefics3Config),
+    "smolvlm": (SmolVLMForConditionalGeneration, SmolVLMConfig),
+}
 
 
 def make_tokenizer(rows: int = 6, cols: int = 6) -> PreTrainedTokenizerFast:
@@ -42,17 +52,19 @@ def save_tiny_idefics3(
     vision: Mapping[str, Any] | None = None,
     config: Mapping[str, Any] | None = None,
     processor: Mapping[str, Any] | None = None,
+    model_type: str = "idefics3",
     seed: int = 0,
     shard_size: str = "5GB",
-) -> Idefics3ForConditionalGeneration:
-    """Save a random Idefics3 with its processor files to `folder` and return the model in float32.
+) -> Any:
+    """Save a random Idefics3 (or SmolVLM) with its processor files to `folder` and return the model in float32.
 
     `text`, `vision`, `config` and `processor` override the configuration and the image processor's settings. The
     defaults: 64 px tiles of 8 px patches, 2 + 2 layers, hidden sizes 64, up to 2 × 2 tiles.
     """
     tokenizer = make_tokenizer()
     torch.manual_seed(seed)
-    model = Idefics3ForConditionalGeneration(_config(tokenizer, text, vision, config)).eval()
+    architecture, config_class = _CLASSES[model_type]
+    model = architecture(_config(config_class, tokenizer, text, vision, config)).eval()
     for name, weight in model.named_parameters():
         is_norm = "norm" in name and name.endswith("weight")
         # Larger than the usual initialization: logits spread, and greedy choices are not ties.
@@ -65,12 +77,13 @@ def save_tiny_idefics3(
 
 
 def _config(
+    config_class: Any,
     tokenizer: PreTrainedTokenizerFast,
     text: Mapping[str, Any] | None,
     vision: Mapping[str, Any] | None,
     config: Mapping[str, Any] | None,
-) -> Idefics3Config:
-    return Idefics3Config(
+) -> Any:
+    return config_class(
         text_config={
             "model_type": "llama",
             "hidden_size": 64,
@@ -98,7 +111,7 @@ def _config(
 
 
 def _processor(
-    tokenizer: PreTrainedTokenizerFast, config: Idefics3Config, settings: Mapping[str, Any] | None
+    tokenizer: PreTrainedTokenizerFast, config: Any, settings: Mapping[str, Any] | None
 ) -> Idefics3Processor:
     tile = config.vision_config.image_size
     defaults = {"size": {"longest_edge": 2 * tile}, "max_image_size": {"longest_edge": tile}}

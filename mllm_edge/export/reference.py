@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from mllm_edge.export.source import open_source
+from mllm_edge.export.tokens import chat_template
+
 __all__ = ["load_processor"]
 
 
@@ -15,8 +18,6 @@ def load_processor(folder: Path) -> Any:
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
     from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 
-    from mllm_edge.export.source import open_source
-
     source = open_source(str(folder))
     settings = source.json("preprocessor_config.json") or source.json("processor_config.json")["image_processor"]
     settings = {k: v for k, v in settings.items() if not k.endswith("_type") and k != "processor_class"}
@@ -25,4 +26,9 @@ def load_processor(folder: Path) -> Any:
     vision = source.config["vision_config"]
     patches = image_processor.max_image_size["longest_edge"] // vision.get("patch_size", 32)
     tokens = stated or (patches // source.config.get("scale_factor", 2)) ** 2
-    return Idefics3Processor(image_processor, AutoTokenizer.from_pretrained(folder), image_seq_len=tokens)
+    return Idefics3Processor(
+        image_processor,
+        AutoTokenizer.from_pretrained(folder),
+        image_seq_len=tokens,
+        chat_template=chat_template(source, "") or None,
+    )

@@ -1,0 +1,86 @@
+"""SmolVLM and Idefics3: parity over a table of tiny configurations."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mllm_edge.export.families import FAMILIES
+from mllm_edge.export.pipeline import export
+from tests.families.parity import check_parity, make_image
+from tests.tiny import save_tiny_idefics3
+
+WHOLE_TILE = {"do_image_splitting": False, "size": {"longest_edge": 64}}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "grouped_query": {},
+    "multi_head_tied": {"text": {"num_key_value_heads": 4}, "config": {"tie_word_embeddings": True}},
+    "multi_query_single_tile": {"text": {"num_key_value_heads": 1}, "processor": WHOLE_TILE},
+    "wide_heads": {"text": {"head_dim": 32}},
+    "biases_scale_4": {"text": {"attention_bias": True, "mlp_bias": True}, "config": {"scale_factor": 4}},
+    "rope_llama3": {
+        "text": {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500.0,
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        }
+    },
+    "rope_linear_3x3_tiles": {
+        "text": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+        "processor": {"size": {"longest_edge": 192}},
+    },
+    "tile_unlike_trained_grid": {
+        "vision": {"image_size": 96},
+        "processor": {"max_image_size": {"longest_edge": 64}, "size": {"longest_edge": 128}},
+    },
+    "odd_grid_gelu": {"vision": {"image_size": 72, "patch_size": 6, "hidden_act": "gelu"}},
+    "smolvlm_sharded": {"model_type": "smolvlm", "shard_size": "300KB", "seed": 3},
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A checkpoint, its model and its float32 bundle."""
+
+    checkpoint: Path
+    bundle: Path
+    model: Any = field(repr=False)
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    folder = tmp_path_factory.mktemp(request.param)
+    model = save_tiny_idefics3(folder / "checkpoint", **CONFIGS[request.param])
+    export(str(folder / "checkpoint"), folder / "bundle", recipe_name="fp32", verify_mode="off")
+    return Exported(folder / "checkpoint", folder / "bundle", model)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sizes"),
+    [
+        ("Hello.", []),
+        ("What is in the picture, and where does it stand? Answer in a word or two.", [(64, 64)]),
+        ("Describe.", [(53, 211)]),
+        ("Which of the pictures is brighter?", [(97, 41), (30, 88)]),
+    ],
+    ids=["text", "square", "wide", "two_images"],
+)
+def test_parity(exported: Exported, prompt: str, sizes: list[tuple[int, int]]) -> None:
+    images = [make_image(height, width, seed) for seed, (height, width) in enumerate(sizes)]
+    check_parity(exported.bundle, exported.checkpoint, exported.model, prompt, images)
+
+
+def test_every_model_type_of_the_family_is_in_the_table() -> None:
+    tested = {config.get("model_type", "idefics3") for config in CONFIGS.values()}
+    assert tested == {name for name, module in FAMILIES.items() if module == "idefics3"}
+
+
+def test_sharded_configuration_has_several_files(tmp_path: Path) -> None:
+    save_tiny_idefics3(tmp_path, **CONFIGS["smolvlm_sharded"])
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
