@@ -1,7 +1,7 @@
 """`VLM`: a bundle opened for questions."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -125,12 +125,14 @@ class VLM:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         raw: bool = False,
+        ignore_eos: bool = False,
     ) -> Iterator[Chunk]:
         """Answer piece by piece. Arguments are checked and the prompt is processed before the first piece is asked for.
 
         `prompt`: a question, or messages in chat format. `images`: paths, bytes, PIL images or arrays [H, W, 3] RGB.
         `temperature` 0 is greedy. `stop`: strings that end the answer and are not part of it. `raw`: the prompt is
-        rendered already, with one image placeholder per image.
+        rendered already, with one image placeholder per image. `ignore_eos`: go on after the model's end, for
+        measurements of one length.
 
         Raises PromptError, ImageError, ContextError (too many tokens), ValueError (an option out of range).
         """
@@ -145,7 +147,9 @@ class VLM:
             processed = self._process(prompt, images, raw)
         room = self._room(processed)
         self._calls += 1
-        return self._run(processed, Sampler(params, processed.token_ids), stops, min(max_new_tokens, room), trace)
+        stop_ids = frozenset() if ignore_eos else self.stop_ids
+        sampler = Sampler(params, processed.token_ids)
+        return self._run(processed, sampler, stop_ids, stops, min(max_new_tokens, room), trace)
 
     def count_tokens(self, prompt: Messages, image_sizes: Sequence[tuple[int, int]] = ()) -> int:
         """Prompt tokens, image tokens included, for images of these (height, width); nothing is run."""
@@ -205,7 +209,13 @@ class VLM:
         )
 
     def _run(
-        self, prompt: Prompt, sampler: Sampler, stops: StopStrings, max_new_tokens: int, trace: Trace
+        self,
+        prompt: Prompt,
+        sampler: Sampler,
+        stop_ids: Collection[int],
+        stops: StopStrings,
+        max_new_tokens: int,
+        trace: Trace,
     ) -> Iterator[Chunk]:
         call = self._calls
         tokens = len(prompt.token_ids) + max_new_tokens
@@ -218,7 +228,7 @@ class VLM:
         times: list[float] = []
         texts: list[str] = []
         tail = ""
-        for token in generate(self.decoder, self.embed, embeds, sampler, self.stop_ids, max_new_tokens, trace):
+        for token in generate(self.decoder, self.embed, embeds, sampler, stop_ids, max_new_tokens, trace):
             times.append(time.perf_counter())
             ids.append(token)
             texts.append(stops.push(decoder.push(token)))

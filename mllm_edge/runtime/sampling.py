@@ -1,0 +1,163 @@
+"""Choosing the next token from logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["Sampler", "SamplingParams"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen. The defaults choose the most probable token (greedy).
+
+    `temperature` 0 is greedy. `top_k` keeps the k best (0: all), `top_p` the smallest set with that probability,
+    `min_p` tokens with at least that fraction of the best one's probability. `repetition_penalty` (1: none) applies to
+    tokens of the prompt and the answer; `frequency_penalty` per occurrence and `presence_penalty` once, to the answer
+    only. The same `seed` gives the same tokens. Raises ValueError naming the field.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, self.temperature >= 0, "a number ≥ 0")
+        _check("top_k", self.top_k, isinstance(self.top_k, (int, np.integer)) and self.top_k >= 0, "an integer ≥ 0")
+        _check("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
+        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]")
+        _check("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "a number > 0")
+        _check("frequency_penalty", self.frequency_penalty, True, "a number")
+        _check("presence_penalty", self.presence_penalty, True, "a number")
+        if self.seed is not None:
+            _check("seed", self.seed, isinstance(self.seed, (int, np.integer)) and self.seed >= 0, "an integer ≥ 0")
+
+
+def _check(field: str, value: float, ok: bool, rule: str) -> None:
+    if not ok or not math.isfinite(value):
+        raise ValueError(f"{field} must be {rule}, not {value!r}")
+
+
+class Sampler:
+    """Chooses one token after another for one answer; remembers the tokens for the penalties."""
+
+    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int] | np.ndarray = ()):
+        self._params = params
+        # numpy.random takes 0.1 s to import: a greedy answer does without it.
+        self._random = None if params.temperature == 0 else np.random.default_rng(params.seed)
+        self._seen = np.unique(np.asarray(prompt_ids, np.int64))
+        self._counts: dict[int, int] = {}
+
+    def sample(self, logits: np.ndarray) -> int:
+        """The next token for `logits` [V] float32, which stay as they are.
+
+        Raises ValueError when the best logit is not finite (NaN anywhere, +inf, or everything −inf).
+        """
+        if self._random is None:
+            logits = self._penalized(logits)
+            token = int(np.argmax(logits))
+            _require_finite(logits[token])
+        else:
+            ids, probabilities = self.distribution(logits)
+            cumulative = np.cumsum(probabilities)
+            drawn = np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")
+            last = np.searchsorted(cumulative, cumulative[-1])  # behind it every probability is 0
+            token = int(ids[min(drawn, last)])
+        self.observe(token)
+        return token
+
+    def observe(self, token: int) -> None:
+        """Count `token` as part of the answer (`sample` does this itself; forced tokens need it)."""
+        if token not in self._counts and self._params.repetition_penalty != 1.0:
+            self._seen = np.append(self._seen, token)
+        self._counts[token] = self._counts.get(token, 0) + 1
+
+    def distribution(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Candidates for `logits` [V] float32: ids [K] int64 and their probabilities [K] float64, which sum to 1.
+
+        At temperature 0 there is one candidate. Raises ValueError as `sample` does.
+        """
+        params = self._params
+        logits = self._penalized(logits)
+        best = int(np.argmax(logits))
+        _require_finite(logits[best])
+        if params.temperature == 0:
+            return np.array([best]), np.ones(1)
+        ids = _top_k(logits, params.top_k)
+        weights = _weights(logits if ids is None else logits[ids], logits[best], params.temperature)
+        if params.top_p < 1.0:
+            ids, weights = _keep(_top_p(weights, params.top_p), ids, weights)
+        if params.min_p > 0.0:
+            ids, weights = _keep(np.flatnonzero(weights >= params.min_p), ids, weights)
+        if ids is None:
+            ids = np.arange(len(logits))
+        return ids, weights / weights.sum(dtype=np.float64)
+
+    def _penalized(self, logits: np.ndarray) -> np.ndarray:
+        logits = np.asarray(logits)
+        if logits.ndim != 1 or logits.size == 0:
+            raise ValueError(f"logits must be one row [V], not {logits.shape}")
+        params = self._params
+        repetition = params.repetition_penalty != 1.0 and len(self._seen) > 0
+        counted = bool(self._counts) and (params.frequency_penalty != 0.0 or params.presence_penalty != 0.0)
+        if not repetition and not counted:
+            return logits
+        logits = logits.astype(np.float32)
+        if repetition:
+            seen = self._seen[(self._seen >= 0) & (self._seen < len(logits))]
+            values = logits[seen]
+            penalty = np.float32(params.repetition_penalty)
+            logits[seen] = np.where(values < 0, values * penalty, values / penalty)
+        if counted:
+            ids = np.fromiter(self._counts.keys(), np.int64)
+            counts = np.fromiter(self._counts.values(), np.float32)
+            logits[ids] -= counts * np.float32(params.frequency_penalty) + np.float32(params.presence_penalty)
+        return logits
+
+
+def _require_finite(best: np.floating) -> None:
+    # argmax stops at a NaN, so looking at the best logit alone finds one anywhere.
+    if not np.isfinite(best):
+        raise ValueError(
+            f"logits contain NaN or infinity (best is {best}): the model overflowed; try a recipe with more precision"
+        )
+
+
+def _weights(logits: np.ndarray, best: np.floating, temperature: float) -> np.ndarray:
+    """Probabilities relative to the best token's, which is exactly 1; float32, as exponentials are most of the cost."""
+    scores = logits.astype(np.float32) - np.float32(best)
+    with np.errstate(over="ignore", under="ignore"):
+        scores /= np.float32(max(temperature, 1e-30))  # 0 in float32 would make 0 / 0 of the best one
+        return np.exp(scores, out=scores)
+
+
+def _keep(kept: np.ndarray, ids: np.ndarray | None, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return kept if ids is None else ids[kept], weights[kept]
+
+
+def _top_k(logits: np.ndarray, k: int) -> np.ndarray | None:
+    """Ids of the k largest logits and of any that equal the smallest of them; None stands for all ids."""
+    if not 0 < k < len(logits):
+        return None
+    return np.flatnonzero(logits >= np.partition(logits, -k)[-k])
+
+
+def _top_p(weights: np.ndarray, p: float) -> np.ndarray:
+    """Indices of the largest weights, best first, up to and with the one at which their share of the sum reaches p."""
+    total = weights.sum(dtype=np.float64)
+    # All weights below (1 − p) / V of the sum together stay below 1 − p of it: none of them can be kept, so only the
+    # others need sorting.
+    candidates = np.flatnonzero(weights >= total * (1.0 - p) / len(weights))
+    order = candidates[np.argsort(-weights[candidates], kind="stable")]
+    sorted_weights = weights[order].astype(np.float64)
+    before = np.cumsum(sorted_weights) - sorted_weights
+    return order[: max(1, int(np.count_nonzero(before < p * total)))]

@@ -1,0 +1,355 @@
+"""Text and tokens: tokenizer, chat template, streaming detokenizer, stop strings."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import numpy as np
+import tokenizers
+
+from mllm_edge.errors import BundleError, PromptError
+from mllm_edge.spec import GenerationSpec
+
+__all__ = ["ChatTemplate", "StopStrings", "StreamDecoder", "Tokenizer"]
+
+
+class Tokenizer:
+    """The bundle's tokenizer.json with padding and truncation switched off.
+
+    Attributes: `bos_token` (str or None), `added_tokens` (id → text of every added token, special or not),
+    `special_ids` (ids that `decode` skips), `decoder_kinds` (the steps that turn token spellings into text, in order).
+    """
+
+    def __init__(self, core: tokenizers.Tokenizer, generation: GenerationSpec):
+        core.no_padding()
+        core.no_truncation()
+        self._core = core
+        self._add_special_tokens = generation.add_special_tokens
+        self.bos_token = generation.special_tokens.get("bos_token")
+        added = core.get_added_tokens_decoder()
+        self.added_tokens: dict[int, str] = {i: token.content for i, token in added.items()}
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        # The state of the decoder alone: writing out the whole tokenizer takes a second with a large vocabulary.
+        decoder = core.decoder and json.loads(core.decoder.__getstate__())
+        self.decoder_kinds: tuple[str, ...] = tuple(_flat_decoder_kinds(decoder)) if decoder else ()
+
+    @classmethod
+    def load(cls, bundle_dir: Path, generation: GenerationSpec) -> Tokenizer:
+        """Read `bundle_dir`/tokenizer.json. Raises BundleError when it is missing or damaged."""
+        path = Path(bundle_dir) / "tokenizer.json"
+        text = _read_text(path)
+        try:
+            core = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises bare Exception
+            raise BundleError(f"{path}: not a tokenizer ({error})", "export the bundle again") from error
+        return cls(core, generation)
+
+    def encode(self, text: str, add_special_tokens: bool | None = None) -> list[int]:
+        """Token ids of `text`; special tokens are added around it as generation.json says, or as given.
+
+        Raises PromptError when `text` is not valid Unicode (lone surrogates).
+        """
+        add = self._add_special_tokens if add_special_tokens is None else add_special_tokens
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise PromptError(f"the prompt is not valid Unicode: {error}", "replace lone surrogates") from error
+        return self._core.encode(text, add_special_tokens=add).ids
+
+    def decode(self, ids: Iterable[int] | np.ndarray, skip_special_tokens: bool = True) -> str:
+        """Text of `ids`; ids that the vocabulary does not have are left out."""
+        return self._core.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+    def token_id(self, token: str) -> int | None:
+        """Id of `token`, or None when the vocabulary does not have it."""
+        return self._core.token_to_id(token)
+
+    def token(self, token_id: int) -> str | None:
+        """The vocabulary's own spelling of `token_id`, or None when there is no such id."""
+        return self._core.id_to_token(token_id)
+
+
+def _flat_decoder_kinds(decoder: Mapping[str, Any]) -> list[str]:
+    if decoder["type"] != "Sequence":
+        return [decoder["type"]]
+    return [kind for step in decoder["decoders"] for kind in _flat_decoder_kinds(step)]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path}: cannot be read ({error})", "export the bundle again") from error
+
+
+# ---------------------------------------------------------------- chat template
+class _GenerationBlock(jinja2.ext.Extension):
+    """`{% generation %}…{% endgeneration %}` marks the assistant's text for training; here it only prints it."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2's own interface)
+
+    def parse(self, parser: Any) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """`namespace()` without underscore names: templates come from strangers, and those reach into Python."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        self, *rest = args
+        values = dict(*rest, **kwargs)
+        for name in values:
+            _forbid_underscore(name)
+        jinja2.utils.Namespace.__init__(self, values)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _forbid_underscore(name)
+        super().__setitem__(name, value)
+
+
+def _forbid_underscore(name: Any) -> None:
+    if str(name).startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"namespace attribute {name!r} starts with an underscore")
+
+
+def _make_dict(*args: Any, **kwargs: Any) -> dict:
+    return dict(*args, **kwargs)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes HTML, which models were not trained on.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.exceptions.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
+class ChatTemplate:
+    """The bundle's chat_template.jinja, rendered in a sandbox as transformers renders it."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None):
+        """`special_tokens` (bos_token, …) are variables of the template. Raises BundleError for bad syntax."""
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals.update(
+            raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_make_dict, namespace=_Namespace
+        )
+        self._special_tokens = dict(special_tokens or {})
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise BundleError(
+                f"chat template, line {error.lineno}: {error.message}", "export the bundle again"
+            ) from error
+
+    @classmethod
+    def load(cls, bundle_dir: Path, generation: GenerationSpec) -> ChatTemplate:
+        """Read `bundle_dir`/chat_template.jinja. Raises BundleError when it is missing or not a template."""
+        return cls(_read_text(Path(bundle_dir) / "chat_template.jinja"), generation.special_tokens)
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """The prompt text of `messages`, which are plain JSON values; `variables` reach the template by name.
+
+        Raises PromptError when the template rejects the messages or fails on them.
+        """
+        values = {"tools": None, "documents": None, **self._special_tokens, **variables}
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **values)
+        except Exception as error:  # a template can fail like any program: TypeError, ZeroDivisionError, …
+            raise PromptError(
+                f"the chat template rejects these messages: {error}", "check the roles, their order and the contents"
+            ) from error
+
+    def accepts_lists(self, image_token: str | None) -> bool:
+        """Whether a message's content may be a list of entries; with `image_token`, of image entries too."""
+        content: list[dict[str, str]] = [{"type": "text", "text": _PROBE}]
+        if image_token is not None:
+            content.insert(0, {"type": "image"})
+        text = self._try(content)
+        # A template written for strings prints the list itself, quotes and all.
+        printed = "'type'" in text or '"type"' in text
+        return _PROBE in text and not printed and (image_token is None or text.count(image_token) == 1)
+
+    def accepts_strings(self) -> bool:
+        """Whether a message's content may be a plain string."""
+        return _PROBE in self._try(_PROBE)
+
+    def _try(self, content: Any) -> str:
+        try:
+            return self.render([{"role": "user", "content": content}])
+        except PromptError:
+            return ""
+
+
+_PROBE = "probe of the contents"
+
+
+# ---------------------------------------------------------------- streaming
+class StreamDecoder:
+    """Incremental detokenizer: all that `push` and the final `flush` return, joined, equals `decode` of all ids.
+
+    Text is returned as soon as later tokens cannot change it, so half a UTF-8 character is never seen. The cost of a
+    token does not grow with the length of the answer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        kinds = tokenizer.decoder_kinds
+        self._stream = _Utf8Stream() if kinds == ("ByteLevel",) else _WindowStream(tokenizer, kinds)
+
+    def push(self, token_id: int) -> str:
+        """Add one token; the text that is now final, often empty."""
+        token_id = int(token_id)
+        if token_id in self._skipped:
+            return ""
+        token = self._tokenizer.token(token_id)
+        return "" if token is None else self._stream.push(token_id, token)
+
+    def flush(self) -> str:
+        """The rest at the end of the answer; an unfinished character becomes U+FFFD. Then a new text can begin."""
+        return self._stream.flush()
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Byte-level BPE spells each byte as one printable character: itself where it is printable, else U+0100 and on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTES = _byte_alphabet()
+
+
+class _Utf8Stream:
+    """Byte-level tokens: every token is bytes, and the text is their UTF-8 decoding."""
+
+    def __init__(self) -> None:
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int, token: str) -> str:
+        try:
+            data = bytes([_BYTES[character] for character in token])
+        except KeyError:  # an added token that is spelled as plain text
+            data = token.encode()
+        return self._utf8.decode(data)
+
+    def flush(self) -> str:
+        rest = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return rest
+
+
+class _WindowStream:
+    """Any other tokenizer: decode a short window, return what the new tokens add to it.
+
+    `_context` are tokens whose text was returned already; they give the new ones their surroundings (a decoder may
+    strip the first space of what it decodes, or join words with spaces). `_pending` are tokens that wait.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, kinds: tuple[str, ...]):
+        self._tokenizer = tokenizer
+        self._byte_fallback = "ByteFallback" in kinds
+        self._byte_level = "ByteLevel" in kinds
+        self._context: list[int] = []
+        self._pending: list[int] = []
+
+    def push(self, token_id: int, token: str) -> str:
+        self._pending.append(token_id)
+        # A run of byte tokens is decoded as one: a later bad byte turns the whole run into U+FFFD.
+        if self._byte_fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return ""
+        text = self._added_text()
+        if self._byte_level and text.endswith("\ufffd"):
+            return ""
+        self._commit()
+        return text
+
+    def flush(self) -> str:
+        text = self._added_text() if self._pending else ""
+        self._context, self._pending = [], []
+        return text
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def _added_text(self) -> str:
+        return self._decode(self._context + self._pending)[len(self._decode(self._context)) :]
+
+    def _commit(self) -> None:
+        window = self._context + self._pending
+        # The shortest end of the window with text of its own: what a decoder strips at a beginning is stripped there.
+        size = 1
+        while size < len(window) and not self._decode(window[-size:]):
+            size += 1
+        self._context, self._pending = window[-size:], []
+
+
+class StopStrings:
+    """Ends a streamed text before the first of some stop strings, wherever the pieces are cut.
+
+    The stop string that is complete first wins; of two that end together, the longer one.
+    """
+
+    def __init__(self, stops: Iterable[str] = ()):
+        """Raises ValueError for an empty stop string or one that is not a string."""
+        self._stops = (stops,) if isinstance(stops, str) else tuple(stops)
+        for stop in self._stops:
+            if not isinstance(stop, str) or not stop:
+                raise ValueError(f"stop: {stop!r} is not a non-empty string")
+        self._held = ""
+        self.matched: str | None = None
+
+    def push(self, text: str) -> str:
+        """The part of the text so far that is certain to precede any stop string; after a match always empty."""
+        if self.matched is not None:
+            return ""
+        text = self._held + text
+        found = [(start + len(stop), start, stop) for stop in self._stops if (start := text.find(stop)) >= 0]
+        if found:
+            _, start, self.matched = min(found)
+            self._held = ""
+            return text[:start]
+        keep = len(text) - self._possible_start(text)
+        self._held = text[keep:]
+        return text[:keep]
+
+    def flush(self) -> str:
+        """The text held back, when no stop string came."""
+        held, self._held = self._held, ""
+        return held
+
+    def _possible_start(self, text: str) -> int:
+        """Length of the longest end of `text` that begins a stop string."""
+        longest = 0
+        for stop in self._stops:
+            for length in range(min(len(stop) - 1, len(text)), longest, -1):
+                if text.endswith(stop[:length]):
+                    longest = length
+                    break
+        return longest

@@ -1,0 +1,266 @@
+"""Wrong checkpoints and wrong places: each error names what, where and what to do, and nothing is left behind."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from mllm_edge.bundle import Bundle
+from mllm_edge.errors import (
+    ConfigError,
+    ExportError,
+    MllmEdgeError,
+    ParityError,
+    SourceError,
+    UnsupportedModelError,
+    WeightsError,
+)
+from mllm_edge.export import pipeline, workspace
+from mllm_edge.export.pipeline import export
+from tests.tiny import save_tiny_idefics3
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny checkpoint that a test may damage."""
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def edit_weights(checkpoint: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
+    weights = load_file(checkpoint / "model.safetensors")
+    change(weights)
+    save_file(weights, checkpoint / "model.safetensors")
+
+
+def assert_fails(checkpoint: Path | str, kind: type[MllmEdgeError], *words: str, **options: Any) -> None:
+    """The export fails with an error that holds all `words`, and leaves no file behind."""
+    parent = Path(checkpoint).parent if isinstance(checkpoint, Path) else Path.cwd()
+    before = sorted(parent.iterdir())
+    with pytest.raises(kind) as caught:
+        export(str(checkpoint), parent / "out", **{"recipe_name": "fp32", "verify_mode": "off", **options})
+    for word in words:
+        assert word in str(caught.value)
+    assert caught.value.fix
+    assert sorted(parent.iterdir()) == before
+
+
+def test_unknown_architecture_names_the_nearest(checkpoint: Path) -> None:
+    edit_json(checkpoint / "config.json", lambda c: c.update(model_type="smolvlm3"))
+    assert_fails(checkpoint, UnsupportedModelError, "'smolvlm3'", "the nearest is smolvlm", "config.json")
+
+
+def test_missing_weight(checkpoint: Path) -> None:
+    name = "model.text_model.layers.1.mlp.up_proj.weight"
+    edit_weights(checkpoint, lambda w: w.pop(name))
+    assert_fails(checkpoint, WeightsError, name)
+
+
+def test_unused_weight(checkpoint: Path) -> None:
+    name = "model.vision_model.head.probe"
+    edit_weights(checkpoint, lambda w: w.update({name: np.zeros((1, 64), np.float32)}))
+    assert_fails(checkpoint, WeightsError, name, "drop it silently")
+
+
+def test_weight_of_another_shape(checkpoint: Path) -> None:
+    edit_json(checkpoint / "config.json", lambda c: c["text_config"].update(intermediate_size=256))
+    assert_fails(checkpoint, WeightsError, "gate_proj", "[128, 64]", "[256, 64]")
+
+
+def test_untied_head_that_is_missing(checkpoint: Path) -> None:
+    edit_weights(checkpoint, lambda w: w.pop("lm_head.weight"))
+    assert_fails(checkpoint, WeightsError, "lm_head.weight")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("text_config", "hidden_act", "relu"),
+        ("text_config", "pretraining_tp", 2),
+        ("text_config", "model_type", "qwen2"),
+        ("text_config", "qk_layer_norms", True),
+        ("text_config", "rope_parameters", {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+        ("vision_config", "hidden_act", "silu"),
+        ("vision_config", "num_channels", 4),
+    ],
+)
+def test_config_value_that_nobody_handles(checkpoint: Path, section: str, key: str, value: Any) -> None:
+    edit_json(checkpoint / "config.json", lambda c: c[section].update({key: value}))
+    shown = value["rope_type"] if isinstance(value, dict) else value
+    assert_fails(checkpoint, ConfigError, repr(shown))
+
+
+def test_config_key_without_effect_on_the_reference_is_accepted(checkpoint: Path, tmp_path: Path) -> None:
+    edit_json(checkpoint / "config.json", lambda c: c["text_config"].update(neftune_noise_alpha=5.0))
+    assert export(str(checkpoint), tmp_path / "out", dry_run=True).nbytes > 0
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "word"),
+    [
+        ("processor_config.json", lambda c: c.update(image_seq_len=99), "image_seq_len = 99"),
+        ("processor_config.json", lambda c: c["image_processor"]["max_image_size"].update(longest_edge=60), "60 px"),
+        ("processor_config.json", lambda c: c["image_processor"].update(do_normalize=False), "do_normalize"),
+        ("processor_config.json", lambda c: c["image_processor"].update(size={"height": 4}), "size"),
+        ("config.json", lambda c: c.update(image_token_id=3), "image_token_id = 3"),
+        ("config.json", lambda c: c["text_config"].update(vocab_size=280), "vocab_size"),
+    ],
+)
+def test_files_that_contradict_each_other(
+    checkpoint: Path, file: str, change: Callable[[dict[str, Any]], Any], word: str
+) -> None:
+    edit_json(checkpoint / file, change)
+    assert_fails(checkpoint, SourceError, word)
+
+
+def test_special_token_missing_from_the_vocabulary(checkpoint: Path) -> None:
+    path = checkpoint / "tokenizer.json"
+    path.write_text(path.read_text().replace("<global-img>", "<other>"))
+    assert_fails(checkpoint, ConfigError, "<global-img>", "tokenizer.json")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model.safetensors"])
+def test_file_that_is_missing(checkpoint: Path, name: str) -> None:
+    (checkpoint / name).unlink()
+    assert_fails(checkpoint, SourceError, name)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "processor_config.json"])
+def test_file_that_is_not_json(checkpoint: Path, name: str) -> None:
+    (checkpoint / name).write_text('{"cut off": ')
+    assert_fails(checkpoint, SourceError, name)
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.001, 0.0])
+def test_truncated_safetensors(checkpoint: Path, keep: float) -> None:
+    path = checkpoint / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * keep)])
+    assert_fails(checkpoint, WeightsError, "model.safetensors", "download")
+
+
+def test_safetensors_with_a_broken_header(checkpoint: Path) -> None:
+    path = checkpoint / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[8] = ord("x")
+    path.write_bytes(data)
+    assert_fails(checkpoint, WeightsError, "header is broken")
+
+
+def test_missing_shard(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "sharded"
+    save_tiny_idefics3(checkpoint, shard_size="300KB")
+    next(checkpoint.glob("model-00002*")).unlink()
+    assert_fails(checkpoint, WeightsError, "model-00002", "missing")
+
+
+def test_pickled_checkpoint_says_how_to_convert(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
+    assert_fails(checkpoint, WeightsError, "pytorch_model.bin", "save_pretrained")
+
+
+def test_directory_and_hub_id_that_do_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert_fails(tmp_path / "nowhere", SourceError, "no such directory")
+    with pytest.raises(SourceError, match=r"no such directory, and the hub has not delivered it"):
+        export("someone/something", tmp_path / "out")
+
+
+def test_unknown_target_and_recipe(checkpoint: Path) -> None:
+    assert_fails(checkpoint, ExportError, "'gpu'", "cpu", target="gpu")
+    with pytest.raises(ValueError, match="fp32, fp16, int8, int4"):
+        export(str(checkpoint), checkpoint.parent / "out", recipe_name="int5")
+
+
+def test_no_disk_space(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(checkpoint)._replace(free=1_000_000)
+    monkeypatch.setattr(workspace.shutil, "disk_usage", lambda path: usage)
+    assert_fails(checkpoint, ExportError, "1 MB free", "free some space")
+
+
+def test_disk_that_fills_up_on_the_way(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device", "decoder.onnx.data")
+
+    monkeypatch.setattr(pipeline, "save_model", full)
+    assert_fails(checkpoint, ExportError, "decoder.onnx.data", "No space left on device")
+
+
+def test_out_exists(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    assert_fails(checkpoint, ExportError, "exists already", "--force")
+    (out / "precious.txt").write_text("mine")
+    assert_fails(checkpoint, ExportError, "not a bundle", force=True)
+    assert (out / "precious.txt").read_text() == "mine"
+
+
+def test_failed_export_leaves_the_old_bundle(checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(tiny_bundle, tmp_path / "out"))
+    edit_weights(checkpoint, lambda w: w.pop("model.text_model.norm.weight"))
+    assert_fails(checkpoint, WeightsError, force=True)
+    Bundle.load(out).verify()
+
+
+def test_successful_export_replaces_the_old_bundle(checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(tiny_bundle, tmp_path / "out"))
+    export(str(checkpoint), out, recipe_name="int8", force=True, verify_mode="off")
+    bundle = Bundle.load(out)
+    bundle.verify()
+    assert bundle.manifest.recipe["name"] == "int8"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "out"]
+
+
+def test_leftovers_of_a_killed_export_are_cleared(checkpoint: Path, tmp_path: Path) -> None:
+    abandoned = tmp_path / ".out.export-999999999"
+    abandoned.mkdir()
+    export(str(checkpoint), tmp_path / "out", verify_mode="off")
+    assert not abandoned.exists()
+
+
+def test_value_beyond_half_precision(checkpoint: Path) -> None:
+    def grow(weights: dict[str, np.ndarray]) -> None:
+        weights["model.text_model.layers.0.mlp.down_proj.weight"][3, 5] = 1e5
+
+    edit_weights(checkpoint, grow)
+    assert_fails(checkpoint, ExportError, "layers.0.down_proj", "65504", recipe_name="fp16")
+
+
+def test_graph_that_disagrees_with_the_source_fails(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mllm_edge.export.vision import siglip
+
+    right = siglip.position_ids
+    monkeypatch.setattr(siglip, "position_ids", lambda patches, grid: right(patches, grid)[::-1])
+    assert_fails(checkpoint, ParityError, "vision_encoder", "0.0001", verify_mode="full")
+
+
+def test_dry_run_writes_nothing_and_tells_the_size(checkpoint: Path, tmp_path: Path) -> None:
+    report = export(str(checkpoint), tmp_path / "out", recipe_name="int4", dry_run=True)
+    assert not (tmp_path / "out").exists()
+    written = export(str(checkpoint), tmp_path / "out", recipe_name="int4", verify_mode="off")
+    data = sum(p.stat().st_size for p in (tmp_path / "out").glob("*.data"))
+    estimated = report.nbytes - report.components["embed_tokens"]
+    assert estimated == pytest.approx(data, rel=0.5)  # tiny tensors are padded to pages
+    assert report.components == written.components
+
+
+def test_large_model_is_compared_by_its_first_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny_idefics3(tmp_path / "checkpoint", text={"num_hidden_layers": 4})
+    monkeypatch.setattr(pipeline, "_WHOLE_LIMIT", 1000)
+    report = export(str(tmp_path / "checkpoint"), tmp_path / "out", recipe_name="fp32")
+    assert report.parity["scope"] == "decoder: first 2 layers and head"
+    assert report.parity["errors"]["decode_logits"] < 1e-4
+    bundle = Bundle.load(tmp_path / "out")
+    bundle.verify()
+    assert bundle.manifest.model.cache.layers == 4
+    assert not any("probe" in name for name in bundle.manifest.files)

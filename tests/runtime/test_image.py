@@ -1,0 +1,383 @@
+"""Decoding images of every kind, and the transforms against the source library's own image processor."""
+
+import base64
+import contextlib
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+from transformers.image_utils import load_image as source_load_image
+
+from mllm_edge.errors import BundleError, ImageError
+from mllm_edge.runtime.image import apply_transforms, load_image, tile_grid
+from mllm_edge.spec import Normalize, Rescale, Resize, ResizeLongestEdge, ResizeToMultiple, SplitTiles
+
+from .reference import image_processor, picture, transforms
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def pixels(source):
+    image = load_image(source)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def grey(height=4, width=6):
+    return np.arange(height * width, dtype=np.uint8).reshape(height, width) * 10
+
+
+# ---------------------------------------------------------------- sources
+def test_every_kind_of_source_gives_the_same_pixels(tmp_path):
+    image = picture(9, 7)
+    expected = np.asarray(image)
+    path = tmp_path / "ünï.png"
+    path.write_bytes(encoded(image))
+    data = path.read_bytes()
+    sources = [path, str(path), data, bytearray(data), memoryview(data), io.BytesIO(data), image, expected]
+    sources.append("data:image/png;base64," + base64.b64encode(data).decode())
+    with path.open("rb") as file:
+        sources.append(file)
+        for source in sources:
+            np.testing.assert_array_equal(pixels(source), expected, err_msg=str(type(source)))
+    assert np.asarray(source_load_image(str(path))).tolist() == expected.tolist()
+
+
+def test_the_image_passed_in_stays_as_it_is():
+    image = picture(5, 4).convert("RGBA")
+    image.getexif()[0x0112] = 6
+    before = image.tobytes()
+    load_image(image)
+    assert (image.mode, image.size, image.tobytes(), dict(image.getexif())) == ("RGBA", (4, 5), before, {0x0112: 6})
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(kind, orientation):
+    stored = Image.fromarray(np.kron(np.array([[0, 90, 180], [250, 200, 30]], np.uint8), np.ones((16, 16), np.uint8)))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(stored.convert("RGB"), kind, exif=exif)
+    with Image.open(io.BytesIO(data)) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    np.testing.assert_array_equal(pixels(data), expected)
+    assert pixels(data).shape == ((32, 48, 3) if orientation < 5 else (48, 32, 3))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_unreadable_exif_is_ignored():
+    data = encoded(picture(8, 8), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff garbage")
+    assert pixels(data).shape == (8, 8, 3)
+
+
+# ---------------------------------------------------------------- modes
+def test_grey_and_one_bit():
+    expected = np.repeat(grey()[..., None], 3, 2)
+    np.testing.assert_array_equal(pixels(encoded(Image.fromarray(grey()))), expected)
+    bits = np.array([[True, False, True]])
+    np.testing.assert_array_equal(pixels(Image.fromarray(bits))[..., 0], [[255, 0, 255]])
+    np.testing.assert_array_equal(pixels(bits)[..., 1], [[255, 0, 255]])
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "PA", "RGBa"])
+def test_transparency_is_composited_over_white(mode):
+    image = Image.new("RGBA", (3, 1), (0, 0, 0, 255))
+    image.putpixel((1, 0), (0, 0, 0, 0))
+    image.putpixel((2, 0), (0, 0, 0, 128))
+    if mode == "PA":
+        source = Image.new("P", image.size)
+        source.putalpha(image.getchannel("A"))
+    else:
+        source = image.convert(mode)
+    np.testing.assert_array_equal(pixels(source)[0, :, 0], [0, 255, 127])
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB"])
+def test_transparency_equals_the_source_library(mode):
+    image = picture(6, 8).convert("P" if mode == "P" else "RGB").convert(mode)
+    if mode in ("P", "L"):
+        image.info["transparency"] = 3 if mode == "P" else int(np.asarray(image)[0, 0])
+    if mode in ("RGBA", "LA"):
+        image.putalpha(Image.fromarray(np.linspace(0, 255, 48).astype(np.uint8).reshape(6, 8)))
+    source = image_processor(8, 8, False, do_resize=False, do_rescale=False, do_normalize=False)
+    expected = source.process_image(image, do_convert_rgb=True)
+    np.testing.assert_array_equal(pixels(image).transpose(2, 0, 1), expected)
+
+
+def test_palette_with_transparent_entry_from_file():
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putpixel((1, 0), 1)
+    np.testing.assert_array_equal(pixels(encoded(image))[0], [[10, 20, 30], [200, 100, 50]])
+    np.testing.assert_array_equal(pixels(encoded(image, transparency=0))[0], [[255, 255, 255], [200, 100, 50]])
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "HSV"])
+def test_other_colour_models(mode):
+    np.testing.assert_allclose(pixels(Image.new(mode, (1, 1))), np.asarray(Image.new(mode, (1, 1)).convert("RGB")))
+    back = pixels(picture(4, 4).convert(mode)).astype(int)
+    assert np.abs(back - np.asarray(picture(4, 4))).max() <= 12
+
+
+def test_cmyk_jpeg():
+    assert (
+        np.abs(pixels(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")).astype(int) - [255, 0, 0]).max() < 4
+    )
+
+
+SIXTEEN = np.array([[0, 128, 129, 257, 32896, 65406, 65535]], np.uint16)
+EIGHT = np.array([[0, 0, 1, 1, 128, 254, 255]], np.uint8)
+
+
+@pytest.mark.parametrize("source", ["png", "tiff", "I;16B", "I", "array", "array, big-endian", "rgb array"])
+def test_sixteen_bits_are_scaled_not_clipped(source):
+    image = Image.fromarray(SIXTEEN)
+    made = {
+        "png": lambda: encoded(image),
+        "tiff": lambda: encoded(image, "TIFF"),
+        "I;16B": lambda: Image.frombytes("I;16B", image.size, SIXTEEN.astype(">u2").tobytes()),
+        "I": lambda: Image.fromarray(SIXTEEN.astype(np.int32)),
+        "array": lambda: SIXTEEN,
+        "array, big-endian": lambda: SIXTEEN.astype(">u2"),
+        "rgb array": lambda: np.repeat(SIXTEEN[..., None], 3, 2),
+    }[source]()
+    np.testing.assert_array_equal(pixels(made), np.repeat(EIGHT[..., None], 3, 2))
+
+
+def test_every_sixteen_bit_value_is_rounded_to_nearest():
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    np.testing.assert_array_equal(pixels(values)[..., 0], np.rint(values / 257.0))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_floats_between_zero_and_one(dtype):
+    values = np.array([[0.0, 0.5, 1.0]], dtype)
+    np.testing.assert_array_equal(pixels(values)[..., 2], [[0, 128, 255]])
+    np.testing.assert_array_equal(pixels(Image.fromarray(values.astype(np.float32)))[..., 2], [[0, 128, 255]])
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_first_frame_of_an_animation(kind):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ((250, 0, 0), (0, 250, 0))]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    np.testing.assert_array_equal(pixels(data)[0, 0], [250, 0, 0])
+
+
+# ---------------------------------------------------------------- arrays
+def test_shapes_of_arrays():
+    rgb = np.asarray(picture(3, 5))
+    np.testing.assert_array_equal(pixels(rgb), rgb)
+    np.testing.assert_array_equal(pixels(rgb[..., 0]), np.repeat(rgb[..., :1], 3, 2))
+    np.testing.assert_array_equal(pixels(rgb[..., :1]), np.repeat(rgb[..., :1], 3, 2))
+    opaque = np.concatenate([rgb, np.full((3, 5, 1), 255, np.uint8)], 2)
+    np.testing.assert_array_equal(pixels(opaque), rgb)
+    assert (pixels(opaque * np.array([1, 1, 1, 0], np.uint8)) == 255).all()
+
+
+def test_views_that_are_not_contiguous():
+    rgb = np.asarray(picture(8, 6))
+    for view in (rgb[..., ::-1], rgb[::-1], rgb[:, ::2], rgb.transpose(1, 0, 2), rgb[1:4, 2:5], rgb[::2, :, 1]):
+        expected = view if view.ndim == 3 else np.repeat(view[..., None], 3, 2)
+        np.testing.assert_array_equal(pixels(view), expected)
+
+
+def test_a_read_only_array_is_fine():
+    rgb = np.asarray(picture(4, 4)).copy()
+    rgb.flags.writeable = False
+    np.testing.assert_array_equal(pixels(rgb), rgb)
+
+
+# ---------------------------------------------------------------- what cannot be read
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        (np.zeros((4, 4, 3), np.int64), "int64"),
+        (np.zeros((4, 4, 3), np.complex64), "complex64"),
+        (np.zeros((4, 4), object), "object"),
+        (np.zeros((3, 4, 5), np.uint8), "transpose"),
+        (np.zeros((4, 4, 2), np.uint8), "(4, 4, 2)"),
+        (np.zeros((1, 4, 4, 3), np.uint8), "one by one"),
+        (np.zeros(7, np.uint8), "(7,)"),
+        (np.zeros((0, 4, 3), np.uint8), "no pixels"),
+        (np.zeros((4, 0), np.uint8), "no pixels"),
+        (np.full((2, 2), 1.5), "[0, 1]"),
+        (np.full((2, 2), -0.1), "[0, 1]"),
+        (np.full((2, 2), np.nan), "[0, 1]"),
+        (Image.new("RGB", (0, 3)), "no pixels"),
+        (Image.fromarray(np.array([[70000]], np.int32)), "70000"),
+        (Image.fromarray(np.array([[-1]], np.int32)), "-1"),
+        (b"", "0 bytes"),
+        (b"not an image at all", "19 bytes"),
+        (io.BytesIO(b"nothing"), "BytesIO"),
+        (12, "int"),
+        (None, "NoneType"),
+        ("http://example.org/a.png", "download"),
+        ("data:image/png;base64,%%%", "data URI"),
+        ("data:image/png,abc", "base64"),
+        ("no\0path.png", "cannot be opened"),
+    ],
+)
+def test_what_cannot_be_read_is_named(source, told):
+    with pytest.raises(ImageError) as error:
+        load_image(source)
+    assert told in str(error.value)
+    assert error.value.fix
+
+
+def test_missing_files_and_directories(tmp_path):
+    with pytest.raises(ImageError, match=r"nowhere\.png: no such file"):
+        load_image(tmp_path / "nowhere.png")
+    with pytest.raises(ImageError, match=str(tmp_path)):
+        load_image(tmp_path)
+    (tmp_path / "text.jpg").write_text("hello")
+    with pytest.raises(ImageError, match=r"text\.jpg: not an image"):
+        load_image(str(tmp_path / "text.jpg"))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP"])
+@pytest.mark.parametrize("part", [0.3, 0.7])
+def test_truncated_files(kind, part):
+    data = encoded(picture(64, 64), kind)
+    with pytest.raises(ImageError, match=r"truncated or damaged|not an image"):
+        load_image(data[: int(len(data) * part)])
+
+
+def test_truncated_file_that_the_caller_opened():
+    data = encoded(picture(64, 64))
+    with pytest.raises(ImageError, match="PIL image"):
+        load_image(Image.open(io.BytesIO(data[: len(data) // 2])))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"]), st.data())
+def test_damaged_files_never_raise_anything_else(kind, data):
+    image = bytearray(encoded(picture(12, 12), kind))
+    for _ in range(data.draw(st.integers(1, 6))):
+        image[data.draw(st.integers(0, len(image) - 1))] = data.draw(st.integers(0, 255))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with contextlib.suppress(ImageError):
+            assert load_image(bytes(image)).mode == "RGB"
+
+
+def test_decompression_bomb():
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    with pytest.raises(ImageError, match="too large"):
+        load_image(bomb)
+
+
+# ---------------------------------------------------------------- transforms
+SIZES = [(64, 64), (1, 1), (3, 5), (5, 3), (270, 480), (257, 33), (1, 400), (400, 1), (3000, 7), (63, 129), (65, 64)]
+
+
+def run_source(source, image):
+    out = source.preprocess([image], return_row_col_info=True)
+    return np.asarray(out["pixel_values"])[0], int(out["rows"][0][0]), int(out["cols"][0][0])
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("split", [True, False], ids=["split", "whole"])
+@pytest.mark.parametrize("resample", [0, 1, 2, 3])
+def test_pixels_equal_the_source_library(size, split, resample):
+    source = image_processor(64, 200, split, resample=resample)
+    expected, rows, cols = run_source(source, picture(*size))
+    actual = apply_transforms(picture(*size), transforms(source))
+    assert (actual.rows, actual.cols) == (rows, cols)
+    assert actual.pixel_values.dtype == np.float32
+    assert actual.pixel_values.flags.c_contiguous
+    np.testing.assert_array_equal(actual.pixel_values, expected)
+
+
+@pytest.mark.parametrize(("tile", "edge"), [(64, 64), (50, 199), (64, 63)], ids=["one tile", "odd", "edge below tile"])
+@pytest.mark.parametrize("size", [(30, 31), (17, 2), (2, 30)], ids=str)
+def test_other_configurations_equal_the_source_library(tile, edge, size):
+    source = image_processor(tile, edge, True)
+    expected, rows, cols = run_source(source, picture(*size))
+    actual = apply_transforms(picture(*size), transforms(source))
+    assert (actual.rows, actual.cols) == (rows, cols)
+    np.testing.assert_array_equal(actual.pixel_values, expected)
+
+
+def test_longest_edge_over_the_limit():
+    source = image_processor(32, 5000, True)
+    _, rows, cols = source.get_number_of_image_patches(30, 31)
+    assert tile_grid(30, 31, transforms(source)) == (rows, cols, rows * cols + 1)
+    assert cols == 4096 // 32
+
+
+def test_full_hd():
+    source = image_processor(512, 2048, True)
+    image = picture(1080, 1920)
+    expected, rows, cols = run_source(source, image)
+    actual = apply_transforms(image, transforms(source))
+    assert actual.pixel_values.shape == (13, 3, 512, 512)
+    assert (actual.rows, actual.cols) == (rows, cols) == (3, 4)
+    np.testing.assert_array_equal(actual.pixel_values, expected)
+    assert tile_grid(2048, 2048, transforms(source)) == (4, 4, 17)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.integers(1, 120), st.integers(1, 120), st.integers(1, 16), st.integers(1, 90), st.integers(16, 80), st.booleans()
+)
+def test_grid_from_the_size_alone(height, width, tile, edge, limit, split):
+    resize = (ResizeLongestEdge(edge, "nearest", limit),)
+    steps = (ResizeToMultiple(tile, "nearest"), SplitTiles(tile, "nearest")) if split else (Resize(tile, 3, "box"),)
+    done = apply_transforms(Image.new("RGB", (width, height)), resize + steps)
+    assert tile_grid(height, width, resize + steps) == (done.rows, done.cols, len(done.pixel_values))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 6000), st.integers(1, 6000), st.sampled_from([(512, 2048), (364, 1456), (384, 1536), (512, 512)]))
+def test_grid_equals_the_source_library(height, width, sizes):
+    source = image_processor(*sizes, True)
+    _, rows, cols = source.get_number_of_image_patches(height, width)
+    assert tile_grid(height, width, transforms(source))[:2] == (rows, cols)
+
+
+def test_values_without_rescale_or_normalize():
+    image = picture(4, 4)
+    expected = np.asarray(image).transpose(2, 0, 1)[None].astype(np.float32)
+    np.testing.assert_array_equal(apply_transforms(image, ()).pixel_values, expected)
+    scaled = apply_transforms(image, (Rescale(1 / 255),)).pixel_values
+    np.testing.assert_allclose(scaled, expected / 255, atol=1e-7)
+    both = apply_transforms(image, (Normalize((1.0, 2.0, 3.0), (2.0, 4.0, 8.0)),)).pixel_values
+    np.testing.assert_allclose(both[0, 2], (expected[0, 2] - 3) / 8, atol=1e-6)
+
+
+def test_grey_images_are_made_rgb_first():
+    assert apply_transforms(Image.new("L", (4, 4)), ()).pixel_values.shape == (1, 3, 4, 4)
+
+
+def test_sizes_that_cannot_be_processed():
+    split = (SplitTiles(16, "nearest"),)
+    for call in (lambda: apply_transforms(picture(20, 40), split), lambda: tile_grid(20, 40, split)):
+        with pytest.raises(ImageError, match=r"20×40 px .* 16×16"):
+            call()
+    with pytest.raises(ImageError, match="0×5"):
+        tile_grid(0, 5, split)
+
+
+def test_transforms_that_cannot_follow_each_other():
+    image = picture(32, 16)
+    with pytest.raises(BundleError, match="resize"):
+        apply_transforms(image, (Rescale(1.0), Resize(4, 4, "bilinear")))
+    with pytest.raises(BundleError, match="split_tiles"):
+        apply_transforms(image, (SplitTiles(16, "nearest"), SplitTiles(8, "nearest")))
+    with pytest.raises(BundleError, match="1 means"):
+        apply_transforms(image, (Normalize((0.5,), (0.5, 0.5, 0.5)),))

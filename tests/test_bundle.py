@@ -1,0 +1,147 @@
+"""Opening bundles: whole ones, damaged ones, hostile ones."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mllm_edge import VLM
+from mllm_edge.bundle import Bundle
+from mllm_edge.errors import BundleError
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+def edit(bundle: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = bundle / "manifest.json"
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def test_whole_bundle_opens_and_verifies(bundle: Path) -> None:
+    seen: list[int] = []
+    opened = Bundle.load(bundle)
+    opened.verify(seen.append)
+    assert sum(seen) == opened.nbytes == sum(p.stat().st_size for p in bundle.iterdir()) - manifest_size(bundle)
+
+
+def manifest_size(bundle: Path) -> int:
+    return (bundle / "manifest.json").stat().st_size
+
+
+def test_not_a_bundle(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    with pytest.raises(BundleError, match="does not exist"):
+        Bundle.load(tmp_path / "nowhere")
+    with pytest.raises(BundleError, match="it is not a bundle"):
+        Bundle.load(tmp_path)
+    with pytest.raises(BundleError, match="has to be exported first"):
+        VLM.load(tiny_checkpoint)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema": "1"}', "\x00\xff"])
+def test_manifest_that_is_none(bundle: Path, text: str) -> None:
+    (bundle / "manifest.json").write_text(text, encoding="latin-1")
+    with pytest.raises(BundleError, match=r"manifest\.json"):
+        Bundle.load(bundle)
+
+
+def test_newer_and_older_schema(bundle: Path) -> None:
+    edit(bundle, lambda m: m.update(schema=99))
+    with pytest.raises(BundleError, match="upgrade"):
+        Bundle.load(bundle)
+    edit(bundle, lambda m: m.update(schema=0))
+    with pytest.raises(BundleError, match="mllm-edge export"):
+        Bundle.load(bundle)
+
+
+def test_missing_and_truncated_files(bundle: Path) -> None:
+    data = (bundle / "decoder.onnx.data").read_bytes()
+    (bundle / "decoder.onnx.data").write_bytes(data[:-1])
+    with pytest.raises(BundleError, match=r"decoder\.onnx\.data has .* bytes"):
+        Bundle.load(bundle)
+    (bundle / "decoder.onnx.data").unlink()
+    with pytest.raises(BundleError, match=r"decoder\.onnx\.data is missing"):
+        Bundle.load(bundle)
+
+
+def test_changed_byte_is_found_by_verify_only(bundle: Path) -> None:
+    data = bytearray((bundle / "decoder.onnx.data").read_bytes())
+    data[100] ^= 1
+    (bundle / "decoder.onnx.data").write_bytes(data)
+    opened = Bundle.load(bundle)
+    with pytest.raises(BundleError, match=r"decoder\.onnx\.data differs"):
+        opened.verify()
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret", "..\\secret", "c:secret"])
+def test_paths_cannot_leave_the_bundle(bundle: Path, name: str) -> None:
+    (bundle.parent / "secret").write_text("x")
+    edit(bundle, lambda m: m["files"].update({name: {"nbytes": 1, "sha256": ""}}))
+    with pytest.raises(BundleError, match="outside the bundle"):
+        Bundle.load(bundle)
+
+
+def test_links_cannot_leave_the_bundle(bundle: Path) -> None:
+    (bundle.parent / "secret").write_text("x")
+    (bundle / "link").symlink_to(bundle.parent / "secret")
+    edit(bundle, lambda m: m["files"].update(link={"nbytes": 1, "sha256": ""}))
+    with pytest.raises(BundleError, match="outside the bundle"):
+        Bundle.load(bundle)
+
+
+def test_graph_that_is_not_listed(bundle: Path) -> None:
+    edit(bundle, lambda m: m["files"].pop("decoder.onnx"))
+    with pytest.raises(BundleError, match=r"decoder\.onnx is not in the manifest's list"):
+        Bundle.load(bundle)
+
+
+def test_unknown_target_lists_those_there_are(bundle: Path) -> None:
+    with pytest.raises(BundleError, match="it has: cpu"):
+        Bundle.load(bundle).variant("decoder", "tensorrt")
+    with pytest.raises(BundleError, match="no text_encoder"):
+        Bundle.load(bundle).variant("text_encoder", "cpu")
+
+
+def test_embeddings_of_another_shape_or_pickled(bundle: Path) -> None:
+    path = bundle / "embed_tokens.npy"
+
+    def store(array: np.ndarray) -> None:
+        np.save(path, array, allow_pickle=True)
+        edit(bundle, lambda m: m["files"]["embed_tokens.npy"].update(nbytes=path.stat().st_size))
+
+    store(np.zeros((3, 3), np.float32))
+    with pytest.raises(BundleError, match=r"float32\[3, 3\]"):
+        Bundle.load(bundle).embeddings()
+    store(np.array([{"pickled": True}], dtype=object))
+    with pytest.raises(BundleError, match="not an array"):
+        Bundle.load(bundle).embeddings()
+
+
+def test_graph_that_onnx_runtime_refuses(bundle: Path) -> None:
+    from mllm_edge.errors import BackendError
+
+    path = bundle / "connector.onnx"
+    path.write_bytes(b"not a graph")
+    edit(bundle, lambda m: m["files"]["connector.onnx"].update(nbytes=path.stat().st_size))
+    with pytest.raises(BackendError, match=r"connector\.onnx"):
+        VLM.load(bundle)
+
+
+def test_graph_that_needs_a_newer_runtime(bundle: Path) -> None:
+    from mllm_edge.errors import BackendError
+
+    def raise_minimum(manifest: dict[str, Any]) -> None:
+        manifest["components"]["decoder"]["variants"][0]["minimum"] = {"onnxruntime": "99.0"}
+
+    edit(bundle, raise_minimum)
+    with pytest.raises(BackendError, match=r"needs ONNX Runtime 99\.0"):
+        VLM.load(bundle)
