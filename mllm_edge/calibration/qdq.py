@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["Linear", "linear", "pack_blocks"]
 
 _MICROSOFT = "com.microsoft"
+# How codes and scales are chosen. Rounding needs the weight alone; a calibrated method is one more module here.
+_METHODS = {"rtn": rtn}
 _FLOAT, _HALF, _UINT8, _INT8 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.UINT8, ir.DataType.INT8
 
 
@@ -38,7 +40,7 @@ def linear(graph: "GraphBuilder", x: ir.Value, layer: Linear, precision: Precisi
     if precision.kind == "blocks":
         return _blocks(graph, x, layer, precision)
     if precision.kind == "int8_dynamic":
-        return _int8_dynamic(graph, x, layer)
+        return _int8_dynamic(graph, x, layer, precision)
     return _float(graph, x, layer, half=precision.kind == "float16")
 
 
@@ -75,9 +77,9 @@ def _bias(graph: "GraphBuilder", layer: Linear) -> ir.Value | None:
     return graph.weight(f"{layer.name}.bias", _FLOAT, (layer.shape[0],), layer.bias)
 
 
-def _int8_dynamic(graph: "GraphBuilder", x: ir.Value, layer: Linear) -> ir.Value:
+def _int8_dynamic(graph: "GraphBuilder", x: ir.Value, layer: Linear, precision: Precision) -> ir.Value:
     rows, row = layer.shape
-    quantized = _Once(lambda: rtn.quantize_channels(layer.weight()))
+    quantized = _Once(lambda: _METHODS[precision.method].quantize_channels(layer.weight()))
     codes = graph.weight(f"{layer.name}.weight", _INT8, (row, rows), lambda: quantized()[0].T)
     scales = graph.weight(f"{layer.name}.scale", _FLOAT, (rows,), lambda: quantized()[1])
     zero = graph.constant("zero.int8", np.array(0, np.int8))
@@ -89,7 +91,7 @@ def _blocks(graph: "GraphBuilder", x: ir.Value, layer: Linear, precision: Precis
     rows, row = layer.shape
     bits, block = precision.bits, block_size(row, precision.largest_block)
     blocks = -(-row // block)
-    quantized = _Once(lambda: rtn.quantize_blocks(layer.weight(), bits, block))
+    quantized = _Once(lambda: _METHODS[precision.method].quantize_blocks(layer.weight(), bits, block))
     packed = graph.weight(
         f"{layer.name}.weight", _UINT8, (rows, blocks, block * bits // 8), lambda: pack_blocks(quantized()[0], bits)
     )

@@ -15,11 +15,13 @@ class Precision:
     `kind` float32 | float16 (stored in half, computed in float32 where the CPU has no half kernels) | int8_dynamic
     (8-bit weight per output channel, activations quantized to uint8 at run time) | blocks (`bits` per weight with one
     scale per `largest_block` weights at most, activations quantized to int8 per block at run time).
+    `method` names the module of `calibration.methods` that chooses codes and scales.
     """
 
     kind: Literal["float32", "float16", "int8_dynamic", "blocks"]
     bits: int = 32
     largest_block: int = 128
+    method: Literal["rtn"] = "rtn"
 
 
 FLOAT32 = Precision("float32")
@@ -31,17 +33,13 @@ BLOCKS_4 = Precision("blocks", 4)
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named choice. `vision` covers the vision encoder's linear layers, `head` the projection onto the vocabulary.
-
-    `method` names the rounding of weights: `rtn` (to nearest) needs no data; calibrated methods come beside it.
-    """
+    """A named choice. `vision` covers the vision encoder's linear layers, `head` the projection onto the vocabulary."""
 
     name: str
     vision: Precision
     connector: Precision
     decoder: Precision
     head: Precision
-    method: str = "rtn"
 
 
 # The head keeps 8 bits in int4: a 4-bit head makes small models repeat themselves; its block is 64 (CPU kernels).

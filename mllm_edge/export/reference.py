@@ -1,12 +1,30 @@
-"""The transformers processor of a checkpoint, without torchvision: always the Pillow image processor."""
+"""The transformers side of a comparison: a checkpoint's processor, without torchvision."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mllm_edge.export.source import open_source
 from mllm_edge.export.tokens import chat_template
 
-__all__ = ["load_processor"]
+__all__ = ["load_processor", "quiet_transformers"]
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Within, transformers shows no progress bars and no advice; afterwards its settings are as before."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def load_processor(folder: Path) -> Any:

@@ -111,7 +111,7 @@ class _Reference:
         import torch
         from transformers import AutoConfig, AutoModelForImageTextToText
 
-        from mllm_edge.export.reference import load_processor
+        from mllm_edge.export.reference import load_processor, quiet_transformers
 
         torch.manual_seed(_SEED)
         config = AutoConfig.from_pretrained(source.folder)
@@ -119,10 +119,11 @@ class _Reference:
             text = config.get_text_config()
             text.num_hidden_layers = min(scope.decoder_layers, text.num_hidden_layers)
         self.torch = torch
-        self.processor = load_processor(source.folder)
-        self.model = AutoModelForImageTextToText.from_pretrained(
-            source.folder, config=config, dtype=torch.float32, low_cpu_mem_usage=True
-        ).eval()
+        with quiet_transformers():
+            self.processor = load_processor(source.folder)
+            self.model = AutoModelForImageTextToText.from_pretrained(
+                source.folder, config=config, dtype=torch.float32, low_cpu_mem_usage=True
+            ).eval()
 
     def run(self, text: str, images: tuple[Any, ...]) -> dict[str, np.ndarray]:
         """Inputs, vision outputs, greedy tokens and the logits they came from."""

@@ -1,5 +1,6 @@
 """A bundle exists whole or not at all: it is built in a hidden sibling directory and moved into place at the end."""
 
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -56,25 +57,34 @@ def workspace(out: Path) -> Iterator[Path]:
 
 
 def _swap(folder: Path, out: Path) -> None:
-    if not out.exists():
-        folder.rename(out)
-        return
+    """Move `folder` to `out`. An interruption at any point leaves the older `out` or the new one in place."""
     old = out.parent / f".{out.name}.old-{os.getpid()}"
-    out.rename(old)
     try:
+        if out.exists():
+            out.rename(old)
         folder.rename(out)
-    except BaseException:
-        old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _remove_abandoned(out: Path) -> None:
-    """Clear what exports to the same place left behind when they were killed outright."""
-    for path in out.parent.glob(f".{out.name}.export-*"):
+    """Clear what killed exports to the same place left behind, and bring back a bundle that one had set aside."""
+    for path in _abandoned(out, "export"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in _abandoned(out, "old"):
+        if out.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.rename(out)
+
+
+def _abandoned(out: Path, kind: str) -> Iterator[Path]:
+    for path in out.parent.glob(f".{glob.escape(out.name)}.{kind}-*"):
         pid = path.name.rpartition("-")[2]
         if pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
+            yield path
 
 
 def _alive(pid: int) -> bool:
