@@ -158,10 +158,12 @@ class RopeSpec:
 
 @dataclass(frozen=True)
 class PositionSpec:
-    """How positions reach the decoder."""
+    """How positions and order reach the decoder. `window`: how many of the latest positions a token sees, itself
+    included; None: all before it."""
 
     kind: Literal["rope", "none"]
     rope: RopeSpec | None = None
+    window: int | None = None
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from mllm_edge.bundle import CHAT_TEMPLATE, GENERATION, TOKENIZER, file_entries,
 from mllm_edge.calibration.recipes import Recipe, recipe
 from mllm_edge.errors import ExportError, WeightsError
 from mllm_edge.export.datafile import DataFile, DataSink, DryFile
-from mllm_edge.export.decoder import contrib
 from mllm_edge.export.decoder.build import build_decoder
+from mllm_edge.export.decoder.dialects import contrib
 from mllm_edge.export.decoder.spec import DecoderSpec
 from mllm_edge.export.families import family_for
 from mllm_edge.export.graph import save_model, tensor_specs

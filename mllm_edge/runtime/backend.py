@@ -26,6 +26,11 @@ class Buffer(Protocol):
         """Overwrite the first entries along `axis` by `values`."""
         ...
 
+    def part(self, axis: int, start: int, stop: int) -> "Buffer":
+        """The entries start … stop − 1 along `axis` as a buffer of their own over the same memory; the part must be
+        contiguous (all dimensions before `axis` are 1)."""
+        ...
+
 
 class Session(Protocol):
     """One opened component."""

@@ -1,40 +1,42 @@
 """One decoder session with its cache: embeddings in, logits out."""
 
+from typing import Protocol
+
 import numpy as np
 
 from mllm_edge.runtime.backend import Backend, Session
 from mllm_edge.runtime.kv_cache import KVCache
+from mllm_edge.runtime.masks import causal_bias
 from mllm_edge.runtime.positions import rope_tables
-from mllm_edge.spec import ModelSpec
+from mllm_edge.spec import ModelSpec, Variant
 
 __all__ = ["Decoder"]
 
 
 class Decoder:
-    """Steps a batch of one through the `contrib` contract (see export/decoder/build.py).
+    """Steps a sequence through a decoder graph of any dialect; what the dialect wants to know is the contract's part.
 
     Single-token steps reuse the same bound arrays: a step writes into them and runs.
     """
 
-    def __init__(self, session: Session, model: ModelSpec, backend: Backend):
-        self._session, self._model, self._backend = session, model, backend
-        self._seqlens = np.zeros(1, np.int32)
-        self._total = np.zeros((), np.int32)
+    def __init__(self, session: Session, variant: Variant, model: ModelSpec, backend: Backend):
+        self._session, self._variant, self._model, self._backend = session, variant, model, backend
         self._token = np.zeros((1, 1, model.hidden_size), np.float32)
         self._last = np.zeros((1, 1), np.int64)
         self._logits = np.zeros((1, 1, model.vocab_size), np.float32)
-        self._bound_step = False
+        self._bound_token = False
+        self._contract: _Contract | None = None
         self.cache: KVCache | None = None
 
     def reset(self, capacity: int) -> KVCache:
         """Start an empty sequence of up to `capacity` tokens; a cache that is large enough is used again."""
         if self.cache is None or self.cache.capacity < capacity:
-            self.cache = KVCache(self._model.cache, self._backend, capacity)
-            inputs, outputs = self.cache.bindings()
-            self._session.bind({**inputs, **self._tables(capacity)}, outputs)
-            self._session.bind({"seqlens_k": self._seqlens, "total_sequence_length": self._total}, {})
+            mode = self._variant.kv_mode or "in_place"
+            self.cache = KVCache(self._model.cache, self._backend, capacity, mode)
+            kind = _ContribContract if self._variant.dialect == "contrib" else _StandardContract
+            self._contract = kind(self._session, self._variant, self._model, capacity)
             self._session.bind({}, {"logits": self._logits})
-            self._bound_step = False
+            self._bound_token = False
         self.cache.truncate(0)
         return self.cache
 
@@ -43,25 +45,59 @@ class Decoder:
 
         The array returned is overwritten by the next call.
         """
-        cache = self.cache
+        cache, contract = self.cache, self._contract
         assert cache is not None, "reset() comes first"
-        length = inputs_embeds.shape[0]
-        cache.advance(length)
-        self._seqlens[0], self._total[...] = cache.length - 1, cache.length
-        if length == 1:
+        assert contract is not None
+        tokens = inputs_embeds.shape[0]
+        feeds = contract.feeds(cache.length, tokens)
+        cache.advance(tokens, self._session)
+        if tokens == 1:
             self._token[0] = inputs_embeds
-            feeds: dict[str, np.ndarray] = (
-                {} if self._bound_step else {"inputs_embeds": self._token, "logits_indices": self._last}
-            )
+            if not self._bound_token:
+                feeds |= {"inputs_embeds": self._token, "logits_indices": self._last}
         else:
-            feeds = {"inputs_embeds": inputs_embeds[None], "logits_indices": np.array([[length - 1]], np.int64)}
-        self._bound_step = length == 1
+            feeds |= {"inputs_embeds": inputs_embeds[None], "logits_indices": np.array([[tokens - 1]], np.int64)}
+        self._bound_token = tokens == 1
         self._session.run(feeds)
         return self._logits[0, 0]
 
-    def _tables(self, capacity: int) -> dict[str, np.ndarray]:
-        rope = self._model.positions.rope
-        if rope is None:
-            return {}
-        cos, sin = rope_tables(rope, np.arange(capacity))
-        return {"cos": cos, "sin": sin}
+
+class _Contract(Protocol):
+    """Tells the graph where the new tokens stand."""
+
+    def feeds(self, past: int, tokens: int) -> dict[str, np.ndarray]:
+        """The inputs that change for `tokens` new positions behind `past` others."""
+        ...
+
+
+class _ContribContract:
+    """Lengths as two bound integers, rotary tables bound once for all positions."""
+
+    def __init__(self, session: Session, variant: Variant, model: ModelSpec, capacity: int):
+        self._seqlens, self._total = np.zeros(1, np.int32), np.zeros((), np.int32)
+        bound = {"seqlens_k": self._seqlens, "total_sequence_length": self._total}
+        if model.positions.rope is not None:
+            bound["cos"], bound["sin"] = rope_tables(model.positions.rope, np.arange(capacity))
+        session.bind(bound, {})
+
+    def feeds(self, past: int, tokens: int) -> dict[str, np.ndarray]:
+        self._seqlens[0], self._total[...] = past + tokens - 1, past + tokens
+        return {}
+
+
+class _StandardContract:
+    """Bias and rotary rows for the new positions; the place to write at, where the cache is in place."""
+
+    def __init__(self, session: Session, variant: Variant, model: ModelSpec, capacity: int):
+        self._window, self._writes = model.positions.window, variant.kv_mode == "in_place"
+        self._tables: dict[str, np.ndarray] = {}
+        if model.positions.rope is not None:
+            cos, sin = rope_tables(model.positions.rope, np.arange(capacity))
+            self._tables = {"cos": cos[None], "sin": sin[None]}
+
+    def feeds(self, past: int, tokens: int) -> dict[str, np.ndarray]:
+        feeds = {name: table[:, past : past + tokens] for name, table in self._tables.items()}
+        feeds["attention_bias"] = causal_bias(past, tokens, self._window)
+        if self._writes:
+            feeds["write_indices"] = np.array([past], np.int64)
+        return feeds

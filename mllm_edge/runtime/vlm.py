@@ -67,7 +67,8 @@ class VLM:
         self.processor = Processor(self.spec, self.tokenizer, template)
         self.stop_ids = frozenset(generation.eos_token_ids)
         self._sessions = {name: self._open(name) for name in bundle.manifest.components}
-        self.decoder = Decoder(self._sessions["decoder"], self.spec, backend)
+        variant = bundle.variant("decoder", backend.target)
+        self.decoder = Decoder(self._sessions["decoder"], variant, self.spec, backend)
         self.embed = Embedder(bundle.embeddings(), self.spec.embedding)
         self._calls = 0
 

@@ -1,20 +1,23 @@
-"""Llama decoders: configuration to DecoderSpec."""
+"""Llama and its nearest relatives (Mistral, Qwen2, Qwen3): configuration to DecoderSpec."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from mllm_edge.errors import ConfigError
-from mllm_edge.export.decoder.spec import DecoderSpec, WeightNames
+from mllm_edge.export.decoder.spec import AttentionSpec, DecoderSpec, WeightNames
 from mllm_edge.export.safetensors import Weights
 from mllm_edge.export.source import ConfigReader
 from mllm_edge.spec import RopeSpec
 
-__all__ = ["llama_spec"]
+__all__ = ["LLAMA_LIKE", "llama_spec"]
 
 _LAYER = {
     "input_norm": "input_layernorm",
     "q_proj": "self_attn.q_proj",
     "k_proj": "self_attn.k_proj",
     "v_proj": "self_attn.v_proj",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
     "o_proj": "self_attn.o_proj",
     "post_attention_norm": "post_attention_layernorm",
     "gate_proj": "mlp.gate_proj",
@@ -23,34 +26,60 @@ _LAYER = {
 }
 
 
-def llama_spec(config: ConfigReader, weights: Weights, prefix: str, tied: bool) -> DecoderSpec:
+@dataclass(frozen=True)
+class _Kind:
+    """What sets a model type apart. A bias is always there, never, or as the configuration says (None)."""
+
+    qkv_bias: bool | None = False
+    output_bias: bool | None = False
+    qk_norm: bool = False
+    windowed: bool = False
+
+
+LLAMA_LIKE = {
+    "llama": _Kind(qkv_bias=None, output_bias=None),
+    "mistral": _Kind(windowed=True),
+    "qwen2": _Kind(qkv_bias=True),
+    "qwen3": _Kind(qkv_bias=None, output_bias=None, qk_norm=True),
+}
+
+
+def llama_spec(
+    config: ConfigReader, weights: Weights, prefix: str, tied: bool, model_type: str = "llama"
+) -> DecoderSpec:
     """The decoder whose tensors stand under `prefix` (without a final dot).
 
     A tied checkpoint may store the head as well; then the stored one counts, as in transformers.
     Raises ConfigError for a value that this decoder has no operators for.
     """
+    kind = LLAMA_LIKE[model_type]
     config.require("hidden_act", "silu")
     config.require("pretraining_tp", 1)
-    # Of no effect when tied or not is decided by the model that contains this decoder.
+    # Of no effect here: whether the head is tied is decided by the model that contains this decoder.
     config.take("tie_word_embeddings")
     hidden, heads = config.take("hidden_size"), config.take("num_attention_heads")
     head_dim = config.take("head_dim", hidden // heads)
-    biased = bool(config.take("attention_bias", False))
-    head = "lm_head" if "lm_head.weight" in weights or not tied else f"{prefix}.embed_tokens"
     if head_dim % 8:
         raise ConfigError(f"head_dim = {head_dim} is not a multiple of 8", "GroupQueryAttention needs multiples of 8")
-    spec = DecoderSpec(
+    biased = bool(config.take("attention_bias", False))
+    head = "lm_head" if "lm_head.weight" in weights or not tied else f"{prefix}.embed_tokens"
+    return DecoderSpec(
         layers=config.take("num_hidden_layers"),
         hidden_size=hidden,
         intermediate_size=config.take("intermediate_size"),
-        heads=heads,
-        kv_heads=config.take("num_key_value_heads", heads),
-        head_dim=head_dim,
         vocab_size=config.take("vocab_size"),
         norm_eps=config.take("rms_norm_eps"),
+        attention=AttentionSpec(
+            heads=heads,
+            kv_heads=config.take("num_key_value_heads", heads),
+            head_dim=head_dim,
+            scale=head_dim**-0.5,
+            qkv_bias=biased if kind.qkv_bias is None else kind.qkv_bias,
+            output_bias=biased if kind.output_bias is None else kind.output_bias,
+            qk_norm=kind.qk_norm,
+            window=_window(config, kind),
+        ),
         rope=_rope(config, head_dim),
-        qkv_bias=biased,
-        output_bias=biased,
         mlp_bias=bool(config.take("mlp_bias", False)),
         names=WeightNames(
             layer={part: f"{prefix}.layers.{{i}}.{name}" for part, name in _LAYER.items()},
@@ -58,7 +87,17 @@ def llama_spec(config: ConfigReader, weights: Weights, prefix: str, tied: bool) 
             lm_head=head,
         ),
     )
-    return spec
+
+
+def _window(config: ConfigReader, kind: _Kind) -> int | None:
+    """The same window in all layers or none: Qwen's mixed layers are refused, not approximated."""
+    window = config.take("sliding_window")
+    config.take("max_window_layers")
+    config.take("layer_types")
+    if kind.windowed:
+        return window
+    config.require("use_sliding_window", False)
+    return None
 
 
 def _rope(config: ConfigReader, head_dim: int) -> RopeSpec:

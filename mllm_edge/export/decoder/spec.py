@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from mllm_edge.spec import RopeSpec
 
-__all__ = ["DecoderSpec", "WeightNames"]
+__all__ = ["AttentionSpec", "DecoderSpec", "WeightNames"]
 
 
 @dataclass(frozen=True)
@@ -18,22 +18,33 @@ class WeightNames:
 
 
 @dataclass(frozen=True)
-class DecoderSpec:
-    """A pre-norm transformer decoder with RMS norms, grouped-query attention, rope and a gated SiLU MLP (Llama).
+class AttentionSpec:
+    """Self-attention of one layer. `scale` multiplies q·k; `qk_norm` normalizes each head of q and k (RMS, before
+    rope); `window` is the number of latest positions a token sees, itself included (None: all before it)."""
 
-    Sizes are in elements. `lm_head` may name the embedding matrix (tied). Biases are per kind of projection.
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """A pre-norm transformer decoder with RMS norms, grouped-query attention, rope and a gated SiLU MLP.
+
+    Sizes are in elements. `lm_head` may name the embedding matrix (tied).
     """
 
     layers: int
     hidden_size: int
     intermediate_size: int
-    heads: int
-    kv_heads: int
-    head_dim: int
     vocab_size: int
     norm_eps: float
+    attention: AttentionSpec
     rope: RopeSpec
-    qkv_bias: bool
-    output_bias: bool
     mlp_bias: bool
     names: WeightNames

@@ -85,7 +85,7 @@ def plan(source: Source, weights: Weights) -> Plan:
         parameters=weights.parameters,
         embedding=EmbeddingSpec("embed_tokens.npy", rows=weights.shape(f"{_TEXT}.embed_tokens.weight")[0]),
         positions=PositionSpec("rope", decoder.rope),
-        cache=CacheSpec(decoder.layers, decoder.kv_heads, decoder.head_dim),
+        cache=CacheSpec(decoder.layers, decoder.attention.kv_heads, decoder.attention.head_dim),
         image=image,
     )
     return Plan(

@@ -66,6 +66,11 @@ class _Buffer:
     def write(self, axis: int, values: np.ndarray) -> None:
         self.array[_prefix(axis, values.shape[axis])] = values
 
+    def part(self, axis: int, start: int, stop: int) -> "_Buffer":
+        view = self.array[(slice(None),) * axis + (slice(start, stop),)]
+        assert view.flags.c_contiguous, "a part must be contiguous"
+        return _Buffer(view)
+
 
 class _Session:
     """Everything goes through one IO binding: buffers stay bound, arrays are rebound at each run without a copy."""
@@ -98,7 +103,7 @@ class _Session:
         return {name: values[name].numpy() for name in free}
 
     def _value(self, name: str, value: Any) -> Any:
-        array = value.array if isinstance(value, _Buffer) else np.ascontiguousarray(value)
+        array = value.array if isinstance(value, _Buffer) else np.asarray(value, order="C")
         # The OrtValue borrows the array's memory: keep the array alive as long as it is bound.
         self._kept[name] = array
         return self._ort.OrtValue.ortvalue_from_numpy(array)
