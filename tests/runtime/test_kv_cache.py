@@ -1,6 +1,8 @@
 """The cache by itself, and what the decoder makes of it."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,43 +17,105 @@ from mllm_edge.runtime.trace import Trace
 from mllm_edge.spec import CacheSpec
 
 SPEC = CacheSpec(layers=2, heads=3, head_dim=8)
+MODES: list[Any] = ["in_place", "append"]
 
 
-def new_cache(capacity: int = 16) -> KVCache:
-    return KVCache(SPEC, open_backend("cpu"), capacity)
+class RecordingSession:
+    """Keeps what a cache binds."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, Any] = {}
+        self.outputs: dict[str, Any] = {}
+        self.binds = 0
+
+    def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+        self.inputs, self.outputs = dict(inputs), dict(outputs)
+        self.binds += 1
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        raise AssertionError("a cache runs nothing")
 
 
-def test_bytes_and_names() -> None:
-    cache = new_cache()
+@pytest.fixture
+def session() -> RecordingSession:
+    return RecordingSession()
+
+
+def new_cache(capacity: int = 16, mode: Any = "in_place") -> KVCache:
+    return KVCache(SPEC, open_backend("cpu"), capacity, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_bytes_and_names(mode: Any, session: RecordingSession) -> None:
+    cache = new_cache(mode=mode)
     assert cache.nbytes == 2 * 2 * 3 * 16 * 8 * 4
-    inputs, outputs = cache.bindings()
-    assert sorted(inputs) == [f"past_key_values.{i}.{part}" for i in range(2) for part in ("key", "value")]
-    assert sorted(outputs) == [f"present.{i}.{part}" for i in range(2) for part in ("key", "value")]
-    assert all(inputs[f"past_key_values.{n}"] is outputs[f"present.{n}"] for n in ("0.key", "1.value"))
+    cache.advance(1, session)
+    names = [f"{i}.{part}" for i in range(2) for part in ("key", "value")]
+    assert sorted(session.inputs) == [f"past_key_values.{name}" for name in names]
+    assert sorted(session.outputs) == [f"present.{name}" for name in names]
 
 
-def test_advance_refuses_what_does_not_fit_and_changes_nothing() -> None:
+def test_in_place_binds_one_buffer_once(session: RecordingSession) -> None:
+    cache = new_cache()
+    cache.advance(3, session)
+    cache.advance(1, session)
+    assert session.binds == 1
+    assert session.inputs["past_key_values.1.key"] is session.outputs["present.1.key"] is cache.buffer(1, "key")
+
+
+def test_append_binds_a_prefix_and_the_rows_behind_it(session: RecordingSession) -> None:
+    cache = new_cache(mode="append")
+    whole = cache.buffer(1, "value").array  # type: ignore[attr-defined]
+    cache.advance(3, session)
+    cache.advance(2, session)
+    past, new = session.inputs["past_key_values.1.value"].array, session.outputs["present.1.value"].array
+    assert (past.shape, new.shape) == ((1, 3, 3, 8), (1, 2, 3, 8))
+    new[...] = 7
+    assert whole[0, :, 0, 0].tolist() == [0, 0, 0, 7, 7] + [0] * 11
+    assert np.shares_memory(past, whole)
+
+
+def test_append_holds_one_sequence() -> None:
+    with pytest.raises(ValueError, match="one sequence"):
+        KVCache(SPEC, open_backend("cpu"), 16, "append", batch=2)
+
+
+def test_advance_refuses_what_does_not_fit_and_changes_nothing(session: RecordingSession) -> None:
     cache = new_cache(capacity=4)
-    cache.advance(3)
+    cache.advance(3, session)
     with pytest.raises(ContextError, match=r"3 \+ 2 tokens exceed the cache's capacity of 4"):
-        cache.advance(2)
+        cache.advance(2, session)
     assert cache.length == 3
-    cache.advance(1)
+    cache.advance(1, session)
 
 
 @pytest.mark.parametrize("length", [-1, 4])
-def test_truncate_checks_its_length(length: int) -> None:
+def test_truncate_checks_its_length(length: int, session: RecordingSession) -> None:
     cache = new_cache()
-    cache.advance(3)
+    cache.advance(3, session)
     with pytest.raises(ValueError, match="cannot truncate"):
         cache.truncate(length)
     cache.truncate(1)
     assert cache.length == 1
 
 
-def test_snapshot_longer_than_the_capacity() -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_snapshot_holds_the_tokens_only(mode: Any, session: RecordingSession) -> None:
+    cache = new_cache(mode=mode)
+    cache.advance(5, session)
+    cache.buffer(0, "key").array[...] = 3  # type: ignore[attr-defined]
+    snapshot = cache.snapshot()
+    assert snapshot.length == 5
+    assert all(rows.size == 5 * 3 * 8 for rows in snapshot.rows)
+    other = new_cache(capacity=8, mode=mode)
+    other.restore(snapshot)
+    assert other.length == 5
+    assert other.buffer(0, "key").array.sum() == 3 * 5 * 3 * 8  # type: ignore[attr-defined]
+
+
+def test_snapshot_longer_than_the_capacity(session: RecordingSession) -> None:
     long = new_cache(16)
-    long.advance(10)
+    long.advance(10, session)
     with pytest.raises(ContextError, match="snapshot of 10 tokens"):
         new_cache(8).restore(long.snapshot())
 
@@ -110,8 +174,7 @@ def test_larger_capacity_replaces_the_buffers_and_keeps_the_result(vlm: VLM) -> 
 
 def test_decode_does_not_copy_the_cache(vlm: VLM) -> None:
     cache = vlm.decoder.reset(32)
-    inputs, _ = cache.bindings()
-    array = inputs["past_key_values.0.key"].array  # type: ignore[attr-defined]
+    array = cache.buffer(0, "key").array  # type: ignore[attr-defined]
     steps(vlm, [[5, 6, 7], [8]])
     written = np.abs(array).sum(axis=(0, 1, 3)) > 0
     assert written.tolist() == [True] * 4 + [False] * 28
