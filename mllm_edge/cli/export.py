@@ -1,0 +1,141 @@
+"""`mllm-edge export`: a checkpoint becomes a bundle."""
+
+import importlib.util
+import shlex
+import sys
+import time
+import warnings
+from typing import Any
+
+import click
+
+from mllm_edge.cli.output import bytes_text, note, print_json, table
+from mllm_edge.cli.progress import stages
+from mllm_edge.cli.signals import interrupted_message, interruptible
+from mllm_edge.errors import MllmEdgeError
+
+__all__ = ["RECIPES", "TARGETS", "command"]
+
+# Repeated here so that the help needs no export extra; a test compares them with the exporter's own.
+TARGETS = ("cpu",)
+RECIPES = ("fp32", "fp16", "int8", "int4")
+_NEEDED = (
+    "huggingface_hub",
+    "ml_dtypes",
+    "onnx",
+    "onnx_ir",
+    "onnxruntime",
+    "onnxscript",
+    "safetensors",
+    "torch",
+    "transformers",
+)
+_STOPPED = interrupted_message("the export") + "; its temporary files are gone"
+
+
+@click.command("export", short_help="Export a checkpoint to a bundle.")
+@click.argument("model")
+@click.argument("out", type=click.Path())
+@click.option("--target", type=click.Choice(TARGETS), default="cpu", show_default=True, help="Where it will run.")
+@click.option("--recipe", type=click.Choice(RECIPES), default="int4", show_default=True, help="Precision.")
+@click.option(
+    "--verify",
+    type=click.Choice(["auto", "full", "off"]),
+    default="auto",
+    show_default=True,
+    help="Compare with the source model; auto takes the first decoder layers only when the model is large.",
+)
+@click.option("--revision", help="Branch, tag or commit of a hub model.")
+@click.option("--force", is_flag=True, help="Replace the bundle in OUT.")
+@click.option("--dry-run", is_flag=True, help="Check the checkpoint and tell the sizes; write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def command(
+    model: str,
+    out: str,
+    target: str,
+    recipe: str,
+    verify: Any,
+    revision: str | None,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Export MODEL, a checkpoint directory or a hub id like owner/name, to a bundle in the new directory OUT.
+
+    The result is compared with the source model; when they disagree, the export fails. A failed or interrupted export
+    leaves OUT as it was.
+    """
+    began = time.perf_counter()
+    with interruptible(_STOPPED) as check, stages(check) as progress:
+        progress.stage("loading the exporter")
+        pipeline = _pipeline()
+        report = pipeline.export(
+            model,
+            out,
+            target=target,
+            recipe_name=recipe,
+            verify_mode=verify,
+            force=force,
+            dry_run=dry_run,
+            revision=revision,
+            progress=progress,
+        ).as_dict()
+    report["seconds"] = time.perf_counter() - began
+    if as_json:
+        print_json(report)
+    else:
+        note(f"\n{_summary(report)}")
+
+
+def _pipeline() -> Any:
+    """The exporter, other libraries' chatter silenced; raises MllmEdgeError when the extra is not installed."""
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MllmEdgeError(
+            f"exporting needs packages that are not installed: {', '.join(missing)}",
+            'pip install "mllm-edge[export]" (a CPU build of torch is enough; install it first to save space)',
+        )
+    warnings.simplefilter("ignore")
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging
+
+    from mllm_edge.export import pipeline
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if sys.stderr.isatty():  # a download shows its own bars; the line above switches them off, too
+        enable_progress_bars()
+    return pipeline
+
+
+def _summary(report: dict[str, Any]) -> str:
+    parts = [_components(report)]
+    if report["parity"]:
+        parts.append(_parity(report["parity"]))
+    elif not report["dry_run"]:
+        parts.append("not compared with the source model (--verify off)")
+    parts.append(_ending(report))
+    return "\n\n".join(parts)
+
+
+def _ending(report: dict[str, Any]) -> str:
+    out = shlex.quote(report["out"])
+    if report["dry_run"]:
+        command = f"mllm-edge export {shlex.quote(report['source'])} {out} --recipe {report['recipe']}"
+        return f"dry run: nothing was written\nnext: {command}"
+    size = bytes_text(report["nbytes"])
+    command = f'mllm-edge run {out} "What is in the picture?" --image FILE'
+    return f"wrote {report['out']}: {size} in {report['seconds']:.1f} s\nnext: {command}"
+
+
+def _components(report: dict[str, Any]) -> str:
+    title = f"{report['family']}, {report['parameters'] / 1e6:.1f} M parameters, {report['recipe']}"
+    rows = [[name, bytes_text(nbytes)] for name, nbytes in report["components"].items()]
+    return table([title, "size"], [*rows, ["total", bytes_text(report["nbytes"])]])
+
+
+def _parity(parity: dict[str, Any]) -> str:
+    rows = [[name, f"{error:.1e}", f"{parity['limits'][name]:g}"] for name, error in parity["errors"].items()]
+    text = table([f"against the source model ({parity['scope']})", "error", "limit"], rows)
+    notes = "".join(f"\n{line}" for line in parity["notes"])
+    return f"{text}\ngreedy tokens agree: {parity['greedy_agreement']:.1%} of {parity['greedy_tokens']}{notes}"

@@ -1,0 +1,135 @@
+"""`mllm-edge inspect`: what is in a bundle."""
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mllm_edge.cli.output import bytes_text, print_json, table, write_answer
+from mllm_edge.cli.progress import stages
+
+if TYPE_CHECKING:
+    from mllm_edge.bundle import Bundle
+    from mllm_edge.spec import TensorSpec, Variant
+
+__all__ = ["command"]
+
+
+@click.command("inspect", short_help="Show what is in a bundle.")
+@click.argument("bundle", type=click.Path())
+@click.option("--verify", is_flag=True, help="Compare every file with its SHA-256.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+def command(bundle: str, verify: bool, as_json: bool) -> None:
+    """Show the model, graphs, files and measurements of BUNDLE; nothing is run."""
+    from mllm_edge.bundle import Bundle
+    from mllm_edge.spec import to_json
+
+    opened = Bundle.load(bundle)
+    if verify:
+        with stages() as progress:
+            progress.stage("verifying", opened.nbytes)
+            opened.verify(progress.advance)
+    if as_json:
+        facts = {"path": str(opened.path), "nbytes": opened.nbytes, "verified": verify}
+        print_json({**facts, "manifest": to_json(opened.manifest)})
+    else:
+        sections = [_model(opened), _components(opened), _recipe(opened), _parity(opened), _accuracy(opened)]
+        sections += [_provenance(opened), _files(opened)]
+        sections.append("every file is as it was exported" if verify else "")
+        write_answer("\n\n".join(section for section in sections if section) + "\n")
+
+
+def _model(bundle: "Bundle") -> str:
+    model = bundle.manifest.model
+    cache = model.cache
+    facts = {
+        "bundle": f"{bundle.path}, {bytes_text(bundle.nbytes)}",
+        "model": f"{model.model_type} (family {model.family}), {model.parameters / 1e6:.1f} M parameters",
+        "text": f"hidden size {model.hidden_size}, vocabulary {model.vocab_size}, context {model.context_length}",
+        "cache": f"{cache.layers} layers x {cache.heads} heads x {cache.head_dim}, {cache.kind}",
+        "image": _image(bundle),
+    }
+    return _facts(facts)
+
+
+def _image(bundle: "Bundle") -> str:
+    image = bundle.manifest.model.image
+    if image is None:
+        return "takes none"
+    steps = ", ".join(transform.op for transform in image.transforms)
+    return f"tiles of {image.height} x {image.width} px, {image.prompt.tokens_per_tile} tokens each ({steps})"
+
+
+def _facts(facts: dict[str, str]) -> str:
+    return "\n".join(f"{name:<11}{value}" for name, value in facts.items())
+
+
+def _components(bundle: "Bundle") -> str:
+    parts = []
+    for name, component in bundle.manifest.components.items():
+        parts += [_variant(bundle, name, variant) for variant in component.variants]
+    return "\n\n".join(parts)
+
+
+def _variant(bundle: "Bundle", component: str, variant: "Variant") -> str:
+    sizes = {f: e.nbytes for f, e in bundle.manifest.files.items() if f in (variant.file, f"{variant.file}.data")}
+    files = " + ".join(f"{name} {bytes_text(nbytes)}" for name, nbytes in sizes.items())
+    needs = ", ".join(f"{name} >= {version}" for name, version in variant.minimum.items())
+    kind = f"{variant.target}, {variant.dialect}, {variant.precision}"
+    cache = f", cache {variant.kv_mode}" if variant.kv_mode else ""
+    lines = [f"{component}: {kind}{cache}{f', needs {needs}' if needs else ''}", f"  {files}"]
+    lines += [f"  {arrow} {tensor}" for arrow, tensor in _tensors(variant)]
+    return "\n".join(lines)
+
+
+def _tensors(variant: "Variant") -> list[tuple[str, str]]:
+    """Inputs and outputs as text; the cache's many tensors as one line each way."""
+    lines = []
+    for arrow, tensors in (("in ", variant.inputs), ("out", variant.outputs)):
+        cached = [t for t in tensors if t.name.startswith(("past_key_values.", "present."))]
+        lines += [(arrow, _tensor(t.name, t)) for t in tensors if t not in cached]
+        if cached:
+            lines.append((arrow, _tensor(f"{cached[0].name} … {cached[-1].name} ({len(cached)})", cached[0])))
+    return lines
+
+
+def _tensor(name: str, tensor: "TensorSpec") -> str:
+    return f"{name} {tensor.dtype} [{', '.join(map(str, tensor.shape))}]"
+
+
+def _recipe(bundle: "Bundle") -> str:
+    return f"recipe     {bundle.manifest.recipe.get('name', '')}"
+
+
+def _parity(bundle: "Bundle") -> str:
+    """The table of errors against the source model, whatever of it the manifest has."""
+    parity = bundle.manifest.parity
+    if not parity:
+        return "parity     not measured"
+    limits = parity.get("limits", {})
+    rows = [[name, _number(error), _number(limits.get(name))] for name, error in parity.get("errors", {}).items()]
+    text = table([f"parity ({parity.get('scope', '')})", "error", "limit"], rows)
+    agreement = parity.get("greedy_agreement")
+    if agreement is not None:
+        text += f"\ngreedy tokens agree: {agreement:.1%} of {parity.get('greedy_tokens', '')}"
+    return text
+
+
+def _accuracy(bundle: "Bundle") -> str:
+    accuracy = bundle.manifest.accuracy
+    return table(["accuracy", ""], [[name, str(value)] for name, value in accuracy.items()]) if accuracy else ""
+
+
+def _provenance(bundle: "Bundle") -> str:
+    provenance = bundle.manifest.provenance
+    tools = ", ".join(f"{name} {version}" for name, version in provenance.get("tools", {}).items())
+    revision = f" at {provenance['revision']}" if provenance.get("revision") else ""
+    return _facts({"source": f"{provenance.get('source', '')}{revision}", "made with": tools})
+
+
+def _files(bundle: "Bundle") -> str:
+    rows = [[name, bytes_text(e.nbytes), e.sha256[:12]] for name, e in sorted(bundle.manifest.files.items())]
+    return table(["file", "size", "sha256"], rows)
+
+
+def _number(value: Any) -> str:
+    return "" if value is None else f"{value:.1e}"

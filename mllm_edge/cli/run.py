@@ -1,0 +1,129 @@
+"""`mllm-edge run`: an answer, streamed."""
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mllm_edge.cli.output import milliseconds, note, print_json, write_answer
+from mllm_edge.errors import MllmEdgeError
+
+if TYPE_CHECKING:
+    from mllm_edge.runtime.vlm import VLM, Result
+
+__all__ = ["command"]
+
+_FRACTION = click.FloatRange(0, 1)
+_COUNT = click.IntRange(min=0)
+_POSITIVE = click.IntRange(min=1)
+
+
+@click.command("run", short_help="Ask a bundle a question about images.")
+@click.argument("bundle", type=click.Path())
+@click.argument("prompt")
+@click.option("--image", "images", multiple=True, metavar="FILE", help="An image, '-' for standard input; repeatable.")
+@click.option("--system", metavar="TEXT", help="A system message before the question.")
+@click.option("--max-new-tokens", type=_POSITIVE, default=256, show_default=True, help="Longest answer.")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", type=_COUNT, default=0, show_default=True, help="Sample from the k best; 0 is all.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, help="Nucleus.")
+@click.option("--min-p", type=_FRACTION, default=0.0, show_default=True, help="Least share of the best probability.")
+@click.option("--repetition-penalty", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True)
+@click.option("--frequency-penalty", type=float, default=0.0, show_default=True)
+@click.option("--presence-penalty", type=float, default=0.0, show_default=True)
+@click.option("--seed", type=_COUNT, help="Makes sampling repeatable.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; repeatable.")
+@click.option("--raw", is_flag=True, help="PROMPT is rendered already, with one image placeholder per image.")
+@click.option("--threads", type=_POSITIVE, help="Threads inside one operator; default: physical cores.")
+@click.option("--max-context", type=_POSITIVE, help="Most tokens of prompt and answer together.")
+@click.option("--backend", type=click.Choice(["auto", "cpu"]), default="auto", show_default=True)
+@click.option("--quiet", is_flag=True, help="No latencies on standard error.")
+@click.option("--json", "as_json", is_flag=True, help="Print answer, token ids and metrics as JSON.")
+def command(
+    bundle: str,
+    prompt: str,
+    images: tuple[str, ...],
+    system: str | None,
+    raw: bool,
+    threads: int | None,
+    max_context: int | None,
+    backend: str,
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Ask the model in BUNDLE about PROMPT and the images; '-' reads PROMPT from standard input.
+
+    The answer is streamed to standard output, latencies of every stage follow on standard error.
+    """
+    if raw and system is not None:
+        raise click.UsageError("--system and --raw exclude each other: a raw prompt holds its system message itself")
+    sources, text = _inputs(images, prompt)
+    messages = text if system is None else _conversation(system, text, len(sources))
+    from mllm_edge.runtime.vlm import VLM
+
+    with VLM.load(bundle, backend=backend, threads=threads, max_context=max_context) as vlm:
+        result = _answer(vlm, messages, sources, show=not as_json, raw=raw, **options)
+    if as_json:
+        ids, metrics = list(result.token_ids), result.metrics.as_dict()
+        print_json({"text": result.text, "token_ids": ids, "finish_reason": result.finish_reason, "metrics": metrics})
+    elif not quiet:
+        note(_latencies(result))
+
+
+def _inputs(images: tuple[str, ...], prompt: str) -> tuple[list[str | bytes], str]:
+    """Images as paths or bytes, and the prompt's text; standard input can be one of them."""
+    if [prompt, *images].count("-") > 1:
+        raise click.UsageError("standard input can be read once: only one of PROMPT and --image may be '-'")
+    sources: list[str | bytes] = [_stdin() if image == "-" else image for image in images]
+    return sources, _stdin_text() if prompt == "-" else prompt
+
+
+def _stdin() -> bytes:
+    if sys.stdin is None:
+        raise click.UsageError("standard input is closed")
+    return sys.stdin.buffer.read()
+
+
+def _stdin_text() -> str:
+    try:
+        return _stdin().decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as e:
+        raise click.UsageError(f"the prompt on standard input is not UTF-8: {e}") from e
+
+
+def _conversation(system: str, text: str, images: int) -> list[dict[str, Any]]:
+    content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": text}]
+    return [{"role": "system", "content": system}, {"role": "user", "content": content}]
+
+
+def _answer(vlm: "VLM", messages: Any, images: list[str | bytes], show: bool, **options: Any) -> "Result":
+    """Run, and write the pieces as they come when `show`."""
+    try:
+        chunks = vlm.stream(messages, images, **options)
+    except MllmEdgeError:
+        raise
+    except ValueError as e:  # an option out of range
+        raise click.UsageError(str(e)) from e
+    result = None
+    for chunk in chunks:
+        if show:
+            write_answer(chunk.text)
+        result = chunk.result
+    if show:
+        write_answer("\n")
+    assert result is not None
+    return result
+
+
+def _latencies(result: "Result") -> str:
+    """Two lines: what the first token took, and how fast the others came."""
+    m = result.metrics
+    stages = {"preprocess": m.preprocess, "vision encoder": m.vision_encoder, "connector": m.connector}
+    parts = {name: seconds for name, seconds in stages.items() if seconds} | {"prefill": m.prefill}
+    parts["other"] = max(0.0, m.ttft - sum(parts.values()))
+    first = " + ".join(f"{name} {milliseconds(seconds)}" for name, seconds in parts.items())
+    images = f" ({m.image_tokens} of images)" if m.image_tokens else ""
+    rate = f"TPOT {milliseconds(m.tpot)} ms = {m.tokens_per_second:.1f} tok/s, " if m.token_seconds else ""
+    counts = f"{m.prompt_tokens} prompt tokens{images}, {m.new_tokens} new, ended by {result.finish_reason}"
+    return f"TTFT {milliseconds(m.ttft)} ms = {first}\n{rate}{counts}"

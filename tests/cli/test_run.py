@@ -1,0 +1,189 @@
+"""`mllm-edge run`: answers to standard output, everything else to standard error."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+from mllm_edge import VLM
+
+Cli = Callable[..., Result]
+SHORT = ("--max-new-tokens", "6")
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_bundle: Path, image_file: Path) -> str:
+    """The greedy answer to "Hi" about the picture."""
+    with VLM.load(tiny_bundle) as vlm:
+        return vlm.generate("Hi", images=[image_file], max_new_tokens=6).text
+
+
+def test_streams_the_answer(cli: Cli, tiny_bundle: Path, image_file: Path, expected: str) -> None:
+    result = cli("run", tiny_bundle, "Hi", "--image", image_file, *SHORT)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == expected + "\n"
+    for word in ("TTFT", "preprocess", "vision encoder", "connector", "prefill", "TPOT", "tok/s", "6 new"):
+        assert word in result.stderr
+
+
+def test_quiet_says_only_the_answer(cli: Cli, tiny_bundle: Path, image_file: Path, expected: str) -> None:
+    result = cli("run", tiny_bundle, "Hi", "--image", image_file, "--quiet", *SHORT)
+    assert (result.stdout, result.stderr) == (expected + "\n", "")
+
+
+def test_json(cli: Cli, tiny_bundle: Path, image_file: Path, expected: str) -> None:
+    result = cli("run", tiny_bundle, "Hi", "--image", image_file, "--json", *SHORT)
+    data = json.loads(result.stdout)
+    assert set(data) == {"text", "token_ids", "finish_reason", "metrics"}
+    assert data["text"] == expected
+    assert len(data["token_ids"]) == data["metrics"]["new_tokens"] == 6
+    assert data["finish_reason"] == "length"
+    assert data["metrics"]["image_tokens"] > 0
+    assert result.stderr == ""
+
+
+def test_text_alone_has_no_vision_stages(cli: Cli, tiny_bundle: Path) -> None:
+    result = cli("run", tiny_bundle, "Hi", *SHORT)
+    assert result.exit_code == 0
+    assert "vision" not in result.stderr
+    assert "prefill" in result.stderr
+
+
+def test_prompt_from_standard_input(cli: Cli, tiny_bundle: Path, image_file: Path, expected: str) -> None:
+    result = cli("run", tiny_bundle, "-", "--image", image_file, *SHORT, input="Hi\n")
+    assert result.stdout == expected + "\n"
+
+
+def test_image_from_standard_input(cli: Cli, tiny_bundle: Path, image_file: Path, expected: str) -> None:
+    result = cli("run", tiny_bundle, "Hi", "--image", "-", *SHORT, input=image_file.read_bytes())
+    assert result.stdout == expected + "\n"
+
+
+def test_standard_input_is_read_once(cli: Cli, tiny_bundle: Path) -> None:
+    result = cli("run", tiny_bundle, "-", "--image", "-", input="Hi")
+    assert result.exit_code == 2
+    assert "only one of PROMPT and --image" in result.stderr
+
+
+def test_a_prompt_that_is_not_utf8(cli: Cli, tiny_bundle: Path) -> None:
+    result = cli("run", tiny_bundle, "-", input=b"\xff\xfe")
+    assert result.exit_code == 2
+    assert "not UTF-8" in result.stderr
+
+
+def test_several_images(cli: Cli, tiny_bundle: Path, image_file: Path) -> None:
+    one, two = (
+        json.loads(cli("run", tiny_bundle, "Hi", *["--image", image_file] * n, "--json", *SHORT).stdout) for n in (1, 2)
+    )
+    assert two["metrics"]["image_tokens"] == 2 * one["metrics"]["image_tokens"]
+
+
+def test_system_message_reaches_the_template(cli: Cli, tiny_bundle: Path, image_file: Path) -> None:
+    plain, told = (
+        json.loads(cli("run", tiny_bundle, "Hi", "--image", image_file, "--json", *SHORT, *extra).stdout)
+        for extra in ([], ["--system", "Be brief."])
+    )
+    # The tiny tokenizer has one token a byte: "System: Be brief.", the end token and a line break.
+    assert told["metrics"]["prompt_tokens"] == plain["metrics"]["prompt_tokens"] + len("System: Be brief.") + 2
+
+
+def test_raw_prompt(cli: Cli, tiny_bundle: Path, image_file: Path) -> None:
+    result = cli("run", tiny_bundle, "<image>Hi", "--raw", "--image", image_file, "--json", *SHORT)
+    assert result.exit_code == 0, result.stderr
+    excluded = cli("run", tiny_bundle, "<image>Hi", "--raw", "--system", "Be brief.")
+    assert excluded.exit_code == 2
+    assert "exclude each other" in excluded.stderr
+
+
+def test_sampling_is_repeatable(cli: Cli, tiny_bundle: Path) -> None:
+    options = ["--temperature", "1.5", "--top-k", "50", "--top-p", "0.95", "--min-p", "0.01", "--repetition-penalty"]
+    options += ["1.1", "--frequency-penalty", "0.1", "--presence-penalty", "0.1", "--json", *SHORT]
+    ids = [
+        json.loads(cli("run", tiny_bundle, "Hi", *options, "--seed", seed).stdout)["token_ids"] for seed in (1, 1, 2)
+    ]
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_stop_string(cli: Cli, tiny_bundle: Path, image_file: Path, expected: str) -> None:
+    stop = expected[2:4]
+    arguments = ("run", tiny_bundle, "Hi", "--image", image_file, "--stop", stop, *SHORT)
+    assert cli(*arguments).stdout == expected[: expected.index(stop)] + "\n"
+    assert json.loads(cli(*arguments, "--json").stdout)["finish_reason"] == "stop_string"
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--temperature", "-1"],
+        ["--temperature", "nan"],
+        ["--top-p", "0"],
+        ["--min-p", "2"],
+        ["--top-k", "-1"],
+        ["--repetition-penalty", "0"],
+        ["--max-new-tokens", "0"],
+        ["--threads", "0"],
+        ["--max-context", "0"],
+        ["--backend", "none"],
+        ["--stop", ""],
+    ],
+)
+def test_options_out_of_range_are_usage_errors(cli: Cli, tiny_bundle: Path, option: list[str]) -> None:
+    result = cli("run", tiny_bundle, "Hi", *option)
+    assert result.exit_code == 2
+    assert option[0].lstrip("-").replace("-", "_") in result.stderr.replace("-", "_")
+    assert result.stdout == ""
+
+
+def test_bad_image(cli: Cli, tiny_bundle: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"not an image")
+    for path in (broken, tmp_path / "absent.png"):
+        result = cli("run", tiny_bundle, "Hi", "--image", path)
+        assert result.exit_code == 1
+        assert result.stdout == ""
+        assert result.stderr.startswith("error: ")
+        assert path.name in result.stderr
+
+
+def test_too_long_a_prompt(cli: Cli, tiny_bundle: Path) -> None:
+    result = cli("run", tiny_bundle, "x" * 200, "--max-context", "100")
+    assert result.exit_code == 1
+    assert "fix: raise --max-context" in result.stderr
+
+
+def test_not_a_bundle(cli: Cli, tmp_path: Path) -> None:
+    result = cli("run", tmp_path, "Hi")
+    assert result.exit_code == 1
+    assert "not a bundle" in result.stderr
+
+
+def test_an_interruption_is_one_line(cli: Cli, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(VLM, "load", load)
+    result = cli("run", tiny_bundle, "Hi")
+    assert result.exit_code == 130
+    assert result.stderr == "interrupted: the command was stopped\n"
+
+
+def test_a_closed_pipe_ends_quietly(environment: dict[str, str], tiny_bundle: Path) -> None:
+    command = [sys.executable, "-m", "mllm_edge", "run", str(tiny_bundle), "Hi", "--quiet"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        running.stdout.close()
+        stderr = running.stderr.read()
+    assert running.returncode == 1
+    assert stderr == b""
+
+
+def test_a_character_the_locale_cannot_write(environment: dict[str, str], tiny_bundle: Path) -> None:
+    command = [sys.executable, "-m", "mllm_edge", "run", str(tiny_bundle), "Hi", "--quiet", *SHORT]
+    ascii_only = {**environment, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=ascii_only, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
