@@ -53,5 +53,5 @@ $(TORCH_STAMP): | $(BIN)/python
 	touch $@
 
 $(INSTALLED): pyproject.toml $(TORCH_STAMP)
-	$(PIP) install -e ".[export,cpu,test]"
+	$(PIP) install -e ".[export,cpu,rtx,test]"
 	touch $@

@@ -143,17 +143,40 @@ class ImageSpec:
 class RopeSpec:
     """Rotary embedding of the first `dim` elements of a head, halves convention; the host computes cos and sin.
 
-    `kind` default: inverse frequencies theta^(−2i/dim). linear: positions divided by `factor`. llama3: frequencies
-    scaled by wavelength between `low_freq_factor` and `high_freq_factor` of `original_max_positions`.
+    `kind`:
+    default   inverse frequencies theta^(−2i/dim)
+    linear    all divided by `factor`
+    dynamic   a theta that grows with the sequence beyond `original_max_positions` (`factor`)
+    llama3    divided by wavelength, between `low_freq_factor` and `high_freq_factor` of `original_max_positions`
+    yarn      divided by turns within `original_max_positions`, between `beta_fast` and `beta_slow` (`truncate`: the
+              bounds are whole pairs)
+    longrope  divided by `short_factors`, or by `long_factors` beyond `original_max_positions`; one factor per pair
+
+    cos and sin are multiplied by `attention_factor`. With `sections` (M-RoPE) a position is (time, row, column):
+    `sectioned` gives each axis that many consecutive pairs; `interleaved` takes every third pair for row and column,
+    as many as their sections say, and time has the rest.
     """
 
     theta: float
     dim: int
-    kind: Literal["default", "linear", "llama3"] = "default"
+    kind: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"] = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 0
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    sections: tuple[int, ...] = ()
+    layout: Literal["sectioned", "interleaved"] = "sectioned"
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether the rows of a position change as the sequence grows, so that no table made before stays right."""
+        return self.kind in ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)

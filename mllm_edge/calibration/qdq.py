@@ -1,13 +1,16 @@
 """The one writer of linear layers: every form a weight can take in a graph.
 
-`linear` picks the form from a Precision. Forms for the `contrib` dialect (ONNX Runtime's own operators): float MatMul,
-half-precision weights cast on load, DynamicQuantizeMatMul (uint8 activations), MatMulNBits (blocks).
+`linear` picks the form from a Precision and from what the graph may hold. Forms for the `contrib` dialect (ONNX
+Runtime's own operators): float MatMul, half-precision weights cast on load, DynamicQuantizeMatMul (uint8 activations),
+MatMulNBits (blocks). For the standard dialects: MatMul in the graph's float type, and MatMul over DequantizeLinear of
+int8 weights per output channel or int4 weights in blocks (symmetric, positive scales, as TensorRT demands).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -17,12 +20,13 @@ from mllm_edge.calibration.recipes import Precision, block_size
 if TYPE_CHECKING:
     from mllm_edge.export.graph import GraphBuilder
 
-__all__ = ["Linear", "linear", "pack_blocks"]
+__all__ = ["Linear", "linear", "pack_blocks", "to_float", "to_half"]
 
 _MICROSOFT = "com.microsoft"
 # How codes and scales are chosen. Rounding needs the weight alone; a calibrated method is one more module here.
 _METHODS = {"rtn": rtn}
 _FLOAT, _HALF, _UINT8, _INT8 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.UINT8, ir.DataType.INT8
+_INT4 = ir.DataType.INT4
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,9 @@ class Linear:
 
 
 def linear(graph: "GraphBuilder", x: ir.Value, layer: Linear, precision: Precision) -> ir.Value:
-    """Append `layer` applied to x [..., in] float32; returns [..., out] float32."""
+    """Append `layer` applied to x [..., in] in the graph's float type; returns [..., out] in that type."""
+    if not graph.contrib:
+        return _standard(graph, x, layer, precision)
     if precision.kind == "blocks":
         return _blocks(graph, x, layer, precision)
     if precision.kind == "int8_dynamic":
@@ -58,9 +64,49 @@ def _float(graph: "GraphBuilder", x: ir.Value, layer: Linear, half: bool) -> ir.
         weight = graph.node("Cast", [stored], f"{layer.name}.weight.float", to=_FLOAT)
     else:
         weight = graph.weight(f"{layer.name}.weight", _FLOAT, (row, rows), lambda: layer.weight().T)
-    y = graph.node("MatMul", [x, weight], f"{layer.name}.matmul")
+    return _matmul(graph, x, weight, layer)
+
+
+def _matmul(graph: "GraphBuilder", x: ir.Value, weight: ir.Value, layer: Linear) -> ir.Value:
+    """x · weight [in, out] + bias."""
     bias = _bias(graph, layer)
-    return y if bias is None else graph.node("Add", [y, bias], layer.name)
+    if bias is None:
+        return graph.node("MatMul", [x, weight], layer.name)
+    return graph.node("Add", [graph.node("MatMul", [x, weight], f"{layer.name}.matmul"), bias], layer.name)
+
+
+def _standard(graph: "GraphBuilder", x: ir.Value, layer: Linear, precision: Precision) -> ir.Value:
+    rows, row = layer.shape
+    name, kind = f"{layer.name}.weight", graph.float_type
+    method = _METHODS[precision.method]
+    if precision.kind in ("float32", "float16"):
+        weight = graph.weight(name, kind, (row, rows), lambda: to_float(name, layer.weight().T, kind))
+    elif precision.bits == 8:
+        # TensorRT has no int8 blocks: one scale per output channel.
+        channels = _Once(lambda: method.quantize_channels(layer.weight()))
+        codes = graph.weight(name, _INT8, (row, rows), lambda: channels()[0].T)
+        scales = graph.weight(f"{name}.scale", kind, (rows,), lambda: to_float(name, channels()[1], kind))
+        weight = graph.node("DequantizeLinear", [codes, scales], f"{name}.float", axis=1)
+    else:
+        graph.require_opset(21)  # int4 and blocks in DequantizeLinear
+        block = block_size(row, precision.largest_block)
+        blocks = -(-row // block)
+        packed = _Once(lambda: method.quantize_blocks(layer.weight(), 4, block, positive_scales=True))
+        codes = graph.weight(name, _INT4, (row, rows), lambda: _int4_columns(packed()[0], row))
+        scales = graph.weight(f"{name}.scale", kind, (blocks, rows), lambda: to_float(name, packed()[1].T, kind))
+        weight = graph.node("DequantizeLinear", [codes, scales], f"{name}.float", axis=0, block_size=block)
+    return _matmul(graph, x, weight, layer)
+
+
+def _int4_columns(codes: np.ndarray, row: int) -> np.ndarray:
+    """Codes [N, blocks, block] uint8 around 8 → int4 [K, N] around 0."""
+    flat = codes.reshape(len(codes), -1)[:, :row]
+    return (flat.T.astype(np.int8) - 8).astype(ml_dtypes.int4)
+
+
+def to_float(name: str, array: np.ndarray, dtype: ir.DataType) -> np.ndarray:
+    """float32 → float16, bfloat16 or float32; raises OverflowError as `to_half`."""
+    return to_half(name, array) if dtype == _HALF else array.astype(dtype.numpy())
 
 
 def to_half(name: str, array: np.ndarray) -> np.ndarray:
@@ -74,7 +120,8 @@ def to_half(name: str, array: np.ndarray) -> np.ndarray:
 def _bias(graph: "GraphBuilder", layer: Linear) -> ir.Value | None:
     if layer.bias is None:
         return None
-    return graph.weight(f"{layer.name}.bias", _FLOAT, (layer.shape[0],), layer.bias)
+    name, bias, kind = f"{layer.name}.bias", layer.bias, graph.float_type
+    return graph.weight(name, kind, (layer.shape[0],), lambda: to_float(name, bias(), kind))
 
 
 def _int8_dynamic(graph: "GraphBuilder", x: ir.Value, layer: Linear, precision: Precision) -> ir.Value:

@@ -1,5 +1,6 @@
 """External data of one graph: tensors are computed, appended and forgotten, one at a time."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -52,15 +53,24 @@ class DataFile:
         assert array.shape == shape, f"{name}: {array.shape} instead of {shape}"
         assert array.dtype == dtype.numpy(), f"{name}: {array.dtype} instead of {dtype}"
         if array.nbytes < _INLINE_BYTES:
+            self._on_bytes(array.nbytes)
             return ir.tensor(array, dtype=dtype, name=name)
         offset = -(-self.nbytes // _ALIGNMENT) * _ALIGNMENT
         self._file.write(b"\0" * (offset - self.nbytes))
-        self._file.write(array.data if array.dtype.isbuiltin == 1 else array.tobytes())
-        self.nbytes = offset + array.nbytes
-        self._on_bytes(array.nbytes)
+        raw = _pack_nibbles(array) if dtype == ir.DataType.INT4 else array
+        self._file.write(raw.data if raw.dtype.isbuiltin == 1 else raw.tobytes())
+        self.nbytes = offset + raw.nbytes
+        self._on_bytes(raw.nbytes)
         return ir.ExternalTensor(
-            self.path.name, offset, array.nbytes, dtype, shape=ir.Shape(shape), name=name, base_dir=self.path.parent
+            self.path.name, offset, raw.nbytes, dtype, shape=ir.Shape(shape), name=name, base_dir=self.path.parent
         )
+
+
+def _pack_nibbles(array: np.ndarray) -> np.ndarray:
+    """int4 elements in row order, two to a byte, the earlier one low (ONNX's layout of 4-bit tensors)."""
+    flat = array.reshape(-1).astype(np.int8).view(np.uint8) & 15
+    flat = np.append(flat, np.zeros(flat.size % 2, np.uint8))
+    return flat[0::2] | (flat[1::2] << 4)
 
 
 class DryFile:
@@ -73,6 +83,6 @@ class DryFile:
         self, name: str, dtype: ir.DataType, shape: tuple[int, ...], compute: Callable[[], np.ndarray]
     ) -> ir.TensorProtocol:
         """Count the tensor; the reference returned points nowhere."""
-        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        self.nbytes += int(size)
-        return ir.ExternalTensor("nowhere", 0, int(size), dtype, shape=ir.Shape(shape), name=name)
+        size = math.ceil(math.prod(shape) * dtype.itemsize)
+        self.nbytes += size
+        return ir.ExternalTensor("nowhere", 0, size, dtype, shape=ir.Shape(shape), name=name)

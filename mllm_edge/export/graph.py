@@ -16,11 +16,23 @@ MICROSOFT = "com.microsoft"
 
 
 class GraphBuilder:
-    """Builds one ONNX graph. Shapes are numbers or symbols; an empty input of a node is None."""
+    """Builds one ONNX graph. Shapes are numbers or symbols; an empty input of a node is None.
 
-    def __init__(self, name: str, opset: int, data: DataSink, domains: dict[str, int] | None = None):
+    `float_type` is that of hidden states and float weights. `contrib` says whether ONNX Runtime's own operators may be
+    used; otherwise quantized weights take the standard Q/DQ form.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        opset: int,
+        data: DataSink,
+        float_type: ir.DataType = ir.DataType.FLOAT,
+        contrib: bool = False,
+    ):
         self._name, self._data = name, data
-        self._opsets = {"": opset, **(domains or {})}
+        self.float_type, self.contrib = float_type, contrib
+        self._opsets = {"": opset, **({MICROSOFT: 1} if contrib else {})}
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
         self._nodes: list[ir.Node] = []
@@ -81,6 +93,14 @@ class GraphBuilder:
             value.name = name if i == 0 else f"{name}.{i}"
         self._nodes.append(node)
         return node.outputs
+
+    def require_opset(self, opset: int) -> None:
+        """Raise the standard opset to `opset` if it is lower."""
+        self._opsets[""] = max(self._opsets[""], opset)
+
+    def cast(self, x: ir.Value, dtype: ir.DataType, name: str) -> ir.Value:
+        """x in `dtype`, without an operator where it is that already (`float_type` and float32 are told apart)."""
+        return x if dtype == self.float_type else self.node("Cast", [x], name, to=dtype)
 
     def splice(self, graph: ir.Graph, node: ir.Node, result: ir.Value) -> None:
         """Put the nodes and weights built so far into `graph` in the place of `node`, whose output `result` becomes."""

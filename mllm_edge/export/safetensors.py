@@ -43,11 +43,19 @@ class _Entry:
     start: int  # bytes from the beginning of the file
 
 
+@dataclass(frozen=True)
+class _Derived:
+    source: str
+    shape: tuple[int, ...]
+    cut: Callable[[np.ndarray], np.ndarray]
+
+
 class Weights:
     """The tensors of a checkpoint by name. Every read is recorded, so that `unused()` can name what nobody consumed."""
 
     def __init__(self, entries: Mapping[str, _Entry]):
         self._entries = dict(entries)
+        self._derived: dict[str, _Derived] = {}
         self._used: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
@@ -55,6 +63,13 @@ class Weights:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
+
+    def derive(self, name: str, source: str, shape: tuple[int, ...], cut: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Give a part of the tensor `source` a name of its own, as if the checkpoint stored it: fused weights.
+
+        `cut` makes the part, of `shape`, from the mapped source; it should slice and reshape, not compute.
+        """
+        self._derived[name] = _Derived(source, shape, cut)
 
     @property
     def parameters(self) -> int:
@@ -74,13 +89,15 @@ class Weights:
 
         Raises WeightsError when it is missing or has another shape, at once and not when it is read.
         """
-        entry = self._entry(name)
-        if entry.shape != shape:
+        derived = self._derived.get(name)
+        entry = self._entry(derived.source if derived else name)
+        found = derived.shape if derived else entry.shape
+        if found != shape:
             raise WeightsError(
-                f"{entry.file}: tensor {name} has shape {list(entry.shape)}, but config.json asks for {list(shape)}",
+                f"{entry.file}: tensor {name} has shape {list(found)}, but config.json asks for {list(shape)}",
                 "use the config.json that belongs to these weights",
             )
-        self._used.add(name)
+        self._used.add(derived.source if derived else name)
         return lambda: self.read(name)
 
     def read(self, name: str) -> np.ndarray:
@@ -89,6 +106,9 @@ class Weights:
 
     def view(self, name: str) -> np.ndarray:
         """The tensor in its stored dtype, backed by the mapped file."""
+        if name in self._derived:
+            derived = self._derived[name]
+            return derived.cut(self.view(derived.source))
         entry = self._entry(name)
         self._used.add(name)
         return np.memmap(entry.file, dtype=entry.dtype, mode="r", offset=entry.start, shape=entry.shape)

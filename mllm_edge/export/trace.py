@@ -62,7 +62,7 @@ def lower(
     for node in list(graph):
         if node.domain != DOMAIN:
             continue
-        builder = GraphBuilder(component.name, _OPSET, data)
+        builder = GraphBuilder(component.name, _OPSET, data, contrib=True)
         x = node.inputs[0]
         assert x is not None
         if node.op_type == "Linear":

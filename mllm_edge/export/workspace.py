@@ -1,10 +1,10 @@
 """A bundle exists whole or not at all: it is built in a hidden sibling directory and moved into place at the end."""
 
+import contextlib
 import glob
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from mllm_edge.bundle import MANIFEST
@@ -40,9 +40,10 @@ def check_space(out: Path, nbytes: int) -> None:
         )
 
 
-@contextmanager
+@contextlib.contextmanager
 def workspace(out: Path) -> Iterator[Path]:
     """A directory to build in: when the body succeeds it becomes `out` (replacing an older one), else it vanishes."""
+    created = [p for p in out.absolute().parents if not p.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(out)
     folder = out.parent / f".{out.name}.export-{os.getpid()}"
@@ -54,6 +55,15 @@ def workspace(out: Path) -> Iterator[Path]:
         raise ExportError(f"{e.filename or folder}: {e.strerror or e}", "free some space or choose another disk") from e
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if not out.exists():
+            _remove_empty(created)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove the directories made on the way to a bundle that did not come to be, innermost first."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _swap(folder: Path, out: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from mllm_edge.runtime.backend import Backend, Session
 from mllm_edge.runtime.kv_cache import KVCache
 from mllm_edge.runtime.masks import causal_bias
-from mllm_edge.runtime.positions import rope_tables
+from mllm_edge.runtime.positions import RotaryTable, check_positions
 from mllm_edge.spec import ModelSpec, Variant
 
 __all__ = ["Decoder"]
@@ -40,17 +40,25 @@ class Decoder:
         self.cache.truncate(0)
         return self.cache
 
-    def forward(self, inputs_embeds: np.ndarray) -> np.ndarray:
+    def forward(
+        self, inputs_embeds: np.ndarray, positions: np.ndarray | None = None, length: int | None = None
+    ) -> np.ndarray:
         """Append embeddings [S, H] float32 to the sequence; logits of the last position, [V] float32.
+
+        `positions` [S], or [3, S] for M-RoPE: by default the places in the sequence, on all axes. `length`: where a
+        prompt comes in chunks, that of the sequence with the whole prompt, for ropes that depend on it. Raises
+        ContextError when the cache is full, ValueError for positions of another shape; nothing is changed then.
 
         The array returned is overwritten by the next call.
         """
         cache, contract = self.cache, self._contract
         assert cache is not None, "reset() comes first"
         assert contract is not None
-        tokens = inputs_embeds.shape[0]
-        feeds = contract.feeds(cache.length, tokens)
+        past, tokens = cache.length, inputs_embeds.shape[0]
+        if positions is not None:
+            check_positions(self._model.positions.rope, positions, tokens)
         cache.advance(tokens, self._session)
+        feeds = contract.feeds(past, tokens, positions, length)
         if tokens == 1:
             self._token[0] = inputs_embeds
             if not self._bound_token:
@@ -65,39 +73,50 @@ class Decoder:
 class _Contract(Protocol):
     """Tells the graph where the new tokens stand."""
 
-    def feeds(self, past: int, tokens: int) -> dict[str, np.ndarray]:
-        """The inputs that change for `tokens` new positions behind `past` others."""
+    def feeds(self, past: int, tokens: int, positions: np.ndarray | None, length: int | None) -> dict[str, np.ndarray]:
+        """The inputs that change for `tokens` new places behind `past` others; the rest as in `Decoder.forward`."""
         ...
 
 
 class _ContribContract:
-    """Lengths as two bound integers, rotary tables bound once for all positions."""
+    """Lengths as two bound integers, and the whole rotary table.
+
+    The operator turns a new token by the row of its place in the cache, whatever position that row was made for: the
+    table serves M-RoPE as well.
+    """
 
     def __init__(self, session: Session, variant: Variant, model: ModelSpec, capacity: int):
         self._seqlens, self._total = np.zeros(1, np.int32), np.zeros((), np.int32)
         bound = {"seqlens_k": self._seqlens, "total_sequence_length": self._total}
-        if model.positions.rope is not None:
-            bound["cos"], bound["sin"] = rope_tables(model.positions.rope, np.arange(capacity))
+        self._rotary = _rotary_table(model, capacity)
+        if self._rotary is not None:
+            bound |= {"cos": self._rotary.cos, "sin": self._rotary.sin}
         session.bind(bound, {})
 
-    def feeds(self, past: int, tokens: int) -> dict[str, np.ndarray]:
+    def feeds(self, past: int, tokens: int, positions: np.ndarray | None, length: int | None) -> dict[str, np.ndarray]:
         self._seqlens[0], self._total[...] = past + tokens - 1, past + tokens
+        if self._rotary is not None and self._rotary.place(past, tokens, positions, length):
+            return {"cos": self._rotary.cos, "sin": self._rotary.sin}
         return {}
 
 
 class _StandardContract:
-    """Bias and rotary rows for the new positions; the place to write at, where the cache is in place."""
+    """Bias and rotary rows for the new tokens; the place to write at, where the cache is in place."""
 
     def __init__(self, session: Session, variant: Variant, model: ModelSpec, capacity: int):
         self._window, self._writes = model.positions.window, variant.kv_mode == "in_place"
-        self._tables: dict[str, np.ndarray] = {}
-        if model.positions.rope is not None:
-            cos, sin = rope_tables(model.positions.rope, np.arange(capacity))
-            self._tables = {"cos": cos[None], "sin": sin[None]}
+        self._rotary = _rotary_table(model, capacity)
 
-    def feeds(self, past: int, tokens: int) -> dict[str, np.ndarray]:
-        feeds = {name: table[:, past : past + tokens] for name, table in self._tables.items()}
-        feeds["attention_bias"] = causal_bias(past, tokens, self._window)
+    def feeds(self, past: int, tokens: int, positions: np.ndarray | None, length: int | None) -> dict[str, np.ndarray]:
+        feeds = {"attention_bias": causal_bias(past, tokens, self._window)}
+        if self._rotary is not None:
+            self._rotary.place(past, tokens, positions, length)
+            rows = slice(past, past + tokens)
+            feeds |= {"cos": self._rotary.cos[None, rows], "sin": self._rotary.sin[None, rows]}
         if self._writes:
             feeds["write_indices"] = np.array([past], np.int64)
         return feeds
+
+
+def _rotary_table(model: ModelSpec, capacity: int) -> RotaryTable | None:
+    return None if model.positions.rope is None else RotaryTable(model.positions.rope, capacity)

@@ -43,8 +43,10 @@ def generate(
     S + max_new_tokens − 1 positions. Spans: prefill once, then sample and decode per token.
     """
     with trace.span("prefill"):
+        assert decoder.cache is not None, "reset() comes first"
+        length = decoder.cache.length + len(prompt_embeds)
         for start in range(0, len(prompt_embeds), PREFILL_CHUNK):
-            logits = decoder.forward(prompt_embeds[start : start + PREFILL_CHUNK])
+            logits = decoder.forward(prompt_embeds[start : start + PREFILL_CHUNK], length=length)
     for produced in range(1, max_new_tokens + 1):
         begin = time.perf_counter()
         token = sampler.sample(logits)

@@ -13,7 +13,7 @@ from mllm_edge.calibration.methods.rtn import quantize_blocks, quantize_channels
 from mllm_edge.calibration.qdq import Linear, linear, pack_blocks, to_half
 from mllm_edge.calibration.recipes import RECIPES, Precision, block_size, recipe
 from mllm_edge.export.datafile import DataFile, DryFile
-from mllm_edge.export.graph import MICROSOFT, GraphBuilder, save_model
+from mllm_edge.export.graph import GraphBuilder, save_model
 
 
 def dequantize(codes: np.ndarray, scales: np.ndarray, bits: int, row: int) -> np.ndarray:
@@ -99,8 +99,9 @@ def test_half_precision_names_what_overflows() -> None:
 )
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("row", [256, 192, 50])
+@pytest.mark.parametrize("contrib", [True, False])
 def test_every_form_computes_the_layer(
-    tmp_path: Path, precision: Precision, tolerance: float, bias: bool, row: int
+    tmp_path: Path, precision: Precision, tolerance: float, bias: bool, row: int, contrib: bool
 ) -> None:
     random = np.random.default_rng(1)
     weight = random.normal(size=(48, row)).astype(np.float32)
@@ -109,7 +110,7 @@ def test_every_form_computes_the_layer(
     layer = Linear("layer", (48, row), lambda: weight, (lambda: offset) if bias else None)
 
     def build(sink: DataFile | DryFile) -> ir.Model:
-        graph = GraphBuilder("g", 17, sink, {MICROSOFT: 1})
+        graph = GraphBuilder("g", 17, sink, contrib=contrib)
         y = linear(graph, graph.input("x", ir.DataType.FLOAT, ("b", "s", row)), layer, precision)
         graph.output(y, "y", ir.DataType.FLOAT, ("b", "s", 48))
         return graph.model()

@@ -89,7 +89,7 @@ def test_untied_head_that_is_missing(checkpoint: Path) -> None:
         ("text_config", "pretraining_tp", 2),
         ("text_config", "model_type", "qwen2"),
         ("text_config", "qk_layer_norms", True),
-        ("text_config", "rope_parameters", {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+        ("text_config", "rope_parameters", {"rope_type": "proportional", "rope_theta": 1e4}),
         ("vision_config", "hidden_act", "silu"),
         ("vision_config", "num_channels", 4),
     ],
@@ -210,6 +210,19 @@ def test_failed_export_leaves_the_old_bundle(checkpoint: Path, tiny_bundle: Path
     edit_weights(checkpoint, lambda w: w.pop("model.text_model.norm.weight"))
     assert_fails(checkpoint, WeightsError, force=True)
     Bundle.load(out).verify()
+
+
+def test_directories_made_on_the_way_vanish_with_a_failed_export(checkpoint: Path, tmp_path: Path) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "save_model", fail)
+        with pytest.raises(ExportError, match="No space left"):
+            export(str(checkpoint), tmp_path / "a" / "b" / "out", verify_mode="off")
+    assert not (tmp_path / "a").exists()
+    export(str(checkpoint), tmp_path / "a" / "b" / "out", verify_mode="off")
+    assert (tmp_path / "a" / "b" / "out" / "manifest.json").is_file()
 
 
 def test_successful_export_replaces_the_old_bundle(checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ import numpy as np
 __all__ = ["quantize_blocks", "quantize_channels"]
 
 
-def quantize_blocks(weight: np.ndarray, bits: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+def quantize_blocks(
+    weight: np.ndarray, bits: int, block: int, positive_scales: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """Symmetric block quantization of a weight [N, K] float32 along K.
 
     Returns codes [N, blocks, block] uint8 around the zero point 2^(bits−1), and scales [N, blocks] float32 with
@@ -13,6 +15,7 @@ def quantize_blocks(weight: np.ndarray, bits: int, block: int) -> tuple[np.ndarr
 
     The element of largest magnitude maps exactly onto −2^(bits−1), the end of the range that has one code more, so
     the scale carries its sign (the convention of ONNX Runtime's and llama.cpp's symmetric 4-bit formats).
+    With `positive_scales` (TensorRT) it maps onto ±(2^(bits−1) − 1).
     """
     rows, row = weight.shape
     blocks = -(-row // block)
@@ -21,7 +24,7 @@ def quantize_blocks(weight: np.ndarray, bits: int, block: int) -> tuple[np.ndarr
     grouped = weight.reshape(rows, blocks, block)
     zero = 1 << (bits - 1)
     peak = np.take_along_axis(grouped, np.abs(grouped).argmax(-1)[..., None], -1)
-    scales = (peak / -zero).astype(np.float32)
+    scales = (np.abs(peak) / (zero - 1) if positive_scales else peak / -zero).astype(np.float32)
     inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
     codes = np.rint(grouped * inverse)
     codes += zero

@@ -3,40 +3,60 @@
 import numpy as np
 import onnx_ir as ir
 
-from mllm_edge.calibration.qdq import Linear, linear
+from mllm_edge.calibration.qdq import Linear, linear, to_float
 from mllm_edge.calibration.recipes import Recipe
 from mllm_edge.export.datafile import DataSink
-from mllm_edge.export.decoder.dialect import Dialect, Norms
+from mllm_edge.export.decoder.dialect import Dialect, Norm
 from mllm_edge.export.decoder.dialects.contrib import Contrib
 from mllm_edge.export.decoder.dialects.opset17 import Opset17
 from mllm_edge.export.decoder.dialects.opset24 import Opset24
-from mllm_edge.export.decoder.spec import DecoderSpec
+from mllm_edge.export.decoder.spec import DecoderSpec, NormSpec
+from mllm_edge.export.gate import check_graph
 from mllm_edge.export.safetensors import Weights
 
 __all__ = ["DIALECTS", "build_decoder"]
 
-DIALECTS = {"contrib": Contrib, "opset24": Opset24, "opset17": Opset17}
+DIALECTS: dict[str, type[Contrib] | type[Opset24] | type[Opset17]] = {
+    "contrib": Contrib,
+    "opset24": Opset24,
+    "opset17": Opset17,
+}
 
 
 def build_decoder(
-    spec: DecoderSpec, weights: Weights, recipe: Recipe, data: DataSink, dialect: str = "contrib"
+    spec: DecoderSpec,
+    weights: Weights,
+    recipe: Recipe,
+    data: DataSink,
+    dialect: str = "contrib",
+    float_type: ir.DataType = ir.DataType.FLOAT,
+    capacity: int | None = None,
 ) -> ir.Model:
-    """Write the decoder's weights to `data`, one tensor at a time, and return its graph in `dialect`."""
-    ops: Dialect = DIALECTS[dialect](spec, data)
+    """Write the decoder's weights to `data`, one tensor at a time, and return its graph in `dialect`.
+
+    `float_type` is that of hidden states and caches; `capacity` fixes the length of in-place caches.
+    Raises ExportError for a float type that the dialect has no kernels for.
+    """
+    ops: Dialect = DIALECTS[dialect](spec, data, float_type, capacity)
     layers = _Layers(ops, spec, weights, recipe)
     hidden, residual = ops.inputs_embeds, None
     for i in range(spec.layers):
-        normed, residual = layers.norm(i, "input_norm", hidden, residual)
+        normed, residual = ops.norm(f"layers.{i}.input_norm", layers.norm(i, "input_norm"), hidden, residual)
         attended = layers.attention(i, normed)
-        normed, residual = layers.norm(i, "post_attention_norm", attended, residual)
+        norm = layers.norm(i, "post_attention_norm")
+        normed, residual = ops.norm(f"layers.{i}.post_attention_norm", norm, attended, residual)
         hidden = layers.mlp(i, normed)
     # Rows are picked before the last norm: prefill projects one row, not all of them.
     hidden = ops.pick_rows("hidden.rows", hidden)
     assert residual is not None
     residual = ops.pick_rows("residual.rows", residual)
-    normed, _ = ops.norm("final_norm", layers.norm_weight(spec.names.final_norm), hidden, residual)
+    final = layers.norm_weights(spec.names.final_norm, spec.norm, spec.hidden_size)
+    normed, _ = ops.norm("final_norm", final, hidden, residual)
     head = layers.linear("lm_head", [spec.names.lm_head], [spec.vocab_size], spec.hidden_size, bias=False)
-    return ops.finish(linear(ops.graph, normed, head, recipe.head))
+    model = ops.finish(linear(ops.graph, normed, head, recipe.head))
+    if not ops.graph.contrib:
+        check_graph(model, dialect)
+    return model
 
 
 class _Layers:
@@ -45,9 +65,9 @@ class _Layers:
     def __init__(self, ops: Dialect, spec: DecoderSpec, weights: Weights, recipe: Recipe):
         self._ops, self._spec, self._weights, self._recipe = ops, spec, weights, recipe
 
-    def norm(self, i: int, part: str, hidden: ir.Value, residual: ir.Value | None) -> tuple[ir.Value, ir.Value]:
-        """The sum of hidden and residual, normalized, and the sum itself."""
-        return self._ops.norm(f"layers.{i}.{part}", self.norm_weight(self._name(i, part)), hidden, residual)
+    def norm(self, i: int, part: str) -> Norm:
+        """The norm `part` of layer i."""
+        return self.norm_weights(self._name(i, part), self._spec.norm, self._spec.hidden_size)
 
     def attention(self, i: int, x: ir.Value) -> ir.Value:
         """Packed q, k, v projection, attention over the cache, output projection."""
@@ -62,23 +82,23 @@ class _Layers:
         )
 
     def mlp(self, i: int, x: ir.Value) -> ir.Value:
-        """down(silu(gate(x)) · up(x)). Gate and up stay apart: 2–3% faster than one product and a split."""
-        spec, graph = self._spec, self._ops.graph
-        inner = [spec.intermediate_size]
-        gate, up = (
-            self._project(x, f"layers.{i}.{part}", [self._name(i, part)], inner, spec.hidden_size, spec.mlp_bias)
-            for part in ("gate_proj", "up_proj")
+        """Gate and up stay apart: 2–3% faster than one product and a split."""
+        spec, graph, hidden = self._spec.mlp, self._ops.graph, self._spec.hidden_size
+        parts = ("gate_proj", "up_proj") if spec.gated else ("up_proj",)
+        first, *up = (
+            self._project(x, f"layers.{i}.{part}", [self._name(i, part)], [spec.inner], hidden, spec.bias)
+            for part in parts
         )
-        product = graph.node("Mul", [self._ops.silu(f"layers.{i}.silu", gate), up], f"layers.{i}.gated")
+        inner = self._ops.activation(f"layers.{i}.activation", spec.activation, first)
+        if up:
+            inner = graph.node("Mul", [inner, *up], f"layers.{i}.gated")
         down = [self._name(i, "down_proj")]
-        return self._project(
-            product, f"layers.{i}.down_proj", down, [spec.hidden_size], spec.intermediate_size, spec.mlp_bias
-        )
+        return self._project(inner, f"layers.{i}.down_proj", down, [hidden], spec.inner, spec.bias)
 
-    def norm_weight(self, name: str, size: int | None = None) -> ir.Value:
-        """A norm's scale [size, by default H] float32."""
-        shape = (size or self._spec.hidden_size,)
-        return self._ops.graph.weight(name, ir.DataType.FLOAT, shape, self._weights.use(f"{name}.weight", shape))
+    def norm_weights(self, name: str, spec: NormSpec, size: int) -> Norm:
+        """A norm's scale and bias, [size] each, in the graph's float type."""
+        bias = self._vector(f"{name}.bias", size) if spec.bias else None
+        return Norm(spec, self._vector(f"{name}.weight", size), bias)
 
     def linear(self, name: str, sources: list[str], rows: list[int], row: int, bias: bool) -> Linear:
         """One layer whose weight is the `sources` stacked along the output axis."""
@@ -91,11 +111,19 @@ class _Layers:
             (lambda: np.concatenate([b() for b in biases])) if biases else None,
         )
 
-    def _qk_norm(self, i: int) -> Norms:
-        if not self._spec.attention.qk_norm:
+    def _vector(self, name: str, size: int) -> ir.Value:
+        read, kind = self._weights.use(name, (size,)), self._ops.graph.float_type
+        return self._ops.graph.weight(name, kind, (size,), lambda: to_float(name, read(), kind))
+
+    def _qk_norm(self, i: int) -> tuple[Norm, Norm] | None:
+        attention = self._spec.attention
+        if attention.qk_norm is None:
             return None
-        dim = self._spec.attention.head_dim
-        return self.norm_weight(self._name(i, "q_norm"), dim), self.norm_weight(self._name(i, "k_norm"), dim)
+        query, key = (
+            self.norm_weights(self._name(i, part), attention.qk_norm, attention.head_dim)
+            for part in ("q_norm", "k_norm")
+        )
+        return query, key
 
     def _project(self, x: ir.Value, name: str, sources: list[str], rows: list[int], row: int, bias: bool) -> ir.Value:
         return linear(self._ops.graph, x, self.linear(name, sources, rows, row, bias), self._recipe.decoder)

@@ -1,40 +1,60 @@
 """What a dialect is: the operators of one runtime, behind one small set of methods."""
 
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import onnx_ir as ir
 
+from mllm_edge.export.decoder.spec import Activation, NormSpec
 from mllm_edge.export.graph import GraphBuilder
 
-__all__ = ["Dialect", "Norms"]
+__all__ = ["Dialect", "Norm"]
 
-Norms = tuple[ir.Value, ir.Value] | None
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalization with its weights in the graph: scale and (layer norm only) bias, each [size]."""
+
+    spec: NormSpec
+    scale: ir.Value
+    bias: ir.Value | None = None
+
+    @property
+    def weights(self) -> list[ir.Value]:
+        """Scale, and bias where there is one."""
+        return [self.scale] if self.bias is None else [self.scale, self.bias]
 
 
 class Dialect(Protocol):
-    """Builds into `graph`. Hidden states are [B, S, H]; see `build.py` for the contract of each dialect."""
+    """Builds into `graph`. Hidden states are [B, S, H]; see each dialect for its contract."""
 
-    name: Literal["contrib", "opset24", "opset17"]
-    kv_mode: Literal["in_place", "append"]
     graph: GraphBuilder
     inputs_embeds: ir.Value
     logits_indices: ir.Value
 
-    def norm(
-        self, name: str, weight: ir.Value, hidden: ir.Value, residual: ir.Value | None
-    ) -> tuple[ir.Value, ir.Value]:
-        """RMS norm of hidden + residual; returns (normed, sum)."""
+    @property
+    def name(self) -> str:
+        """contrib, opset24 or opset17."""
         ...
 
-    def attention(self, layer: int, qkv: ir.Value, qk_norm: Norms) -> ir.Value:
+    @property
+    def kv_mode(self) -> Literal["in_place", "append"]:
+        """How the graph keeps its cache; see `KVCache`."""
+        ...
+
+    def norm(self, name: str, norm: Norm, hidden: ir.Value, residual: ir.Value | None) -> tuple[ir.Value, ir.Value]:
+        """hidden + residual, normalized, and the sum itself."""
+        ...
+
+    def attention(self, layer: int, qkv: ir.Value, qk_norm: tuple[Norm, Norm] | None) -> ir.Value:
         """Rotary embedding, cache update and attention over packed q, k, v [B, S, (heads + 2·kv_heads)·D].
 
-        `qk_norm` holds the scales [D] of the norms of q and k. Returns [B, S, heads·D].
+        `qk_norm` are the norms of q and k within each head. Returns [B, S, heads·D].
         """
         ...
 
-    def silu(self, name: str, x: ir.Value) -> ir.Value:
-        """x · sigmoid(x)."""
+    def activation(self, name: str, kind: Activation, x: ir.Value) -> ir.Value:
+        """The activation, element by element."""
         ...
 
     def pick_rows(self, name: str, x: ir.Value) -> ir.Value:

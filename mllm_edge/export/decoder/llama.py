@@ -1,13 +1,12 @@
-"""Llama and its nearest relatives (Mistral, Qwen2, Qwen3): configuration to DecoderSpec."""
+"""Llama and its nearest relatives (Mistral, Phi-3, Qwen2, Qwen3): configuration to DecoderSpec."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from mllm_edge.errors import ConfigError
-from mllm_edge.export.decoder.spec import AttentionSpec, DecoderSpec, WeightNames
+from mllm_edge.export.decoder.rope import rope_spec
+from mllm_edge.export.decoder.spec import AttentionSpec, DecoderSpec, MlpSpec, NormSpec, WeightNames
 from mllm_edge.export.safetensors import Weights
 from mllm_edge.export.source import ConfigReader
-from mllm_edge.spec import RopeSpec
 
 __all__ = ["LLAMA_LIKE", "llama_spec"]
 
@@ -34,11 +33,13 @@ class _Kind:
     output_bias: bool | None = False
     qk_norm: bool = False
     windowed: bool = False
+    partial_rope: bool = False
 
 
 LLAMA_LIKE = {
     "llama": _Kind(qkv_bias=None, output_bias=None),
     "mistral": _Kind(windowed=True),
+    "phi3": _Kind(windowed=True, partial_rope=True),
     "qwen2": _Kind(qkv_bias=True),
     "qwen3": _Kind(qkv_bias=None, output_bias=None, qk_norm=True),
 }
@@ -62,13 +63,13 @@ def llama_spec(
     if head_dim % 8:
         raise ConfigError(f"head_dim = {head_dim} is not a multiple of 8", "GroupQueryAttention needs multiples of 8")
     biased = bool(config.take("attention_bias", False))
+    norm = NormSpec(config.take("rms_norm_eps"))
     head = "lm_head" if "lm_head.weight" in weights or not tied else f"{prefix}.embed_tokens"
     return DecoderSpec(
         layers=config.take("num_hidden_layers"),
         hidden_size=hidden,
-        intermediate_size=config.take("intermediate_size"),
         vocab_size=config.take("vocab_size"),
-        norm_eps=config.take("rms_norm_eps"),
+        norm=norm,
         attention=AttentionSpec(
             heads=heads,
             kv_heads=config.take("num_key_value_heads", heads),
@@ -76,11 +77,11 @@ def llama_spec(
             scale=head_dim**-0.5,
             qkv_bias=biased if kind.qkv_bias is None else kind.qkv_bias,
             output_bias=biased if kind.output_bias is None else kind.output_bias,
-            qk_norm=kind.qk_norm,
+            qk_norm=norm if kind.qk_norm else None,
             window=_window(config, kind),
         ),
-        rope=_rope(config, head_dim),
-        mlp_bias=bool(config.take("mlp_bias", False)),
+        rope=rope_spec(config, head_dim, partial=kind.partial_rope),
+        mlp=MlpSpec(config.take("intermediate_size"), bias=bool(config.take("mlp_bias", False))),
         names=WeightNames(
             layer={part: f"{prefix}.layers.{{i}}.{name}" for part, name in _LAYER.items()},
             final_norm=f"{prefix}.norm",
@@ -98,32 +99,3 @@ def _window(config: ConfigReader, kind: _Kind) -> int | None:
         return window
     config.require("use_sliding_window", False)
     return None
-
-
-def _rope(config: ConfigReader, head_dim: int) -> RopeSpec:
-    """Rope from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
-    values = dict(config.take("rope_parameters") or config.take("rope_scaling") or {})
-    theta = values.pop("rope_theta", None) or config.take("rope_theta", 10000.0)
-    kind: Any = values.pop("rope_type", None) or values.pop("type", None) or "default"
-    values.pop("type", None)
-    known = {
-        "default": (),
-        "linear": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    }
-    if kind not in known:
-        raise ConfigError(f"rope_type = {kind!r} is not supported", f"supported: {', '.join(known)}")
-    missing = [k for k in known[kind] if k not in values]
-    extra = [k for k in values if k not in known[kind]]
-    if missing or extra:
-        problem = f"lacks {missing[0]}" if missing else f"has {extra[0]} = {values[extra[0]]!r}, which nothing handles"
-        raise ConfigError(f"rope_parameters of type {kind} {problem}", "check config.json for a mistake")
-    return RopeSpec(
-        theta=float(theta),
-        dim=head_dim,
-        kind=kind,
-        factor=float(values.get("factor", 1.0)),
-        low_freq_factor=float(values.get("low_freq_factor", 1.0)),
-        high_freq_factor=float(values.get("high_freq_factor", 4.0)),
-        original_max_positions=int(values.get("original_max_position_embeddings", 0)),
-    )

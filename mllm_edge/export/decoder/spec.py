@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from mllm_edge.spec import RopeSpec
 
-__all__ = ["AttentionSpec", "DecoderSpec", "WeightNames"]
+__all__ = ["Activation", "AttentionSpec", "DecoderSpec", "MlpSpec", "NormSpec", "WeightNames"]
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 
 
 @dataclass(frozen=True)
@@ -18,9 +21,18 @@ class WeightNames:
 
 
 @dataclass(frozen=True)
+class NormSpec:
+    """`rms` or `layer` normalization over the last axis; `bias` adds a learned offset (layer only)."""
+
+    eps: float
+    kind: Literal["rms", "layer"] = "rms"
+    bias: bool = False
+
+
+@dataclass(frozen=True)
 class AttentionSpec:
-    """Self-attention of one layer. `scale` multiplies q·k; `qk_norm` normalizes each head of q and k (RMS, before
-    rope); `window` is the number of latest positions a token sees, itself included (None: all before it)."""
+    """Self-attention. `scale` multiplies q·k; `qk_norm` normalizes each head of q and k before rope; `window` is the
+    number of latest positions a token sees, itself included (None: all before it)."""
 
     heads: int
     kv_heads: int
@@ -28,23 +40,33 @@ class AttentionSpec:
     scale: float
     qkv_bias: bool = False
     output_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: NormSpec | None = None
     window: int | None = None
 
 
 @dataclass(frozen=True)
-class DecoderSpec:
-    """A pre-norm transformer decoder with RMS norms, grouped-query attention, rope and a gated SiLU MLP.
+class MlpSpec:
+    """down(act(gate(x)) · up(x)) when `gated`, else down(act(up(x))); `inner` is the width between."""
 
-    Sizes are in elements. `lm_head` may name the embedding matrix (tied).
+    inner: int
+    activation: Activation = "silu"
+    gated: bool = True
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """A pre-norm transformer decoder with grouped-query attention.
+
+    Sizes are in elements. `rope` None: positions come with the embeddings. `lm_head` may name the embedding matrix
+    (tied).
     """
 
     layers: int
     hidden_size: int
-    intermediate_size: int
     vocab_size: int
-    norm_eps: float
+    norm: NormSpec
     attention: AttentionSpec
-    rope: RopeSpec
-    mlp_bias: bool
+    mlp: MlpSpec
+    rope: RopeSpec | None
     names: WeightNames

@@ -8,18 +8,19 @@ inputs   inputs_embeds [B, S, H] T; logits_indices [B, K] i64; write_indices [B]
 outputs  logits [B, K, V] f32; present.N.key / .value [B, Hkv, Smax, D], the same buffers as the past
 
 Attention gets no `is_causal` and no `nonpad_kv_seqlen`: TensorRT's parser drops or misreads both without an error.
-All masking is the additive bias.
+All masking is the additive bias. TensorRT also wants Smax to be a number: give `capacity` to fix it.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
 from mllm_edge.export.datafile import DataSink
-from mllm_edge.export.decoder.dialect import Norms
+from mllm_edge.export.decoder.dialect import Norm
 from mllm_edge.export.decoder.dialects import standard
-from mllm_edge.export.decoder.spec import DecoderSpec
+from mllm_edge.export.decoder.spec import Activation, DecoderSpec
 from mllm_edge.export.graph import GraphBuilder
 
 __all__ = ["MINIMUM", "Opset24"]
@@ -34,29 +35,29 @@ class Opset24:
     name: Literal["opset24"] = "opset24"
     kv_mode: Literal["in_place"] = "in_place"
 
-    def __init__(self, spec: DecoderSpec, data: DataSink, dtype: ir.DataType = _FLOAT):
+    def __init__(self, spec: DecoderSpec, data: DataSink, dtype: ir.DataType = _FLOAT, capacity: int | None = None):
         self._spec, self._dtype = spec, dtype
-        graph = self.graph = GraphBuilder("decoder", 24, data)
+        graph = self.graph = GraphBuilder("decoder", 24, data, dtype)
         self.inputs_embeds, self.logits_indices = standard.token_inputs(graph, spec, dtype)
         self._write = graph.input("write_indices", _INT64, ("batch",))
         self._bias = graph.input("attention_bias", dtype, (1, 1, "sequence", "length"))
-        table = ("batch", "sequence", spec.rope.dim // 2)
-        self._cos, self._sin = graph.input("cos", dtype, table), graph.input("sin", dtype, table)
-        self._cache = ("batch", spec.attention.kv_heads, "capacity", spec.attention.head_dim)
+        self._rope = []
+        if spec.rope is not None:
+            table = ("batch", "sequence", spec.rope.dim // 2)
+            self._rope = [graph.input(name, dtype, table) for name in ("cos", "sin")]
+        self._cache = ("batch", spec.attention.kv_heads, capacity or "capacity", spec.attention.head_dim)
         self._past = standard.cache_inputs(graph, spec, dtype, self._cache)
         self._present: list[tuple[ir.Value, ir.Value]] = []
         self._length = graph.node("Shape", [self._bias], "length", start=-1)
 
-    def norm(
-        self, name: str, weight: ir.Value, hidden: ir.Value, residual: ir.Value | None
-    ) -> tuple[ir.Value, ir.Value]:
+    def norm(self, name: str, norm: Norm, hidden: ir.Value, residual: ir.Value | None) -> tuple[ir.Value, ir.Value]:
         total = hidden if residual is None else self.graph.node("Add", [hidden, residual], f"{name}.sum")
-        return self._rms(name, total, weight), total
+        return self._norm(name, norm, total), total
 
-    def attention(self, layer: int, qkv: ir.Value, qk_norm: Norms) -> ir.Value:
+    def attention(self, layer: int, qkv: ir.Value, qk_norm: tuple[Norm, Norm] | None) -> ir.Value:
         name, graph = f"layers.{layer}.attention", self.graph
         query, key, value = standard.split_qkv(graph, name, qkv, self._spec.attention)
-        norms = qk_norm or (None, None)
+        norms: Sequence[Norm | None] = qk_norm or (None, None)
         query = self._rotated(f"{name}.query", query, norms[0])
         key = self._rotated(f"{name}.key", key, norms[1])
         value = standard.heads_first(graph, f"{name}.value", self._heads(f"{name}.value.heads", value))
@@ -68,34 +69,43 @@ class Opset24:
         attended = graph.node("Attention", [query, keys, values, self._bias], f"{name}.heads", scale=scale)
         return standard.merge_heads(graph, name, standard.heads_first(graph, f"{name}.rows", attended))
 
-    def silu(self, name: str, x: ir.Value) -> ir.Value:
-        # Swish is a TensorRT 11 operator; the product runs everywhere.
-        return self.graph.node("Mul", [x, self.graph.node("Sigmoid", [x], f"{name}.sigmoid")], name)
+    def activation(self, name: str, kind: Activation, x: ir.Value) -> ir.Value:
+        if kind == "silu":
+            # Swish is a TensorRT 11 operator; the product runs everywhere.
+            return self.graph.node("Mul", [x, self.graph.node("Sigmoid", [x], f"{name}.sigmoid")], name)
+        if kind in ("gelu", "gelu_tanh"):
+            return self.graph.node("Gelu", [x], name, approximate="tanh" if kind == "gelu_tanh" else "none")
+        simple = standard.simple_activation(self.graph, name, kind, x)
+        assert simple is not None, kind
+        return simple
 
     def pick_rows(self, name: str, x: ir.Value) -> ir.Value:
         return standard.pick_rows(self.graph, name, x, self.logits_indices)
 
     def finish(self, logits: ir.Value) -> ir.Model:
-        standard.logits_output(self.graph, self._spec, logits)
+        standard.logits_output(self.graph, self._spec, self.graph.cast(logits, _FLOAT, "logits.float"))
         standard.cache_outputs(self.graph, self._present, self._dtype, self._cache)
         return self.graph.model()
 
-    def _rms(self, name: str, x: ir.Value, weight: ir.Value) -> ir.Value:
-        return self.graph.node("RMSNormalization", [x, weight], name, epsilon=self._spec.norm_eps, axis=-1)
+    def _norm(self, name: str, norm: Norm, x: ir.Value) -> ir.Value:
+        op = {"rms": "RMSNormalization", "layer": "LayerNormalization"}[norm.spec.kind]
+        return self.graph.node(op, [x, *norm.weights], name, epsilon=norm.spec.eps, axis=-1)
 
     def _heads(self, name: str, x: ir.Value) -> ir.Value:
         return standard.reshape(self.graph, name, x, (0, 0, -1, self._spec.attention.head_dim))
 
-    def _rotated(self, name: str, x: ir.Value, norm: ir.Value | None) -> ir.Value:
+    def _rotated(self, name: str, x: ir.Value, norm: Norm | None) -> ir.Value:
         """[B, S, heads·D] → normalized (if asked), rotated [B, heads, S, D]."""
         heads = self._heads(f"{name}.heads", x)
         if norm is not None:
-            heads = self._rms(f"{name}.norm", heads, norm)
+            heads = self._norm(f"{name}.norm", norm, heads)
         heads = standard.heads_first(self.graph, f"{name}.rows", heads)
+        if self._spec.rope is None:
+            return heads
         # 0 rotates the whole head.
         dim = self._spec.rope.dim
         partial = 0 if dim == self._spec.attention.head_dim else dim
-        return self.graph.node("RotaryEmbedding", [heads, self._cos, self._sin], name, rotary_embedding_dim=partial)
+        return self.graph.node("RotaryEmbedding", [heads, *self._rope], name, rotary_embedding_dim=partial)
 
     def _cached(self, name: str, past: ir.Value, new: ir.Value) -> tuple[ir.Value, ir.Value]:
         """The cache's first `length` positions after writing `new`, and the whole cache."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from mllm_edge.export.decoder.spec import AttentionSpec, DecoderSpec
+from mllm_edge.export.decoder.spec import Activation, AttentionSpec, DecoderSpec
 from mllm_edge.export.graph import GraphBuilder
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "merge_heads",
     "pick_rows",
     "reshape",
+    "simple_activation",
     "split_qkv",
     "token_inputs",
 ]
@@ -57,6 +58,16 @@ def cache_outputs(
 def logits_output(graph: GraphBuilder, spec: DecoderSpec, logits: ir.Value) -> None:
     """logits [B, K, V] float32."""
     graph.output(logits, "logits", ir.DataType.FLOAT, ("batch", "rows", spec.vocab_size))
+
+
+def simple_activation(graph: GraphBuilder, name: str, kind: Activation, x: ir.Value) -> ir.Value | None:
+    """relu and relu² (the same everywhere); None for any other."""
+    if kind == "relu":
+        return graph.node("Relu", [x], name)
+    if kind == "relu2":
+        positive = graph.node("Relu", [x], f"{name}.relu")
+        return graph.node("Mul", [positive, positive], name)
+    return None
 
 
 def split_qkv(

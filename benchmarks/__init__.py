@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks.NAME`: each prints a table, exits 0 when it ran, writes JSON with `--json F`."""

@@ -1,0 +1,56 @@
+"""OPT: layer norms, learned positions (added to the embeddings by the host), a plain ReLU MLP, biases everywhere."""
+
+from mllm_edge.errors import ConfigError
+from mllm_edge.export.decoder.spec import AttentionSpec, DecoderSpec, MlpSpec, NormSpec, WeightNames
+from mllm_edge.export.safetensors import Weights
+from mllm_edge.export.source import ConfigReader
+
+__all__ = ["POSITION_OFFSET", "opt_spec"]
+
+# The position table begins with two rows that no token uses.
+POSITION_OFFSET = 2
+_EPS = 1e-5  # torch's default, which OPT keeps
+_LAYER = {
+    "input_norm": "self_attn_layer_norm",
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "o_proj": "self_attn.out_proj",
+    "post_attention_norm": "final_layer_norm",
+    "up_proj": "fc1",
+    "down_proj": "fc2",
+}
+
+
+def opt_spec(config: ConfigReader, weights: Weights, prefix: str, tied: bool) -> DecoderSpec:
+    """The decoder under `prefix` (`model.decoder`).
+
+    Raises ConfigError for the variants of OPT-350M (post-norm, projected embeddings), which no other size has.
+    """
+    config.require("do_layer_norm_before", True)
+    config.require("_remove_final_layer_norm", False)
+    config.require("layer_norm_elementwise_affine", True)
+    bias = config.require("enable_bias", True)
+    hidden, heads = config.take("hidden_size"), config.take("num_attention_heads")
+    if config.take("word_embed_proj_dim", hidden) != hidden:
+        raise ConfigError("word_embed_proj_dim differs from hidden_size", "only equal sizes are supported")
+    config.take("tie_word_embeddings")
+    for inert in ("dropout", "layerdrop", "init_std"):
+        config.take(inert)
+    activation = config.require("activation_function", "relu", "gelu")
+    head_dim = hidden // heads
+    head = "lm_head" if "lm_head.weight" in weights or not tied else f"{prefix}.embed_tokens"
+    return DecoderSpec(
+        layers=config.take("num_hidden_layers"),
+        hidden_size=hidden,
+        vocab_size=config.take("vocab_size"),
+        norm=NormSpec(_EPS, "layer", bias=True),
+        attention=AttentionSpec(heads, heads, head_dim, head_dim**-0.5, qkv_bias=bias, output_bias=bias),
+        mlp=MlpSpec(config.take("ffn_dim"), activation, gated=False, bias=bias),
+        rope=None,
+        names=WeightNames(
+            layer={part: f"{prefix}.layers.{{i}}.{name}" for part, name in _LAYER.items()},
+            final_norm=f"{prefix}.final_layer_norm",
+            lm_head=head,
+        ),
+    )

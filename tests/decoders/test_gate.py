@@ -1,0 +1,221 @@
+"""The gate of standard-dialect graphs: the static check, and TensorRT for RTX as a witness."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from onnx import TensorProto, helper
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from mllm_edge.calibration.recipes import RECIPES
+from mllm_edge.errors import BackendError, ExportError
+from mllm_edge.export.datafile import DataFile, DryFile
+from mllm_edge.export.decoder.build import DIALECTS, build_decoder
+from mllm_edge.export.decoder.llama import llama_spec
+from mllm_edge.export.decoder.spec import DecoderSpec
+from mllm_edge.export.gate import check_graph, tensorrt_10_3_operators
+from mllm_edge.export.graph import save_model
+from mllm_edge.export.safetensors import Weights, open_weights
+from mllm_edge.export.source import ConfigReader
+from mllm_edge.runtime.backends.tensorrt_build import Range, build, inspect_network
+
+LAYERS, CAPACITY = 2, 256
+HALF = ir.DataType.FLOAT16
+STANDARD = ("opset24", "opset17")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[DecoderSpec, Weights]:
+    """A tiny Qwen3 (all of Llama's parts and head norms); weights differ per layer, as TensorRT merges equal ones."""
+    config = Qwen3Config(
+        vocab_size=128,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    folder = tmp_path_factory.mktemp("qwen3")
+    model.save_pretrained(folder)
+    weights = open_weights(folder)
+    reader = ConfigReader("config.json", config.to_dict(), Qwen3Config().to_dict())
+    return llama_spec(reader, weights, "model", False, "qwen3"), weights
+
+
+def write(folder: Path, source: tuple[DecoderSpec, Weights], dialect: str, recipe: str) -> Path:
+    path = folder / f"{dialect}-{recipe}.onnx"
+    with DataFile(folder / f"{path.name}.data") as data:
+        model = build_decoder(*source, RECIPES[recipe], data, dialect, HALF, CAPACITY)
+    save_model(model, path)
+    return path
+
+
+def ranges(spec: DecoderSpec, dialect: str, sequence: tuple[int, int, int]) -> dict[str, Range]:
+    """Smallest, usual and largest shapes for `sequence` new tokens behind 1, 64 and the most past positions."""
+    past = (1, 64, CAPACITY - sequence[2])
+    attention = spec.attention
+
+    def each(shape: Any) -> Range:
+        low, usual, high = (tuple(shape(s, p)) for s, p in zip(sequence, past, strict=True))
+        return low, usual, high
+
+    table = each(lambda s, p: (1, s, spec.rope.dim // 2))
+    found = {
+        "inputs_embeds": each(lambda s, p: (1, s, spec.hidden_size)),
+        "logits_indices": each(lambda s, p: (1, 1)),
+        "attention_bias": each(lambda s, p: (1, 1, s, p + s)),
+        "write_indices": each(lambda s, p: (1,)),
+        "cos": table,
+        "sin": table,
+    }
+    in_place = DIALECTS[dialect].kv_mode == "in_place"
+    heads, dim = attention.kv_heads, attention.head_dim
+    cache = each(lambda s, p: (1, heads, CAPACITY, dim) if in_place else (1, p, heads, dim))
+    names = [f"past_key_values.{i}.{part}" for i in range(spec.layers) for part in ("key", "value")]
+    return {**found, **dict.fromkeys(names, cache)}
+
+
+@pytest.mark.parametrize("recipe", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize("dialect", STANDARD)
+def test_graphs_parse_and_build_for_every_generation(
+    source: tuple[DecoderSpec, Weights], tmp_path: Path, dialect: str, recipe: str
+) -> None:
+    path = write(tmp_path, source, dialect, recipe)
+    report = inspect_network(path)
+    assert report.unused_inputs == ()
+    assert report.causal == ()
+    assert report.cache_updates == (2 * LAYERS if dialect == "opset24" else 0)
+    assert report.layers.get("ATTENTION_INPUT", 0) == (LAYERS if dialect == "opset24" else 0)
+    oldest = "SM80" if recipe == "int4" else "SM75"  # int4 weights need Ampere
+    profiles = [ranges(source[0], dialect, (1, 32, 64)), ranges(source[0], dialect, (1, 1, 8))]
+    engine = build(path, profiles, [oldest, "SM86", "SM89", "SM120"])
+    assert engine.nbytes > 10_000
+
+
+def test_profile_that_lacks_an_input_is_named(source: tuple[DecoderSpec, Weights], tmp_path: Path) -> None:
+    path = write(tmp_path, source, "opset17", "fp16")
+    profile = ranges(source[0], "opset17", (1, 1, 8))
+    profile.pop("cos")
+    with pytest.raises(BackendError, match="lacks a range for input cos"):
+        build(path, [profile], ["SM86"])
+    with pytest.raises(BackendError, match="does not know SM90"):
+        build(path, [ranges(source[0], "opset17", (1, 1, 8))], ["SM90"])
+
+
+def attention_model(folder: Path, inputs: list[str], **attributes: Any) -> Path:
+    """One Attention node over a cache longer than the query."""
+    shapes = {"q": (1, 2, 1, 32), "k": (1, 2, 8, 32), "v": (1, 2, 8, 32), "bias": (1, 1, 1, 8)}
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT16, s) for n, s in shapes.items() if n in inputs]
+    if "length" in inputs:
+        values.append(helper.make_tensor_value_info("length", TensorProto.INT64, (1,)))
+    node = helper.make_node("Attention", inputs, ["y"], name="attention", **attributes)
+    graph = helper.make_graph([node], "g", values, [helper.make_tensor_value_info("y", TensorProto.FLOAT16, None)])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
+    path = folder / "attention.onnx"
+    onnx.save(model, path)
+    return path
+
+
+def test_the_trap_is_real_and_the_gate_closes_it(tmp_path: Path) -> None:
+    """TensorRT accepts both forms and does something else; the static check refuses both."""
+    dropped = attention_model(tmp_path, ["q", "k", "v", "", "", "", "length"], scale=0.2)
+    assert inspect_network(dropped).unused_inputs == ("length",)
+    with pytest.raises(ExportError, match="nonpad_kv_seqlen"):
+        check_graph(ir.load(dropped), "opset24")
+    misread = attention_model(tmp_path, ["q", "k", "v"], scale=0.2, is_causal=1)
+    assert len(inspect_network(misread).causal) == 1
+    with pytest.raises(ExportError, match="is_causal"):
+        check_graph(ir.load(misread), "opset24")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "attributes", "word"),
+    [
+        (["q", "k", "v"], {"scale": 0.2}, "no attention_bias"),
+        (["q", "k", "v", "bias"], {}, "no scale"),
+        (["q", "k", "v", "bias"], {"scale": 0.2, "softcap": 30.0}, "softcap"),
+    ],
+)
+def test_attention_that_tensorrt_refuses_or_misreads(
+    tmp_path: Path, inputs: list[str], attributes: dict[str, Any], word: str
+) -> None:
+    model = ir.load(attention_model(tmp_path, inputs, **attributes))
+    with pytest.raises(ExportError, match=word):
+        check_graph(model, "opset24")
+
+
+def test_graph_within_the_rules_passes(tmp_path: Path) -> None:
+    check_graph(ir.load(attention_model(tmp_path, ["q", "k", "v", "bias"], scale=0.2)), "opset24")
+
+
+def test_newer_and_foreign_operators_are_named(source: tuple[DecoderSpec, Weights]) -> None:
+    with pytest.raises(ExportError, match=r"opset17: node .* is RMSNormalization"):
+        check_graph(build_decoder(*source, RECIPES["fp32"], DryFile(), "opset24"), "opset17")
+    contrib = build_decoder(*source, RECIPES["int4"], DryFile(), "contrib")
+    with pytest.raises(ExportError, match="is SimplifiedLayerNormalization"):
+        check_graph(contrib, "opset24")
+    others = [node for node in contrib.graph if not node.domain]
+    contrib.graph.remove(others, safe=False)
+    with pytest.raises(ExportError, match=r"is com\.microsoft\.MatMulNBits"):
+        check_graph(contrib, "opset24")
+
+
+def test_opset17_stays_at_17_but_for_int4(source: tuple[DecoderSpec, Weights]) -> None:
+    for recipe, opset in (("fp16", 17), ("int8", 17), ("int4", 21)):
+        model = build_decoder(*source, RECIPES[recipe], DryFile(), "opset17", HALF)
+        assert model.opset_imports == {"": opset}
+
+
+def test_contrib_refuses_half_precision_hidden_states(source: tuple[DecoderSpec, Weights]) -> None:
+    with pytest.raises(ExportError, match="FLOAT16"):
+        build_decoder(*source, RECIPES["fp16"], DryFile(), "contrib", HALF)
+
+
+@pytest.mark.parametrize("dialect", STANDARD)
+def test_half_precision_graph_runs_and_agrees(
+    source: tuple[DecoderSpec, Weights], tmp_path: Path, dialect: str
+) -> None:
+    """The float16 graph on the CPU against the float32 one: a prefill from an empty cache."""
+    import onnxruntime as ort
+
+    spec = source[0]
+    random = np.random.default_rng(0)
+    embeds = random.normal(size=(1, 5, spec.hidden_size)).astype(np.float32)
+    angles = np.arange(5)[:, None] * 1e6 ** (-np.arange(0, 32, 2) / 32)
+    results = []
+    for kind in (ir.DataType.FLOAT, HALF):
+        path = tmp_path / f"{kind.name}.onnx"
+        with DataFile(tmp_path / f"{path.name}.data") as data:
+            recipe = RECIPES["fp32" if kind == ir.DataType.FLOAT else "fp16"]
+            save_model(build_decoder(*source, recipe, data, dialect, kind), path)
+        dtype = kind.numpy()
+        bias = np.triu(np.full((5, 5), -3e4), 1)[None, None]
+        feeds = {
+            "inputs_embeds": embeds,
+            "attention_bias": bias,
+            "cos": np.cos(angles)[None],
+            "sin": np.sin(angles)[None],
+        }
+        shape = (1, 2, 8, 32) if dialect == "opset24" else (1, 0, 2, 32)
+        feeds |= {f"past_key_values.{i}.{p}": np.zeros(shape) for i in range(LAYERS) for p in ("key", "value")}
+        typed = {name: array.astype(dtype) for name, array in feeds.items()}
+        typed["logits_indices"] = np.array([[4]])
+        if dialect == "opset24":
+            typed["write_indices"] = np.array([0])
+        results.append(ort.InferenceSession(path).run(["logits"], typed)[0])
+    assert results[0].dtype == results[1].dtype == np.float32
+    assert np.abs(results[0] - results[1]).max() <= 1e-2 * np.ptp(results[0])
+
+
+def test_the_operator_table_is_whole() -> None:
+    operators = tensorrt_10_3_operators()
+    assert len(operators) == 148
+    assert {"MatMul", "Softmax", "GatherND", "LayerNormalization"} <= operators
+    assert operators.isdisjoint({"Compress", "MatMulInteger", "Attention", "RMSNormalization"})
