@@ -50,7 +50,8 @@ def test_holds_every_module_and_nothing_else(wheel: Path) -> None:
         names = set(archive.namelist())
     info = f"mllm_edge-{__version__}.dist-info/"
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "mllm_edge").rglob("*.py")}
-    assert {n for n in names if not n.startswith(info)} == modules
+    data = {"mllm_edge/py.typed", "mllm_edge/export/tensorrt_10_3.json"}
+    assert {n for n in names if not n.startswith(info)} == modules | data
     assert f"{info}licenses/LICENSE" in names
 
 
@@ -58,7 +59,7 @@ def test_metadata(metadata: Message) -> None:
     assert metadata["Name"] == "mllm-edge"
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra", [])) == {"cpu", "export", "test"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"cpu", "export", "rtx", "test"}
 
 
 def test_the_base_is_small(metadata: Message) -> None:
