@@ -1,4 +1,4 @@
-"""Trains the sample model from nothing, on the CPU, in well under an hour.
+"""Trains the sample model from nothing, on two CPU cores, in about an hour.
 
     python examples/sample_vlm/train.py --out examples/sample_vlm/model
 

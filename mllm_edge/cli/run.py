@@ -105,10 +105,13 @@ def _answer(vlm: "VLM", messages: Any, images: list[str | bytes], show: bool, **
         raise
     except ValueError as e:  # an option out of range
         raise click.UsageError(str(e)) from e
-    result = None
+    result, begun = None, False
     for chunk in chunks:
         if show:
-            write_answer(chunk.text)
+            # Many models begin with the space that parts their answer from the prompt; a reader has no use for it.
+            text = chunk.text if begun else chunk.text.lstrip()
+            write_answer(text)
+            begun = begun or bool(text)
         result = chunk.result
     if show:
         write_answer("\n")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import Result
@@ -187,3 +188,16 @@ def test_a_character_the_locale_cannot_write(environment: dict[str, str], tiny_b
     ascii_only = {**environment, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, env=ascii_only, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_space_before_an_answer_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    from types import SimpleNamespace
+
+    from mllm_edge.cli.run import _answer
+
+    result = SimpleNamespace(text="  3 shapes")
+    pieces = [SimpleNamespace(text=t, result=None) for t in (" ", " 3", " shapes")]
+    pieces.append(SimpleNamespace(text="", result=result))
+    vlm: Any = SimpleNamespace(stream=lambda *_, **__: iter(pieces))
+    assert _answer(vlm, "How many?", [], show=True) is result
+    assert capsys.readouterr().out == "3 shapes\n"
