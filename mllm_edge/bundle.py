@@ -95,15 +95,20 @@ class Bundle:
     def embeddings(self) -> np.ndarray:
         """Token embeddings [rows, hidden_size], memory-mapped; raises BundleError when shape or dtype are wrong."""
         model = self.manifest.model
-        path = self.listed(model.embedding.file)
-        try:
-            table = np.load(path, mmap_mode="r", allow_pickle=False)
-        except ValueError as e:
-            raise BundleError(f"{path}: not an array ({e})", _EXPORT_AGAIN) from None
+        table = self.array(model.embedding.file)
         expected = (model.embedding.rows, model.hidden_size)
         if table.shape != expected or table.dtype != np.dtype(model.embedding.dtype):
+            path = self.path / model.embedding.file
             raise BundleError(f"{path}: {table.dtype}{list(table.shape)}, not {list(expected)}", _EXPORT_AGAIN)
         return table
+
+    def array(self, name: str) -> np.ndarray:
+        """A .npy file of the bundle, memory-mapped; raises BundleError when it is none."""
+        path = self.listed(name)
+        try:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        except ValueError as e:
+            raise BundleError(f"{path}: not an array ({e})", _EXPORT_AGAIN) from None
 
     @property
     def nbytes(self) -> int:

@@ -181,12 +181,25 @@ class RopeSpec:
 
 @dataclass(frozen=True)
 class PositionSpec:
-    """How positions and order reach the decoder. `window`: how many of the latest positions a token sees, itself
-    included; None: all before it."""
+    """How positions and order reach the decoder.
 
-    kind: Literal["rope", "none"]
-    rope: RopeSpec | None = None
-    window: int | None = None
+    `kind`:
+    rope            `ropes` turn queries and keys; a layer's rope is one of them, its rows are the graph's inputs `cos`
+                    and `sin`, or `cos.{k}` and `sin.{k}` for the second and later ones
+    learned         a row of `table` [positions, hidden_size] is added to each embedding
+    relative_bias   `table` [buckets, heads] scores the distance between query and key: half of the buckets are single
+                    distances, the rest grow logarithmically up to `max_distance`
+    none            no positions
+
+    `windows`: how many of the latest positions a token sees, itself included (None: all before it); a layer's mask is
+    the graph's input `attention_bias`, or `attention_bias.{k}`. `table` is a .npy file of the bundle.
+    """
+
+    kind: Literal["rope", "learned", "relative_bias", "none"]
+    ropes: tuple[RopeSpec, ...] = ()
+    windows: tuple[int | None, ...] = (None,)
+    table: str = ""
+    max_distance: int = 0
 
 
 @dataclass(frozen=True)

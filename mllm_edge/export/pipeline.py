@@ -28,7 +28,7 @@ from mllm_edge.export.source import Source, open_source
 from mllm_edge.export.trace import lower, trace
 from mllm_edge.export.verify import Parity, Scope, verify
 from mllm_edge.export.workspace import check_out, check_space, workspace
-from mllm_edge.spec import SCHEMA_VERSION, Component, Manifest, ModelSpec, Variant, to_json
+from mllm_edge.spec import SCHEMA_VERSION, Component, Manifest, ModelSpec, PositionSpec, Variant, to_json
 
 __all__ = ["TARGETS", "ExportReport", "export"]
 
@@ -36,6 +36,7 @@ TARGETS = ("cpu",)
 Verify = Literal["auto", "full", "off"]
 _WHOLE_LIMIT = 2_000_000_000  # parameters; larger models are compared by their first layers
 _PROBE_LAYERS = 2
+_POSITION_TABLE = "position_table.npy"
 _OTHER_FILES = 16 << 20  # bytes; room for tokenizer and graphs in the estimate
 
 
@@ -135,6 +136,11 @@ class _Job:
         shape = (embedding.rows, self._plan.model.hidden_size)
         self._weights.use(self._plan.embedding, shape)
         sizes["embed_tokens"] = int(np.prod(shape)) * 2
+        table = self._plan.decoder.table
+        if table is not None:
+            rows = self._weights.shape(table.tensor)
+            self._weights.use(table.tensor, rows)
+            sizes["position_table"] = int(np.prod(rows)) * 4
         return sizes
 
     def write(self, folder: Path) -> Manifest:
@@ -143,6 +149,7 @@ class _Job:
         for name in [*self._traces, "decoder"]:
             components[name] = self._write_component(folder, name, self._plan.decoder)
         model = self._write_embeddings(folder)
+        model = replace(model, positions=self._write_positions(folder))
         self._write_texts(folder)
         return Manifest(
             schema=SCHEMA_VERSION,
@@ -174,9 +181,9 @@ class _Job:
         for file in folder.iterdir():
             if file.is_file() and not file.name.startswith("decoder."):
                 (probe / file.name).hardlink_to(file)
-        short = replace(self._plan.decoder, layers=min(_PROBE_LAYERS, self._plan.decoder.layers))
+        short = replace(self._plan.decoder, stack=self._plan.decoder.stack[:_PROBE_LAYERS])
         decoder = self._write_component(probe, "decoder", short)
-        model = replace(manifest.model, cache=replace(manifest.model.cache, layers=short.layers))
+        model = replace(manifest.model, cache=short.cache_spec())
         components = {**manifest.components, "decoder": decoder}
         return replace(manifest, model=model, components=components, files=file_entries(probe))
 
@@ -224,6 +231,15 @@ class _Job:
             self._progress.advance(len(rows))
         mapped.flush()
         return replace(self._plan.model, embedding=replace(embedding, dtype=dtype))
+
+    def _write_positions(self, folder: Path) -> PositionSpec:
+        """Learned positions or scores of distances, which the host adds, in float32."""
+        table = self._plan.decoder.table
+        if table is None:
+            return self._plan.model.positions
+        rows = self._weights.view(table.tensor)[table.skip :].astype(np.float32)
+        np.save(folder / _POSITION_TABLE, rows)
+        return self._plan.decoder.position_spec(_POSITION_TABLE)
 
     def _write_texts(self, folder: Path) -> None:
         shutil.copyfile(self._source.folder / "tokenizer.json", folder / TOKENIZER)

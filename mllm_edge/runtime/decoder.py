@@ -1,122 +1,147 @@
 """One decoder session with its cache: embeddings in, logits out."""
 
-from typing import Protocol
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from mllm_edge.runtime.backend import Backend, Session
+from mllm_edge.runtime.contracts import Step, contract_for
 from mllm_edge.runtime.kv_cache import KVCache
-from mllm_edge.runtime.masks import causal_bias
-from mllm_edge.runtime.positions import RotaryTable, check_positions
+from mllm_edge.runtime.positions import check_positions
 from mllm_edge.spec import ModelSpec, Variant
 
 __all__ = ["Decoder"]
 
 
 class Decoder:
-    """Steps a sequence through a decoder graph of any dialect; what the dialect wants to know is the contract's part.
+    """Steps sequences through a decoder graph of any dialect; what the dialect wants to know is the contract's part.
 
-    Single-token steps reuse the same bound arrays: a step writes into them and runs.
+    `table`: the array that `PositionSpec.table` names. Single-token steps of one sequence reuse the same bound arrays:
+    a step writes into them and runs.
     """
 
-    def __init__(self, session: Session, variant: Variant, model: ModelSpec, backend: Backend):
+    def __init__(
+        self, session: Session, variant: Variant, model: ModelSpec, backend: Backend, table: np.ndarray | None = None
+    ):
         self._session, self._variant, self._model, self._backend = session, variant, model, backend
-        self._token = np.zeros((1, 1, model.hidden_size), np.float32)
+        learned = model.positions.kind == "learned"
+        self._learned = table if learned else None
+        self._contract = contract_for(variant, model, None if learned else table)
+        self._dtype = np.dtype(next(t.dtype for t in variant.inputs if t.name == "inputs_embeds"))
+        self._token = np.zeros((1, 1, model.hidden_size), self._dtype)
         self._last = np.zeros((1, 1), np.int64)
-        self._logits = np.zeros((1, 1, model.vocab_size), np.float32)
         self._bound_token = False
-        self._contract: _Contract | None = None
+        self._logits = np.zeros((0, 0, 0), np.float32)
         self.cache: KVCache | None = None
 
-    def reset(self, capacity: int) -> KVCache:
-        """Start an empty sequence of up to `capacity` tokens; a cache that is large enough is used again."""
-        if self.cache is None or self.cache.capacity < capacity:
+    def reset(self, capacity: int, batch: int = 1) -> KVCache:
+        """Start `batch` empty sequences of up to `capacity` tokens; a cache that is large enough is used again."""
+        if self.cache is None or self.cache.capacity < capacity or self.cache.batch != batch:
             mode = self._variant.kv_mode or "in_place"
-            self.cache = KVCache(self._model.cache, self._backend, capacity, mode)
-            kind = _ContribContract if self._variant.dialect == "contrib" else _StandardContract
-            self._contract = kind(self._session, self._variant, self._model, capacity)
-            self._session.bind({}, {"logits": self._logits})
+            self.cache = KVCache(self._model.cache, self._backend, capacity, mode, batch, self._dtype.name)
+            self._contract.reset(capacity)
             self._bound_token = False
         self.cache.truncate(0)
         return self.cache
 
+    def set_cross(self, cross_kv: Mapping[str, np.ndarray] | None) -> None:
+        """What cross-attention layers look at: `cross.{l}.key` and `.value` [1, heads, N, D], as the component
+        `cross_kv` returns them. None: nothing, and the layers stay silent."""
+        self._session.bind(self._contract.cross(cross_kv), {})
+
     def forward(
-        self, inputs_embeds: np.ndarray, positions: np.ndarray | None = None, length: int | None = None
+        self,
+        inputs_embeds: np.ndarray,
+        positions: np.ndarray | None = None,
+        length: int | None = None,
+        *,
+        rows: Sequence[int] | None = None,
+        blocks: np.ndarray | None = None,
+        extras: Mapping[str, np.ndarray] | None = None,
     ) -> np.ndarray:
-        """Append embeddings [S, H] float32 to the sequence; logits of the last position, [V] float32.
+        """Append embeddings [S, H] to the only sequence; logits of the last position, [V] float32.
 
         `positions` [S], or [3, S] for M-RoPE: by default the places in the sequence, on all axes. `length`: where a
-        prompt comes in chunks, that of the sequence with the whole prompt, for ropes that depend on it. Raises
-        ContextError when the cache is full, ValueError for positions of another shape; nothing is changed then.
+        prompt comes in chunks, that of the sequence with the whole prompt, for ropes that depend on it. `rows`: the
+        positions within these S to project instead, logits [K, V]. `blocks` [S]: tokens with the same number > 0 see
+        each other in both directions. `extras`: optional inputs of the graph, without the batch axis: `deepstack.{k}`
+        [S, H], `cross_attention_bias` [1, S, N], `cross_attention_rows` [S, 1].
 
+        Raises ContextError when the cache is full, ValueError for positions of another shape; nothing is changed then.
         The array returned is overwritten by the next call.
         """
-        cache, contract = self.cache, self._contract
-        assert cache is not None, "reset() comes first"
-        assert contract is not None
-        past, tokens = cache.length, inputs_embeds.shape[0]
+        cache = self._opened()
+        if cache.batch != 1:
+            raise ValueError(f"forward takes one sequence, the cache holds {cache.batch}: use forward_batch")
+        logits = self._step([inputs_embeds], positions, length, rows, blocks, extras)
+        return logits[0, 0] if rows is None else logits[0]
+
+    def forward_batch(
+        self, inputs_embeds: Sequence[np.ndarray], positions: Sequence[np.ndarray] | None = None
+    ) -> np.ndarray:
+        """Append embeddings [S_b, H] to each sequence b, of unequal lengths if need be; logits of each one's last
+        position, [B, V] float32. `positions` as in `forward`, one for each.
+
+        Runs as one batch where the graph can, else sequence by sequence. Raises as `forward`.
+        """
+        cache = self._opened()
+        if len(inputs_embeds) != cache.batch:
+            raise ValueError(f"{len(inputs_embeds)} sequences for a cache of {cache.batch}: reset() with that batch")
+        counts = np.array([len(e) for e in inputs_embeds])
+        if positions is None and cache.mode == "in_place" and self._contract.takes_batch(cache, counts):
+            return self._step(inputs_embeds, None, None, None, None, None)[:, 0]
+        given = positions if positions is not None else (None,) * cache.batch
+        results = [
+            self._step([embeds], where, None, None, None, None, row=b)[0, 0].copy()
+            for b, (embeds, where) in enumerate(zip(inputs_embeds, given, strict=True))
+        ]
+        return np.stack(results)
+
+    def _step(
+        self,
+        embeds: Sequence[np.ndarray],
+        positions: np.ndarray | None,
+        length: int | None,
+        rows: Sequence[int] | None,
+        blocks: np.ndarray | None,
+        extras: Mapping[str, np.ndarray] | None,
+        row: int | None = None,
+    ) -> np.ndarray:
+        """One run, of sequence `row` alone or of all; logits [B, K, V]."""
+        cache = self._opened()
+        pasts = cache.lengths.copy() if row is None else cache.lengths[row : row + 1].copy()
+        counts = [len(e) for e in embeds]
         if positions is not None:
-            check_positions(self._model.positions.rope, positions, tokens)
-        cache.advance(tokens, self._session)
-        feeds = contract.feeds(past, tokens, positions, length)
-        if tokens == 1:
-            self._token[0] = inputs_embeds
-            if not self._bound_token:
-                feeds |= {"inputs_embeds": self._token, "logits_indices": self._last}
-        else:
-            feeds |= {"inputs_embeds": inputs_embeds[None], "logits_indices": np.array([[tokens - 1]], np.int64)}
-        self._bound_token = tokens == 1
+            check_positions(self._model.positions.ropes, positions, counts[0])
+        cache.advance(counts, self._session, row)
+        step = Step(pasts, max(counts), np.array(counts), positions, length, blocks)
+        feeds = self._contract.feeds(step, extras or {})
+        feeds |= self._tokens(embeds, step, rows)
         self._session.run(feeds)
-        return self._logits[0, 0]
+        return self._logits
 
+    def _tokens(self, embeds: Sequence[np.ndarray], step: Step, rows: Sequence[int] | None) -> dict[str, np.ndarray]:
+        """Embeddings, the rows to project, and a place for the logits."""
+        batch, tokens = len(embeds), step.tokens
+        shape = (batch, 1 if rows is None else len(rows), self._model.vocab_size)
+        if self._logits.shape != shape:
+            self._logits = np.zeros(shape, np.float32)
+            self._session.bind({}, {"logits": self._logits})
+        if batch == tokens == 1 and rows is None:
+            self._token[0] = self._placed(embeds[0], int(step.pasts[0]))
+            bound, self._bound_token = self._bound_token, True
+            return {} if bound else {"inputs_embeds": self._token, "logits_indices": self._last}
+        self._bound_token = False
+        padded = np.zeros((batch, tokens, self._model.hidden_size), self._dtype)
+        for target, source, past in zip(padded, embeds, step.pasts, strict=True):
+            target[: len(source)] = self._placed(source, int(past))
+        indices = step.counts[:, None] - 1 if rows is None else np.array([rows])
+        return {"inputs_embeds": padded, "logits_indices": indices.astype(np.int64)}
 
-class _Contract(Protocol):
-    """Tells the graph where the new tokens stand."""
+    def _placed(self, embeds: np.ndarray, past: int) -> np.ndarray:
+        """Embeddings [S, H] with their learned positions, where the model has such."""
+        return embeds if self._learned is None else embeds + self._learned[past : past + len(embeds)]
 
-    def feeds(self, past: int, tokens: int, positions: np.ndarray | None, length: int | None) -> dict[str, np.ndarray]:
-        """The inputs that change for `tokens` new places behind `past` others; the rest as in `Decoder.forward`."""
-        ...
-
-
-class _ContribContract:
-    """Lengths as two bound integers, and the whole rotary table.
-
-    The operator turns a new token by the row of its place in the cache, whatever position that row was made for: the
-    table serves M-RoPE as well.
-    """
-
-    def __init__(self, session: Session, variant: Variant, model: ModelSpec, capacity: int):
-        self._seqlens, self._total = np.zeros(1, np.int32), np.zeros((), np.int32)
-        bound = {"seqlens_k": self._seqlens, "total_sequence_length": self._total}
-        self._rotary = _rotary_table(model, capacity)
-        if self._rotary is not None:
-            bound |= {"cos": self._rotary.cos, "sin": self._rotary.sin}
-        session.bind(bound, {})
-
-    def feeds(self, past: int, tokens: int, positions: np.ndarray | None, length: int | None) -> dict[str, np.ndarray]:
-        self._seqlens[0], self._total[...] = past + tokens - 1, past + tokens
-        if self._rotary is not None and self._rotary.place(past, tokens, positions, length):
-            return {"cos": self._rotary.cos, "sin": self._rotary.sin}
-        return {}
-
-
-class _StandardContract:
-    """Bias and rotary rows for the new tokens; the place to write at, where the cache is in place."""
-
-    def __init__(self, session: Session, variant: Variant, model: ModelSpec, capacity: int):
-        self._window, self._writes = model.positions.window, variant.kv_mode == "in_place"
-        self._rotary = _rotary_table(model, capacity)
-
-    def feeds(self, past: int, tokens: int, positions: np.ndarray | None, length: int | None) -> dict[str, np.ndarray]:
-        feeds = {"attention_bias": causal_bias(past, tokens, self._window)}
-        if self._rotary is not None:
-            self._rotary.place(past, tokens, positions, length)
-            rows = slice(past, past + tokens)
-            feeds |= {"cos": self._rotary.cos[None, rows], "sin": self._rotary.sin[None, rows]}
-        if self._writes:
-            feeds["write_indices"] = np.array([past], np.int64)
-        return feeds
-
-
-def _rotary_table(model: ModelSpec, capacity: int) -> RotaryTable | None:
-    return None if model.positions.rope is None else RotaryTable(model.positions.rope, capacity)
+    def _opened(self) -> KVCache:
+        assert self.cache is not None, "reset() comes first"
+        return self.cache

@@ -10,10 +10,30 @@ from mllm_edge.runtime.sampling import Sampler
 from mllm_edge.runtime.trace import Trace
 from mllm_edge.spec import EmbeddingSpec
 
-__all__ = ["Embedder", "generate"]
+__all__ = ["Embedder", "chunks", "generate"]
 
 # A longer prompt is fed in pieces, so that attention scores stay small; shorter ones run in one piece.
 PREFILL_CHUNK = 1024
+
+
+def chunks(tokens: int, size: int, blocks: np.ndarray | None = None) -> Iterator[slice]:
+    """Consecutive pieces of a prompt, of `size` tokens at most unless a block is larger: what sees each other in both
+    directions must come at once."""
+    start = 0
+    while start < tokens:
+        end = min(start + size, tokens)
+        if blocks is not None and end < tokens:
+            end = _whole_blocks(blocks, start, end)
+        yield slice(start, end)
+        start = end
+
+
+def _whole_blocks(blocks: np.ndarray, start: int, end: int) -> int:
+    """The nearest end before `end` that cuts no block, or the one behind it when a block fills the piece."""
+    if blocks[end] == 0 or blocks[end] != blocks[end - 1]:
+        return end
+    inside = np.flatnonzero(blocks == blocks[end])
+    return int(inside[0]) if inside[0] > start else int(inside[-1]) + 1
 
 
 class Embedder:
@@ -36,17 +56,20 @@ def generate(
     stop_ids: Collection[int],
     max_new_tokens: int,
     trace: Trace,
+    blocks: np.ndarray | None = None,
 ) -> Iterator[int]:
     """Yield token ids until a stop id (which is not yielded) or `max_new_tokens`.
 
     `prompt_embeds` [S, H] float32 is appended to what the decoder's cache holds; the cache must have room for
-    S + max_new_tokens − 1 positions. Spans: prefill once, then sample and decode per token.
+    S + max_new_tokens − 1 positions. `blocks` [S]: see `Decoder.forward`; a block is never cut. Spans: prefill once,
+    then sample and decode per token.
     """
     with trace.span("prefill"):
         assert decoder.cache is not None, "reset() comes first"
         length = decoder.cache.length + len(prompt_embeds)
-        for start in range(0, len(prompt_embeds), PREFILL_CHUNK):
-            logits = decoder.forward(prompt_embeds[start : start + PREFILL_CHUNK], length=length)
+        for piece in chunks(len(prompt_embeds), PREFILL_CHUNK, blocks):
+            together = None if blocks is None else blocks[piece]
+            logits = decoder.forward(prompt_embeds[piece], length=length, blocks=together)
     for produced in range(1, max_new_tokens + 1):
         begin = time.perf_counter()
         token = sampler.sample(logits)

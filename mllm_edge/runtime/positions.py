@@ -4,6 +4,7 @@ The kinds are those of transformers' `modeling_rope_utils`, whose results they r
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -41,7 +42,7 @@ def rope_tables(rope: RopeSpec, positions: np.ndarray, length: int | None = None
     product is rounded to float32 before cos and sin, as the reference implementations do. Raises ValueError for
     positions of another shape.
     """
-    check_positions(rope, positions, positions.shape[-1] if positions.ndim else 0)
+    check_positions((rope,), positions, positions.shape[-1] if positions.ndim else 0)
     if length is None:
         length = int(positions.max(initial=-1)) + 1
     frequencies = inverse_frequencies(rope, length).astype(np.float32)
@@ -52,9 +53,9 @@ def rope_tables(rope: RopeSpec, positions: np.ndarray, length: int | None = None
     return np.cos(angles) * scale, np.sin(angles) * scale
 
 
-def check_positions(rope: RopeSpec | None, positions: np.ndarray, tokens: int) -> None:
-    """Raise ValueError unless positions are [tokens] or, for a rope with sections, [3, tokens]."""
-    allowed = [(tokens,), (_AXES, tokens)] if rope is not None and rope.sections else [(tokens,)]
+def check_positions(ropes: Sequence[RopeSpec], positions: np.ndarray, tokens: int) -> None:
+    """Raise ValueError unless positions are [tokens] or, for ropes with sections, [3, tokens]."""
+    allowed = [(tokens,), (_AXES, tokens)] if any(rope.sections for rope in ropes) else [(tokens,)]
     if positions.shape not in allowed:
         raise ValueError(f"positions {list(positions.shape)}, expected {' or '.join(str(list(s)) for s in allowed)}")
 

@@ -68,7 +68,8 @@ class VLM:
         self.stop_ids = frozenset(generation.eos_token_ids)
         self._sessions = {name: self._open(name) for name in bundle.manifest.components}
         variant = bundle.variant("decoder", backend.target)
-        self.decoder = Decoder(self._sessions["decoder"], variant, self.spec, backend)
+        table = bundle.array(self.spec.positions.table) if self.spec.positions.table else None
+        self.decoder = Decoder(self._sessions["decoder"], variant, self.spec, backend, table)
         self.embed = Embedder(bundle.embeddings(), self.spec.embedding)
         self._calls = 0
 

@@ -1,26 +1,33 @@
-"""The layers of a decoder, written once; a dialect supplies the operators (and documents its contract)."""
+"""Graphs of decoders, of the text encoders before them and of their cross-attention's keys and values, in any dialect."""
+
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
 
-from mllm_edge.calibration.qdq import Linear, linear, to_float
+from mllm_edge.calibration.qdq import linear
 from mllm_edge.calibration.recipes import Recipe
 from mllm_edge.export.datafile import DataSink
-from mllm_edge.export.decoder.dialect import Dialect, Norm
+from mllm_edge.export.decoder.dialect import Dialect
+from mllm_edge.export.decoder.dialects import standard
 from mllm_edge.export.decoder.dialects.contrib import Contrib
 from mllm_edge.export.decoder.dialects.opset17 import Opset17
 from mllm_edge.export.decoder.dialects.opset24 import Opset24
-from mllm_edge.export.decoder.spec import DecoderSpec, NormSpec
+from mllm_edge.export.decoder.layers import Layers, Stream
+from mllm_edge.export.decoder.spec import CrossSpec, DecoderSpec, EncoderSpec
 from mllm_edge.export.gate import check_graph
 from mllm_edge.export.safetensors import Weights
 
-__all__ = ["DIALECTS", "build_decoder"]
+__all__ = ["DIALECTS", "build_cross_kv", "build_decoder", "build_text_encoder"]
 
 DIALECTS: dict[str, type[Contrib] | type[Opset24] | type[Opset17]] = {
     "contrib": Contrib,
     "opset24": Opset24,
     "opset17": Opset17,
 }
+_FLOAT, _INT64 = ir.DataType.FLOAT, ir.DataType.INT64
+# Added to the logits of tokens that are never chosen: within half precision's range.
+_BANNED = -30000.0
 
 
 def build_decoder(
@@ -29,104 +36,131 @@ def build_decoder(
     recipe: Recipe,
     data: DataSink,
     dialect: str = "contrib",
-    float_type: ir.DataType = ir.DataType.FLOAT,
+    float_type: ir.DataType = _FLOAT,
     capacity: int | None = None,
+    residual_type: ir.DataType | None = None,
 ) -> ir.Model:
     """Write the decoder's weights to `data`, one tensor at a time, and return its graph in `dialect`.
 
-    `float_type` is that of hidden states and caches; `capacity` fixes the length of in-place caches.
-    Raises ExportError for a float type that the dialect has no kernels for.
+    `float_type` is that of hidden states and caches; `residual_type` (default: the same) that of the sums between
+    layers: float32 where half precision would overflow. `capacity` fixes the length of in-place caches. Raises
+    ExportError for a float type that the dialect has no kernels for, or a spec that it cannot express.
     """
-    ops: Dialect = DIALECTS[dialect](spec, data, float_type, capacity)
-    layers = _Layers(ops, spec, weights, recipe)
-    hidden, residual = ops.inputs_embeds, None
-    for i in range(spec.layers):
-        normed, residual = ops.norm(f"layers.{i}.input_norm", layers.norm(i, "input_norm"), hidden, residual)
-        attended = layers.attention(i, normed)
-        norm = layers.norm(i, "post_attention_norm")
-        normed, residual = ops.norm(f"layers.{i}.post_attention_norm", norm, attended, residual)
-        hidden = layers.mlp(i, normed)
+    ops: Dialect = DIALECTS[dialect]("decoder", data, float_type, residual_type)
+    graph, layers = ops.graph, Layers(ops, spec, weights, recipe)
+    stream = Stream(ops, graph.input("inputs_embeds", float_type, ("batch", "sequence", spec.hidden_size)))
+    indices = graph.input("logits_indices", _INT64, ("batch", "rows"))
+    ops.decoder_inputs(spec, capacity)
+    inputs = _optional_inputs(ops, spec)
+    if spec.names.input_norm is not None:
+        stream.pending, _ = stream.normed("input_norm", layers.stream_norm(spec.names.input_norm))
+    for i, layer in enumerate(spec.stack):
+        for branch in layer.branches:
+            layers.branch(stream, i, layer, branch, inputs)
+        if i < spec.deepstack:
+            stream.pending = graph.node("Add", [stream.pending, inputs[f"deepstack.{i}"]], f"layers.{i}.deepstack")
     # Rows are picked before the last norm: prefill projects one row, not all of them.
-    hidden = ops.pick_rows("hidden.rows", hidden)
-    assert residual is not None
-    residual = ops.pick_rows("residual.rows", residual)
-    final = layers.norm_weights(spec.names.final_norm, spec.norm, spec.hidden_size)
-    normed, _ = ops.norm("final_norm", final, hidden, residual)
-    head = layers.linear("lm_head", [spec.names.lm_head], [spec.vocab_size], spec.hidden_size, bias=False)
-    model = ops.finish(linear(ops.graph, normed, head, recipe.head))
+    stream.pick(indices)
+    head = layers.linear(
+        "lm_head", [spec.names.lm_head], [spec.vocab_size], spec.hidden_size, _head_bias(spec, weights) or False
+    )
+    logits = graph.cast(
+        linear(graph, _last_hidden(layers, stream, ops, spec), head, recipe.head), _FLOAT, "logits.float"
+    )
+    if spec.logits_cap is not None:
+        logits = standard.softcap(graph, "logits.capped", logits, spec.logits_cap, _FLOAT)
+    ops.decoder_outputs(logits)
+    return _finish(ops, dialect)
+
+
+def build_text_encoder(
+    spec: EncoderSpec,
+    weights: Weights,
+    recipe: Recipe,
+    data: DataSink,
+    dialect: str = "contrib",
+    float_type: ir.DataType = _FLOAT,
+    residual_type: ir.DataType | None = None,
+) -> ir.Model:
+    """inputs_embeds [B, S, H] T and attention_bias [B, 1 or heads, S, S] T → encoder_hidden_states [B, S, H] T."""
+    ops: Dialect = DIALECTS[dialect]("text_encoder", data, float_type, residual_type)
+    graph, layers = ops.graph, Layers(ops, spec, weights, recipe)
+    stream = Stream(ops, graph.input("inputs_embeds", float_type, ("batch", "sequence", spec.hidden_size)))
+    shape = ("batch", spec.heads_in_bias, "sequence", "sequence")
+    inputs = {"attention_bias": graph.input("attention_bias", float_type, shape)}
+    if spec.names.input_norm is not None:
+        stream.pending, _ = stream.normed("input_norm", layers.stream_norm(spec.names.input_norm))
+    for i, layer in enumerate(spec.stack):
+        for branch in layer.branches:
+            layers.branch(stream, i, layer, branch, inputs)
+    hidden = _last_hidden(layers, stream, ops, spec)
+    graph.output(hidden, "encoder_hidden_states", float_type, ("batch", "sequence", spec.hidden_size))
+    return _finish(ops, dialect)
+
+
+def build_cross_kv(
+    spec: DecoderSpec,
+    weights: Weights,
+    recipe: Recipe,
+    data: DataSink,
+    dialect: str = "contrib",
+    float_type: ir.DataType = _FLOAT,
+) -> ir.Model:
+    """encoder_hidden_states [B, N, features] T → cross.{l}.key and .value [B, Hkv, N, D] T, for every layer that has
+    cross-attention. Constant while one image (or text) is talked about: it runs once."""
+    assert spec.cross is not None, "this decoder has no cross-attention"
+    ops: Dialect = DIALECTS[dialect]("cross_kv", data, float_type)
+    graph, layers = ops.graph, Layers(ops, spec, weights, recipe)
+    features = graph.input("encoder_hidden_states", float_type, ("batch", "features", spec.cross.features))
+    numbered = [i for i, layer in enumerate(spec.stack) if layer.has("cross_attention")]
+    for number, i in enumerate(numbered):
+        for part, value in zip(("key", "value"), layers.cross_kv(i, features), strict=True):
+            graph.output(value, f"cross.{number}.{part}", float_type, _cross_shape(spec.cross))
+    return _finish(ops, dialect)
+
+
+def _optional_inputs(ops: Dialect, spec: DecoderSpec) -> dict[str, ir.Value]:
+    """The inputs that only some decoders have."""
+    shapes: dict[str, tuple[int | str, ...]] = {}
+    if spec.cross is not None:
+        names = [f"cross.{n}.{part}" for n in range(spec.crossed) for part in ("key", "value")]
+        shapes |= dict.fromkeys(names, _cross_shape(spec.cross))
+        shapes["cross_attention_bias"] = ("batch", 1, "sequence", "features")
+        if spec.cross.rows:
+            shapes["cross_attention_rows"] = ("batch", "sequence", 1)
+    shapes |= {f"deepstack.{k}": ("batch", "sequence", spec.hidden_size) for k in range(spec.deepstack)}
+    return {name: ops.graph.input(name, ops.graph.float_type, shape) for name, shape in shapes.items()}
+
+
+def _cross_shape(cross: CrossSpec) -> tuple[int | str, ...]:
+    return ("batch", cross.attention.kv_heads, "features", cross.attention.head_dim)
+
+
+def _last_hidden(layers: Layers, stream: Stream, ops: Dialect, spec: DecoderSpec | EncoderSpec) -> ir.Value:
+    """The stream behind the last layer, normalized if the model does so, in the graph's float type."""
+    factor = spec.head_scale if isinstance(spec, DecoderSpec) else 1.0
+    if spec.names.final_norm is not None:
+        return stream.normed("final_norm", layers.stream_norm(spec.names.final_norm, factor))[0]
+    assert factor == 1, "a scale is folded into the last norm"
+    return standard.narrowed(ops, "hidden.last", stream.total("hidden.last"))
+
+
+def _head_bias(spec: DecoderSpec, weights: Weights) -> Callable[[], np.ndarray] | None:
+    """What is added to the logits, [V]: the checkpoint's own vector, stored [1, V], and the ban."""
+    if spec.head_bias is None and not spec.banned:
+        return None
+    stored = weights.use(spec.head_bias, (1, spec.vocab_size)) if spec.head_bias is not None else None
+
+    def read() -> np.ndarray:
+        vector = stored()[0] if stored is not None else np.zeros(spec.vocab_size, np.float32)
+        vector[list(spec.banned)] = _BANNED
+        return vector
+
+    return read
+
+
+def _finish(ops: Dialect, dialect: str) -> ir.Model:
+    model = ops.graph.model()
     if not ops.graph.contrib:
         check_graph(model, dialect)
     return model
-
-
-class _Layers:
-    """The parts of one layer, with names `layers.N.part` in the graph."""
-
-    def __init__(self, ops: Dialect, spec: DecoderSpec, weights: Weights, recipe: Recipe):
-        self._ops, self._spec, self._weights, self._recipe = ops, spec, weights, recipe
-
-    def norm(self, i: int, part: str) -> Norm:
-        """The norm `part` of layer i."""
-        return self.norm_weights(self._name(i, part), self._spec.norm, self._spec.hidden_size)
-
-    def attention(self, i: int, x: ir.Value) -> ir.Value:
-        """Packed q, k, v projection, attention over the cache, output projection."""
-        spec = self._spec.attention
-        rows = [n * spec.head_dim for n in (spec.heads, spec.kv_heads, spec.kv_heads)]
-        names = [self._name(i, part) for part in ("q_proj", "k_proj", "v_proj")]
-        qkv = self._project(x, f"layers.{i}.qkv_proj", names, rows, self._spec.hidden_size, spec.qkv_bias)
-        attended = self._ops.attention(i, qkv, self._qk_norm(i))
-        name = self._name(i, "o_proj")
-        return self._project(
-            attended, f"layers.{i}.o_proj", [name], [self._spec.hidden_size], rows[0], spec.output_bias
-        )
-
-    def mlp(self, i: int, x: ir.Value) -> ir.Value:
-        """Gate and up stay apart: 2–3% faster than one product and a split."""
-        spec, graph, hidden = self._spec.mlp, self._ops.graph, self._spec.hidden_size
-        parts = ("gate_proj", "up_proj") if spec.gated else ("up_proj",)
-        first, *up = (
-            self._project(x, f"layers.{i}.{part}", [self._name(i, part)], [spec.inner], hidden, spec.bias)
-            for part in parts
-        )
-        inner = self._ops.activation(f"layers.{i}.activation", spec.activation, first)
-        if up:
-            inner = graph.node("Mul", [inner, *up], f"layers.{i}.gated")
-        down = [self._name(i, "down_proj")]
-        return self._project(inner, f"layers.{i}.down_proj", down, [hidden], spec.inner, spec.bias)
-
-    def norm_weights(self, name: str, spec: NormSpec, size: int) -> Norm:
-        """A norm's scale and bias, [size] each, in the graph's float type."""
-        bias = self._vector(f"{name}.bias", size) if spec.bias else None
-        return Norm(spec, self._vector(f"{name}.weight", size), bias)
-
-    def linear(self, name: str, sources: list[str], rows: list[int], row: int, bias: bool) -> Linear:
-        """One layer whose weight is the `sources` stacked along the output axis."""
-        parts = [self._weights.use(f"{s}.weight", (n, row)) for s, n in zip(sources, rows, strict=True)]
-        biases = [self._weights.use(f"{s}.bias", (n,)) for s, n in zip(sources, rows, strict=True)] if bias else None
-        return Linear(
-            name,
-            (sum(rows), row),
-            lambda: np.concatenate([p() for p in parts]),
-            (lambda: np.concatenate([b() for b in biases])) if biases else None,
-        )
-
-    def _vector(self, name: str, size: int) -> ir.Value:
-        read, kind = self._weights.use(name, (size,)), self._ops.graph.float_type
-        return self._ops.graph.weight(name, kind, (size,), lambda: to_float(name, read(), kind))
-
-    def _qk_norm(self, i: int) -> tuple[Norm, Norm] | None:
-        attention = self._spec.attention
-        if attention.qk_norm is None:
-            return None
-        query, key = (
-            self.norm_weights(self._name(i, part), attention.qk_norm, attention.head_dim)
-            for part in ("q_norm", "k_norm")
-        )
-        return query, key
-
-    def _project(self, x: ir.Value, name: str, sources: list[str], rows: list[int], row: int, bias: bool) -> ir.Value:
-        return linear(self._ops.graph, x, self.linear(name, sources, rows, row, bias), self._recipe.decoder)
-
-    def _name(self, i: int, part: str) -> str:
-        return self._spec.names.layer[part].format(i=i)

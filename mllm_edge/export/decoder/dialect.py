@@ -5,10 +5,10 @@ from typing import Literal, Protocol
 
 import onnx_ir as ir
 
-from mllm_edge.export.decoder.spec import Activation, NormSpec
+from mllm_edge.export.decoder.spec import Activation, AttentionSpec, DecoderSpec, NormSpec
 from mllm_edge.export.graph import GraphBuilder
 
-__all__ = ["Dialect", "Norm"]
+__all__ = ["Dialect", "Norm", "SelfAttention"]
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,24 @@ class Norm:
         return [self.scale] if self.bias is None else [self.scale, self.bias]
 
 
+@dataclass(frozen=True)
+class SelfAttention:
+    """One cached self-attention. `cache` numbers the layers that have one; `rope` (None: none) and `window` are indices
+    into the spec's; `qk_norm` are the norms of q and k within each head."""
+
+    name: str
+    cache: int
+    rope: int | None
+    window: int
+    qk_norm: tuple[Norm, Norm] | None
+
+
 class Dialect(Protocol):
-    """Builds into `graph`. Hidden states are [B, S, H]; see each dialect for its contract."""
+    """Builds into `graph`, whose float type is T. Hidden states are [B, S, H] in T, the residual stream in
+    `residual_type`; see each dialect for its contract."""
 
     graph: GraphBuilder
-    inputs_embeds: ir.Value
-    logits_indices: ir.Value
+    residual_type: ir.DataType
 
     @property
     def name(self) -> str:
@@ -42,25 +54,43 @@ class Dialect(Protocol):
         """How the graph keeps its cache; see `KVCache`."""
         ...
 
+    def decoder_inputs(self, spec: DecoderSpec, capacity: int | None) -> None:
+        """Declare what tells a decoder where its tokens stand, and the caches (of `capacity` places, if given).
+
+        Raises ExportError for a spec that this dialect cannot express.
+        """
+        ...
+
     def norm(self, name: str, norm: Norm, hidden: ir.Value, residual: ir.Value | None) -> tuple[ir.Value, ir.Value]:
         """hidden + residual, normalized, and the sum itself."""
         ...
 
-    def attention(self, layer: int, qkv: ir.Value, qk_norm: tuple[Norm, Norm] | None) -> ir.Value:
+    def add(self, name: str, hidden: ir.Value, residual: ir.Value | None) -> ir.Value:
+        """hidden + residual, in the residual stream's type."""
+        ...
+
+    def head_norm(self, name: str, norm: Norm, x: ir.Value) -> ir.Value:
+        """The norm over the last axis of x [B, S, heads, D]."""
+        ...
+
+    def self_attention(self, layer: SelfAttention, qkv: ir.Value) -> ir.Value:
         """Rotary embedding, cache update and attention over packed q, k, v [B, S, (heads + 2·kv_heads)·D].
 
-        `qk_norm` are the norms of q and k within each head. Returns [B, S, heads·D].
+        Returns [B, S, heads·D].
         """
+        ...
+
+    def attention(
+        self, name: str, spec: AttentionSpec, query: ir.Value, keys: ir.Value, values: ir.Value, bias: ir.Value
+    ) -> ir.Value:
+        """Attention without a cache: query [B, S, heads·D] over keys and values [B, Hkv, N, D] with bias
+        [B, 1 or heads, S, N] → [B, S, heads·D]."""
         ...
 
     def activation(self, name: str, kind: Activation, x: ir.Value) -> ir.Value:
         """The activation, element by element."""
         ...
 
-    def pick_rows(self, name: str, x: ir.Value) -> ir.Value:
-        """x [B, S, H] at `logits_indices` [B, K] → [B, K, H]."""
-        ...
-
-    def finish(self, logits: ir.Value) -> ir.Model:
-        """Declare the outputs and return the graph."""
+    def decoder_outputs(self, logits: ir.Value) -> None:
+        """Declare logits and the new caches."""
         ...

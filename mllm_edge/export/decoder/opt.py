@@ -1,14 +1,24 @@
-"""OPT: layer norms, learned positions (added to the embeddings by the host), a plain ReLU MLP, biases everywhere."""
+"""OPT: layer norms, learned positions, a plain ReLU MLP, biases everywhere."""
+
+from dataclasses import replace
 
 from mllm_edge.errors import ConfigError
-from mllm_edge.export.decoder.spec import AttentionSpec, DecoderSpec, MlpSpec, NormSpec, WeightNames
+from mllm_edge.export.decoder.spec import (
+    PRE_NORM,
+    AttentionSpec,
+    DecoderSpec,
+    MlpSpec,
+    NormSpec,
+    PositionTable,
+    WeightNames,
+)
 from mllm_edge.export.safetensors import Weights
 from mllm_edge.export.source import ConfigReader
 
-__all__ = ["POSITION_OFFSET", "opt_spec"]
+__all__ = ["opt_spec"]
 
 # The position table begins with two rows that no token uses.
-POSITION_OFFSET = 2
+_POSITION_OFFSET = 2
 _EPS = 1e-5  # torch's default, which OPT keeps
 _LAYER = {
     "input_norm": "self_attn_layer_norm",
@@ -41,13 +51,13 @@ def opt_spec(config: ConfigReader, weights: Weights, prefix: str, tied: bool) ->
     head_dim = hidden // heads
     head = "lm_head" if "lm_head.weight" in weights or not tied else f"{prefix}.embed_tokens"
     return DecoderSpec(
-        layers=config.take("num_hidden_layers"),
         hidden_size=hidden,
         vocab_size=config.take("vocab_size"),
         norm=NormSpec(_EPS, "layer", bias=True),
         attention=AttentionSpec(heads, heads, head_dim, head_dim**-0.5, qkv_bias=bias, output_bias=bias),
         mlp=MlpSpec(config.take("ffn_dim"), activation, gated=False, bias=bias),
-        rope=None,
+        stack=(replace(PRE_NORM, rope=None),) * config.take("num_hidden_layers"),
+        table=PositionTable("learned", f"{prefix}.embed_positions.weight", skip=_POSITION_OFFSET),
         names=WeightNames(
             layer={part: f"{prefix}.layers.{{i}}.{name}" for part, name in _LAYER.items()},
             final_norm=f"{prefix}.final_layer_norm",

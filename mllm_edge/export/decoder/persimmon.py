@@ -3,7 +3,7 @@
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.decoder.fused import cut_groups
 from mllm_edge.export.decoder.rope import rope_spec
-from mllm_edge.export.decoder.spec import AttentionSpec, DecoderSpec, MlpSpec, NormSpec, WeightNames
+from mllm_edge.export.decoder.spec import PRE_NORM, AttentionSpec, DecoderSpec, MlpSpec, NormSpec, WeightNames
 from mllm_edge.export.safetensors import Weights
 from mllm_edge.export.source import ConfigReader
 
@@ -40,7 +40,7 @@ def persimmon_spec(config: ConfigReader, weights: Weights, prefix: str, tied: bo
             cut_groups(weights, f"{attention}.query_key_value.{kind}", parts, heads, dim, row)
     head = "lm_head" if "lm_head.weight" in weights or not tied else f"{prefix}.embed_tokens"
     return DecoderSpec(
-        layers=layers,
+        stack=(PRE_NORM,) * layers,
         hidden_size=hidden,
         vocab_size=config.take("vocab_size"),
         norm=norm,
@@ -54,7 +54,7 @@ def persimmon_spec(config: ConfigReader, weights: Weights, prefix: str, tied: bo
             qk_norm=norm if config.take("qk_layernorm") else None,
         ),
         mlp=MlpSpec(config.take("intermediate_size"), config.require("hidden_act", "relu2"), gated=False, bias=True),
-        rope=rope_spec(config, dim, partial=True),
+        ropes=(rope_spec(config, dim, partial=True),),
         names=WeightNames(
             layer={part: f"{prefix}.layers.{{i}}.{name}" for part, name in _LAYER.items()},
             final_norm=f"{prefix}.final_layernorm",

@@ -4,35 +4,57 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from mllm_edge.spec import RopeSpec
+from mllm_edge.spec import CacheSpec, PositionSpec, RopeSpec
 
-__all__ = ["Activation", "AttentionSpec", "DecoderSpec", "MlpSpec", "NormSpec", "WeightNames"]
+__all__ = [
+    "PRE_NORM",
+    "Activation",
+    "AttentionSpec",
+    "Branch",
+    "CrossSpec",
+    "DecoderSpec",
+    "EncoderSpec",
+    "LayerSpec",
+    "MlpSpec",
+    "MoeSpec",
+    "NormSpec",
+    "PositionTable",
+    "WeightNames",
+]
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 
 
 @dataclass(frozen=True)
 class WeightNames:
-    """Where each tensor stands in the checkpoint. In `layer` values `{i}` is the layer number, without `.weight`."""
+    """Where each tensor stands in the checkpoint. In `layer` values `{i}` is the layer number and `{e}` the expert's,
+    without `.weight`. `final_norm` None: there is none."""
 
     layer: Mapping[str, str]
-    final_norm: str
+    final_norm: str | None
     lm_head: str
+    input_norm: str | None = None
 
 
 @dataclass(frozen=True)
 class NormSpec:
-    """`rms` or `layer` normalization over the last axis; `bias` adds a learned offset (layer only)."""
+    """`rms` or `layer` normalization over the last axis; `bias` adds a learned vector (layer only).
+
+    `offset` is added to the stored scale (Gemma stores scale − 1). `per_head`: a norm within heads whose scale and bias
+    differ from head to head, stored as [heads, D].
+    """
 
     eps: float
     kind: Literal["rms", "layer"] = "rms"
     bias: bool = False
+    offset: float = 0.0
+    per_head: bool = False
 
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Self-attention. `scale` multiplies q·k; `qk_norm` normalizes each head of q and k before rope; `window` is the
-    number of latest positions a token sees, itself included (None: all before it)."""
+    """Heads of self- or cross-attention. `scale` multiplies q·k; `qk_norm` normalizes each head of q and k before rope;
+    `softcap` c bounds scores by c·tanh(s/c), before the mask."""
 
     heads: int
     kv_heads: int
@@ -41,7 +63,20 @@ class AttentionSpec:
     qkv_bias: bool = False
     output_bias: bool = False
     qk_norm: NormSpec | None = None
-    window: int | None = None
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class CrossSpec:
+    """Attention over encoded features [B, N, features], whose keys and values `build_cross_kv` makes.
+
+    `rows`: the graph takes `cross_attention_rows` [B, S, 1], which multiplies the MLP of cross-attention layers (mllama
+    silences the MLP where a token has no image to look at).
+    """
+
+    attention: AttentionSpec
+    features: int
+    rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,18 +90,140 @@ class MlpSpec:
 
 
 @dataclass(frozen=True)
-class DecoderSpec:
-    """A pre-norm transformer decoder with grouped-query attention.
+class MoeSpec:
+    """`top_k` of `experts` gated MLPs of width `inner`, weighted by the softmax over all router logits.
 
-    Sizes are in elements. `rope` None: positions come with the embeddings. `lm_head` may name the embedding matrix
-    (tied).
+    `renormalize`: the chosen weights are scaled to sum to one; then all are multiplied by `scale`. `shared_inner`: an
+    MLP of that width that every token takes as well (0: none), weighted by a sigmoid of its own when `shared_gate`.
     """
 
-    layers: int
+    experts: int
+    top_k: int
+    inner: int
+    renormalize: bool = True
+    scale: float = 1.0
+    shared_inner: int = 0
+    shared_gate: bool = False
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One residual branch of a layer: h ← after(h + tanh(gate) · post(f(pre(h)))).
+
+    `pre`, `post`, `after` and `gate` are keys of `WeightNames.layer`, None where there is no such thing. `silenced`:
+    multiplied by `cross_attention_rows`.
+    """
+
+    kind: Literal["attention", "cross_attention", "mlp", "moe"]
+    pre: str | None = None
+    post: str | None = None
+    after: str | None = None
+    gate: str | None = None
+    silenced: bool = False
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """The branches of one layer, and which of the decoder's ropes (None: none) and windows its self-attention has."""
+
+    branches: tuple[Branch, ...]
+    rope: int | None = 0
+    window: int = 0
+
+    def has(self, kind: str) -> bool:
+        """Whether a branch of this kind is there."""
+        return any(branch.kind == kind for branch in self.branches)
+
+
+PRE_NORM = LayerSpec((Branch("attention", pre="input_norm"), Branch("mlp", pre="post_attention_norm")))
+
+
+@dataclass(frozen=True)
+class PositionTable:
+    """A checkpoint tensor that the host needs for positions: rows to add to the embeddings (`learned`, the first
+    `skip` rows are of no token), or scores by distance (`relative_bias`: [buckets, heads], distances up to
+    `max_distance`)."""
+
+    kind: Literal["learned", "relative_bias"]
+    tensor: str
+    skip: int = 0
+    max_distance: int = 0
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """A transformer decoder. Sizes are in elements.
+
+    `stack`: the layers, in order; `ropes` and `windows` (None: all positions): what they choose from. `table`: learned
+    positions or relative bias. `blocks`: some tokens see each other in both directions, so masks come from the host in
+    every dialect. `deepstack`: behind each of the first so many layers the graph adds an input `deepstack.{k}`
+    [B, S, H]. `head_scale` multiplies the last hidden state, `logits_cap` c bounds logits by c·tanh(l/c), `head_bias`
+    names a vector [V] to add to them; `banned`: token ids that are never chosen. `lm_head` may name the embedding
+    matrix (tied).
+    """
+
     hidden_size: int
     vocab_size: int
     norm: NormSpec
     attention: AttentionSpec
     mlp: MlpSpec
-    rope: RopeSpec | None
     names: WeightNames
+    stack: tuple[LayerSpec, ...]
+    ropes: tuple[RopeSpec, ...] = ()
+    windows: tuple[int | None, ...] = (None,)
+    table: PositionTable | None = None
+    blocks: bool = False
+    cross: CrossSpec | None = None
+    moe: MoeSpec | None = None
+    deepstack: int = 0
+    head_scale: float = 1.0
+    head_bias: str | None = None
+    banned: tuple[int, ...] = ()
+    logits_cap: float | None = None
+
+    @property
+    def layers(self) -> int:
+        """Number of layers of any kind."""
+        return len(self.stack)
+
+    @property
+    def cached(self) -> int:
+        """Number of layers with self-attention, and so with a cache."""
+        return sum(layer.has("attention") for layer in self.stack)
+
+    @property
+    def crossed(self) -> int:
+        """Number of layers with cross-attention."""
+        return sum(layer.has("cross_attention") for layer in self.stack)
+
+    @property
+    def heads_in_bias(self) -> int:
+        """Size of the bias's head axis: relative distances score differently in each head."""
+        return self.attention.heads if self.table is not None and self.table.kind == "relative_bias" else 1
+
+    def cache_spec(self) -> CacheSpec:
+        """The self-attention caches, for the manifest."""
+        return CacheSpec(self.cached, self.attention.kv_heads, self.attention.head_dim)
+
+    def position_spec(self, file: str = "") -> PositionSpec:
+        """Positions and masks, for the manifest; `file` is where the bundle keeps `table`."""
+        if self.table is not None:
+            return PositionSpec(self.table.kind, self.ropes, self.windows, file, self.table.max_distance)
+        return PositionSpec("rope" if self.ropes else "none", self.ropes, self.windows)
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """A text encoder: layers without a cache, in which every token sees every other. Fields as in DecoderSpec."""
+
+    hidden_size: int
+    norm: NormSpec
+    attention: AttentionSpec
+    mlp: MlpSpec
+    names: WeightNames
+    stack: tuple[LayerSpec, ...]
+    table: PositionTable | None = None
+
+    @property
+    def heads_in_bias(self) -> int:
+        return self.attention.heads if self.table is not None and self.table.kind == "relative_bias" else 1

@@ -14,13 +14,11 @@ from mllm_edge.export.safetensors import Weights
 from mllm_edge.export.source import ConfigReader, Source
 from mllm_edge.export.tokens import chat_template, generation_spec, vocabulary
 from mllm_edge.spec import (
-    CacheSpec,
     EmbeddingSpec,
     ImagePrompt,
     ImageSpec,
     ModelSpec,
     Normalize,
-    PositionSpec,
     Resample,
     Rescale,
     Resize,
@@ -84,8 +82,8 @@ def plan(source: Source, weights: Weights) -> Plan:
         context_length=context,
         parameters=weights.parameters,
         embedding=EmbeddingSpec("embed_tokens.npy", rows=weights.shape(f"{_TEXT}.embed_tokens.weight")[0]),
-        positions=PositionSpec("rope", decoder.rope),
-        cache=CacheSpec(decoder.layers, decoder.attention.kv_heads, decoder.attention.head_dim),
+        positions=decoder.position_spec(),
+        cache=decoder.cache_spec(),
         image=image,
     )
     return Plan(

@@ -2,7 +2,8 @@
 
 inputs   inputs_embeds [B, S, H] f32; logits_indices [B, K] i64; seqlens_k [B] i32 (past + S − 1);
          total_sequence_length [] i32 (past + S); cos, sin [P, R/2] f32 (a row per position, P ≥ past + S);
-         past_key_values.N.key / .value [B, Hkv, C, D] f32
+         past_key_values.N.key / .value [B, Hkv, C, D] f32;
+         attention_bias [B, 1 or heads, S, L] f32 only where the mask is not plainly causal or windowed
 outputs  logits [B, K, V] f32; present.N.key / .value [B, Hkv, C, D], the same buffers as the past
 """
 
@@ -12,14 +13,16 @@ import onnx_ir as ir
 
 from mllm_edge.errors import ExportError
 from mllm_edge.export.datafile import DataSink
-from mllm_edge.export.decoder.dialect import Norm
+from mllm_edge.export.decoder.dialect import Norm, SelfAttention
 from mllm_edge.export.decoder.dialects import standard
-from mllm_edge.export.decoder.spec import Activation, DecoderSpec
+from mllm_edge.export.decoder.spec import Activation, AttentionSpec, DecoderSpec
 from mllm_edge.export.graph import MICROSOFT, GraphBuilder
 
-__all__ = ["MINIMUM", "Contrib"]
+__all__ = ["MINIMUM", "MINIMUM_BLOCKS", "Contrib"]
 
 MINIMUM = {"onnxruntime": "1.23"}
+# GroupQueryAttention's attribute `causal`, which masks with blocks need.
+MINIMUM_BLOCKS = {"onnxruntime": "1.31"}
 _FLOAT, _INT32 = ir.DataType.FLOAT, ir.DataType.INT32
 
 
@@ -30,29 +33,30 @@ class Contrib:
     kv_mode: Literal["in_place"] = "in_place"
 
     def __init__(
-        self, spec: DecoderSpec, data: DataSink, float_type: ir.DataType = _FLOAT, capacity: int | None = None
+        self, name: str, data: DataSink, float_type: ir.DataType = _FLOAT, residual_type: ir.DataType | None = None
     ):
-        if float_type != _FLOAT:
+        if float_type != _FLOAT or residual_type not in (None, _FLOAT):
             raise ExportError(
                 f"dialect contrib: hidden states in {float_type.name} have no kernels on the CPU",
                 "use float32 here (weights may be half), or dialect opset24 or opset17 on a GPU",
             )
-        if spec.rope is not None and spec.rope.dim % 16:
-            raise ExportError(
-                f"dialect contrib: rotary embedding of {spec.rope.dim} elements of a head",
-                "GroupQueryAttention turns multiples of 16; export for a target with another dialect",
-            )
-        self._spec = spec
-        graph = self.graph = GraphBuilder("decoder", 17, data, contrib=True)
-        self.inputs_embeds, self.logits_indices = standard.token_inputs(graph, spec, _FLOAT)
+        self.graph = GraphBuilder(name, 17, data, contrib=True)
+        self.residual_type = _FLOAT
+        self._present: list[tuple[ir.Value, ir.Value]] = []
+
+    def decoder_inputs(self, spec: DecoderSpec, capacity: int | None) -> None:
+        _check(spec)
+        self._spec, graph = spec, self.graph
         self._seqlens = graph.input("seqlens_k", _INT32, ("batch",))
         self._total = graph.input("total_sequence_length", _INT32, ())
-        self._rope = []
-        if spec.rope is not None:
-            self._rope = [graph.input(name, _FLOAT, ("positions", spec.rope.dim // 2)) for name in ("cos", "sin")]
+        self._ropes = [
+            [graph.input(standard.numbered(part, k), _FLOAT, ("positions", rope.dim // 2)) for part in ("cos", "sin")]
+            for k, rope in enumerate(spec.ropes)
+        ]
+        from_host = spec.blocks or spec.heads_in_bias > 1
+        self._biases = standard.bias_inputs(graph, spec, _FLOAT, "batch") if from_host else []
         self._cache = ("batch", spec.attention.kv_heads, capacity or "capacity", spec.attention.head_dim)
         self._past = standard.cache_inputs(graph, spec, _FLOAT, self._cache)
-        self._present: list[tuple[ir.Value, ir.Value]] = []
 
     def norm(self, name: str, norm: Norm, hidden: ir.Value, residual: ir.Value | None) -> tuple[ir.Value, ir.Value]:
         if residual is None:
@@ -64,30 +68,53 @@ class Contrib:
         results[1].name = results[2].name = ""
         return results[0], results[3]
 
-    def attention(self, layer: int, qkv: ir.Value, qk_norm: tuple[Norm, Norm] | None) -> ir.Value:
-        attention, name = self._spec.attention, f"layers.{layer}.attention"
+    def add(self, name: str, hidden: ir.Value, residual: ir.Value | None) -> ir.Value:
+        return hidden if residual is None else self.graph.node("Add", [hidden, residual], name)
+
+    def head_norm(self, name: str, norm: Norm, x: ir.Value) -> ir.Value:
+        return self._norm(name, norm, x)
+
+    def self_attention(self, layer: SelfAttention, qkv: ir.Value) -> ir.Value:
+        attention = self._spec.attention
         projections: list[ir.Value | None] = [qkv, None, None]
-        if qk_norm is not None:
-            query, key, value = standard.split_qkv(self.graph, name, qkv, attention)
-            query = self._head_norm(f"{name}.q_norm", query, qk_norm[0])
-            key = self._head_norm(f"{name}.k_norm", key, qk_norm[1])
+        if layer.qk_norm is not None:
+            query, key, value = standard.split_qkv(self.graph, layer.name, qkv, attention)
+            query = self._normed_heads(f"{layer.name}.q_norm", query, layer.qk_norm[0])
+            key = self._normed_heads(f"{layer.name}.k_norm", key, layer.qk_norm[1])
             projections = [query, key, value]
+        rope: list[ir.Value | None] = [None, None] if layer.rope is None else [*self._ropes[layer.rope]]
+        inputs = [*projections, *self._past[layer.cache], self._seqlens, self._total, *rope]
+        window = self._spec.windows[layer.window]
+        options: dict[str, float] = {} if attention.softcap is None else {"softcap": attention.softcap}
+        if self._biases:
+            inputs += [None, self._biases[layer.window]]
+            window = None  # it is in the bias
+        if self._spec.blocks:
+            options["causal"] = 0
         results = self.graph.nodes(
             "GroupQueryAttention",
-            [*projections, *self._past[layer], self._seqlens, self._total, *self._rope],
-            name,
+            inputs,
+            layer.name,
             MICROSOFT,
             outputs=3,
             num_heads=attention.heads,
             kv_num_heads=attention.kv_heads,
-            do_rotary=int(bool(self._rope)),
+            do_rotary=int(layer.rope is not None),
             rotary_interleaved=0,
             scale=attention.scale,
             # The operator's window counts the positions to the left, without the token itself being extra.
-            local_window_size=-1 if attention.window is None else attention.window,
+            local_window_size=-1 if window is None else window,
+            **options,
         )
         self._present.append((results[1], results[2]))
         return results[0]
+
+    def attention(
+        self, name: str, spec: AttentionSpec, query: ir.Value, keys: ir.Value, values: ir.Value, bias: ir.Value
+    ) -> ir.Value:
+        return standard.grouped_attention(
+            self.graph, name, spec, query, keys, values, standard.shared(self.graph, f"{name}.bias", bias)
+        )
 
     def activation(self, name: str, kind: Activation, x: ir.Value) -> ir.Value:
         if kind == "silu":
@@ -98,19 +125,31 @@ class Contrib:
         assert simple is not None, kind
         return simple
 
-    def pick_rows(self, name: str, x: ir.Value) -> ir.Value:
-        return standard.pick_rows(self.graph, name, x, self.logits_indices)
-
-    def finish(self, logits: ir.Value) -> ir.Model:
+    def decoder_outputs(self, logits: ir.Value) -> None:
         standard.logits_output(self.graph, self._spec, logits)
         standard.cache_outputs(self.graph, self._present, _FLOAT, self._cache)
-        return self.graph.model()
 
     def _norm(self, name: str, norm: Norm, x: ir.Value) -> ir.Value:
         op = {"rms": "SimplifiedLayerNormalization", "layer": "LayerNormalization"}[norm.spec.kind]
         return self.graph.node(op, [x, *norm.weights], name, epsilon=norm.spec.eps, axis=-1)
 
-    def _head_norm(self, name: str, x: ir.Value, norm: Norm) -> ir.Value:
+    def _normed_heads(self, name: str, x: ir.Value, norm: Norm) -> ir.Value:
         """The norm within each head of x [B, S, heads·D]."""
         heads = standard.reshape(self.graph, f"{name}.heads", x, (0, 0, -1, self._spec.attention.head_dim))
-        return standard.merge_heads(self.graph, f"{name}.merged", self._norm(name, norm, heads))
+        normed = standard.normed_heads(self, name, norm, heads)
+        return standard.merge_heads(self.graph, f"{name}.merged", normed)
+
+
+def _check(spec: DecoderSpec) -> None:
+    """Raise ExportError for what GroupQueryAttention refuses, or would fail on when it runs."""
+    for rope in spec.ropes:
+        if rope.dim % 16:
+            raise ExportError(
+                f"dialect contrib: rotary embedding of {rope.dim} elements of a head",
+                "GroupQueryAttention turns multiples of 16; export for a target with another dialect",
+            )
+    if spec.attention.head_dim % 8:
+        raise ExportError(
+            f"dialect contrib: heads of {spec.attention.head_dim} elements",
+            "GroupQueryAttention needs multiples of 8; export for a target with another dialect",
+        )

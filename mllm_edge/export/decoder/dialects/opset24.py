@@ -3,12 +3,13 @@
 For TensorRT ≥ 10.15 and TensorRT for RTX; stock ONNX Runtime ≥ 1.24 runs it too. (T is the graph's float type.)
 
 inputs   inputs_embeds [B, S, H] T; logits_indices [B, K] i64; write_indices [B] i64 (the past length);
-         attention_bias [1, 1, S, L] T, L = past + S; cos, sin [B, S, R/2] T;
+         attention_bias [B, 1 or heads, S, L] T, L = past + S; cos, sin [B, S, R/2] T;
          past_key_values.N.key / .value [B, Hkv, Smax, D] T
 outputs  logits [B, K, V] f32; present.N.key / .value [B, Hkv, Smax, D], the same buffers as the past
 
 Attention gets no `is_causal` and no `nonpad_kv_seqlen`: TensorRT's parser drops or misreads both without an error.
-All masking is the additive bias. TensorRT also wants Smax to be a number: give `capacity` to fix it.
+All masking is the additive bias. TensorRT refuses Attention's `softcap`: such a decoder's attention is written out. It
+also wants Smax to be a number: give `capacity` to fix it.
 """
 
 from collections.abc import Sequence
@@ -18,9 +19,9 @@ import numpy as np
 import onnx_ir as ir
 
 from mllm_edge.export.datafile import DataSink
-from mllm_edge.export.decoder.dialect import Norm
+from mllm_edge.export.decoder.dialect import Norm, SelfAttention
 from mllm_edge.export.decoder.dialects import standard
-from mllm_edge.export.decoder.spec import Activation, DecoderSpec
+from mllm_edge.export.decoder.spec import Activation, AttentionSpec, DecoderSpec
 from mllm_edge.export.graph import GraphBuilder
 
 __all__ = ["MINIMUM", "Opset24"]
@@ -35,39 +36,51 @@ class Opset24:
     name: Literal["opset24"] = "opset24"
     kv_mode: Literal["in_place"] = "in_place"
 
-    def __init__(self, spec: DecoderSpec, data: DataSink, dtype: ir.DataType = _FLOAT, capacity: int | None = None):
-        self._spec, self._dtype = spec, dtype
-        graph = self.graph = GraphBuilder("decoder", 24, data, dtype)
-        self.inputs_embeds, self.logits_indices = standard.token_inputs(graph, spec, dtype)
+    def __init__(
+        self, name: str, data: DataSink, dtype: ir.DataType = _FLOAT, residual_type: ir.DataType | None = None
+    ):
+        self.graph, self._dtype = GraphBuilder(name, 24, data, dtype), dtype
+        self.residual_type = residual_type or dtype
+        self._present: list[tuple[ir.Value, ir.Value]] = []
+
+    def decoder_inputs(self, spec: DecoderSpec, capacity: int | None) -> None:
+        self._spec, graph, dtype = spec, self.graph, self._dtype
         self._write = graph.input("write_indices", _INT64, ("batch",))
-        self._bias = graph.input("attention_bias", dtype, (1, 1, "sequence", "length"))
-        self._rope = []
-        if spec.rope is not None:
-            table = ("batch", "sequence", spec.rope.dim // 2)
-            self._rope = [graph.input(name, dtype, table) for name in ("cos", "sin")]
+        self._biases = standard.bias_inputs(graph, spec, dtype, "batch")
+        self._ropes = standard.rope_inputs(graph, spec, dtype)
         self._cache = ("batch", spec.attention.kv_heads, capacity or "capacity", spec.attention.head_dim)
         self._past = standard.cache_inputs(graph, spec, dtype, self._cache)
-        self._present: list[tuple[ir.Value, ir.Value]] = []
-        self._length = graph.node("Shape", [self._bias], "length", start=-1)
+        self._length = graph.node("Shape", [self._biases[0]], "length", start=-1)
 
     def norm(self, name: str, norm: Norm, hidden: ir.Value, residual: ir.Value | None) -> tuple[ir.Value, ir.Value]:
-        total = hidden if residual is None else self.graph.node("Add", [hidden, residual], f"{name}.sum")
-        return self._norm(name, norm, total), total
+        total = standard.residual_sum(self, name, hidden, residual)
+        return standard.narrowed(self, name, self._norm(name, norm, total)), total
 
-    def attention(self, layer: int, qkv: ir.Value, qk_norm: tuple[Norm, Norm] | None) -> ir.Value:
-        name, graph = f"layers.{layer}.attention", self.graph
-        query, key, value = standard.split_qkv(graph, name, qkv, self._spec.attention)
-        norms: Sequence[Norm | None] = qk_norm or (None, None)
-        query = self._rotated(f"{name}.query", query, norms[0])
-        key = self._rotated(f"{name}.key", key, norms[1])
+    def add(self, name: str, hidden: ir.Value, residual: ir.Value | None) -> ir.Value:
+        return standard.residual_sum(self, name, hidden, residual)
+
+    def head_norm(self, name: str, norm: Norm, x: ir.Value) -> ir.Value:
+        return self._norm(name, norm, x)
+
+    def self_attention(self, layer: SelfAttention, qkv: ir.Value) -> ir.Value:
+        name, graph, attention = layer.name, self.graph, self._spec.attention
+        query, key, value = standard.split_qkv(graph, name, qkv, attention)
+        norms: Sequence[Norm | None] = layer.qk_norm or (None, None)
+        query = self._rotated(f"{name}.query", query, norms[0], layer.rope)
+        key = self._rotated(f"{name}.key", key, norms[1], layer.rope)
         value = standard.heads_first(graph, f"{name}.value", self._heads(f"{name}.value.heads", value))
-        past_key, past_value = self._past[layer]
+        past_key, past_value = self._past[layer.cache]
         keys, key = self._cached(f"{name}.keys", past_key, key)
         values, value = self._cached(f"{name}.values", past_value, value)
         self._present.append((key, value))
-        scale = self._spec.attention.scale
-        attended = graph.node("Attention", [query, keys, values, self._bias], f"{name}.heads", scale=scale)
-        return standard.merge_heads(graph, name, standard.heads_first(graph, f"{name}.rows", attended))
+        return self._attended(name, attention, query, keys, values, self._biases[layer.window])
+
+    def attention(
+        self, name: str, spec: AttentionSpec, query: ir.Value, keys: ir.Value, values: ir.Value, bias: ir.Value
+    ) -> ir.Value:
+        heads = standard.reshape(self.graph, f"{name}.query.heads", query, (0, 0, -1, spec.head_dim))
+        rows = standard.heads_first(self.graph, f"{name}.query", heads)
+        return self._attended(name, spec, rows, keys, values, bias)
 
     def activation(self, name: str, kind: Activation, x: ir.Value) -> ir.Value:
         if kind == "silu":
@@ -79,13 +92,9 @@ class Opset24:
         assert simple is not None, kind
         return simple
 
-    def pick_rows(self, name: str, x: ir.Value) -> ir.Value:
-        return standard.pick_rows(self.graph, name, x, self.logits_indices)
-
-    def finish(self, logits: ir.Value) -> ir.Model:
-        standard.logits_output(self.graph, self._spec, self.graph.cast(logits, _FLOAT, "logits.float"))
+    def decoder_outputs(self, logits: ir.Value) -> None:
+        standard.logits_output(self.graph, self._spec, logits)
         standard.cache_outputs(self.graph, self._present, self._dtype, self._cache)
-        return self.graph.model()
 
     def _norm(self, name: str, norm: Norm, x: ir.Value) -> ir.Value:
         op = {"rms": "RMSNormalization", "layer": "LayerNormalization"}[norm.spec.kind]
@@ -94,18 +103,18 @@ class Opset24:
     def _heads(self, name: str, x: ir.Value) -> ir.Value:
         return standard.reshape(self.graph, name, x, (0, 0, -1, self._spec.attention.head_dim))
 
-    def _rotated(self, name: str, x: ir.Value, norm: Norm | None) -> ir.Value:
+    def _rotated(self, name: str, x: ir.Value, norm: Norm | None, rope: int | None) -> ir.Value:
         """[B, S, heads·D] → normalized (if asked), rotated [B, heads, S, D]."""
         heads = self._heads(f"{name}.heads", x)
         if norm is not None:
-            heads = self._norm(f"{name}.norm", norm, heads)
+            heads = standard.normed_heads(self, f"{name}.norm", norm, heads)
         heads = standard.heads_first(self.graph, f"{name}.rows", heads)
-        if self._spec.rope is None:
+        if rope is None:
             return heads
         # 0 rotates the whole head.
-        dim = self._spec.rope.dim
+        dim = self._spec.ropes[rope].dim
         partial = 0 if dim == self._spec.attention.head_dim else dim
-        return self.graph.node("RotaryEmbedding", [heads, *self._rope], name, rotary_embedding_dim=partial)
+        return self.graph.node("RotaryEmbedding", [heads, *self._ropes[rope]], name, rotary_embedding_dim=partial)
 
     def _cached(self, name: str, past: ir.Value, new: ir.Value) -> tuple[ir.Value, ir.Value]:
         """The cache's first `length` positions after writing `new`, and the whole cache."""
@@ -113,3 +122,15 @@ class Opset24:
         start = self.graph.constant("slice.start", np.array([0], np.int64))
         axis = self.graph.constant("slice.axis", np.array([2], np.int64))
         return self.graph.node("Slice", [present, start, self._length, axis], name), present
+
+    def _attended(
+        self, name: str, spec: AttentionSpec, query: ir.Value, keys: ir.Value, values: ir.Value, bias: ir.Value
+    ) -> ir.Value:
+        """query [B, heads, S, D] over keys and values [B, Hkv, L, D] → [B, S, heads·D]."""
+        graph = self.graph
+        if spec.softcap is not None:
+            rows = standard.heads_first(graph, f"{name}.query.rows", query)
+            shared = standard.shared(graph, f"{name}.bias", bias)
+            return standard.grouped_attention(graph, name, spec, rows, keys, values, shared)
+        attended = graph.node("Attention", [query, keys, values, bias], f"{name}.heads", scale=spec.scale)
+        return standard.merge_heads(graph, name, standard.heads_first(graph, f"{name}.rows", attended))
