@@ -57,13 +57,16 @@ def _row(geometry: str, dialect: str, recipe: str, folder: str) -> dict[str, Any
 
 
 def _build_one(name: str, dialect: str, recipe: str, folder: str) -> dict[str, Any]:
-    from mllm_edge.runtime.backends.tensorrt_build import build, inspect_network
+    from mllm_edge.export.graph import tensor_specs
+    from mllm_edge.runtime.backends.tensorrt_build import build, check_network, shape_ranges
     from mllm_edge.runtime.device import peak_rss
 
     geometry = GEOMETRIES[name]
-    path = _write_graph(geometry, dialect, recipe, Path(folder))
-    found = inspect_network(path)
-    engine = build(path, [_profile(geometry, dialect, sequence) for sequence in PROFILES], RECIPES[recipe])
+    path, model = _write_graph(geometry, dialect, recipe, Path(folder))
+    found = check_network(path, 2 * geometry.layers if dialect == "opset24" else 0)
+    inputs = tensor_specs(model.graph.inputs)
+    profiles = [shape_ranges(inputs, new, (1, 512, CAPACITY - new[2])) for new in PROFILES]
+    engine = build(path, profiles, RECIPES[recipe])
     weights = path.with_name(f"{path.name}.data").stat().st_size
     return {
         "geometry": name,
@@ -74,11 +77,10 @@ def _build_one(name: str, dialect: str, recipe: str, folder: str) -> dict[str, A
         "engine MB": round(engine.nbytes / 1e6),
         "peak MB": round(peak_rss() / 1e6),
         "cache updates": found.cache_updates,
-        "unused inputs": len(found.unused_inputs),
     }
 
 
-def _write_graph(geometry: Geometry, dialect: str, recipe: str, folder: Path) -> Path:
+def _write_graph(geometry: Geometry, dialect: str, recipe: str, folder: Path) -> tuple[Path, Any]:
     import onnx_ir as ir
 
     from mllm_edge.calibration.recipes import RECIPES as BY_NAME
@@ -96,27 +98,7 @@ def _write_graph(geometry: Geometry, dialect: str, recipe: str, folder: Path) ->
     with DataFile(folder / f"{path.name}.data") as data:
         model = build_decoder(spec, weights, BY_NAME[recipe], data, dialect, ir.DataType.FLOAT16, CAPACITY)
     save_model(model, path)
-    return path
-
-
-def _profile(geometry: Geometry, dialect: str, sequence: tuple[int, int, int]) -> dict[str, Any]:
-    """Shapes for the smallest, usual and largest number of new tokens, behind 1, 512 and the most past positions."""
-    dim = geometry.hidden_size // geometry.heads
-    shapes: dict[str, list[tuple[int, ...]]] = {}
-    for new, past in zip(sequence, (1, 512, CAPACITY - sequence[2]), strict=True):
-        cache = (1, geometry.kv_heads, CAPACITY, dim) if dialect == "opset24" else (1, past, geometry.kv_heads, dim)
-        one = {
-            "inputs_embeds": (1, new, geometry.hidden_size),
-            "logits_indices": (1, 1),
-            "write_indices": (1,),
-            "attention_bias": (1, 1, new, past + new),
-            "cos": (1, new, dim // 2),
-            "sin": (1, new, dim // 2),
-        }
-        one |= {f"past_key_values.{i}.{part}": cache for i in range(geometry.layers) for part in ("key", "value")}
-        for name, shape in one.items():
-            shapes.setdefault(name, []).append(shape)
-    return {name: tuple(three) for name, three in shapes.items()}
+    return path, model
 
 
 def _check(report: Report) -> None:

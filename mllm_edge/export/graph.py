@@ -36,6 +36,7 @@ class GraphBuilder:
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
         self._nodes: list[ir.Node] = []
+        self._names: set[str] = set()
         self._initializers: dict[str, ir.Value] = {}
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
@@ -87,7 +88,9 @@ class GraphBuilder:
         outputs: int = 1,
         **attrs: Any,
     ) -> Sequence[ir.Value]:
-        """Append a node and return all its outputs, named `name`, `name.1`, …"""
+        """Append a node and return all its outputs, named `name`, `name.1`, …; a name serves once."""
+        assert name not in self._names, f"two nodes are called {name}"
+        self._names.add(name)
         node = ir.node(op_type, inputs, attrs, domain=domain, num_outputs=outputs, name=name)
         for i, value in enumerate(node.outputs):
             value.name = name if i == 0 else f"{name}.{i}"

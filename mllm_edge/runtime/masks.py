@@ -1,4 +1,4 @@
-"""Attention masks on the host: whatever a token may not see, and whatever distance scores, becomes one additive bias."""
+"""Attention masks on the host: what a token may not see, and how distance scores, as one additive bias."""
 
 import math
 

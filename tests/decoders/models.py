@@ -97,7 +97,9 @@ def longrope(pairs: int) -> dict[str, Any]:
 def qwen_vl(config_class: Any, **text: Any) -> Any:
     """A Qwen-VL whose tower is as small as it may be; no test runs it."""
     tower = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 64}
-    tower |= {"embed_dim": 32, "mlp_ratio": 1} if config_class is Qwen2VLConfig else {"deepstack_visual_indexes": [0, 0]}
+    tower |= (
+        {"embed_dim": 32, "mlp_ratio": 1} if config_class is Qwen2VLConfig else {"deepstack_visual_indexes": [0, 0]}
+    )
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
     ids = {f"{kind}_token_id": 150 + i for i, kind in enumerate(("image", "video", "vision_start", "vision_end"))}
     return config_class(text_config={**SIZES, "rope_parameters": rope, **text}, vision_config=tower, **ids)
@@ -250,7 +252,7 @@ def as_internlm2(folder: Path) -> None:
 def decoder_spec(config: Any, weights: Weights, **options: Any) -> DecoderSpec:
     """The configuration's DecoderSpec; fails when a value of it was left unread."""
     text = text_config(config)
-    values = {k: v for k, v in text.to_dict().items() if k not in ("vision_config", "vq_config")}
+    values = {k: v for k, v in text.to_dict().items() if k not in ("vision_config", "vq_config", "image_token_id")}
     reader = ConfigReader("config.json", values, type(text)().to_dict())
     spec = _spec(config, text, reader, weights, options)
     reader.take("max_position_embeddings")

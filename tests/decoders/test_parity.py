@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 import torch
 
@@ -232,7 +231,7 @@ def test_image_blocks_see_each_other(dialect: str, tmp_path: Path, monkeypatch: 
     ids, embeddings = [*IDS, 100], embeddings_of(model)
     with torch.no_grad():
         mask = _gemma_masks(np.append(blocks, 0), 6)
-        out = model(inputs_embeds=torch.tensor(embeddings[ids])[None] , attention_mask=mask)
+        out = model(inputs_embeds=torch.tensor(embeddings[ids])[None], attention_mask=mask)
         expected = out.logits[0].numpy()
     assert_close(decoder.forward(embeddings[IDS], blocks=blocks), expected[11])
     assert_close(decoder.forward(embeddings[100:101]), expected[12])

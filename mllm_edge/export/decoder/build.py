@@ -1,4 +1,4 @@
-"""Graphs of decoders, of the text encoders before them and of their cross-attention's keys and values, in any dialect."""
+"""Graphs of decoders, of text encoders before them and of cross-attention's keys and values, in any dialect."""
 
 from collections.abc import Callable
 

@@ -158,9 +158,9 @@ class Layers:
         query = self._project(x, f"layers.{i}.cross_q_proj", source, [rows], self._spec.hidden_size, spec.qkv_bias)
         if spec.qk_norm is not None:
             norm = self._norm(self._name(i, "cross_q_norm"), spec.qk_norm, (spec.head_dim,), graph.float_type)
-            heads = standard.reshape(graph, f"{name}.query.heads", query, (0, 0, -1, spec.head_dim))
+            heads = standard.reshape(graph, f"{name}.q_norm.heads", query, (0, 0, -1, spec.head_dim))
             query = standard.merge_heads(
-                graph, f"{name}.query", standard.normed_heads(self._ops, f"{name}.q_norm", norm, heads)
+                graph, f"{name}.q_norm.merged", standard.normed_heads(self._ops, f"{name}.q_norm", norm, heads)
             )
         key, value = (inputs[f"cross.{number}.{part}"] for part in ("key", "value"))
         attended = self._ops.attention(name, spec, query, key, value, inputs["cross_attention_bias"])

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from mllm_edge.errors import BackendError
+from mllm_edge.spec import TensorSpec
 
-__all__ = ["Engine", "NetworkReport", "Range", "build", "inspect_network"]
+__all__ = ["Engine", "NetworkReport", "Range", "Sizes", "build", "check_network", "inspect_network", "shape_ranges"]
 
 Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+Sizes = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,36 @@ def inspect_network(path: Path) -> NetworkReport:
         cache_updates=kinds["KV_CACHE_UPDATE"],
         causal=tuple(causal),
     )
+
+
+def check_network(path: Path, cache_updates: int) -> NetworkReport:
+    """Raise BackendError when TensorRT made something else of the graph than it says: an input that nothing reads, a
+    causal mask of TensorRT's own, or another number of in-place caches than `cache_updates`."""
+    report = inspect_network(path)
+    problems = [f"input {name} is read by nothing" for name in report.unused_inputs]
+    problems += [f"{name} has a causal mask of its own" for name in report.causal]
+    if report.cache_updates != cache_updates:
+        problems.append(f"{report.cache_updates} in-place caches, not {cache_updates}")
+    if problems:
+        raise BackendError(f"{path}: TensorRT misreads the graph: {'; '.join(problems)}", "please report this")
+    return report
+
+
+def shape_ranges(
+    inputs: Sequence[TensorSpec], sequence: Sizes, past: Sizes, features: Sizes = (1, 1, 1)
+) -> dict[str, Range]:
+    """The smallest, usual and largest shape of each input of a decoder, text encoder or cross_kv graph.
+
+    `sequence`: new tokens; `past`: positions before them; `features`: what cross-attention looks at. One sequence.
+    """
+    length = tuple(new + old for new, old in zip(sequence, past, strict=True))
+    sizes = {"batch": (1, 1, 1), "rows": (1, 1, 1), "sequence": sequence, "past": past, "length": length}
+    sizes["features"] = features
+
+    def shape(tensor: TensorSpec, which: int) -> tuple[int, ...]:
+        return tuple(size if isinstance(size, int) else sizes[size][which] for size in tensor.shape)
+
+    return {tensor.name: (shape(tensor, 0), shape(tensor, 1), shape(tensor, 2)) for tensor in inputs}
 
 
 def _is_causal(trt: Any, layer: Any) -> bool:

@@ -129,7 +129,7 @@ class Opset24:
         """query [B, heads, S, D] over keys and values [B, Hkv, L, D] → [B, S, heads·D]."""
         graph = self.graph
         if spec.softcap is not None:
-            rows = standard.heads_first(graph, f"{name}.query.rows", query)
+            rows = standard.heads_first(graph, f"{name}.query.positions", query)
             shared = standard.shared(graph, f"{name}.bias", bias)
             return standard.grouped_attention(graph, name, spec, rows, keys, values, shared)
         attended = graph.node("Attention", [query, keys, values, bias], f"{name}.heads", scale=spec.scale)

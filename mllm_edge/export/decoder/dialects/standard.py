@@ -172,9 +172,9 @@ def grouped_attention(
     [B, heads, 1, S, N], where every head has keys of its own) → [B, S, heads·D]."""
     columns = graph.node("Transpose", [keys], f"{name}.transposed", perm=[0, 1, 3, 2])
     groups = grouped(graph, f"{name}.query", query, attention)
-    scores = graph.node("MatMul", [groups, shared(graph, f"{name}.columns", columns)], f"{name}.scores")
+    scores = graph.node("MatMul", [groups, shared(graph, f"{name}.shared.columns", columns)], f"{name}.scores")
     weights = weights_of(graph, name, attention, scores, bias)
-    total = graph.node("MatMul", [weights, shared(graph, f"{name}.values", values)], f"{name}.total")
+    total = graph.node("MatMul", [weights, shared(graph, f"{name}.shared.values", values)], f"{name}.total")
     return merge_heads(graph, name, graph.node("Transpose", [total], f"{name}.rows", perm=[0, 3, 1, 2, 4]))
 
 

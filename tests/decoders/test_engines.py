@@ -1,0 +1,148 @@
+"""Every decoder in half precision: its graph on ONNX Runtime's CPU provider, and engines of TensorRT for RTX.
+
+float16 against the float32 graph: max|a − b| ≤ 2e-2 of the logits' range over prefill, chunk and steps (a mixture of
+experts excepted, whose choice of experts may tip: only where it does not). Engines are built ahead of time for Turing,
+Ampere, Ada and Blackwell; nothing is executed.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from mllm_edge.calibration.recipes import RECIPES
+from mllm_edge.export.datafile import DataFile
+from mllm_edge.export.decoder.build import build_cross_kv, build_decoder, build_text_encoder
+from mllm_edge.export.decoder.spec import DecoderSpec
+from mllm_edge.export.graph import save_model, tensor_specs
+from mllm_edge.export.safetensors import Weights, open_weights
+from mllm_edge.runtime.backends.tensorrt_build import build, check_network, shape_ranges
+from tests.decoders import test_cross_attention as cross
+from tests.decoders.models import (
+    CAPACITY,
+    CONFIGS,
+    assert_close,
+    decoder_spec,
+    open_decoder,
+    random_model,
+    save_checkpoint,
+)
+
+STANDARD = ("opset24", "opset17")
+HALF, WIDE, BRAIN = ir.DataType.FLOAT16, ir.DataType.FLOAT, ir.DataType.BFLOAT16
+CAPABILITIES = ["SM75", "SM86", "SM89", "SM120"]
+FEATURES = (4, 6, 8)
+IDS = [3, 14, 15, 92, 65, 35, 89, 79, 32]
+# Ropes differ on the host only: one of the Llamas stands for all.
+SAME_GRAPH = ("linear", "dynamic", "llama3", "yarn", "longrope", "internlm2", "qwen2_moe_renormalized")
+NAMES = [name for name in CONFIGS if name not in SAME_GRAPH]
+TOLERANCE = 2e-2
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[DecoderSpec, Weights]:
+    model = random_model(CONFIGS[request.param])
+    folder = tmp_path_factory.mktemp(request.param)
+    save_checkpoint(model, folder)
+    weights = open_weights(folder)
+    options = {"blocks": True} if request.param == "gemma3" else {}
+    spec = decoder_spec(model.config, weights, **options)
+    return replace(spec, deepstack=2) if request.param == "qwen3_vl" else spec, weights
+
+
+def build_engine(model: ir.Model, folder: Path, updates: int, capabilities: list[str] = CAPABILITIES) -> int:
+    """Bytes of the engine of a graph whose weights are in `folder` already; the parsed network is checked first."""
+    path = folder / f"{model.graph.name}.onnx"
+    save_model(model, path)
+    check_network(path, updates)
+    inputs = tensor_specs(model.graph.inputs)
+    profiles = [
+        shape_ranges(inputs, (1, 8, 16), (1, 16, 48), FEATURES),
+        shape_ranges(inputs, (1, 1, 8), (1, 16, 56), FEATURES),
+    ]
+    return build(path, profiles, capabilities).nbytes
+
+
+@pytest.mark.parametrize("dialect", STANDARD)
+def test_engines_build(source: tuple[DecoderSpec, Weights], dialect: str, tmp_path: Path) -> None:
+    with DataFile(tmp_path / "d.data") as data:
+        graph = build_decoder(*source, RECIPES["fp16"], data, dialect, HALF, CAPACITY)
+    assert build_engine(graph, tmp_path, 2 * source[0].cached if dialect == "opset24" else 0) > 10_000
+
+
+def test_half_precision_on_the_cpu(source: tuple[DecoderSpec, Weights], tmp_path: Path) -> None:
+    spec, weights = source
+    embeds = 0.4 * np.random.default_rng(0).normal(size=(len(IDS), spec.hidden_size)).astype(np.float32)
+    pieces = [slice(0, 5), slice(5, 7), slice(7, 8), slice(8, 9)]
+
+    def steps(folder: str, *options: Any) -> list[np.ndarray]:
+        (tmp_path / folder).mkdir()
+        decoder = open_decoder(spec, weights, *options[:1], tmp_path / folder, *options[1:])
+        assert decoder.cache is not None
+        size = 2 if HALF in options else 4
+        assert (
+            decoder.cache.nbytes
+            == 2 * spec.cached * CAPACITY * spec.attention.kv_heads * spec.attention.head_dim * size
+        )
+        return [decoder.forward(embeds[piece]).copy() for piece in pieces]
+
+    expected = steps("float", "opset17", WIDE)
+    for dialect in STANDARD:
+        for residual in (None, WIDE):
+            found = steps(f"{dialect}-{residual}", dialect, HALF, residual)
+            for a, b in zip(found, expected, strict=True):
+                assert_close(a, b, TOLERANCE if spec.moe is None else 0.3)
+
+
+@pytest.mark.parametrize("dialect", STANDARD)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral"])
+def test_bfloat16_and_wide_residuals_build(name: str, dialect: str, tmp_path: Path) -> None:
+    """bfloat16 needs Ampere; a float32 residual stream is the way for models that overflow half precision."""
+    model = random_model(CONFIGS[name])
+    save_checkpoint(model, tmp_path)
+    weights = open_weights(tmp_path)
+    spec = decoder_spec(model.config, weights)
+    updates = 2 * spec.cached if dialect == "opset24" else 0
+    for kind, residual in ((BRAIN, None), (BRAIN, WIDE), (HALF, WIDE)):
+        folder = tmp_path / f"{kind.name}-{residual}"
+        folder.mkdir()
+        with DataFile(folder / "d.data") as data:
+            graph = build_decoder(spec, weights, RECIPES["fp16"], data, dialect, kind, CAPACITY, residual)
+        assert build_engine(graph, folder, updates, ["SM80", "SM86", "SM89", "SM120"]) > 10_000
+
+
+@pytest.mark.parametrize("dialect", STANDARD)
+@pytest.mark.parametrize("name", cross.PAIRS)
+def test_encoder_decoder_engines_build(name: str, dialect: str, tmp_path: Path) -> None:
+    architecture, config, specs = cross.PAIRS[name]
+    cross.random_weights(architecture(config)).save_pretrained(tmp_path)
+    weights = open_weights(tmp_path)
+    encoder, spec = specs(cross.ConfigReader("config.json", config.to_dict(), {}), weights)
+    with DataFile(tmp_path / "e.data") as data:
+        graph = build_text_encoder(encoder, weights, RECIPES["fp16"], data, dialect, HALF)
+    build_engine(graph, tmp_path, 0)
+    build_cross_attention(spec, weights, dialect, tmp_path)
+
+
+@pytest.mark.parametrize("dialect", STANDARD)
+def test_mllama_engines_build(mllama_source: tuple[DecoderSpec, Weights], dialect: str, tmp_path: Path) -> None:
+    build_cross_attention(*mllama_source, dialect, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def mllama_source(tmp_path_factory: pytest.TempPathFactory) -> tuple[DecoderSpec, Weights]:
+    model, folder = cross.tiny_mllama(tmp_path_factory.mktemp("mllama"))
+    weights = open_weights(folder)
+    return cross.spec_of_mllama(model, weights), weights
+
+
+def build_cross_attention(spec: DecoderSpec, weights: Weights, dialect: str, folder: Path) -> None:
+    with DataFile(folder / "c.data") as data:
+        graph = build_cross_kv(spec, weights, RECIPES["fp16"], data, dialect, HALF)
+    build_engine(graph, folder, 0)
+    with DataFile(folder / "d.data") as data:
+        graph = build_decoder(spec, weights, RECIPES["fp16"], data, dialect, HALF, CAPACITY)
+    build_engine(graph, folder, 2 * spec.cached if dialect == "opset24" else 0)
