@@ -30,7 +30,7 @@ MODEL = ModelSpec(
     context_length=10,
     parameters=11,
     embedding=EmbeddingSpec("e.npy", 9),
-    positions=PositionSpec("rope", RopeSpec(1e4, 8)),
+    positions=PositionSpec("rope", (RopeSpec(1e4, 8),)),
     cache=CacheSpec(2, 1, 8),
     image=ImageSpec(
         (ResizeLongestEdge(4, "lanczos", 8), Resize(4, 4, "bilinear"), Normalize((0.5,), (0.25,))),
@@ -51,8 +51,8 @@ def test_round_trip() -> None:
 
 def test_integers_are_accepted_where_floats_are_meant() -> None:
     changed = data()
-    changed["positions"]["rope"]["theta"] = 10000
-    theta = from_json(ModelSpec, changed).positions.rope.theta
+    changed["positions"]["ropes"][0]["theta"] = 10000
+    theta = from_json(ModelSpec, changed).positions.ropes[0].theta
     assert theta == 1e4
     assert isinstance(theta, float)
 
@@ -72,14 +72,14 @@ def test_dimensions_are_numbers_or_symbols() -> None:
         (("image", "transforms"), [{"op": "rotate"}], ["manifest.image.transforms[0]", "rotate"]),
         (("image", "transforms"), ["rotate"], ["manifest.image.transforms[0]"]),
         (("image", "transforms"), {}, ["manifest.image.transforms"]),
-        (("positions", "rope", "dim"), 1.5, ["manifest.positions.rope.dim"]),
+        (("positions", "ropes", 0, "dim"), 1.5, ["manifest.positions.ropes[0].dim"]),
         (("extra",), 1, ["unknown field 'extra'", "ModelSpec"]),
         (("cache",), {"layers": 2, "heads": 1}, ["manifest.cache", "missing field 'head_dim'"]),
     ],
 )
-def test_wrong_values_are_named(path: tuple[str, ...], value: Any, words: list[str]) -> None:
+def test_wrong_values_are_named(path: tuple[Any, ...], value: Any, words: list[str]) -> None:
     changed = data()
-    inner = changed
+    inner: Any = changed
     for key in path[:-1]:
         inner = inner[key]
     inner[path[-1]] = value

@@ -45,7 +45,7 @@ from mllm_edge.export.decoder.persimmon import persimmon_spec
 from mllm_edge.export.decoder.phi3 import phi3_spec
 from mllm_edge.export.decoder.spec import DecoderSpec
 from mllm_edge.export.graph import save_model, tensor_specs
-from mllm_edge.export.safetensors import Weights, open_weights
+from mllm_edge.export.safetensors import Weights
 from mllm_edge.export.source import ConfigReader
 from mllm_edge.runtime.backend import Session, open_backend
 from mllm_edge.runtime.decoder import Decoder
@@ -345,7 +345,3 @@ def assert_close(ours: np.ndarray, reference: np.ndarray, tolerance: float = TOL
     allowed = reference > -1e4
     assert (ours[~allowed] < -1e4).all()
     assert np.abs(ours - reference)[allowed].max() <= tolerance * np.ptp(reference[allowed])
-
-
-def open_checkpoint(folder: Path) -> Weights:
-    return open_weights(folder)

@@ -75,9 +75,47 @@ def test_append_binds_a_prefix_and_the_rows_behind_it(session: RecordingSession)
     assert np.shares_memory(past, whole)
 
 
-def test_append_holds_one_sequence() -> None:
-    with pytest.raises(ValueError, match="one sequence"):
-        KVCache(SPEC, open_backend("cpu"), 16, "append", batch=2)
+def test_append_advances_one_of_several_sequences(session: RecordingSession) -> None:
+    cache = KVCache(SPEC, open_backend("cpu"), 16, "append", batch=2)
+    with pytest.raises(ValueError, match="one sequence at a time"):
+        cache.advance([1, 1], session)
+    cache.advance(3, session, row=1)
+    cache.advance(2, session, row=1)
+    past, new = session.inputs["past_key_values.0.key"].array, session.outputs["present.0.key"].array
+    assert (past.shape, new.shape) == ((1, 3, 3, 8), (1, 2, 3, 8))
+    new[...] = 7
+    whole = cache.buffer(0, "key").array  # type: ignore[attr-defined]
+    assert whole[1, :, 0, 0].tolist() == [0, 0, 0, 7, 7] + [0] * 11
+    assert not whole[0].any()
+    assert cache.lengths.tolist() == [0, 5]
+
+
+def test_in_place_binds_all_sequences_or_one(session: RecordingSession) -> None:
+    cache = KVCache(SPEC, open_backend("cpu"), 16, batch=2)
+    cache.advance([3, 1], session)
+    assert session.inputs["past_key_values.1.key"] is cache.buffer(1, "key")
+    cache.advance(2, session, row=1)
+    assert session.inputs["past_key_values.1.key"].array.shape == (1, 3, 16, 8)
+    assert cache.lengths.tolist() == [3, 3]
+    cache.advance([1, 1], session)
+    assert session.inputs["past_key_values.1.key"] is cache.buffer(1, "key")
+    assert session.binds == 3
+
+
+def test_lengths_of_several_sequences(session: RecordingSession) -> None:
+    cache = KVCache(SPEC, open_backend("cpu"), 8, batch=2)
+    cache.advance([5, 2], session)
+    snapshot = cache.snapshot()
+    assert (snapshot.lengths, snapshot.length) == ((5, 2), 5)
+    with pytest.raises(ContextError, match=r"5 \+ 4 tokens"):
+        cache.advance([4, 1], session)
+    cache.truncate([4, 2])
+    with pytest.raises(ValueError, match=r"length \[4, 2\] to \[3, 3\]"):
+        cache.truncate(3)
+    cache.restore(snapshot)
+    assert cache.lengths.tolist() == [5, 2]
+    with pytest.raises(ValueError, match="snapshot of 2 sequences"):
+        new_cache().restore(snapshot)
 
 
 def test_advance_refuses_what_does_not_fit_and_changes_nothing(session: RecordingSession) -> None:
