@@ -5,7 +5,7 @@ python -m benchmarks.own_decoder FOLDER THREADS CAPACITY
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +15,9 @@ from benchmarks.checkpoints import Geometry
 from benchmarks.worker import serve
 from mllm_edge.runtime.backend import open_backend
 from mllm_edge.runtime.decoder import Decoder
-from mllm_edge.runtime.generate import Embedder
+from mllm_edge.runtime.generate import Embedder, generate
 from mllm_edge.runtime.sampling import Sampler, SamplingParams
+from mllm_edge.runtime.trace import Trace
 from mllm_edge.spec import CacheSpec, EmbeddingSpec, ModelSpec, PositionSpec, Variant, from_json, to_json
 
 if TYPE_CHECKING:
@@ -79,21 +80,27 @@ class _Engine:
         model = from_json(ModelSpec, description["model"])
         variant = from_json(Variant, description["variant"])
         backend = open_backend("cpu", threads)
+        self._capacity = capacity
         self._decoder = Decoder(backend.open(folder / _GRAPH, variant), variant, model, backend)
         self._embed = Embedder(np.load(folder / _EMBEDDINGS, mmap_mode="r"), model.embedding)
-        self._sampler, self._capacity = Sampler(SamplingParams()), capacity
-        self._logits = np.zeros(0, np.float32)
+        self._tokens: Iterator[int] = iter(())
 
     def prefill(self, ids: Sequence[int]) -> None:
-        self._decoder.reset(self._capacity)
-        self._logits = self._decoder.forward(self._embed(np.asarray(ids)))
+        prompt = self._prompt(ids)
+        sampler, unlimited = Sampler(SamplingParams()), self._capacity - len(ids)
+        self._tokens = generate(self._decoder, self._embed, prompt, sampler, (), unlimited, Trace())
+        next(self._tokens)
 
     def step(self) -> None:
-        token = self._sampler.sample(self._logits)
-        self._logits = self._decoder.forward(self._embed(np.array([token])))
+        next(self._tokens)
 
-    def logits(self) -> Sequence[float]:
-        return self._logits.tolist()
+    def logits(self, ids: Sequence[int]) -> Sequence[float]:
+        return self._decoder.forward(self._prompt(ids)).tolist()
+
+    def _prompt(self, ids: Sequence[int]) -> np.ndarray:
+        """Embeddings [S, H] of a prompt for an empty sequence."""
+        self._decoder.reset(self._capacity)
+        return self._embed(np.asarray(ids))
 
 
 if __name__ == "__main__":

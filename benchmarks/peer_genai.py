@@ -74,7 +74,7 @@ def build(python: Path, checkpoint: Path, folder: Path, block: int, prune_head: 
         "prune_lm_head": str(prune_head).lower(),
     }
     pairs = [f"{key}={value}" for key, value in options.items()]
-    places = ["-i", checkpoint, "-o", folder, "-c", folder.with_name("builder-cache")]
+    places: list[str | Path] = ["-i", checkpoint, "-o", folder, "-c", folder.with_name("builder-cache")]
     module: list[str | Path] = [python, "-m", "onnxruntime_genai.models.builder", *places]
     _run([*module, "-p", "int4", "-e", "cpu", "--extra_options", *pairs], f"{NAME} cannot build the model")
 
@@ -113,13 +113,16 @@ class _Engine:
     def prefill(self, ids: Sequence[int]) -> None:
         self._generator.rewind_to(0)
         self._generator.append_tokens(self._numpy.asarray(ids, self._numpy.int32))
+        self._generator.generate_next_token()  # only chooses: the logits are there
 
     def step(self) -> None:
         if self._generator.is_done():
             raise RuntimeError("the sequence ended by itself")
         self._generator.generate_next_token()
 
-    def logits(self) -> Sequence[float]:
+    def logits(self, ids: Sequence[int]) -> Sequence[float]:
+        self._generator.rewind_to(0)
+        self._generator.append_tokens(self._numpy.asarray(ids, self._numpy.int32))
         return self._generator.get_logits()[0, -1].tolist()
 
 

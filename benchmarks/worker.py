@@ -28,21 +28,21 @@ class Engine(Protocol):
     """One sequence of a loaded decoder."""
 
     def prefill(self, ids: Sequence[int]) -> None:
-        """Forget the sequence and run a prompt."""
+        """Forget the sequence, run a prompt and choose its first token."""
         ...
 
     def step(self) -> None:
-        """Choose the most probable token and run what is needed for the next choice, in either order."""
+        """Run the token chosen last and choose the next one, the most probable."""
         ...
 
-    def logits(self) -> Sequence[float]:
-        """Logits of the last position [V]; directly after `prefill`."""
+    def logits(self, ids: Sequence[int]) -> Sequence[float]:
+        """Logits [V] behind a prompt of its own."""
         ...
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Seconds for the prompt and the median seconds of a step (0 without steps)."""
+    """Seconds until the first token and the median seconds of a step (0 without steps)."""
 
     prefill: float
     step: float
@@ -68,10 +68,11 @@ def serve(open_engine: Callable[[], Engine]) -> None:
 
 
 def _answer(engine: Engine, request: Mapping[str, Any]) -> dict[str, Any]:
+    if request["logits"]:
+        return {"logits": [float(x) for x in engine.logits(request["ids"])]}
     prefill = _seconds(lambda: engine.prefill(request["ids"]))
-    logits = [float(x) for x in engine.logits()] if request["logits"] else []
     steps = [_seconds(engine.step) for _ in range(WARM_STEPS + request["steps"])] if request["steps"] else []
-    return {"prefill": prefill, "step": statistics.median(steps[WARM_STEPS:]) if steps else 0.0, "logits": logits}
+    return {"prefill": prefill, "step": statistics.median(steps[WARM_STEPS:]) if steps else 0.0}
 
 
 def _seconds(work: Callable[[], None]) -> float:
@@ -146,4 +147,6 @@ class Worker:
         if not line:
             raise SystemExit(f"{self.name}: the process ended\n{self._log.read_text(errors='replace')[-2000:]}")
         self._process.send_signal(signal.SIGSTOP)
+        # The signal works when the process is next scheduled: nobody else may be measured before that.
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         return json.loads(line)
