@@ -8,7 +8,9 @@ that a machine that becomes slower does so for all of them. Ratios are taken wit
 
 import argparse
 import contextlib
+import signal
 import statistics
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,6 +68,8 @@ def main() -> None:
     parser.add_argument("--environments", type=Path, default=_CACHE, help="where the peer's environment is kept")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    # Stopped workers would outlive a plain termination: leave through the context managers.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     python = peer_genai.environment(options.environments) if options.peer else None
     report = Report("Decoder on the CPU, tok/s")
     for name in options.geometry:
