@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-__all__ = ["GEOMETRIES", "Geometry", "write_checkpoint"]
+__all__ = ["GEOMETRIES", "Geometry", "decoder_shapes", "write_checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,13 @@ def write_checkpoint(geometry: Geometry, folder: Path, seed: int = 0) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
-    tensors = {name: _random(random, name, shape) for name, shape in _shapes(geometry).items()}
+    tensors = {name: _random(random, name, shape) for name, shape in decoder_shapes(geometry).items()}
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(geometry.config), encoding="utf-8")
 
 
-def _shapes(geometry: Geometry) -> dict[str, tuple[int, ...]]:
+def decoder_shapes(geometry: Geometry) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the decoder's tensors, without the head."""
     hidden, inner = geometry.hidden_size, geometry.intermediate_size
     keys = geometry.kv_heads * hidden // geometry.heads
     layer: dict[str, tuple[int, ...]] = {

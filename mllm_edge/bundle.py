@@ -132,10 +132,10 @@ def sha256(path: Path, progress: Callable[[int], None] = lambda n: None) -> str:
     return digest.hexdigest()
 
 
-def file_entries(folder: Path) -> dict[str, FileEntry]:
-    """Size and hash of every file in `folder` but the manifest."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    return {p.relative_to(folder).as_posix(): FileEntry(p.stat().st_size, sha256(p)) for p in files}
+def file_entries(folder: Path, hashes: Mapping[Path, str] | None = None) -> dict[str, FileEntry]:
+    """Size and hash of every file in `folder` but the manifest; `hashes` holds those that are known already."""
+    known, files = hashes or {}, sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    return {p.relative_to(folder).as_posix(): FileEntry(p.stat().st_size, known.get(p) or sha256(p)) for p in files}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

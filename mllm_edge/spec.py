@@ -17,6 +17,7 @@ from mllm_edge.errors import BundleError
 
 __all__ = [
     "CacheSpec",
+    "CenterCrop",
     "Component",
     "EmbeddingSpec",
     "FileEntry",
@@ -26,11 +27,13 @@ __all__ = [
     "Manifest",
     "ModelSpec",
     "Normalize",
+    "PadToSquare",
     "PositionSpec",
     "Resample",
     "Rescale",
     "Resize",
     "ResizeLongestEdge",
+    "ResizeShortestEdge",
     "ResizeToMultiple",
     "RopeSpec",
     "SCHEMA_VERSION",
@@ -60,6 +63,16 @@ class ResizeLongestEdge:
 
 
 @dataclass(frozen=True)
+class ResizeShortestEdge:
+    """Scale so that the shorter side is `shortest_edge` px, keeping the aspect ratio; the longer side is truncated to
+    an integer."""
+
+    shortest_edge: int
+    resample: Resample
+    op: Literal["resize_shortest_edge"] = "resize_shortest_edge"
+
+
+@dataclass(frozen=True)
 class ResizeToMultiple:
     """Stretch so that both sides are multiples of `multiple` px: the longer side is rounded up first, the other follows
     the aspect ratio (truncated) and is rounded up too."""
@@ -77,6 +90,24 @@ class Resize:
     width: int
     resample: Resample
     op: Literal["resize"] = "resize"
+
+
+@dataclass(frozen=True)
+class CenterCrop:
+    """Cut `height` × `width` px out of the middle, odd rests one px more at the bottom and right; an image that is
+    smaller is put in the middle of black, odd rests one px more at the top and left."""
+
+    height: int
+    width: int
+    op: Literal["center_crop"] = "center_crop"
+
+
+@dataclass(frozen=True)
+class PadToSquare:
+    """Put the image in the middle of a square of its longer side, filled with `color` (0 to 255 per channel)."""
+
+    color: tuple[int, ...]
+    op: Literal["pad_to_square"] = "pad_to_square"
 
 
 @dataclass(frozen=True)
@@ -106,7 +137,17 @@ class Normalize:
     op: Literal["normalize"] = "normalize"
 
 
-Transform = ResizeLongestEdge | ResizeToMultiple | Resize | SplitTiles | Rescale | Normalize
+Transform = (
+    ResizeLongestEdge
+    | ResizeShortestEdge
+    | ResizeToMultiple
+    | Resize
+    | CenterCrop
+    | PadToSquare
+    | SplitTiles
+    | Rescale
+    | Normalize
+)
 
 
 # ---------------------------------------------------------------- model

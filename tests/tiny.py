@@ -1,22 +1,30 @@
 """Tiny random-weight checkpoints, made on the spot: the references of the parity tests."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Idefics3Config,
     Idefics3ForConditionalGeneration,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
     PreTrainedTokenizerFast,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-__all__ = ["TEMPLATE", "make_tokenizer", "save_tiny_idefics3"]
+__all__ = ["LLAVA_TEMPLATE", "TEMPLATE", "make_tokenizer", "save_tiny_idefics3", "save_tiny_llava"]
 
 TEMPLATE = (
     "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
@@ -62,17 +70,22 @@ def save_tiny_idefics3(
     defaults: 64 px tiles of 8 px patches, 2 + 2 layers, hidden sizes 64, up to 2 × 2 tiles.
     """
     tokenizer = make_tokenizer()
-    torch.manual_seed(seed)
     architecture, config_class = _CLASSES[model_type]
-    model = architecture(_config(config_class, tokenizer, text, vision, config)).eval()
+    model = _random_model(architecture, _config(config_class, tokenizer, text, vision, config), tokenizer, seed)
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    _processor(tokenizer, model.config, processor).save_pretrained(folder)
+    return model
+
+
+def _random_model(architecture: Any, config: Any, tokenizer: PreTrainedTokenizerFast, seed: int) -> Any:
+    torch.manual_seed(seed)
+    model = architecture(config).eval()
     for name, weight in model.named_parameters():
-        is_norm = "norm" in name and name.endswith("weight")
+        is_norm = ("norm" in name or "layrnorm" in name) and name.endswith("weight")
         # Larger than the usual initialization: logits spread, and greedy choices are not ties.
         weight.data = 1 + 0.1 * torch.randn_like(weight) if is_norm else 0.15 * torch.randn_like(weight)
     model.tie_weights()
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(folder, max_shard_size=shard_size)
-    _processor(tokenizer, model.config, processor).save_pretrained(folder)
     return model
 
 
@@ -119,3 +132,92 @@ def _processor(
     tile = image_processor.max_image_size["longest_edge"]
     tokens = (tile // config.vision_config.patch_size // config.scale_factor) ** 2
     return Idefics3Processor(image_processor, tokenizer, image_seq_len=tokens, chat_template=TEMPLATE)
+
+
+# ---------------------------------------------------------------- LLaVA
+LLAVA_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+_IMAGE_PROCESSORS = {"clip": CLIPImageProcessorPil, "llava": LlavaImageProcessorPil, "siglip": SiglipImageProcessorPil}
+# What transformers 5 saves, a bare state dictionary, and what the hub's older checkpoints look like.
+Names = Literal["saved", "state_dict", "hub"]
+
+
+def save_tiny_llava(
+    folder: Path,
+    *,
+    text: Mapping[str, Any] | None = None,
+    vision: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
+    images: str = "clip",
+    image_settings: Mapping[str, Any] | None = None,
+    template: str | None = LLAVA_TEMPLATE,
+    names: Names = "saved",
+    seed: int = 0,
+    shard_size: str = "5GB",
+) -> Any:
+    """Save a random LLaVA with its processor files to `folder` and return the model in float32.
+
+    The defaults: a CLIP tower of 48 px and 8 px patches with 3 layers, a Llama with 2, hidden sizes 64. `images` names
+    the image processor, `image_settings` overrides its settings.
+    """
+    tokenizer = make_tokenizer()
+    model = _random_model(
+        LlavaForConditionalGeneration, _llava_config(tokenizer, text, vision, config), tokenizer, seed
+    )
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    side, strategy = model.config.vision_config.image_size, model.config.vision_feature_select_strategy
+    size = {"height": side, "width": side}
+    sizes = {"size": size} if images == "siglip" else {"size": {"shortest_edge": side}, "crop_size": size}
+    processor = LlavaProcessor(
+        _IMAGE_PROCESSORS[images](**{**sizes, **(image_settings or {})}),
+        tokenizer,
+        patch_size=model.config.vision_config.patch_size,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=int(model.config.vision_config.model_type == "clip_vision_model"),
+        chat_template=template,
+    )
+    processor.save_pretrained(folder)
+    if names == "state_dict":
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+    elif names == "hub":
+        _as_on_the_hub(folder, processor)
+    return model
+
+
+def _llava_config(
+    tokenizer: PreTrainedTokenizerFast,
+    text: Mapping[str, Any] | None,
+    vision: Mapping[str, Any] | None,
+    config: Mapping[str, Any] | None,
+) -> LlavaConfig:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    decoder = {"num_hidden_layers": 2, "num_key_value_heads": 2, "vocab_size": 320, "max_position_embeddings": 1024}
+    tower = {"num_hidden_layers": 3, "image_size": 48, "patch_size": 8}
+    return LlavaConfig(
+        text_config={"model_type": "llama", **sizes, **decoder, **(text or {})},
+        vision_config={"model_type": "clip_vision_model", **sizes, **tower, **(vision or {})},
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        **(config or {}),
+    )
+
+
+def _as_on_the_hub(folder: Path, processor: LlavaProcessor) -> None:
+    """Older names of files and tensors, with the tables that older versions stored."""
+    _rename(folder / "model.safetensors", lambda name: name.replace("vision_tower.", "vision_tower.vision_model."))
+    stated = json.loads((folder / "processor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(stated.pop("image_processor")))
+    (folder / "processor_config.json").write_text(json.dumps({"processor_class": "LlavaProcessor"}))
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": processor.chat_template}))
+    (folder / "chat_template.jinja").unlink()
+
+
+def _rename(path: Path, rename: Callable[[str], str]) -> None:
+    tensors = {rename(name): tensor for name, tensor in load_file(path).items()}
+    tensors["vision_tower.vision_model.embeddings.position_ids"] = torch.arange(37)[None]
+    tensors["language_model.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(tensors, path)

@@ -1,5 +1,7 @@
 """`mllm-edge export`: a checkpoint becomes a bundle."""
 
+import contextlib
+import ctypes
 import importlib.util
 import shlex
 import sys
@@ -30,6 +32,8 @@ _NEEDED = (
     "torch",
     "transformers",
 )
+# mallopt's names for the size from which an allocation is mapped, and for how much freed memory is kept.
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 _STOPPED = interrupted_message("the export") + "; its temporary files are gone"
 
 
@@ -66,6 +70,7 @@ def command(
     leaves OUT as it was.
     """
     began = time.perf_counter()
+    _keep_freed_memory()
     with interruptible(_STOPPED) as check, stages(check) as progress:
         progress.stage("loading the exporter")
         pipeline = _pipeline()
@@ -85,6 +90,18 @@ def command(
         print_json(report)
     else:
         note(f"\n{_summary(report)}")
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library hand the memory of one weight to the next, where it can be told to.
+
+    Otherwise each weight's memory goes back to the system and comes again as zeroed pages, which takes a third of the
+    processor time of a large export.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
+        library = ctypes.CDLL(None)
+        library.mallopt(_MMAP_THRESHOLD, 1 << 30)
+        library.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def _pipeline() -> Any:

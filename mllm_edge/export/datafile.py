@@ -1,7 +1,9 @@
 """External data of one graph: tensors are computed, appended and forgotten, one at a time."""
 
+import hashlib
 import math
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -29,21 +31,30 @@ class DataSink(Protocol):
 class DataFile:
     """Appends tensors to `path`; use as a context manager.
 
-    `on_bytes(n)` is called after each tensor with the number of bytes written, for a progress bar.
+    Tensors are hashed and written by a thread while the next one is computed; at most one waits. An error of writing
+    is raised by a later `add`, or at the end. `on_bytes(n)` is called after each tensor with the number of bytes, for a
+    progress bar. `sha256` is that of the whole file, once it is closed.
     """
 
     def __init__(self, path: Path, on_bytes: Callable[[int], None] = lambda n: None):
         self.path, self._on_bytes = path, on_bytes
         self.nbytes = 0
-        self._file = path.open("wb")
+        self.sha256 = ""
+        self._file, self._hash = path.open("wb"), hashlib.sha256()
+        self._writer = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
 
     def __enter__(self) -> "DataFile":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._writer.shutdown()
         self._file.close()
+        self.sha256 = self._hash.hexdigest()
         if self.nbytes == 0:
             self.path.unlink()
+        if kind is None:
+            self._wait()
 
     def add(
         self, name: str, dtype: ir.DataType, shape: tuple[int, ...], compute: Callable[[], np.ndarray]
@@ -56,14 +67,23 @@ class DataFile:
             self._on_bytes(array.nbytes)
             return ir.tensor(array, dtype=dtype, name=name)
         offset = -(-self.nbytes // _ALIGNMENT) * _ALIGNMENT
-        self._file.write(b"\0" * (offset - self.nbytes))
         raw = _pack_nibbles(array) if dtype == ir.DataType.INT4 else array
-        self._file.write(raw.data if raw.dtype.isbuiltin == 1 else raw.tobytes())
+        self._wait()
+        self._pending = self._writer.submit(self._append, offset - self.nbytes, raw)
         self.nbytes = offset + raw.nbytes
         self._on_bytes(raw.nbytes)
         return ir.ExternalTensor(
             self.path.name, offset, raw.nbytes, dtype, shape=ir.Shape(shape), name=name, base_dir=self.path.parent
         )
+
+    def _append(self, padding: int, raw: np.ndarray) -> None:
+        for data in (b"\0" * padding, raw.reshape(-1).view(np.uint8).data):
+            self._hash.update(data)
+            self._file.write(data)
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
 
 
 def _pack_nibbles(array: np.ndarray) -> np.ndarray:

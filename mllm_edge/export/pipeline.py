@@ -3,7 +3,7 @@
 import json
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -37,6 +37,7 @@ Verify = Literal["auto", "full", "off"]
 _WHOLE_LIMIT = 2_000_000_000  # parameters; larger models are compared by their first layers
 _PROBE_LAYERS = 2
 _POSITION_TABLE = "position_table.npy"
+_ROWS = 1024  # of the embeddings at a time
 _OTHER_FILES = 16 << 20  # bytes; room for tokenizer and graphs in the estimate
 
 
@@ -110,7 +111,6 @@ def export(
         if verify_mode != "off":
             parity = job.verify(folder, manifest, whole=verify_mode == "full" or plan.model.parameters <= _WHOLE_LIMIT)
             manifest = replace(manifest, parity=to_json(parity))
-        manifest = replace(manifest, files=file_entries(folder))
         write_manifest(folder, manifest)
     nbytes = sum(entry.nbytes for entry in manifest.files.values())
     return replace(report, parity=manifest.parity, nbytes=nbytes)
@@ -124,6 +124,7 @@ class _Job:
         self._recipe, self._progress = chosen, progress
         progress.stage("tracing the vision encoder and connector")
         self._traces = {component.name: trace(component) for component in plan.traced}
+        self._hashes: dict[Path, str] = {}  # of the data files, which are hashed while they are written
 
     def plan_sizes(self) -> dict[str, int]:
         """Bytes of weights per component, computed without reading a weight; claims every weight on the way."""
@@ -144,7 +145,7 @@ class _Job:
         return sizes
 
     def write(self, folder: Path) -> Manifest:
-        """Every file of the bundle but the final manifest (one without results and hashes is returned)."""
+        """Every file of the bundle but the manifest, which is returned, still without results."""
         components = {}
         for name in [*self._traces, "decoder"]:
             components[name] = self._write_component(folder, name, self._plan.decoder)
@@ -159,7 +160,7 @@ class _Job:
             parity={},
             accuracy={},
             provenance=_provenance(self._source),
-            files=file_entries(folder),
+            files=file_entries(folder, self._hashes),
         )
 
     def verify(self, folder: Path, manifest: Manifest, whole: bool) -> Parity:
@@ -185,7 +186,7 @@ class _Job:
         decoder = self._write_component(probe, "decoder", short)
         model = replace(manifest.model, cache=short.cache_spec())
         components = {**manifest.components, "decoder": decoder}
-        return replace(manifest, model=model, components=components, files=file_entries(probe))
+        return replace(manifest, model=model, components=components, files=file_entries(probe, self._hashes))
 
     def _build(self, name: str, sink: DataSink, decoder: DecoderSpec) -> ir.Model:
         if name == "decoder":
@@ -203,6 +204,7 @@ class _Job:
                 model = self._build(name, data, decoder)
         except OverflowError as e:
             raise ExportError(f"recipe {self._recipe.name}: {e}", "use --recipe fp32 or int8") from e
+        self._hashes[data.path] = data.sha256
         save_model(model, folder / f"{name}.onnx")
         precision = self._recipe.decoder if name == "decoder" else getattr(self._recipe, name, self._recipe.vision)
         variant = Variant(
@@ -219,17 +221,18 @@ class _Job:
 
     def _write_embeddings(self, folder: Path) -> ModelSpec:
         """Half precision, unless the float32 recipe or a large value asks for all bits."""
-        embedding = self._plan.model.embedding
-        table = self._weights.view(self._plan.embedding)
-        self._progress.stage("writing embeddings", table.shape[0])
-        half = _fits_half(table, exactly=self._recipe.name == "fp32")
+        embedding, name = self._plan.model.embedding, self._plan.embedding
+        shape = self._weights.shape(name)
+        self._progress.stage("writing embeddings", shape[0])
+        half = self._fits_half(name, exactly=self._recipe.name == "fp32")
         dtype: Literal["float16", "float32"] = "float16" if half else "float32"
-        mapped = np.lib.format.open_memmap(folder / embedding.file, "w+", np.dtype(dtype), table.shape)
-        for start in range(0, len(table), 4096):
-            rows = table[start : start + 4096].astype(np.float32)
-            mapped[start : start + 4096] = rows
-            self._progress.advance(len(rows))
-        mapped.flush()
+        # Written in pieces: a mapped file would count as memory of this process.
+        with (folder / embedding.file).open("wb") as f:
+            header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(f, header)
+            for rows in self._pieces(name):
+                f.write(rows.astype(dtype).data)
+                self._progress.advance(len(rows))
         return replace(self._plan.model, embedding=replace(embedding, dtype=dtype))
 
     def _write_positions(self, folder: Path) -> PositionSpec:
@@ -241,20 +244,24 @@ class _Job:
         np.save(folder / _POSITION_TABLE, rows)
         return self._plan.decoder.position_spec(_POSITION_TABLE)
 
+    def _fits_half(self, name: str, exactly: bool) -> bool:
+        for rows in self._pieces(name):
+            with np.errstate(over="ignore"):
+                half = rows.astype(np.float16).astype(np.float32)
+            if not np.isfinite(half).all() or (exactly and not np.array_equal(half, rows)):
+                return False
+        return True
+
+    def _pieces(self, name: str) -> Iterator[np.ndarray]:
+        """The rows of a matrix in float32, some at a time."""
+        rows = self._weights.shape(name)[0]
+        for start in range(0, rows, _ROWS):
+            yield self._weights.rows(name, start, min(start + _ROWS, rows))
+
     def _write_texts(self, folder: Path) -> None:
         shutil.copyfile(self._source.folder / "tokenizer.json", folder / TOKENIZER)
         (folder / CHAT_TEMPLATE).write_text(self._plan.chat_template, encoding="utf-8")
         (folder / GENERATION).write_text(json.dumps(to_json(self._plan.generation), indent=1) + "\n", encoding="utf-8")
-
-
-def _fits_half(table: np.ndarray, exactly: bool) -> bool:
-    for start in range(0, len(table), 4096):
-        rows = table[start : start + 4096].astype(np.float32)
-        with np.errstate(over="ignore"):
-            half = rows.astype(np.float16).astype(np.float32)
-        if not np.isfinite(half).all() or (exactly and not np.array_equal(half, rows)):
-            return False
-    return True
 
 
 def _require_all_used(source: Source, plan: Plan, weights: Weights) -> None:

@@ -6,6 +6,7 @@ truncated download is named as such.
 """
 
 import json
+import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from mllm_edge.calibration.chunks import for_each_chunk
 from mllm_edge.errors import WeightsError
 
 __all__ = ["Weights", "open_weights"]
@@ -102,7 +104,21 @@ class Weights:
 
     def read(self, name: str) -> np.ndarray:
         """A copy of the tensor in float32."""
-        return self.view(name).astype(np.float32)
+        if name in self._derived:
+            return self.view(name).astype(np.float32)
+        entry = self._entry(name)
+        values = np.empty(entry.shape, np.float32)
+        flat = values.reshape(-1)
+        _announce(entry)
+        for_each_chunk(len(flat), 1, lambda start, stop: _read(entry, start, flat[start:stop]))
+        return values
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """A copy of some rows (along the first axis) of a tensor, in float32."""
+        entry = self._entry(name)
+        values = np.empty((stop - start, *entry.shape[1:]), np.float32)
+        _read(entry, start * int(np.prod(entry.shape[1:])), values.reshape(-1))
+        return values
 
     def view(self, name: str) -> np.ndarray:
         """The tensor in its stored dtype, backed by the mapped file."""
@@ -129,6 +145,29 @@ class Weights:
                 "the download is incomplete, or the weights belong to another architecture than config.json says",
             )
         return self._entries[name]
+
+
+def _announce(entry: _Entry) -> None:
+    """Ask the system to read the whole tensor ahead: pieces alone would be waited for one by one."""
+    if hasattr(os, "posix_fadvise"):
+        with entry.file.open("rb") as f:
+            nbytes = int(np.prod(entry.shape)) * entry.dtype.itemsize
+            os.posix_fadvise(f.fileno(), entry.start, nbytes, os.POSIX_FADV_WILLNEED)
+
+
+def _read(entry: _Entry, first: int, values: np.ndarray) -> None:
+    """Fill `values` [n] float32 with the elements from `first` on. Read, not mapped: mapped pages count as the
+    process's own memory, and touching them one by one takes longer."""
+    raw = np.empty(len(values), entry.dtype)
+    with entry.file.open("rb", buffering=0) as f:
+        f.seek(entry.start + first * entry.dtype.itemsize)
+        buffer = raw.view(np.uint8).data
+        while buffer:
+            count = f.readinto(buffer)
+            if not count:
+                raise WeightsError(f"{entry.file}: the file became shorter while it was read", "download it again")
+            buffer = buffer[count:]
+    values[:] = raw
 
 
 def open_weights(folder: Path) -> Weights:

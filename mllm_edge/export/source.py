@@ -10,7 +10,7 @@ from typing import Any
 from mllm_edge.errors import ConfigError, SourceError
 from mllm_edge.export.safetensors import Weights, open_weights
 
-__all__ = ["ConfigReader", "Source", "nearest", "open_source"]
+__all__ = ["ConfigReader", "Source", "load_config", "model_readers", "nearest", "open_source"]
 
 _WANTED = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt", "*.tiktoken"]
 # Generation and bookkeeping settings: no effect on any tensor.
@@ -116,6 +116,29 @@ class ConfigReader:
                     f"{self._where}: {key} = {value!r} changes the model, and this exporter does not handle it",
                     f"only its default {self._defaults[key]!r} is supported",
                 )
+
+
+def load_config(source: Source) -> Any:
+    """config.json as transformers understands it; raises ConfigError where transformers refuses a value."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.for_model(**dict(source.config))
+    except Exception as e:  # its validation raises kinds of its own, wrapped in several layers
+        reason = " ".join(str(e).split())
+        raise ConfigError(f"{source.folder / 'config.json'}: {reason}", "correct config.json") from None
+
+
+def model_readers(source: Source, config: Any) -> tuple[ConfigReader, ConfigReader, ConfigReader]:
+    """Readers of a transformers configuration's own values, of its `text_config` and of its `vision_config`."""
+    where, parts = str(source.folder / "config.json"), ("text_config", "vision_config")
+
+    def reader(label: str, part: Any) -> ConfigReader:
+        values = {k: v for k, v in part.to_dict().items() if k not in parts}
+        return ConfigReader(where + label, values, type(part)().to_dict())
+
+    text, vision = (reader(f" {name}", getattr(config, name)) for name in parts)
+    return reader("", config), text, vision
 
 
 def _download(model: str, revision: str | None) -> tuple[Path, str | None]:

@@ -1,15 +1,15 @@
 """Tokenizer, chat template and generation settings of a checkpoint, as the device reads them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mllm_edge.errors import SourceError
+from mllm_edge.errors import ConfigError, SourceError
 from mllm_edge.export.source import Source
 from mllm_edge.spec import GenerationSpec
 
-__all__ = ["chat_template", "generation_spec", "vocabulary"]
+__all__ = ["chat_template", "check_vocabulary", "generation_spec", "vocabulary"]
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
@@ -29,6 +29,27 @@ def vocabulary(source: Source) -> Mapping[str, int]:
         return Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
     except Exception as e:  # the Rust side raises bare Exception
         raise SourceError(f"{path}: not a tokenizer ({e})", "download the file again") from None
+
+
+def check_vocabulary(source: Source, numbered: Mapping[str, int], others: Sequence[str], vocab_size: int) -> None:
+    """Raise ConfigError unless the tokenizer has all special tokens that images use (those of `numbered` with the ids
+    that config.json states) and no id beyond `vocab_size`."""
+    vocab = vocabulary(source)
+    path = source.folder / "tokenizer.json"
+    for token in (*numbered, *others):
+        if token not in vocab:
+            raise ConfigError(f"{path}: the special token {token} is missing", "use this model's own tokenizer.json")
+    for token, number in numbered.items():
+        if vocab[token] != number:
+            raise ConfigError(
+                f"{path}: {token} has id {vocab[token]}, but config.json says image_token_id = {number}",
+                "use the tokenizer.json that belongs to this model",
+            )
+    if max(vocab.values()) >= vocab_size:
+        raise ConfigError(
+            f"{path}: token ids reach {max(vocab.values())}, but vocab_size is {vocab_size}",
+            "use the tokenizer.json that belongs to this model",
+        )
 
 
 def chat_template(source: Source, fallback: str) -> str:

@@ -111,16 +111,17 @@ class _Reference:
         import torch
         from transformers import AutoConfig, AutoModelForImageTextToText
 
-        from mllm_edge.export.reference import load_processor, quiet_transformers
+        from mllm_edge.export.families import family_for
+        from mllm_edge.export.reference import quiet_transformers
 
         torch.manual_seed(_SEED)
         config = AutoConfig.from_pretrained(source.folder)
         if scope.decoder_layers is not None:
             text = config.get_text_config()
             text.num_hidden_layers = min(scope.decoder_layers, text.num_hidden_layers)
-        self.torch = torch
+        self.torch, self.family = torch, family_for(source)
         with quiet_transformers():
-            self.processor = load_processor(source.folder)
+            self.processor = self.family.load_processor(source)
             self.model = AutoModelForImageTextToText.from_pretrained(
                 source.folder, config=config, dtype=torch.float32, low_cpu_mem_usage=True
             ).eval()
@@ -132,12 +133,10 @@ class _Reference:
         found: dict[str, np.ndarray] = {"input_ids": inputs["input_ids"][0].numpy()}
         with torch.no_grad():
             if images:
-                found["pixel_values"] = inputs["pixel_values"][0].numpy()
-                features = self.model.model.get_image_features(
-                    inputs["pixel_values"], inputs["pixel_attention_mask"], return_dict=True
-                )
-                found["vision_hidden"] = features.last_hidden_state.numpy()
-                found["image_features"] = torch.cat(list(features.pooler_output)).numpy()
+                pixel_values = inputs["pixel_values"]
+                found["pixel_values"] = pixel_values.flatten(0, -4).numpy()
+                hidden, features = self.family.image_features(self.model, inputs)
+                found["vision_hidden"], found["image_features"] = hidden.numpy(), features.numpy()
             found.update(self._greedy(inputs))
         return found
 

@@ -16,7 +16,18 @@ import numpy as np
 from PIL import Image
 
 from mllm_edge.errors import BundleError, ImageError
-from mllm_edge.spec import Normalize, Rescale, Resize, ResizeLongestEdge, ResizeToMultiple, SplitTiles, Transform
+from mllm_edge.spec import (
+    CenterCrop,
+    Normalize,
+    PadToSquare,
+    Rescale,
+    Resize,
+    ResizeLongestEdge,
+    ResizeShortestEdge,
+    ResizeToMultiple,
+    SplitTiles,
+    Transform,
+)
 
 __all__ = ["ImageSource", "ProcessedImage", "apply_transforms", "load_image", "tile_grid"]
 
@@ -31,6 +42,8 @@ _RESAMPLE = {
     "hamming": Image.Resampling.HAMMING,
 }
 
+# A strip that is scaled by its shorter side grows along the other; Pillow refuses files of more pixels, too.
+_MOST_PIXELS = 178_956_970
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -262,11 +275,7 @@ def apply_transforms(image: Image.Image, transforms: Sequence[Transform]) -> Pro
             raise BundleError(f"transform {transform.op!r} comes after rescale or normalize", "export the bundle again")
         else:
             after = _layout_after(layout, transform)
-            tiles = (
-                _split(tiles, transform, after)
-                if isinstance(transform, SplitTiles)
-                else _resize(tiles, transform, after)
-            )
+            tiles = _PIXELS.get(type(transform), _resize)(tiles, transform, after)
             layout = after
     return ProcessedImage(_look_up(tiles, table), layout.rows, layout.cols)
 
@@ -275,7 +284,7 @@ def _layout_after(layout: _Layout, transform: Transform) -> _Layout:
     if isinstance(transform, (Rescale, Normalize)):
         return layout
     after = _LAYOUTS[type(transform)](layout, transform)
-    if after.height < 1 or after.width < 1:
+    if after.height < 1 or after.width < 1 or after.height * after.width > _MOST_PIXELS:
         raise ImageError(
             f"{transform.op} turns {layout.height}×{layout.width} px into {after.height}×{after.width} px",
             "crop the image to a less extreme aspect ratio",
@@ -304,6 +313,13 @@ def _resize_longest_edge_layout(layout: _Layout, transform: ResizeLongestEdge) -
     return layout._replace(height=height, width=width)
 
 
+def _resize_shortest_edge_layout(layout: _Layout, transform: ResizeShortestEdge) -> _Layout:
+    edge, height, width = transform.shortest_edge, layout.height, layout.width
+    if width <= height:
+        return layout._replace(height=int(edge * height / width), width=edge)
+    return layout._replace(height=edge, width=int(edge * width / height))
+
+
 def _resize_to_multiple_layout(layout: _Layout, transform: ResizeToMultiple) -> _Layout:
     height, width, multiple = layout.height, layout.width, transform.multiple
     ratio = width / height
@@ -316,8 +332,13 @@ def _resize_to_multiple_layout(layout: _Layout, transform: ResizeToMultiple) -> 
     return layout._replace(height=height, width=width)
 
 
-def _resize_layout(layout: _Layout, transform: Resize) -> _Layout:
+def _fixed_layout(layout: _Layout, transform: Resize | CenterCrop) -> _Layout:
     return layout._replace(height=transform.height, width=transform.width)
+
+
+def _pad_to_square_layout(layout: _Layout, transform: PadToSquare) -> _Layout:
+    side = max(layout.height, layout.width)
+    return layout._replace(height=side, width=side)
 
 
 def _split_tiles_layout(layout: _Layout, transform: SplitTiles) -> _Layout:
@@ -335,8 +356,11 @@ def _split_tiles_layout(layout: _Layout, transform: SplitTiles) -> _Layout:
 
 _LAYOUTS: dict[type, Callable[[_Layout, Any], _Layout]] = {
     ResizeLongestEdge: _resize_longest_edge_layout,
+    ResizeShortestEdge: _resize_shortest_edge_layout,
     ResizeToMultiple: _resize_to_multiple_layout,
-    Resize: _resize_layout,
+    Resize: _fixed_layout,
+    CenterCrop: _fixed_layout,
+    PadToSquare: _pad_to_square_layout,
     SplitTiles: _split_tiles_layout,
 }
 
@@ -362,6 +386,29 @@ def _split(tiles: list[Image.Image], transform: SplitTiles, after: _Layout) -> l
     corners = [(col * size, row * size) for row in range(after.rows) for col in range(after.cols)]
     overview = image.resize((size, size), _RESAMPLE[transform.resample])
     return [*(image.crop((x, y, x + size, y + size)) for x, y in corners), overview]
+
+
+def _crop(tiles: list[Image.Image], transform: CenterCrop, after: _Layout) -> list[Image.Image]:
+    # Floor division also of negative offsets; what lies outside the image comes out black.
+    left, top = (tiles[0].width - after.width) // 2, (tiles[0].height - after.height) // 2
+    return [tile.crop((left, top, left + after.width, top + after.height)) for tile in tiles]
+
+
+def _pad(tiles: list[Image.Image], transform: PadToSquare, after: _Layout) -> list[Image.Image]:
+    padded = []
+    for tile in tiles:
+        square = Image.new("RGB", (after.width, after.height), transform.color)
+        square.paste(tile, ((after.width - tile.width) // 2, (after.height - tile.height) // 2))
+        padded.append(square)
+    return padded
+
+
+# What is not here only resizes to the size of its layout.
+_PIXELS: dict[type, Callable[[list[Image.Image], Any, _Layout], list[Image.Image]]] = {
+    CenterCrop: _crop,
+    PadToSquare: _pad,
+    SplitTiles: _split,
+}
 
 
 def _rescale(table: np.ndarray, transform: Rescale) -> np.ndarray:

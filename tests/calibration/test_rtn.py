@@ -1,5 +1,6 @@
 """Rounding to nearest: error bounds, exact cases, and the operators that read the codes."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mllm_edge.calibration import chunks
 from mllm_edge.calibration.methods.rtn import quantize_blocks, quantize_channels
 from mllm_edge.calibration.qdq import Linear, linear, pack_blocks, to_half
 from mllm_edge.calibration.recipes import RECIPES, Precision, block_size, recipe
@@ -37,6 +39,28 @@ def test_error_is_at_most_one_step(rows: int, row: int, bits: int, block: int, s
     # Half a step, but for the value opposite to the peak, which the range misses by up to one.
     assert (error <= steps * 1.0001).all()
     assert (error <= steps * 0.5001).mean() > 0.9 or row < 40
+
+
+@pytest.mark.parametrize("row", [50, 256])
+def test_results_do_not_depend_on_the_pieces(monkeypatch: pytest.MonkeyPatch, row: int) -> None:
+    weight = np.random.default_rng(0).normal(size=(37, row)).astype(np.float16).astype(np.float32)
+    calls: list[Callable[[], tuple[np.ndarray, np.ndarray]]] = [
+        lambda: quantize_blocks(weight, 4, 32),
+        lambda: quantize_blocks(weight, 8, 64, positive_scales=True),
+        lambda: quantize_channels(weight),
+    ]
+    whole = [call() for call in calls]
+    monkeypatch.setattr(chunks, "_CHUNK", 5 * row)
+    for before, call in zip(whole, calls, strict=True):
+        for a, b in zip(before, call(), strict=True):
+            assert np.array_equal(a, b)
+
+
+def test_peak_of_two_equal_magnitudes_is_the_first() -> None:
+    weight = np.zeros((2, 32), np.float32)
+    weight[0, 3:5], weight[1, 3:5] = (2.0, -2.0), (-2.0, 2.0)
+    _, scales = quantize_blocks(weight, 4, 32)
+    assert scales[:, 0].tolist() == [-0.25, 0.25]
 
 
 def test_extremes_are_exact() -> None:

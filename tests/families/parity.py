@@ -4,7 +4,8 @@ Tolerances: vision features ‖a−b‖/‖b‖ ≤ 1e-4; logits max|a−b| ≤ 
 level of 255 and 0.05 on average; token ids and greedy tokens equal.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch
 from PIL import Image
 
 from mllm_edge import VLM
-from mllm_edge.export.reference import load_processor
+from mllm_edge.export.families import family_for
+from mllm_edge.export.pipeline import export
+from mllm_edge.export.source import open_source
 
-__all__ = ["check_parity", "make_image"]
+__all__ = ["PROMPTS", "Exported", "check_parity", "export_tiny", "make_image"]
 
 FEATURES, LOGITS, GREEDY = 1e-4, 1e-3, 32
 
@@ -26,18 +29,47 @@ def make_image(height: int, width: int, seed: int) -> Image.Image:
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def check_parity(bundle: Path, checkpoint: Path, model: Any, prompt: str, images: Sequence[Image.Image]) -> None:
-    """Compare one prompt with its images, from messages to text."""
-    processor = load_processor(checkpoint)
+@dataclass(frozen=True)
+class Exported:
+    """A checkpoint, its model and its float32 bundle."""
+
+    checkpoint: Path
+    bundle: Path
+    model: Any = field(repr=False)
+
+
+def export_tiny(folder: Path, save: Callable[..., Any], **config: Any) -> Exported:
+    """Save a tiny checkpoint with `save` under `folder` and export it."""
+    model = save(folder / "checkpoint", **config)
+    export(str(folder / "checkpoint"), folder / "bundle", recipe_name="fp32", verify_mode="off")
+    return Exported(folder / "checkpoint", folder / "bundle", model)
+
+
+# Prompt and image sizes (height, width), by the name of the case.
+PROMPTS: dict[str, tuple[str, list[tuple[int, int]]]] = {
+    "text": ("Hello.", []),
+    "square": ("What is in the picture, and where does it stand? Answer in a word or two.", [(64, 64)]),
+    "wide": ("Describe.", [(53, 211)]),
+    "two_images": ("Which of the pictures is brighter?", [(97, 41), (30, 88)]),
+}
+
+
+def check_parity(exported: Exported, case: str) -> None:
+    """Compare one of PROMPTS, from messages to text."""
+    prompt, sizes = PROMPTS[case]
+    images = [make_image(height, width, seed) for seed, (height, width) in enumerate(sizes)]
+    source, model = open_source(str(exported.checkpoint)), exported.model
+    family = family_for(source)
+    processor = family.load_processor(source)
     content = [{"type": "image"} for _ in images] + [{"type": "text", "text": prompt}]
     messages = [{"role": "user", "content": content}]
     rendered = processor.apply_chat_template(messages, add_generation_prompt=True)
     inputs = processor(text=rendered, images=list(images) or None, return_tensors="pt")
-    with VLM.load(bundle) as vlm, torch.no_grad():
+    with VLM.load(exported.bundle) as vlm, torch.no_grad():
         ours = vlm.processor.process(prompt, images)
         assert ours.token_ids.tolist() == inputs["input_ids"][0].tolist()
         if images:
-            _check_vision(vlm, model, ours.pixel_values, inputs)
+            _check_vision(vlm, family.image_features(model, inputs), ours.pixel_values, inputs)
         tokens, logits = _reference_steps(model, inputs)
         _check_logits(_our_steps(vlm, ours, tokens), logits)
         result = vlm.generate(prompt, images, max_new_tokens=GREEDY)
@@ -48,15 +80,14 @@ def check_parity(bundle: Path, checkpoint: Path, model: Any, prompt: str, images
         assert result.finish_reason == ("stop" if stop else "length")
 
 
-def _check_vision(vlm: VLM, model: Any, pixel_values: np.ndarray, inputs: Any) -> None:
-    difference = np.abs(pixel_values - inputs["pixel_values"][0].numpy()) * 127.5  # the std is 0.5
+def _check_vision(vlm: VLM, reference: tuple[Any, Any], pixel_values: np.ndarray, inputs: Any) -> None:
+    std = next(t.std for t in vlm.spec.image.transforms if t.op == "normalize")
+    difference = np.abs(pixel_values - inputs["pixel_values"].flatten(0, -4).numpy()) * 255 * max(std)
     assert difference.max() <= 1.0
     assert difference.mean() <= 0.05
-    reference = model.get_image_features(inputs["pixel_values"], inputs["pixel_attention_mask"], return_dict=True)
     hidden = vlm.component("vision_encoder", {"pixel_values": pixel_values})["vision_hidden"]
-    assert _relative(hidden, reference.last_hidden_state.numpy()) <= FEATURES
-    features = vlm.image_features(pixel_values)
-    assert _relative(features, torch.cat(list(reference.pooler_output)).numpy()) <= FEATURES
+    assert _relative(hidden, reference[0].numpy()) <= FEATURES
+    assert _relative(vlm.image_features(pixel_values), reference[1].numpy()) <= FEATURES
 
 
 def _reference_steps(model: Any, inputs: Any) -> tuple[list[int], np.ndarray]:

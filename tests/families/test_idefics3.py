@@ -1,14 +1,12 @@
 """SmolVLM and Idefics3: parity over a table of tiny configurations."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mllm_edge.export.families import FAMILIES
-from mllm_edge.export.pipeline import export
-from tests.families.parity import check_parity, make_image
+from tests.families.parity import PROMPTS, Exported, check_parity, export_tiny
 from tests.tiny import save_tiny_idefics3
 
 WHOLE_TILE = {"do_image_splitting": False, "size": {"longest_edge": 64}}
@@ -44,36 +42,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Exported:
-    """A checkpoint, its model and its float32 bundle."""
-
-    checkpoint: Path
-    bundle: Path
-    model: Any = field(repr=False)
-
-
 @pytest.fixture(scope="module", params=CONFIGS)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    folder = tmp_path_factory.mktemp(request.param)
-    model = save_tiny_idefics3(folder / "checkpoint", **CONFIGS[request.param])
-    export(str(folder / "checkpoint"), folder / "bundle", recipe_name="fp32", verify_mode="off")
-    return Exported(folder / "checkpoint", folder / "bundle", model)
+    return export_tiny(tmp_path_factory.mktemp(request.param), save_tiny_idefics3, **CONFIGS[request.param])
 
 
-@pytest.mark.parametrize(
-    ("prompt", "sizes"),
-    [
-        ("Hello.", []),
-        ("What is in the picture, and where does it stand? Answer in a word or two.", [(64, 64)]),
-        ("Describe.", [(53, 211)]),
-        ("Which of the pictures is brighter?", [(97, 41), (30, 88)]),
-    ],
-    ids=["text", "square", "wide", "two_images"],
-)
-def test_parity(exported: Exported, prompt: str, sizes: list[tuple[int, int]]) -> None:
-    images = [make_image(height, width, seed) for seed, (height, width) in enumerate(sizes)]
-    check_parity(exported.bundle, exported.checkpoint, exported.model, prompt, images)
+@pytest.mark.parametrize("case", PROMPTS)
+def test_parity(exported: Exported, case: str) -> None:
+    check_parity(exported, case)
 
 
 def test_every_model_type_of_the_family_is_in_the_table() -> None:

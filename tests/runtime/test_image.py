@@ -13,10 +13,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from transformers.image_utils import load_image as source_load_image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from mllm_edge.errors import BundleError, ImageError
 from mllm_edge.runtime.image import apply_transforms, load_image, tile_grid
-from mllm_edge.spec import Normalize, Rescale, Resize, ResizeLongestEdge, ResizeToMultiple, SplitTiles
+from mllm_edge.spec import (
+    CenterCrop,
+    Normalize,
+    PadToSquare,
+    Rescale,
+    Resize,
+    ResizeLongestEdge,
+    ResizeShortestEdge,
+    ResizeToMultiple,
+    SplitTiles,
+)
 
 from .reference import image_processor, picture, transforms
 
@@ -311,6 +324,58 @@ def test_other_configurations_equal_the_source_library(tile, edge, size):
     actual = apply_transforms(picture(*size), transforms(source))
     assert (actual.rows, actual.cols) == (rows, cols)
     np.testing.assert_array_equal(actual.pixel_values, expected)
+
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CLIP_VALUES = (Rescale(1 / 255), Normalize(CLIP_MEAN, CLIP_STD))
+
+
+def assert_equal_to(source, size, steps):
+    """One tile, pixels identical to the source library's."""
+    expected = np.stack(source.preprocess([picture(*size)])["pixel_values"])
+    actual = apply_transforms(picture(*size), steps)
+    assert (actual.rows, actual.cols) == (0, 0)
+    assert actual.pixel_values.dtype == np.float32
+    np.testing.assert_array_equal(actual.pixel_values, expected)
+    assert tile_grid(*size, steps) == (0, 0, 1)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("edge", "height", "width"), [(64, 64, 64), (57, 40, 31), (33, 64, 48), (20, 20, 70)])
+def test_shortest_edge_and_center_crop_equal_the_source_library(size, edge, height, width):
+    crop = {"height": height, "width": width}
+    source = CLIPImageProcessorPil(size={"shortest_edge": edge}, crop_size=crop, resample=3)
+    assert_equal_to(source, size, (ResizeShortestEdge(edge, "bicubic"), CenterCrop(height, width), *CLIP_VALUES))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_crop_alone_equals_the_source_library(size):
+    source = CLIPImageProcessorPil(do_resize=False, crop_size={"height": 31, "width": 64})
+    assert_equal_to(source, size, (CenterCrop(31, 64), *CLIP_VALUES))
+
+
+@pytest.mark.parametrize("size", [size for size in SIZES if max(size) < 1000], ids=str)
+def test_padding_to_a_square_equals_the_source_library(size):
+    crop = {"height": 48, "width": 48}
+    source = LlavaImageProcessorPil(do_pad=True, size={"shortest_edge": 48}, crop_size=crop)
+    color = tuple(int(value * 255) for value in CLIP_MEAN)
+    steps = (PadToSquare(color), ResizeShortestEdge(48, "bicubic"), CenterCrop(48, 48), *CLIP_VALUES)
+    assert_equal_to(source, size, steps)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_stretching_equals_the_source_library(size):
+    source = SiglipImageProcessorPil(size={"height": 54, "width": 40})
+    half = Normalize((0.5,) * 3, (0.5,) * 3)
+    assert_equal_to(source, size, (Resize(54, 40, "bicubic"), Rescale(1 / 255), half))
+
+
+def test_strip_that_would_grow_without_bounds_is_refused():
+    steps = (ResizeShortestEdge(336, "bicubic"), CenterCrop(336, 336))
+    for call in (lambda: apply_transforms(Image.new("RGB", (20_000, 1)), steps), lambda: tile_grid(1, 20_000, steps)):
+        with pytest.raises(ImageError, match=r"1×20000 px into 336×6720000 px") as error:
+            call()
+        assert "aspect ratio" in error.value.fix
 
 
 def test_longest_edge_over_the_limit():

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from mllm_edge.calibration.chunks import for_each_chunk
+
 __all__ = ["quantize_blocks", "quantize_channels"]
 
 
@@ -19,17 +21,30 @@ def quantize_blocks(
     """
     rows, row = weight.shape
     blocks = -(-row // block)
-    if blocks * block != row:
-        weight = np.pad(weight, ((0, 0), (0, blocks * block - row)))
-    grouped = weight.reshape(rows, blocks, block)
-    zero = 1 << (bits - 1)
-    peak = np.take_along_axis(grouped, np.abs(grouped).argmax(-1)[..., None], -1)
-    scales = (np.abs(peak) / (zero - 1) if positive_scales else peak / -zero).astype(np.float32)
+    codes, scales = np.empty((rows, blocks, block), np.uint8), np.empty((rows, blocks), np.float32)
+
+    def work(start: int, stop: int) -> None:
+        part = weight[start:stop]
+        if blocks * block != row:
+            part = np.pad(part, ((0, 0), (0, blocks * block - row)))
+        grouped = part.reshape(len(part), blocks, block)
+        _round_blocks(grouped, 1 << (bits - 1), positive_scales, codes[start:stop], scales[start:stop])
+
+    for_each_chunk(rows, row, work)
+    return codes, scales
+
+
+def _round_blocks(grouped: np.ndarray, zero: int, positive_scales: bool, codes: np.ndarray, scales: np.ndarray) -> None:
+    """Fill `codes` and `scales` for the blocks [n, blocks, block]."""
+    work = np.abs(grouped)
+    peak = np.take_along_axis(grouped, work.argmax(-1)[..., None], -1)[..., 0]
+    np.divide(np.abs(peak) if positive_scales else peak, zero - 1 if positive_scales else -zero, out=scales)
     inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
-    codes = np.rint(grouped * inverse)
-    codes += zero
-    np.clip(codes, 0, 2 * zero - 1, out=codes)
-    return codes.astype(np.uint8), scales[..., 0]
+    np.multiply(grouped, inverse[..., None], out=work)
+    np.rint(work, out=work)
+    work += zero
+    np.clip(work, 0, 2 * zero - 1, out=work)
+    np.copyto(codes, work, casting="unsafe")
 
 
 def quantize_channels(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -37,7 +52,16 @@ def quantize_channels(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     Returns codes [N, K] int8 in [−127, 127] and scales [N] float32 with weight ≈ code · scale.
     """
-    scales = (np.abs(weight).max(axis=1) / 127.0).astype(np.float32)
-    inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
-    codes = np.rint(weight * inverse[:, None])
-    return codes.astype(np.int8), scales
+    rows, row = weight.shape
+    codes, scales = np.empty((rows, row), np.int8), np.empty(rows, np.float32)
+
+    def work(start: int, stop: int) -> None:
+        part, scale = weight[start:stop], scales[start:stop]
+        values = np.abs(part)
+        np.divide(values.max(axis=1), 127.0, out=scale)
+        inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale != 0)
+        np.multiply(part, inverse[:, None], out=values)
+        np.copyto(codes[start:stop], np.rint(values, out=values), casting="unsafe")
+
+    for_each_chunk(rows, row, work)
+    return codes, scales

@@ -1,4 +1,9 @@
-"""One module per family; each has `MODEL_TYPES` and `plan(source, weights) -> Plan`."""
+"""One module per family.
+
+Each has `MODEL_TYPES`, `plan(source, weights) -> Plan`, and for the comparison with the source model
+`load_processor(source)`, the reference's own processor without torchvision, and `image_features(model, inputs)`, the
+reference's tensors that answer to the components' outputs `vision_hidden` and `image_features`.
+"""
 
 import importlib
 from types import ModuleType
@@ -9,7 +14,7 @@ from mllm_edge.export.source import Source, nearest
 __all__ = ["FAMILIES", "family_for"]
 
 # model_type of config.json → module in this package
-FAMILIES = {"idefics3": "idefics3", "smolvlm": "idefics3"}
+FAMILIES = {"idefics3": "idefics3", "smolvlm": "idefics3", "llava": "llava"}
 
 
 def family_for(source: Source) -> ModuleType:

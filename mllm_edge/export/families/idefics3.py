@@ -9,18 +9,16 @@ from typing import Any
 
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.decoder.llama import llama_spec
+from mllm_edge.export.images import constructor_arguments, image_settings, resample_name, value_transforms
 from mllm_edge.export.plan import Plan, TracedComponent
 from mllm_edge.export.safetensors import Weights
-from mllm_edge.export.source import ConfigReader, Source
-from mllm_edge.export.tokens import chat_template, generation_spec, vocabulary
+from mllm_edge.export.source import ConfigReader, Source, load_config, model_readers
+from mllm_edge.export.tokens import chat_template, check_vocabulary, generation_spec
 from mllm_edge.spec import (
     EmbeddingSpec,
     ImagePrompt,
     ImageSpec,
     ModelSpec,
-    Normalize,
-    Resample,
-    Rescale,
     Resize,
     ResizeLongestEdge,
     ResizeToMultiple,
@@ -29,7 +27,7 @@ from mllm_edge.spec import (
     Transform,
 )
 
-__all__ = ["MODEL_TYPES", "plan"]
+__all__ = ["MODEL_TYPES", "image_features", "load_processor", "plan"]
 
 MODEL_TYPES = ("idefics3", "smolvlm")
 
@@ -37,8 +35,6 @@ _TEXT, _VISION, _CONNECTOR = "model.text_model", "model.vision_model.", "model.c
 _POSITIONS = f"{_VISION}embeddings.position_embedding.weight"
 _FAKE, _IMAGE, _GLOBAL = "<fake_token_around_image>", "<image>", "<global-img>"
 _SIDE_LIMIT = 4096  # px; the processor's absolute maximum
-# By Pillow's number.
-_RESAMPLE: tuple[Resample, ...] = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 _SETTINGS = (
     "do_convert_rgb",
     "do_image_splitting",
@@ -61,9 +57,7 @@ _TEMPLATE = (
 
 def plan(source: Source, weights: Weights) -> Plan:
     """Understand the checkpoint; raises ConfigError, WeightsError or SourceError that names what does not fit."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.for_model(**dict(source.config))
+    config = load_config(source)
     top, text, vision = _readers(source, config)
     image_token_id, scale = top.take("image_token_id"), top.take("scale_factor")
     decoder = llama_spec(text, weights, _TEXT, tied=bool(top.take("tie_word_embeddings", False)))
@@ -73,7 +67,7 @@ def plan(source: Source, weights: Weights) -> Plan:
         reader.finish()
     tokens = _tokens_per_tile(source, tower.patches, scale)
     image = _image_spec(source, tower, tokens, image_token_id)
-    _check_vocabulary(source, image.prompt, decoder.vocab_size)
+    check_vocabulary(source, {_IMAGE: image_token_id}, (_FAKE, _GLOBAL), decoder.vocab_size)
     model = ModelSpec(
         family="smolvlm" if source.model_type == "smolvlm" else "idefics3",
         model_type=source.model_type,
@@ -97,6 +91,36 @@ def plan(source: Source, weights: Weights) -> Plan:
     )
 
 
+def load_processor(source: Source) -> Any:
+    """Idefics3Processor over the Pillow image processor.
+
+    SmolVLM's own class does the same to images and text and needs two packages more (for video), so it is not used.
+    """
+    from transformers import AutoTokenizer
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+    from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
+
+    image_processor = Idefics3ImageProcessorPil(**constructor_arguments(image_settings(source)))
+    stated = source.json("processor_config.json").get("image_seq_len")
+    vision = source.config["vision_config"]
+    patches = image_processor.max_image_size["longest_edge"] // vision.get("patch_size", 32)
+    tokens = stated or (patches // source.config.get("scale_factor", 2)) ** 2
+    return Idefics3Processor(
+        image_processor,
+        AutoTokenizer.from_pretrained(source.folder),
+        image_seq_len=tokens,
+        chat_template=chat_template(source, _TEMPLATE),
+    )
+
+
+def image_features(model: Any, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The reference's tensors behind `vision_hidden` [tiles, patches, D] and `image_features` [tokens, H]."""
+    import torch
+
+    found = model.model.get_image_features(inputs["pixel_values"], inputs["pixel_attention_mask"], return_dict=True)
+    return found.last_hidden_state, torch.cat(list(found.pooler_output))
+
+
 def _readers(source: Source, config: Any) -> tuple[ConfigReader, ConfigReader, ConfigReader]:
     where = str(source.folder / "config.json")
     if config.text_config.model_type != "llama":
@@ -104,16 +128,13 @@ def _readers(source: Source, config: Any) -> tuple[ConfigReader, ConfigReader, C
             f"{where}: text_config.model_type = {config.text_config.model_type!r}",
             "this family is exported with a llama decoder",
         )
-    readers = []
-    for label, part in (("", config), (" text_config", config.text_config), (" vision_config", config.vision_config)):
-        values = {k: v for k, v in part.to_dict().items() if k not in ("text_config", "vision_config")}
-        readers.append(ConfigReader(where + label, values, type(part)().to_dict()))
+    readers = model_readers(source, config)
     # Values that older remote code knew and the reference ignores: they must not promise another model.
     raw = source.config.get("text_config") or {}
     for key in ("qk_layer_norms", "use_resampler", "rope_interleaved"):
         if raw.get(key):
             raise ConfigError(f"{where} text_config: {key} = {raw[key]!r} is not supported", "only false is supported")
-    return readers[0], readers[1], readers[2]
+    return readers
 
 
 def _tower(vision: ConfigReader, tile: int) -> Any:
@@ -178,12 +199,7 @@ def _processor(source: Source) -> Mapping[str, Any]:
     """The image processor's settings: class defaults, overridden by the checkpoint's."""
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil as Defaults
 
-    settings = source.json("preprocessor_config.json") or source.json("processor_config.json").get("image_processor")
-    if not settings:
-        raise ConfigError(
-            f"{source.folder}: no preprocessor_config.json and no image_processor in processor_config.json",
-            "copy the image processor's configuration beside config.json",
-        )
+    settings = image_settings(source)
     stated = {name: settings.get(name, getattr(Defaults, name)) for name in _SETTINGS}
     return {**stated, "rescale_factor": settings.get("rescale_factor", 1 / 255)}
 
@@ -214,10 +230,9 @@ def _tokens_per_tile(source: Source, patches: int, scale: int) -> int:
 
 def _image_spec(source: Source, tower: Any, tokens: int, token_id: int) -> ImageSpec:
     settings = _processor(source)
-    for key in ("do_rescale", "do_normalize", "do_convert_rgb"):
-        if not settings[key]:
-            raise ConfigError(f"preprocessor_config.json: {key} = {settings[key]!r}", "only true is supported")
-    resample = _RESAMPLE[int(settings["resample"])]
+    if not settings["do_convert_rgb"]:
+        raise ConfigError("preprocessor_config.json: do_convert_rgb = False", "only true is supported")
+    resample = resample_name(settings["resample"])
     transforms: list[Transform] = []
     if settings["do_resize"]:
         transforms.append(ResizeLongestEdge(_longest_edge(settings, "size"), resample, _SIDE_LIMIT))
@@ -225,8 +240,7 @@ def _image_spec(source: Source, tower: Any, tokens: int, token_id: int) -> Image
         transforms += [ResizeToMultiple(tower.tile, resample), SplitTiles(tower.tile, resample)]
     else:
         transforms.append(Resize(tower.tile, tower.tile, resample))
-    transforms.append(Rescale(settings["rescale_factor"]))
-    transforms.append(Normalize(_channels(settings["image_mean"]), _channels(settings["image_std"])))
+    transforms += value_transforms(settings)
     prompt = ImagePrompt(
         token=_IMAGE,
         token_id=token_id,
@@ -237,25 +251,3 @@ def _image_spec(source: Source, tower: Any, tokens: int, token_id: int) -> Image
         overview=f"\n{_FAKE}{_GLOBAL}{{image}}{_FAKE}",
     )
     return ImageSpec(tuple(transforms), prompt, tower.tile, tower.tile, tower.channels)
-
-
-def _channels(values: Any) -> tuple[float, ...]:
-    return (float(values),) * 3 if isinstance(values, (int, float)) else tuple(float(v) for v in values)
-
-
-def _check_vocabulary(source: Source, prompt: ImagePrompt, vocab_size: int) -> None:
-    vocab = vocabulary(source)
-    path = source.folder / "tokenizer.json"
-    for token in (_IMAGE, _FAKE, _GLOBAL):
-        if token not in vocab:
-            raise ConfigError(f"{path}: the special token {token} is missing", "use this model's own tokenizer.json")
-    if vocab[_IMAGE] != prompt.token_id:
-        raise ConfigError(
-            f"{path}: {_IMAGE} has id {vocab[_IMAGE]}, but config.json says image_token_id = {prompt.token_id}",
-            "use the tokenizer.json that belongs to this model",
-        )
-    if max(vocab.values()) >= vocab_size:
-        raise ConfigError(
-            f"{path}: token ids reach {max(vocab.values())}, but vocab_size is {vocab_size}",
-            "use the tokenizer.json that belongs to this model",
-        )

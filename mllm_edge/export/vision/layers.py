@@ -4,14 +4,25 @@
 that the target's dialect and the recipe call for. Everything else traces to standard operators.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
 
-__all__ = ["DOMAIN", "Linear", "attention", "packed_linear"]
+__all__ = ["ACTIVATIONS", "DOMAIN", "Linear", "activate", "attention", "packed_linear"]
 
 DOMAIN = "mllm_edge"
+
+_FUNCTIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": nn.functional.gelu,
+    "gelu_pytorch_tanh": partial(nn.functional.gelu, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": nn.functional.relu,
+    "silu": nn.functional.silu,
+}
+# The names that configurations use.
+ACTIVATIONS = tuple(_FUNCTIONS)
 
 
 class Linear(nn.Module):
@@ -24,6 +35,11 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return packed_linear(x, [self])
+
+
+def activate(name: str, x: torch.Tensor) -> torch.Tensor:
+    """The activation `name`, one of ACTIVATIONS, element by element."""
+    return _FUNCTIONS[name](x)
 
 
 def packed_linear(x: torch.Tensor, parts: Sequence[Linear]) -> torch.Tensor:

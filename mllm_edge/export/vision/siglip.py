@@ -1,4 +1,4 @@
-"""SigLIP-like tower over fixed-size tiles, and the pixel-shuffle connector of Idefics3 and SmolVLM.
+"""SigLIP-like towers over fixed-size tiles, and the pixel-shuffle connector of Idefics3 and SmolVLM.
 
 Parameter names follow the checkpoint, so that weights stream in by name.
 """
@@ -9,9 +9,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from mllm_edge.export.vision.layers import Linear, attention, packed_linear
+from mllm_edge.export.vision.layers import Linear, activate, attention, packed_linear
 
-__all__ = ["PixelShuffleConnector", "SiglipConfig", "SiglipTower", "position_ids"]
+__all__ = [
+    "PixelShuffleConnector",
+    "SiglipConfig",
+    "SiglipFeatures",
+    "SiglipLayer",
+    "SiglipTower",
+    "Taps",
+    "position_ids",
+    "run_layers",
+]
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,7 @@ class SiglipTower(nn.Module):
     def __init__(self, config: SiglipConfig):
         super().__init__()
         self.embeddings = _Embeddings(config)
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList([_Layer(config) for _ in range(config.layers)])})
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList([SiglipLayer(config) for _ in range(config.layers)])})
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -50,6 +59,38 @@ class SiglipTower(nn.Module):
         for layer in self.encoder["layers"].children():
             hidden = layer(hidden)
         return self.post_layernorm(hidden)
+
+
+@dataclass(frozen=True)
+class Taps:
+    """Which hidden states a model uses: 0 is the first layer's input, i the output of layer i (from 1). `skip` leading
+    positions of each are left out."""
+
+    states: tuple[int, ...]
+    skip: int = 0
+
+
+class SiglipFeatures(nn.Module):
+    """pixel_values [N, C, tile, tile] float32 → vision_hidden [N, patches² − skipped, D · taps]: hidden states from
+    inside the tower, without its last norm. `config.layers` counts the layers that the taps need."""
+
+    def __init__(self, config: SiglipConfig, taps: Taps):
+        super().__init__()
+        self.taps = taps
+        self.embeddings = _Embeddings(config)
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList([SiglipLayer(config) for _ in range(config.layers)])})
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return run_layers(self.embeddings(pixel_values), self.encoder["layers"], self.taps)
+
+
+def run_layers(hidden: torch.Tensor, layers: nn.Module, taps: Taps) -> torch.Tensor:
+    """hidden [N, S, D] through all layers → the tapped states side by side, [N, S − skip, D · taps]."""
+    states = [hidden]
+    for layer in layers.children():
+        states.append(layer(states[-1]))
+    tapped = [states[i][:, taps.skip :] if taps.skip else states[i] for i in taps.states]
+    return tapped[0] if len(tapped) == 1 else torch.cat(tapped, dim=-1)
 
 
 class _Embeddings(nn.Module):
@@ -62,7 +103,9 @@ class _Embeddings(nn.Module):
         return self.patch_embedding(pixel_values).flatten(2).transpose(1, 2) + self.positions
 
 
-class _Layer(nn.Module):
+class SiglipLayer(nn.Module):
+    """Pre-norm transformer layer [N, S, D] → [N, S, D], of SigLIP and CLIP alike."""
+
     def __init__(self, config: SiglipConfig):
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
@@ -91,12 +134,12 @@ class _Attention(nn.Module):
 class _Mlp(nn.Module):
     def __init__(self, config: SiglipConfig):
         super().__init__()
-        self.approximate = {"gelu_pytorch_tanh": "tanh", "gelu": "none"}[config.activation]
+        self.activation = config.activation
         self.fc1 = Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(nn.functional.gelu(self.fc1(x), approximate=self.approximate))
+        return self.fc2(activate(self.activation, self.fc1(x)))
 
 
 class PixelShuffleConnector(nn.Module):

@@ -1,0 +1,175 @@
+"""Decode and prefill speed and peak memory of real decoder geometries on the CPU, beside a peer's.
+
+python -m benchmarks.decoder [--geometry S M] [--peer onnxruntime-genai] [--rounds N] [--environments DIR] [--json F]
+
+Random weights from one checkpoint; every contender is a process that loads once. Rounds interleave the contenders, so
+that a machine that becomes slower does so for all of them. Ratios are taken within a round. Needs Linux.
+"""
+
+import argparse
+import contextlib
+import signal
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import own_decoder, peer_genai
+from benchmarks.checkpoints import GEOMETRIES, Geometry, write_checkpoint
+from benchmarks.report import Report
+from benchmarks.worker import WARM_STEPS, Memory, Worker
+from mllm_edge.calibration.recipes import RECIPES, Precision, Recipe
+from mllm_edge.runtime.device import physical_cores
+
+__all__ = ["Contender", "Result", "main", "median_of_ratios"]
+
+# The peer's builder knows one block size for all weights: the largest that divides every row.
+BLOCK = {"S": 64, "M": 128}
+DECODE_CONTEXTS = (64, 1024)
+PREFILL = 512
+STEPS = 32
+CAPACITY = max(DECODE_CONTEXTS) + WARM_STEPS + STEPS + 4
+TARGETS = {"decode at context 64": 0.95, "decode at context 1024": 1.0, f"prefill {PREFILL}": 1.15}
+# Two programs that compute different things are not compared. With unrounded weights the correlation is 1; 4-bit
+# rounding alone brings logits of random weights down to about 0.75.
+LEAST_CORRELATION = 0.5
+OURS, SHIPPING, PEER_DEFAULT = "ours", "ours, int4 recipe", f"{peer_genai.NAME}, default head"
+_CACHE = Path.home() / ".cache" / "mllm-edge-benchmarks"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A worker and how its weights are held; `setting` is for people."""
+
+    name: str
+    setting: str
+    worker: Worker
+
+
+@dataclass(frozen=True)
+class Result:
+    """One contender's tok/s of every round, by figure; logits [V] behind one prompt; memory at the end."""
+
+    rounds: Mapping[str, Sequence[float]]
+    logits: np.ndarray
+    memory: Memory
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--geometry", nargs="+", choices=GEOMETRIES, default=["S"])
+    parser.add_argument("--peer", choices=[peer_genai.NAME])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--environments", type=Path, default=_CACHE, help="where the peer's environment is kept")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    # Stopped workers would outlive a plain termination: leave through the context managers.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    python = peer_genai.environment(options.environments) if options.peer else None
+    report = Report("Decoder on the CPU, tok/s")
+    for name in options.geometry:
+        with tempfile.TemporaryDirectory(prefix="mllm-edge-") as folder:
+            _compare(GEOMETRIES[name], Path(folder), python, options.rounds, report)
+    report.print()
+    if options.json:
+        report.write(options.json)
+
+
+def median_of_ratios(ours: Sequence[float], peer: Sequence[float]) -> float:
+    """Median over rounds of ours / peer."""
+    return statistics.median(a / b for a, b in zip(ours, peer, strict=True))
+
+
+def _compare(geometry: Geometry, folder: Path, python: Path | None, rounds: int, report: Report) -> None:
+    checkpoint = folder / "checkpoint"
+    write_checkpoint(geometry, checkpoint)
+    with contextlib.ExitStack() as stack:
+        commands = list(_built(geometry, checkpoint, folder, python))
+        contenders = [
+            Contender(name, setting, stack.enter_context(Worker(name, command, folder / f"{i}.log")))
+            for i, (name, setting, command) in enumerate(commands)
+        ]
+        results = _measure(geometry, contenders, rounds)
+    report.rows += [row for c in contenders for row in _rows(geometry.name, c, results[c.name])]
+    if python is not None:
+        _check(report, geometry.name, results)
+
+
+def _built(
+    geometry: Geometry, checkpoint: Path, folder: Path, python: Path | None
+) -> Iterator[tuple[str, str, list[str]]]:
+    """Name, setting and worker command of each contender, in the order in which they take turns."""
+    threads, block = physical_cores(), BLOCK[geometry.name]
+    setting = f"4-bit block {block}, head 8-bit block {block}"
+    if python is not None:
+        own_decoder.build(geometry, checkpoint, _equal_recipe(block), folder / "equal")
+        yield OURS, setting, own_decoder.command(folder / "equal", threads, CAPACITY)
+        peer_genai.write_tokenizer(geometry, checkpoint)
+        for name, prune in ((peer_genai.NAME, True), (PEER_DEFAULT, False)):
+            place = folder / f"peer-{prune}"
+            peer_genai.build(python, checkpoint, place, block, prune)
+            yield name, setting, peer_genai.command(python, place, threads, CAPACITY)
+    own_decoder.build(geometry, checkpoint, RECIPES["int4"], folder / "int4")
+    yield SHIPPING, "int4 recipe", own_decoder.command(folder / "int4", threads, CAPACITY)
+
+
+def _equal_recipe(block: int) -> Recipe:
+    """What the peer's builder can make as well."""
+    body, head = Precision("blocks", 4, block), Precision("blocks", 8, block)
+    return Recipe(f"int4 block {block}", body, body, body, head)
+
+
+def _measure(geometry: Geometry, contenders: Sequence[Contender], rounds: int) -> dict[str, Result]:
+    random = np.random.default_rng(0)
+    lengths = {f"decode at context {n}": n for n in DECODE_CONTEXTS} | {f"prefill {PREFILL}": PREFILL}
+    prompts = {figure: random.integers(3, geometry.vocab_size, n).tolist() for figure, n in lengths.items()}
+    speeds: dict[str, dict[str, list[float]]] = {c.name: {figure: [] for figure in prompts} for c in contenders}
+    logits = {c.name: np.array(c.worker.logits(prompts[f"prefill {PREFILL}"])) for c in contenders}
+    for round_ in range(-1, rounds):  # round −1 warms up
+        for figure, ids in prompts.items():
+            for contender in contenders:
+                speed = _speed(contender.worker, figure, ids)
+                if round_ >= 0:
+                    speeds[contender.name][figure].append(speed)
+    return {c.name: Result(speeds[c.name], logits[c.name], c.worker.memory()) for c in contenders}
+
+
+def _speed(worker: Worker, figure: str, ids: Sequence[int]) -> float:
+    """tok/s."""
+    if figure.startswith("prefill"):
+        return len(ids) / worker.measure(ids, 0).prefill
+    return 1 / worker.measure(ids, STEPS).step
+
+
+def _rows(geometry: str, contender: Contender, result: Result) -> list[dict[str, Any]]:
+    """One row per round and one of medians, which has the memory too."""
+    about = {"geometry": geometry, "engine": contender.name, "weights": contender.setting}
+    rounds = len(next(iter(result.rounds.values())))
+    rows: list[dict[str, Any]] = [
+        {**about, "round": i + 1, **{figure: speeds[i] for figure, speeds in result.rounds.items()}}
+        for i in range(rounds)
+    ]
+    medians = {figure: statistics.median(speeds) for figure, speeds in result.rounds.items()}
+    memory = {"peak MB": round(result.memory.peak / 1e6), "anonymous MB": round(result.memory.anonymous / 1e6)}
+    return [*({**row, **dict.fromkeys(memory)} for row in rows), {**about, "round": "median", **medians, **memory}]
+
+
+def _check(report: Report, geometry: str, results: Mapping[str, Result]) -> None:
+    ours, peer = results[OURS], results[peer_genai.NAME]
+    against = f"ours / {peer_genai.NAME}"
+    for figure, target in TARGETS.items():
+        report.at_least(
+            f"{geometry} {figure}, {against}", median_of_ratios(ours.rounds[figure], peer.rounds[figure]), target
+        )
+    report.at_most(f"{geometry} peak RSS, {against}", ours.memory.peak / peer.memory.peak, 1.0)
+    correlation = float(np.corrcoef(ours.logits, peer.logits)[0, 1])
+    report.at_least(f"{geometry} logits, correlation with {peer_genai.NAME}", correlation, LEAST_CORRELATION)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""CLIP tower with a class token, and LLaVA's two-layer connector.
+
+Parameter names follow the checkpoint (`pre_layrnorm` is CLIP's own spelling), so that weights stream in by name.
+"""
+
+import torch
+from torch import nn
+
+from mllm_edge.export.vision.layers import Linear, activate
+from mllm_edge.export.vision.siglip import SiglipConfig, SiglipLayer, Taps, run_layers
+
+__all__ = ["ClipFeatures", "MlpConnector"]
+
+
+class ClipFeatures(nn.Module):
+    """pixel_values [N, C, tile, tile] float32 → vision_hidden [N, 1 + patches² − skipped, D · taps].
+
+    `config.layers` counts the layers that the taps need. `embeddings.positions` [1 + patches², D] holds the class
+    token in its first row, added to that row's position.
+    """
+
+    def __init__(self, config: SiglipConfig, taps: Taps):
+        super().__init__()
+        self.taps = taps
+        self.embeddings = _Embeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList([SiglipLayer(config) for _ in range(config.layers)])})
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        hidden = self.pre_layrnorm(self.embeddings(pixel_values))
+        return run_layers(hidden, self.encoder["layers"], self.taps)
+
+
+class _Embeddings(nn.Module):
+    def __init__(self, config: SiglipConfig):
+        super().__init__()
+        self.patch_embedding = nn.Conv2d(config.channels, config.hidden_size, config.patch, config.patch, bias=False)
+        self.positions = nn.Parameter(torch.empty(1 + config.patches**2, config.hidden_size))
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+        # A row of zeros for the class token: a constant pad, where expanding a parameter needs the batch size.
+        return nn.functional.pad(patches, (0, 0, 1, 0)) + self.positions
+
+
+class MlpConnector(nn.Module):
+    """vision_hidden [N, S, inputs] → image_features [N, S, outputs]: linear, activation, linear."""
+
+    def __init__(self, inputs: int, outputs: int, activation: str, bias: bool):
+        super().__init__()
+        self.activation = activation
+        self.linear_1 = Linear(inputs, outputs, bias)
+        self.linear_2 = Linear(outputs, outputs, bias)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(activate(self.activation, self.linear_1(hidden)))
