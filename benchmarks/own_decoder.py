@@ -18,7 +18,7 @@ from mllm_edge.runtime.decoder import Decoder
 from mllm_edge.runtime.generate import Embedder, generate
 from mllm_edge.runtime.sampling import Sampler, SamplingParams
 from mllm_edge.runtime.trace import Trace
-from mllm_edge.spec import CacheSpec, EmbeddingSpec, ModelSpec, PositionSpec, Variant, from_json, to_json
+from mllm_edge.spec import EmbeddingSpec, ModelSpec, Variant, from_json, to_json
 
 if TYPE_CHECKING:
     from mllm_edge.calibration.recipes import Recipe
@@ -68,8 +68,8 @@ def _model_spec(geometry: Geometry, spec: "DecoderSpec") -> ModelSpec:
         context_length=geometry.config["max_position_embeddings"],
         parameters=0,
         embedding=EmbeddingSpec(_EMBEDDINGS, spec.vocab_size),
-        positions=PositionSpec("rope", spec.rope),
-        cache=CacheSpec(spec.layers, spec.attention.kv_heads, spec.attention.head_dim),
+        positions=spec.position_spec(),
+        cache=spec.cache_spec(),
         image=None,
     )
 

@@ -107,6 +107,7 @@ class Weights:
         if name in self._derived:
             return self.view(name).astype(np.float32)
         entry = self._entry(name)
+        self._used.add(name)
         values = np.empty(entry.shape, np.float32)
         flat = values.reshape(-1)
         _announce(entry)
@@ -116,6 +117,7 @@ class Weights:
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """A copy of some rows (along the first axis) of a tensor, in float32."""
         entry = self._entry(name)
+        self._used.add(name)
         values = np.empty((stop - start, *entry.shape[1:]), np.float32)
         _read(entry, start * int(np.prod(entry.shape[1:])), values.reshape(-1))
         return values
@@ -134,7 +136,7 @@ class Weights:
         self._used.update(names)
 
     def unused(self) -> list[str]:
-        """Names that nobody claimed, in checkpoint order."""
+        """Names that nobody claimed or read, in checkpoint order."""
         return [n for n in self._entries if n not in self._used]
 
     def _entry(self, name: str) -> _Entry:
