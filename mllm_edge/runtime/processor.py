@@ -12,8 +12,9 @@ import numpy as np
 from PIL import Image
 
 from mllm_edge.errors import BundleError, ImageError, PromptError
-from mllm_edge.runtime.image import ImageSource, ProcessedImage, apply_transforms, load_image, tile_grid
+from mllm_edge.runtime.image import ImageSource, load_image
 from mllm_edge.runtime.tokenizer import ChatTemplate, Tokenizer
+from mllm_edge.runtime.transforms import ProcessedImage, apply_transforms, tile_grid
 from mllm_edge.spec import ImagePrompt, ImageSpec, ModelSpec
 
 __all__ = ["Message", "Messages", "Processor", "Prompt"]

@@ -1,0 +1,178 @@
+"""The bundle's transforms against the source library's own image processors."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from mllm_edge.errors import BundleError, ImageError
+from mllm_edge.runtime.transforms import apply_transforms, tile_grid
+from mllm_edge.spec import (
+    CenterCrop,
+    Normalize,
+    PadToSquare,
+    Rescale,
+    Resize,
+    ResizeLongestEdge,
+    ResizeShortestEdge,
+    ResizeToMultiple,
+    SplitTiles,
+)
+
+from .reference import image_processor, picture, transforms
+
+SIZES = [(64, 64), (1, 1), (3, 5), (5, 3), (270, 480), (257, 33), (1, 400), (400, 1), (3000, 7), (63, 129), (65, 64)]
+
+
+def run_source(source, image):
+    out = source.preprocess([image], return_row_col_info=True)
+    return np.asarray(out["pixel_values"])[0], int(out["rows"][0][0]), int(out["cols"][0][0])
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("split", [True, False], ids=["split", "whole"])
+@pytest.mark.parametrize("resample", [0, 1, 2, 3])
+def test_pixels_equal_the_source_library(size, split, resample):
+    source = image_processor(64, 200, split, resample=resample)
+    expected, rows, cols = run_source(source, picture(*size))
+    actual = apply_transforms(picture(*size), transforms(source))
+    assert (actual.rows, actual.cols) == (rows, cols)
+    assert actual.pixel_values.dtype == np.float32
+    assert actual.pixel_values.flags.c_contiguous
+    np.testing.assert_array_equal(actual.pixel_values, expected)
+
+
+@pytest.mark.parametrize(("tile", "edge"), [(64, 64), (50, 199), (64, 63)], ids=["one tile", "odd", "edge below tile"])
+@pytest.mark.parametrize("size", [(30, 31), (17, 2), (2, 30)], ids=str)
+def test_other_configurations_equal_the_source_library(tile, edge, size):
+    source = image_processor(tile, edge, True)
+    expected, rows, cols = run_source(source, picture(*size))
+    actual = apply_transforms(picture(*size), transforms(source))
+    assert (actual.rows, actual.cols) == (rows, cols)
+    np.testing.assert_array_equal(actual.pixel_values, expected)
+
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CLIP_VALUES = (Rescale(1 / 255), Normalize(CLIP_MEAN, CLIP_STD))
+
+
+def assert_equal_to(source, size, steps):
+    """One tile, pixels identical to the source library's."""
+    expected = np.stack(source.preprocess([picture(*size)])["pixel_values"])
+    actual = apply_transforms(picture(*size), steps)
+    assert (actual.rows, actual.cols) == (0, 0)
+    assert actual.pixel_values.dtype == np.float32
+    np.testing.assert_array_equal(actual.pixel_values, expected)
+    assert tile_grid(*size, steps) == (0, 0, 1)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("edge", "height", "width"), [(64, 64, 64), (57, 40, 31), (33, 64, 48), (20, 20, 70)])
+def test_shortest_edge_and_center_crop_equal_the_source_library(size, edge, height, width):
+    crop = {"height": height, "width": width}
+    source = CLIPImageProcessorPil(size={"shortest_edge": edge}, crop_size=crop, resample=3)
+    assert_equal_to(source, size, (ResizeShortestEdge(edge, "bicubic"), CenterCrop(height, width), *CLIP_VALUES))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_crop_alone_equals_the_source_library(size):
+    source = CLIPImageProcessorPil(do_resize=False, crop_size={"height": 31, "width": 64})
+    assert_equal_to(source, size, (CenterCrop(31, 64), *CLIP_VALUES))
+
+
+@pytest.mark.parametrize("size", [size for size in SIZES if max(size) < 1000], ids=str)
+def test_padding_to_a_square_equals_the_source_library(size):
+    crop = {"height": 48, "width": 48}
+    source = LlavaImageProcessorPil(do_pad=True, size={"shortest_edge": 48}, crop_size=crop)
+    color = tuple(int(value * 255) for value in CLIP_MEAN)
+    steps = (PadToSquare(color), ResizeShortestEdge(48, "bicubic"), CenterCrop(48, 48), *CLIP_VALUES)
+    assert_equal_to(source, size, steps)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_stretching_equals_the_source_library(size):
+    source = SiglipImageProcessorPil(size={"height": 54, "width": 40})
+    half = Normalize((0.5,) * 3, (0.5,) * 3)
+    assert_equal_to(source, size, (Resize(54, 40, "bicubic"), Rescale(1 / 255), half))
+
+
+def test_strip_that_would_grow_without_bounds_is_refused():
+    steps = (ResizeShortestEdge(336, "bicubic"), CenterCrop(336, 336))
+    for call in (lambda: apply_transforms(Image.new("RGB", (20_000, 1)), steps), lambda: tile_grid(1, 20_000, steps)):
+        with pytest.raises(ImageError, match=r"1×20000 px into 336×6720000 px") as error:
+            call()
+        assert "aspect ratio" in error.value.fix
+
+
+def test_longest_edge_over_the_limit():
+    source = image_processor(32, 5000, True)
+    _, rows, cols = source.get_number_of_image_patches(30, 31)
+    assert tile_grid(30, 31, transforms(source)) == (rows, cols, rows * cols + 1)
+    assert cols == 4096 // 32
+
+
+def test_full_hd():
+    source = image_processor(512, 2048, True)
+    image = picture(1080, 1920)
+    expected, rows, cols = run_source(source, image)
+    actual = apply_transforms(image, transforms(source))
+    assert actual.pixel_values.shape == (13, 3, 512, 512)
+    assert (actual.rows, actual.cols) == (rows, cols) == (3, 4)
+    np.testing.assert_array_equal(actual.pixel_values, expected)
+    assert tile_grid(2048, 2048, transforms(source)) == (4, 4, 17)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.integers(1, 120), st.integers(1, 120), st.integers(1, 16), st.integers(1, 90), st.integers(16, 80), st.booleans()
+)
+def test_grid_from_the_size_alone(height, width, tile, edge, limit, split):
+    resize = (ResizeLongestEdge(edge, "nearest", limit),)
+    steps = (ResizeToMultiple(tile, "nearest"), SplitTiles(tile, "nearest")) if split else (Resize(tile, 3, "box"),)
+    done = apply_transforms(Image.new("RGB", (width, height)), resize + steps)
+    assert tile_grid(height, width, resize + steps) == (done.rows, done.cols, len(done.pixel_values))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 6000), st.integers(1, 6000), st.sampled_from([(512, 2048), (364, 1456), (384, 1536), (512, 512)]))
+def test_grid_equals_the_source_library(height, width, sizes):
+    source = image_processor(*sizes, True)
+    _, rows, cols = source.get_number_of_image_patches(height, width)
+    assert tile_grid(height, width, transforms(source))[:2] == (rows, cols)
+
+
+def test_values_without_rescale_or_normalize():
+    image = picture(4, 4)
+    expected = np.asarray(image).transpose(2, 0, 1)[None].astype(np.float32)
+    np.testing.assert_array_equal(apply_transforms(image, ()).pixel_values, expected)
+    scaled = apply_transforms(image, (Rescale(1 / 255),)).pixel_values
+    np.testing.assert_allclose(scaled, expected / 255, atol=1e-7)
+    both = apply_transforms(image, (Normalize((1.0, 2.0, 3.0), (2.0, 4.0, 8.0)),)).pixel_values
+    np.testing.assert_allclose(both[0, 2], (expected[0, 2] - 3) / 8, atol=1e-6)
+
+
+def test_grey_images_are_made_rgb_first():
+    assert apply_transforms(Image.new("L", (4, 4)), ()).pixel_values.shape == (1, 3, 4, 4)
+
+
+def test_sizes_that_cannot_be_processed():
+    split = (SplitTiles(16, "nearest"),)
+    for call in (lambda: apply_transforms(picture(20, 40), split), lambda: tile_grid(20, 40, split)):
+        with pytest.raises(ImageError, match=r"20×40 px .* 16×16"):
+            call()
+    with pytest.raises(ImageError, match="0×5"):
+        tile_grid(0, 5, split)
+
+
+def test_transforms_that_cannot_follow_each_other():
+    image = picture(32, 16)
+    with pytest.raises(BundleError, match="resize"):
+        apply_transforms(image, (Rescale(1.0), Resize(4, 4, "bilinear")))
+    with pytest.raises(BundleError, match="split_tiles"):
+        apply_transforms(image, (SplitTiles(16, "nearest"), SplitTiles(8, "nearest")))
+    with pytest.raises(BundleError, match="1 means"):
+        apply_transforms(image, (Normalize((0.5,), (0.5, 0.5, 0.5)),))
