@@ -84,7 +84,7 @@ def plan(source: Source, weights: Weights) -> Plan:
         embedding=embedding,
         generation=_generation(checkpoint),
         chat_template=_template(checkpoint),
-        ignored=tuple(name for name in weights if _ignored(name, checkpoint.names, tower.layers)),
+        ignored=_ignored(checkpoint, tower, weights),
     )
 
 
@@ -313,14 +313,14 @@ def _positions(tower: "InternVitConfig", names: Names, weights: Weights) -> Call
     return compute
 
 
-def _ignored(name: str, names: Names, layers: int) -> bool:
-    """Whether the model never uses a tensor: what is behind the chosen layer, what only training needs, tables."""
-    tower, stack = names.stored(_TOWER), names.stored(f"{_TOWER}encoder.layer.")
-    if name.startswith(stack):
-        return int(name.removeprefix(stack).split(".")[0]) >= layers
-    return name.endswith(".rotary_emb.inv_freq") or name.startswith(
-        (f"{tower}layernorm.", f"{tower}embeddings.mask_token")
-    )
+def _ignored(checkpoint: Checkpoint, tower: "InternVitConfig", weights: Weights) -> tuple[str, ...]:
+    """Tensors that the model has and never uses: what is behind the chosen layer, what only training needs, tables."""
+    vision, stored = checkpoint.config.vision_config, checkpoint.names.stored
+    parts = [f"encoder.layer.{i}." for i in range(tower.layers, vision.num_hidden_layers)]
+    parts += [] if vision.use_mean_pooling else ["layernorm."]
+    parts += ["embeddings.mask_token"] if vision.use_mask_token else []
+    unused = tuple(stored(_TOWER + part) for part in parts)
+    return tuple(name for name in weights if name.startswith(unused) or name.endswith(".rotary_emb.inv_freq"))
 
 
 # ---------------------------------------------------------------- processor
