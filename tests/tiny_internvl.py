@@ -88,7 +88,7 @@ def save_tiny_internvl_chat(
     if internlm2:
         text = {"model_type": "llama", **(text or {})}
     model = _model(tokenizer, text, vision, config, seed)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
     _edit(folder / "tokenizer_config.json", internlm2, template)
     _save(folder, _original_tensors(model, internlm2), shards)

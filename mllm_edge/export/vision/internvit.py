@@ -102,7 +102,8 @@ class _RmsNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+        wide = x.float()  # squares of large activations are beyond half precision
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
 class _Attention(nn.Module):
@@ -111,7 +112,7 @@ class _Attention(nn.Module):
     def __init__(self, config: InternVitConfig):
         super().__init__()
         size = config.hidden_size
-        self.heads = config.heads
+        self.size, self.heads = size, config.heads
         self.q_proj, self.k_proj, self.v_proj = (Linear(size, size, config.qkv_bias) for _ in range(3))
         self.projection_layer = Linear(size, size)
         self.q_norm, self.k_norm = (_RmsNorm(size, _QK_EPS) if config.qk_norm else None for _ in range(2))
@@ -119,7 +120,8 @@ class _Attention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         qkv = packed_linear(x, [self.q_proj, self.k_proj, self.v_proj])
         if self.q_norm is not None and self.k_norm is not None:
-            query, key, value = qkv.chunk(3, dim=-1)
+            # Slices: the tracer makes a sequence of chunks, which TensorRT does not have.
+            query, key, value = (qkv[..., i * self.size : (i + 1) * self.size] for i in range(3))
             qkv = torch.cat([self.q_norm(query), self.k_norm(key), value], dim=-1)
         return self.projection_layer(attention(qkv, self.heads))
 
