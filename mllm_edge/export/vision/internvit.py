@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from mllm_edge.export.vision.layers import Linear, activate, attention, packed_linear
+from mllm_edge.export.vision.layers import Linear, RmsNorm, activate, attention, packed_linear
 from mllm_edge.export.vision.siglip import Taps, run_layers
 
 __all__ = ["InternVit", "InternVitConfig", "ShuffleConnector"]
@@ -91,19 +91,8 @@ class _Layer(nn.Module):
 
 def _norm(config: InternVitConfig) -> nn.Module:
     if config.norm == "rms_norm":
-        return _RmsNorm(config.hidden_size, config.norm_eps)
+        return RmsNorm(config.hidden_size, config.norm_eps)
     return nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
-
-
-class _RmsNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(size))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.float()  # squares of large activations are beyond half precision
-        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
 class _Attention(nn.Module):
@@ -112,17 +101,16 @@ class _Attention(nn.Module):
     def __init__(self, config: InternVitConfig):
         super().__init__()
         size = config.hidden_size
-        self.size, self.heads = size, config.heads
+        self.heads = config.heads
         self.q_proj, self.k_proj, self.v_proj = (Linear(size, size, config.qkv_bias) for _ in range(3))
         self.projection_layer = Linear(size, size)
-        self.q_norm, self.k_norm = (_RmsNorm(size, _QK_EPS) if config.qk_norm else None for _ in range(2))
+        self.q_norm, self.k_norm = (RmsNorm(size, _QK_EPS) if config.qk_norm else None for _ in range(2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        qkv = packed_linear(x, [self.q_proj, self.k_proj, self.v_proj])
-        if self.q_norm is not None and self.k_norm is not None:
-            # Slices: the tracer makes a sequence of chunks, which TensorRT does not have.
-            query, key, value = (qkv[..., i * self.size : (i + 1) * self.size] for i in range(3))
-            qkv = torch.cat([self.q_norm(query), self.k_norm(key), value], dim=-1)
+        if self.q_norm is None or self.k_norm is None:
+            qkv = packed_linear(x, [self.q_proj, self.k_proj, self.v_proj])
+        else:
+            qkv = torch.cat([self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x)), self.v_proj(x)], dim=-1)
         return self.projection_layer(attention(qkv, self.heads))
 
 
