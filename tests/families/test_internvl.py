@@ -58,6 +58,7 @@ CONFIGS = {**SAVED, **CHAT}
 CASES = {
     **PROMPTS,
     "tall": ("What does it say?", [(301, 60)]),
+    "strips": ("Read.", [(2, 400), (350, 3)]),
     "unequal_images": ("Compare.", [(40, 40), (20, 95), (9, 10), (160, 97)]),
 }
 
@@ -146,7 +147,21 @@ def test_older_templates_have_no_line_break_between_turns(tmp_path: Path) -> Non
     )
 
 
-def test_template_of_the_tokenizer_comes_first_even_if_it_reads_strings_only(tmp_path: Path) -> None:
+def test_original_code_makes_the_prompt_whatever_the_tokenizer_has(tmp_path: Path) -> None:
+    save_tiny_internvl_chat(tmp_path / "a", template="the decoder's own", top={"system_message": None})
+    save_tiny_internvl_chat(tmp_path / "b", template="the decoder's own")
+    (tmp_path / "b" / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    texts = []
+    for name in ("a", "b"):
+        export(str(tmp_path / name), tmp_path / f"{name}.bundle", verify_mode="off")
+        with VLM.load(tmp_path / f"{name}.bundle") as vlm:
+            texts.append(vlm.processor.process("Hi").text)
+    assert texts[0].startswith("<|im_start|>system\n你是书生·万象")
+    assert texts[0].endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    assert texts[1] == "Hi!"
+
+
+def test_template_of_the_tokenizer_serves_an_unknown_one_even_if_it_reads_strings_only(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ '<' + m.role + '>' + m.content }}{% endfor %}"
     exported = export_tiny(tmp_path, save_tiny_internvl_chat, template=template, top={"template": "unheard-of"})
     with VLM.load(exported.bundle) as vlm:

@@ -173,10 +173,14 @@ def _generation(checkpoint: Checkpoint) -> GenerationSpec:
 
 
 def _template(checkpoint: Checkpoint) -> str:
-    template = chat_template(checkpoint.source, checkpoint.template or "")
+    """What the original code would build comes before the tokenizer's template, which is often the bare decoder's."""
+    folder, known = checkpoint.source.folder, checkpoint.template or ""
+    if checkpoint.original and known and not (folder / "chat_template.jinja").is_file():
+        return known
+    template = chat_template(checkpoint.source, known)
     if not template:
         raise ConfigError(
-            f"{checkpoint.source.folder}: no chat template, and config.json names none that is known here",
+            f"{folder}: no chat template, and config.json names none that is known here",
             "put the model's template into chat_template.jinja beside config.json",
         )
     return template

@@ -38,6 +38,7 @@ _CHAT_DEFAULTS: Mapping[str, Any] = {
     "pad2square": False,
     "ps_version": "v1",
     "select_layer": -1,
+    "system_message": None,
     "template": None,
     "use_backbone_lora": 0,
     "use_llm_lora": 0,
@@ -58,16 +59,11 @@ _VISION_DEFAULTS: Mapping[str, Any] = {
     "qkv_bias": False,
 }
 _INTERNLM2_DEFAULTS: Mapping[str, Any] = {"bias": True, "vocab_size": 103168}
-# The original code has these built in.
+# The original code has these built in; 3 is bicubic.
 _IMAGES: Mapping[str, Any] = {
-    "do_convert_rgb": True,
-    "do_normalize": True,
-    "do_rescale": True,
-    "do_resize": True,
     "image_mean": (0.485, 0.456, 0.406),
     "image_std": (0.229, 0.224, 0.225),
     "resample": 3,
-    "rescale_factor": 1 / 255,
 }
 # By `template`: the system message that the model was trained with, and what follows the end of a turn.
 _2_0 = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
@@ -230,7 +226,9 @@ def _original(source: Source) -> Checkpoint:
     images = {**_IMAGES, "size": {"height": tile, "width": tile}, "min_patches": least, "max_patches": most}
     if not top.take("dynamic_image_size"):
         images.update(min_patches=1, max_patches=1)
-    system, separator = _TEMPLATES.get(top.take("template"), (None, ""))
+    system, template = top.take("system_message"), None
+    if known := _TEMPLATES.get(top.take("template")):
+        template = _chatml(known[0] if system is None else system, known[1], _CONTEXT)
     overview = bool(top.take("use_thumbnail"))
     top.finish()
     translated = replace(source, config=config)
@@ -242,8 +240,8 @@ def _original(source: Source) -> Checkpoint:
         images=images,
         overview=overview,
         image_tokens=(_START, _CONTEXT, _END),
-        template=None if system is None else _chatml(source.config.get("system_message", system), separator, _CONTEXT),
-        stop=None if system is None else _END_OF_TURN,
+        template=template,
+        stop=template and _END_OF_TURN,
         original=True,
         internlm2=internlm2,
     )
