@@ -16,7 +16,7 @@ from mllm_edge.cli.progress import stages
 from mllm_edge.cli.signals import interrupted_message, interruptible
 from mllm_edge.errors import MllmEdgeError
 
-__all__ = ["RECIPES", "TARGETS", "command"]
+__all__ = ["RECIPES", "TARGETS", "command", "exporter"]
 
 # Repeated here so that the help needs no export extra; a test compares them with the exporter's own.
 TARGETS = ("cpu", "tensorrt", "tensorrt-10.3")
@@ -83,7 +83,7 @@ def command(
     _keep_freed_memory()
     with interruptible(_STOPPED) as check, stages(check) as progress:
         progress.stage("loading the exporter")
-        pipeline = _pipeline()
+        pipeline = exporter()
         report = pipeline.export(
             model,
             out,
@@ -115,7 +115,7 @@ def _keep_freed_memory() -> None:
         library.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
-def _pipeline() -> Any:
+def exporter() -> Any:
     """The exporter, other libraries' chatter silenced; raises MllmEdgeError when the extra is not installed."""
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
