@@ -6,6 +6,7 @@ words, the whole image last. Both layouts are read: transformers' own (`internvl
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -224,10 +225,10 @@ def _tower(top: ConfigReader, vision: ConfigReader) -> "InternVitConfig":
 
 def _square(vision: ConfigReader, key: str) -> int:
     value = vision.take(key)
-    height, width = (value, value) if isinstance(value, int) else value
-    if height != width:
+    sides = [value, value] if isinstance(value, int) else list(value)
+    if len(sides) != 2 or sides[0] != sides[1]:
         raise ConfigError(f"vision_config: {key} = {value!r}", "only square images and patches are supported")
-    return int(height)
+    return int(sides[0])
 
 
 def _layers(chosen: Any, layers: int) -> int:
@@ -269,21 +270,14 @@ def _traced(
     pixels = TensorSpec("pixel_values", "float32", ("tiles", tower.channels, tower.tile, tower.tile))
     hidden = TensorSpec("vision_hidden", "float32", ("tiles", tower.patches**2, tower.hidden_size))
     features = TensorSpec("image_features", "float32", ("tiles", tokens, text_hidden))
-    names = checkpoint.names
-
-    def encoder() -> "nn.Module":
-        return InternVit(tower)
-
-    def connector() -> "nn.Module":
-        return ShuffleConnector(tower.patches, scale, tower.hidden_size, text_hidden, activation)
-
-    positions = {"embeddings.positions": _positions(tower, names, weights)}
-    readers = _readers(encoder, _TOWER, names, weights, positions)
+    encoder = partial(InternVit, tower)
+    connector = partial(ShuffleConnector, tower.patches, scale, tower.hidden_size, text_hidden, activation)
+    positions = {"embeddings.positions": _positions(tower, checkpoint.names, weights)}
+    of_tower = _readers(encoder, _TOWER, checkpoint.names, weights, positions)
+    of_connector = _readers(connector, _CONNECTOR, checkpoint.names, weights, {})
     return (
-        TracedComponent("vision_encoder", encoder, (pixels,), (hidden,), "", readers),
-        TracedComponent(
-            "connector", connector, (hidden,), (features,), "", _readers(connector, _CONNECTOR, names, weights, {})
-        ),
+        TracedComponent("vision_encoder", encoder, (pixels,), (hidden,), "", of_tower),
+        TracedComponent("connector", connector, (hidden,), (features,), "", of_connector),
     )
 
 
