@@ -24,7 +24,15 @@ from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-__all__ = ["LLAVA_TEMPLATE", "TEMPLATE", "make_tokenizer", "save_tiny_idefics3", "save_tiny_llava"]
+__all__ = [
+    "LLAVA_TEMPLATE",
+    "TEMPLATE",
+    "Names",
+    "make_tokenizer",
+    "random_model",
+    "save_tiny_idefics3",
+    "save_tiny_llava",
+]
 
 TEMPLATE = (
     "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
@@ -71,13 +79,14 @@ def save_tiny_idefics3(
     """
     tokenizer = make_tokenizer()
     architecture, config_class = _CLASSES[model_type]
-    model = _random_model(architecture, _config(config_class, tokenizer, text, vision, config), tokenizer, seed)
+    model = random_model(architecture, _config(config_class, tokenizer, text, vision, config), tokenizer, seed)
     model.save_pretrained(folder, max_shard_size=shard_size)
     _processor(tokenizer, model.config, processor).save_pretrained(folder)
     return model
 
 
-def _random_model(architecture: Any, config: Any, tokenizer: PreTrainedTokenizerFast, seed: int) -> Any:
+def random_model(architecture: Any, config: Any, tokenizer: PreTrainedTokenizerFast, seed: int) -> Any:
+    """A model of class `architecture` whose answers depend on every weight."""
     torch.manual_seed(seed)
     model = architecture(config).eval()
     for name, weight in model.named_parameters():
@@ -166,9 +175,7 @@ def save_tiny_llava(
     the image processor, `image_settings` overrides its settings.
     """
     tokenizer = make_tokenizer()
-    model = _random_model(
-        LlavaForConditionalGeneration, _llava_config(tokenizer, text, vision, config), tokenizer, seed
-    )
+    model = random_model(LlavaForConditionalGeneration, _llava_config(tokenizer, text, vision, config), tokenizer, seed)
     model.save_pretrained(folder, max_shard_size=shard_size)
     side, strategy = model.config.vision_config.image_size, model.config.vision_feature_select_strategy
     size = {"height": side, "width": side}

@@ -2,8 +2,25 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-__all__ = ["quiet_transformers"]
+from mllm_edge.export.source import Source
+
+__all__ = ["load_reference", "quiet_transformers"]
+
+
+def load_reference(source: Source, decoder_layers: int | None = None) -> Any:
+    """What transformers makes of the checkpoint itself, in float32; only the first `decoder_layers` (None: all)."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(source.folder)
+    if decoder_layers is not None:
+        text = config.get_text_config()
+        text.num_hidden_layers = min(decoder_layers, text.num_hidden_layers)
+    return AutoModelForImageTextToText.from_pretrained(
+        source.folder, config=config, dtype=torch.float32, low_cpu_mem_usage=True
+    )
 
 
 @contextmanager

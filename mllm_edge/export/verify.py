@@ -120,22 +120,16 @@ class _Reference:
 
     def __init__(self, source: Source, scope: Scope):
         import torch
-        from transformers import AutoConfig, AutoModelForImageTextToText
 
         from mllm_edge.export.families import family_for
-        from mllm_edge.export.reference import quiet_transformers
+        from mllm_edge.export.reference import load_reference, quiet_transformers
 
         torch.manual_seed(_SEED)
-        config = AutoConfig.from_pretrained(source.folder)
-        if scope.decoder_layers is not None:
-            text = config.get_text_config()
-            text.num_hidden_layers = min(scope.decoder_layers, text.num_hidden_layers)
         self.torch, self.family = torch, family_for(source)
         with quiet_transformers():
             self.processor = self.family.load_processor(source)
-            self.model = AutoModelForImageTextToText.from_pretrained(
-                source.folder, config=config, dtype=torch.float32, low_cpu_mem_usage=True
-            ).eval()
+            load = getattr(self.family, "load_model", load_reference)
+            self.model = load(source, scope.decoder_layers).eval()
 
     def run(self, text: str, images: tuple[Any, ...]) -> dict[str, np.ndarray]:
         """Inputs, vision outputs, greedy tokens and the logits they came from."""
