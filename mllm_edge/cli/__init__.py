@@ -19,8 +19,11 @@ __all__ = ["VERBS", "main"]
 VERBS = {
     "export": "Export a checkpoint to a bundle.",
     "run": "Ask a bundle a question about images.",
+    "chat": "Talk with a bundle about images.",
     "inspect": "Show what is in a bundle.",
     "profile": "Measure latency, throughput and memory.",
+    "families": "List the models that can be exported.",
+    "completion": "Print the completion script of a shell.",
 }
 
 
