@@ -22,6 +22,7 @@ VERBS = {
     "chat": "Talk with a bundle about images.",
     "inspect": "Show what is in a bundle.",
     "profile": "Measure latency, throughput and memory.",
+    "compare": "Compare two bundles, or a bundle and its source.",
     "families": "List the models that can be exported.",
     "completion": "Print the completion script of a shell.",
 }
