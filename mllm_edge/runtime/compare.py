@@ -57,7 +57,7 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`errors`: ‖a − b‖/‖a‖ of components, max|a − b| over the range of a for logits, the worst of all cases. `kl`: mean
+    """`errors`: ‖a − b‖/‖a‖ of components, max|a − b| over the range of a for logits; the worst case. `kl`: mean
     KL divergence of the steps' distributions, in nats. `within`: no logits error is over `tolerance`."""
 
     reference: str
