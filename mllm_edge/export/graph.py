@@ -97,6 +97,11 @@ class GraphBuilder:
         self._nodes.append(node)
         return node.outputs
 
+    @property
+    def opset(self) -> int:
+        """The standard opset that the nodes so far need."""
+        return self._opsets[""]
+
     def require_opset(self, opset: int) -> None:
         """Raise the standard opset to `opset` if it is lower."""
         self._opsets[""] = max(self._opsets[""], opset)

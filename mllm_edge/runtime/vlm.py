@@ -10,7 +10,7 @@ import numpy as np
 
 from mllm_edge.bundle import CHAT_TEMPLATE, Bundle
 from mllm_edge.errors import ContextError, MllmEdgeError, PromptError
-from mllm_edge.runtime.backend import Backend, Session, open_backend
+from mllm_edge.runtime.backend import Backend, open_backend
 from mllm_edge.runtime.decoder import Decoder
 from mllm_edge.runtime.generate import Embedder, generate
 from mllm_edge.runtime.image import ImageSource
@@ -66,8 +66,10 @@ class VLM:
         template = ChatTemplate.load(bundle.path, generation) if CHAT_TEMPLATE in bundle.manifest.files else None
         self.processor = Processor(self.spec, self.tokenizer, template)
         self.stop_ids = frozenset(generation.eos_token_ids)
-        self._sessions = {name: self._open(name) for name in bundle.manifest.components}
-        variant = bundle.variant("decoder", backend.target)
+        variants = {name: bundle.variant(name, backend.target) for name in bundle.manifest.components}
+        self._types = {name: {t.name: t.dtype for t in variant.inputs} for name, variant in variants.items()}
+        self._sessions = {name: backend.open(bundle.listed(v.file), v) for name, v in variants.items()}
+        variant = variants["decoder"]
         table = bundle.array(self.spec.positions.table) if self.spec.positions.table else None
         self.decoder = Decoder(self._sessions["decoder"], variant, self.spec, backend, table)
         self.embed = Embedder(bundle.embeddings(), self.spec.embedding)
@@ -158,8 +160,9 @@ class VLM:
         return self.processor.count_tokens(prompt, image_sizes)
 
     def component(self, name: str, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run one component by itself (all but the decoder), for comparisons."""
-        return self._sessions[name].run(feeds)
+        """Run one component by itself (all but the decoder), its inputs cast to the graph's types."""
+        types = self._types[name]
+        return self._sessions[name].run({key: np.asarray(value, types[key]) for key, value in feeds.items()})
 
     def image_features(self, pixel_values: np.ndarray, trace: Trace | None = None) -> np.ndarray:
         """Vision encoder and connector: pixel_values [tiles, C, H, W] → image features [tokens, hidden] float32."""
@@ -167,12 +170,12 @@ class VLM:
         parts = []
         for start in range(0, len(pixel_values), _TILES_PER_RUN):
             with trace.span("vision_encoder"):
-                hidden = self._sessions["vision_encoder"].run(
-                    {"pixel_values": pixel_values[start : start + _TILES_PER_RUN]}
+                hidden = self.component(
+                    "vision_encoder", {"pixel_values": pixel_values[start : start + _TILES_PER_RUN]}
                 )
             with trace.span("connector"):
-                features = self._sessions["connector"].run(hidden)["image_features"]
-            parts.append(features.reshape(-1, features.shape[-1]))
+                features = self.component("connector", hidden)["image_features"]
+            parts.append(features.reshape(-1, features.shape[-1]).astype(np.float32, copy=False))
         return np.concatenate(parts)
 
     def prompt_embeds(self, prompt: Prompt, trace: Trace | None = None) -> np.ndarray:
@@ -191,10 +194,6 @@ class VLM:
         if not isinstance(prompt, str):
             raise PromptError("raw=True takes one rendered string", "give messages without raw=True")
         return self.processor.process_text(prompt, images)
-
-    def _open(self, component: str) -> Session:
-        variant = self.bundle.variant(component, self.backend.target)
-        return self.backend.open(self.bundle.listed(variant.file), variant)
 
     def _room(self, prompt: Prompt) -> int:
         """Tokens that still fit behind the prompt; raises ContextError when there is not even one."""
