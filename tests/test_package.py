@@ -70,11 +70,11 @@ def test_the_base_is_small(metadata: Message) -> None:
 
 
 def test_the_export_extra_has_what_the_exporter_checks_for(metadata: Message) -> None:
-    from mllm_edge.cli.export import _NEEDED
+    from mllm_edge.cli.exporter import NEEDED
 
     needs = metadata.get_all("Requires-Dist", [])
     extra = {_name(n).replace("-", "_") for n in needs if 'extra == "export"' in n}
-    assert extra == set(_NEEDED)
+    assert extra == set(NEEDED)
 
 
 def test_console_script(wheel: Path) -> None:

@@ -4,7 +4,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -173,8 +173,8 @@ def _lines() -> Iterator[str]:
     if not sys.stdin.isatty():
         yield from sys.stdin
         return
-    import readline  # noqa: F401 (input() then has a history)
-
+    with suppress(ImportError):  # not on Windows; elsewhere input() then has a history
+        import readline  # noqa: F401
     note("/help lists the commands")
     while True:
         try:

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mllm_edge.cli.export import TARGETS
+from mllm_edge.cli.exporter import load_exporter
 from mllm_edge.cli.options import POSITIVE, json_option
 from mllm_edge.cli.output import note, print_json, table, write_answer
 from mllm_edge.cli.progress import stages
@@ -27,6 +29,13 @@ __all__ = ["command"]
     help="Largest error of the logits, relative to their range; default: by the coarser recipe, fp32 0.001, fp16 0.02, "
     "int8 0.25, int4 0.6.",
 )
+@click.option(
+    "--target",
+    type=click.Choice(TARGETS),
+    default="cpu",
+    show_default=True,
+    help="Which graphs of B are run, always by ONNX Runtime on the CPU; another target's are slow there.",
+)
 @click.option("--threads", type=POSITIVE, help="Threads inside one operator; default: physical cores.")
 @click.option("--backend", type=click.Choice(["auto", "cpu"]), default="auto", show_default=True)
 @json_option("Print the comparison as JSON.")
@@ -38,20 +47,22 @@ def command(
     prompts: tuple[str, ...],
     images: tuple[str, ...],
     tolerance: float | None,
+    target: str,
     threads: int | None,
     backend: str,
     as_json: bool,
 ) -> None:
     """Compare bundle B with bundle A, or a bundle with its checkpoint directory (in either order).
 
-    A, or the checkpoint, is the reference, and both are fed its greedy tokens. The exit code is 1 when the logits
-    differ by more than the tolerance. A checkpoint is run by transformers in float32, in full.
+    A, or the checkpoint, is the reference, and both are fed its greedy tokens. A bundle given twice, with --target,
+    compares its graphs for that target with those for the cpu. The exit code is 1 when the logits differ by more than
+    the tolerance. A checkpoint is run by transformers in float32, in full.
     """
     sources = [path for path in (a, b) if _is_checkpoint(path)]
     if len(sources) == 2:
         raise MllmEdgeError(f"{a} and {b} are both checkpoints", f"mllm-edge export {b} OUT, then compare with OUT")
     cases = _cases(prompts, images)
-    options: dict[str, Any] = {"tolerance": tolerance, "threads": threads, "backend": backend}
+    options: dict[str, Any] = {"tolerance": tolerance, "target": target, "threads": threads, "backend": backend}
     with stages() as progress:
         progress.stage("comparing", 2 * (len(cases) if cases else 3))
         options["progress"] = progress.advance
@@ -86,9 +97,7 @@ def _cases(prompts: tuple[str, ...], images: tuple[str, ...]) -> "list[Case] | N
 
 
 def _with_source(source: str, bundle: str, cases: "list[Case] | None", options: dict[str, Any]) -> "Comparison":
-    from mllm_edge.cli.export import _pipeline
-
-    _pipeline()  # tells what is missing, and silences other libraries
+    load_exporter()  # tells what is missing, and silences other libraries
     from mllm_edge.export.compare import compare_with_source
 
     return compare_with_source(source, bundle, cases, **options)
@@ -99,7 +108,7 @@ def _report(result: "Comparison") -> str:
     rows += [["KL, nats", f"{result.kl:.1e}"]]
     return "\n".join(
         [
-            f"{result.other} against {result.reference}",
+            f"{result.other} ({result.target}) against {result.reference}",
             *(f"  {case}" for case in result.cases),
             "",
             table(["error", ""], rows),

@@ -1,6 +1,7 @@
 """`mllm-edge inspect`: what is in a bundle."""
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -159,13 +160,18 @@ def _recipe(bundle: "Bundle") -> str:
 
 
 def _parity(bundle: "Bundle") -> str:
-    """The table of errors against the source model, whatever of it the manifest has."""
+    """The tables of errors against the source model, one for each target, whatever of it the manifest has."""
     parity = bundle.manifest.parity
     if not parity:
         return "parity     not measured"
+    return "\n\n".join(map(_target_parity, [parity, *parity.get("targets", {}).values()]))
+
+
+def _target_parity(parity: Mapping[str, Any]) -> str:
     limits = parity.get("limits", {})
     rows = [[name, _number(error), _number(limits.get(name))] for name, error in parity.get("errors", {}).items()]
-    text = table([f"parity ({parity.get('scope', '')})", "error", "limit"], rows)
+    title = f"parity of {parity.get('target', 'cpu')} ({parity.get('scope', '')})"
+    text = table([title, "error", "limit"], rows)
     agreement = parity.get("greedy_agreement")
     if agreement is not None:
         text += f"\ngreedy tokens agree: {agreement:.1%} of {parity.get('greedy_tokens', '')}"

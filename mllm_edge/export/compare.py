@@ -3,8 +3,10 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mllm_edge.bundle import Bundle
 from mllm_edge.export.source import open_source
 from mllm_edge.export.verify import source_runner
+from mllm_edge.runtime.backend import open_backend
 from mllm_edge.runtime.compare import (
     Case,
     Comparison,
@@ -25,15 +27,17 @@ def compare_with_source(
     cases: Sequence[Case] | None = None,
     *,
     tolerance: float | None = None,
+    target: str = "cpu",
     backend: str = "auto",
     threads: int | None = None,
     progress: Callable[[int], None] = lambda calls: None,
 ) -> Comparison:
-    """Compare the bundle with the checkpoint in directory `source`, which transformers runs in float32, in full.
+    """Compare the bundle's graphs for `target` with the checkpoint in directory `source`, which transformers runs in
+    float32, in full.
 
     Arguments and errors as in `mllm_edge.runtime.compare.compare`; SourceError and its kinds for the checkpoint.
     """
-    with VLM.load(bundle, backend=backend, threads=threads) as vlm:
+    with VLM(Bundle.load(bundle), open_backend(backend, threads, target)) as vlm:
         run = source_runner(open_source(str(source)))
         chosen = synthetic_cases(vlm.spec.image is not None) if cases is None else list(cases)
         expected, found = [], []
@@ -53,4 +57,4 @@ def compare_with_source(
             found.append(bundle_outputs(vlm, case, result["tokens"]))
             progress(1)
         limit = recipe_tolerance(vlm.bundle) if tolerance is None else tolerance
-        return summarize(str(source), str(bundle), chosen, expected, found, limit)
+        return summarize(str(source), str(bundle), chosen, expected, found, limit, target)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from mllm_edge.bundle import TOKENIZER, Bundle
 from mllm_edge.errors import BundleError, ContextError
+from mllm_edge.runtime.backend import open_backend
 from mllm_edge.runtime.vlm import VLM
 
 __all__ = [
@@ -58,7 +59,8 @@ class Outputs:
 @dataclass(frozen=True)
 class Comparison:
     """`errors`: ‖a − b‖/‖a‖ of components, max|a − b| over the range of a for logits; the worst case. `kl`: mean
-    KL divergence of the steps' distributions, in nats. `within`: no logits error is over `tolerance`."""
+    KL divergence of the steps' distributions, in nats. `within`: no logits error is over `tolerance`. `target`: whose
+    graphs of the other one were run."""
 
     reference: str
     other: str
@@ -68,6 +70,7 @@ class Comparison:
     greedy_tokens: int
     greedy_agreement: float
     tolerance: float
+    target: str = "cpu"
 
     @property
     def within(self) -> bool:
@@ -102,11 +105,13 @@ def compare(
     cases: Sequence[Case] | None = None,
     *,
     tolerance: float | None = None,
+    target: str = "cpu",
     backend: str = "auto",
     threads: int | None = None,
     progress: Callable[[int], None] = lambda calls: None,
 ) -> Comparison:
-    """Compare the bundle in `second` with that in `first`, one opened after the other. `progress(1)` after each case.
+    """Compare the bundle in `second`, by its graphs for `target`, with that in `first`, by those for the cpu; one is
+    opened after the other. `progress(1)` after each case.
 
     Raises BundleError when they cannot be compared, and what `VLM.load` and `VLM.stream` raise. `tolerance` None: that
     of the coarser recipe (TOLERANCES).
@@ -114,13 +119,13 @@ def compare(
     bundles = [Bundle.load(path) for path in (first, second)]
     _check_same_model(*bundles)
     chosen = synthetic_cases(bundles[0].manifest.model.image is not None) if cases is None else list(cases)
-    with VLM.load(first, backend=backend, threads=threads) as vlm:
+    with VLM(bundles[0], open_backend(backend, threads)) as vlm:
         expected = [_advance(bundle_outputs(vlm, case), progress) for case in chosen]
-    with VLM.load(second, backend=backend, threads=threads) as vlm:
+    with VLM(bundles[1], open_backend(backend, threads, target)) as vlm:
         pairs = zip(chosen, expected, strict=True)
         found = [_advance(bundle_outputs(vlm, case, e.tokens), progress) for case, e in pairs]
     limit = max(recipe_tolerance(b) for b in bundles) if tolerance is None else tolerance
-    return summarize(str(first), str(second), chosen, expected, found, limit)
+    return summarize(str(first), str(second), chosen, expected, found, limit, target)
 
 
 def recipe_tolerance(bundle: Bundle) -> float:
@@ -155,6 +160,7 @@ def summarize(
     expected: Sequence[Outputs],
     found: Sequence[Outputs],
     tolerance: float,
+    target: str = "cpu",
 ) -> Comparison:
     """The worst errors and the mean agreement of all cases; raises BundleError when prompts differ in their tokens."""
     errors: dict[str, float] = {}
@@ -180,6 +186,7 @@ def summarize(
         greedy_tokens=len(every),
         greedy_agreement=float(every.mean()),
         tolerance=tolerance,
+        target=target,
     )
 
 

@@ -1,7 +1,9 @@
 """`mllm-edge chat` by standard input: answers to standard output, everything else to standard error."""
 
+import io
 import json
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 from click.testing import Result
 
 from mllm_edge import VLM
+from mllm_edge.cli.chat import _lines
 from mllm_edge.runtime.conversation import Conversation
 
 Cli = Callable[..., Result]
@@ -29,6 +32,14 @@ def test_a_conversation_is_what_the_library_answers(cli: Cli, tiny_bundle: Path,
     assert result.stdout == f"{first.lstrip()}\n{second.lstrip()}\n"
     assert result.stderr.splitlines()[-1].startswith("2 answers, 12 tokens, ")
     assert result.stderr.splitlines()[-1].endswith(" tok/s")
+
+
+def test_a_terminal_without_readline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows."""
+    monkeypatch.setitem(sys.modules, "readline", None)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\nHo\n"))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    assert list(_lines()) == ["Hi\n", "Ho\n"]
 
 
 def test_quit_ends_and_quiet_is_silent(cli: Cli, tiny_bundle: Path) -> None:

@@ -11,7 +11,9 @@ import pytest
 from click.testing import Result
 
 from mllm_edge.export.pipeline import export
+from mllm_edge.export.targets import TARGETS
 from mllm_edge.export.verify import LIMITS
+from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.compare import TOLERANCES, Outputs, summarize, synthetic_cases
 
 Cli = Callable[..., Result]
@@ -23,6 +25,41 @@ def coarse(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     out = tmp_path_factory.mktemp("coarse") / "bundle"
     export(str(tiny_checkpoint), out, recipe_name="int4", verify_mode="off")
     return out
+
+
+@pytest.fixture(scope="module")
+def everywhere(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model for all targets, at fp32."""
+    out = tmp_path_factory.mktemp("everywhere") / "bundle"
+    export(str(tiny_checkpoint), out, targets=tuple(TARGETS), recipe_name="fp32", verify_mode="off")
+    return out
+
+
+@pytest.mark.parametrize("target", [name for name in TARGETS if name != "cpu"])
+@pytest.mark.parametrize("with_source", [False, True])
+def test_a_named_target(
+    cli: Cli, everywhere: Path, tiny_checkpoint: Path, target: str, with_source: bool, monkeypatch
+) -> None:
+    opened: list[str] = []
+    load = OnnxRuntimeCpu.open
+    monkeypatch.setattr(OnnxRuntimeCpu, "open", lambda s, path, v: (opened.append(path.name), load(s, path, v))[1])
+    first = tiny_checkpoint if with_source else everywhere
+    result = cli("compare", first, everywhere, "--target", target, "--json")
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    assert data["target"] == target
+    assert 0 < data["errors"]["decode_logits"] < 1e-3
+    assert data["greedy_agreement"] == 1.0
+    expected = {f"{name}.{target}.onnx" for name in ("vision_encoder", "connector", "decoder")}
+    assert {name for name in opened if name.count(".") > 1} == expected
+    assert f"({target}) against" in cli("compare", first, everywhere, "--target", target, "--prompt", "Hi").stdout
+
+
+def test_a_target_that_the_bundle_lacks(cli: Cli, tiny_bundle: Path) -> None:
+    result = cli("compare", tiny_bundle, tiny_bundle, "--target", "tensorrt")
+    assert result.exit_code == 1
+    assert "no variant for target 'tensorrt'" in result.stderr
+    assert "--target tensorrt" in result.stderr.splitlines()[-1]
 
 
 def test_tolerances_are_the_exporters_limits() -> None:

@@ -1,19 +1,23 @@
 """`mllm-edge families`."""
 
+import importlib
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 
+import pytest
 from click.testing import Result
 
 from mllm_edge.export.families import FAMILIES
+from mllm_edge.export.targets import TARGETS
 
 Cli = Callable[..., Result]
 
 
 def test_every_registered_family_is_listed(cli: Cli) -> None:
     data = json.loads(cli("families", "--json").stdout)
+    assert data["targets"] == list(TARGETS)
     listed = {t: f["family"] for f in data["families"] for t in f["model_types"]}
     assert listed == FAMILIES
     text = cli("families").stdout
@@ -22,7 +26,7 @@ def test_every_registered_family_is_listed(cli: Cli) -> None:
         assert family["examples"]
         for word in (*family["model_types"], *family["decoders"], *family["examples"]):
             assert word in text
-    assert "cpu" in data["targets"]
+    assert ", ".join(TARGETS) in text
 
 
 def test_listing_imports_nothing_heavy(environment: dict[str, str]) -> None:
@@ -42,3 +46,12 @@ def test_without_the_exporter(cli: Cli, monkeypatch) -> None:
     result = cli("families")
     assert result.exit_code == 1
     assert 'pip install "mllm-edge[export]"' in result.stderr
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES.values())))
+def test_every_family_tells_its_facts(family: str) -> None:
+    """A family without them would break the list of all."""
+    module = importlib.import_module(f"mllm_edge.export.families.{family}")
+    assert set(module.SUMMARY) == {"decoders", "examples"}
+    assert all(module.SUMMARY.values())
+    assert {t for t, name in FAMILIES.items() if name == family} == set(module.MODEL_TYPES)

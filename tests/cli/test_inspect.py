@@ -79,6 +79,18 @@ def test_works_without_measurements(cli: Cli, tiny_bundle: Path, tmp_path: Path)
     assert "not measured" in result.stdout
 
 
+def test_parity_of_every_target(cli: Cli, tiny_bundle: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_bundle, copy)
+    manifest = json.loads((copy / "manifest.json").read_text(encoding="utf-8"))
+    other = {**manifest["parity"], "target": "tensorrt", "errors": {"decode_logits": 0.0123}}
+    manifest["parity"]["targets"] = {"tensorrt": other}
+    (copy / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    text = cli("inspect", copy).stdout
+    assert "parity of cpu (whole)" in text
+    assert "1.2e-02" in text.split("parity of tensorrt (whole)")[1]
+
+
 def test_memory_is_what_a_call_allocates(cli: Cli, tiny_bundle: Path) -> None:
     (needs,) = json.loads(cli("inspect", tiny_bundle, "--context", "256", "--json").stdout)["memory"]
     with VLM.load(tiny_bundle) as vlm:  # short calls allocate 256 positions

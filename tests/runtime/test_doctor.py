@@ -8,9 +8,10 @@ from types import ModuleType
 import pytest
 
 from mllm_edge.errors import BackendError
+from mllm_edge.export.targets import TARGETS, forms
 from mllm_edge.runtime.backend import open_backend
 from mllm_edge.runtime.backends.installed import Engine, engines, extras, wheels
-from mllm_edge.runtime.doctor import RUNNABLE, Target, diagnose, wheel_problems
+from mllm_edge.runtime.doctor import EXPORTED, MINIMUM, RUNNABLE, Target, diagnose, wheel_problems
 from mllm_edge.runtime.machine import Gpu, Machine
 
 GPU = Gpu("NVIDIA Example", 8 << 30, "8.9")
@@ -42,6 +43,14 @@ def test_runnable_targets_are_those_of_the_backends() -> None:
         except BackendError:
             continue
     assert opened == set(RUNNABLE)
+
+
+def test_versions_are_those_of_the_dialects() -> None:
+    """Another target's graphs load in ONNX Runtime's CPU provider too, but that is not the engine they are made for."""
+    assert set(EXPORTED) == set(TARGETS)
+    for form in forms(tuple(TARGETS), "fp16"):
+        engines = {k: v for k, v in form.minimum.items() if form.target == "cpu" or k != "onnxruntime"}
+        assert engines == MINIMUM[form.target]
 
 
 @pytest.mark.parametrize(
