@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from mllm_edge.cli.exporter import load_exporter
+from mllm_edge.cli.options import json_option
 from mllm_edge.cli.output import bytes_text, note, print_json, table
 from mllm_edge.cli.progress import stages
 from mllm_edge.cli.signals import interrupted_message, interruptible
@@ -47,7 +48,7 @@ _STOPPED = interrupted_message("the export") + "; its temporary files are gone"
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--force", is_flag=True, help="Replace the bundle in OUT.")
 @click.option("--dry-run", is_flag=True, help="Check the checkpoint and tell the sizes; write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@json_option("Print the report as JSON.")
 def command(
     model: str,
     out: str,

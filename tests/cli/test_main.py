@@ -77,6 +77,21 @@ def test_unknown_verb_names_the_nearest(cli: Cli) -> None:
     assert ", ".join(VERBS) in cli("zzz").stderr
 
 
+@pytest.mark.parametrize(("verb", "wrong", "right"), [("run", "--imgae", "--image"), ("export", "--recip", "--recipe")])
+def test_unknown_option_names_the_nearest(cli: Cli, verb: str, wrong: str, right: str) -> None:
+    result = cli(verb, "a", "b", wrong, "c")
+    assert result.exit_code == 2
+    assert "Did you mean" in result.stderr
+    assert right in result.stderr
+
+
+@pytest.mark.parametrize("verb", sorted(set(VERBS) - {"chat", "completion"}))
+def test_every_verb_that_reports_does_so_in_json_too(verb: str) -> None:
+    command = importlib.import_module(f"mllm_edge.cli.{verb}").command
+    flags = {flag: parameter for parameter in command.params for flag in parameter.opts}
+    assert flags["--json"].is_flag
+
+
 def test_an_error_is_two_lines_without_a_traceback(process: Process, tmp_path: Path) -> None:
     done = process("inspect", tmp_path / "nowhere")
     assert done.returncode == 1
