@@ -91,8 +91,9 @@ def _memory(needs: "Memory") -> str:
 def _cost(cost: "ImageCost") -> str:
     rows, cols = cost.grid
     grid = f" ({rows} x {cols} and the whole)" if rows and cols else ""
+    tiles = f"{cost.tiles} tile{'s' * (cost.tiles > 1)}{grid}"
     return (
-        f"an image of {cost.height} x {cost.width} px: {cost.tiles} tiles{grid}, {cost.image_tokens} image tokens, "
+        f"an image of {cost.height} x {cost.width} px: {tiles}, {cost.image_tokens} image tokens, "
         f"{cost.prompt_tokens} with markers and template; {cost.left} tokens of the context are left"
     )
 
