@@ -4,7 +4,7 @@ Same processor inputs, then: vision encoder and connector outputs, prefill logit
 reference's greedy tokens, and the greedy tokens themselves.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from mllm_edge.errors import ParityError
 from mllm_edge.export.source import Source
 
-__all__ = ["LIMITS", "Parity", "Scope", "verify"]
+__all__ = ["LIMITS", "Parity", "Scope", "source_runner", "verify"]
 
 _STEPS = 16
 _SEED = 0
@@ -214,3 +214,9 @@ def _check(parity: Parity, recipe: str) -> None:
             f"the exported graphs for {parity.target} disagree with the source model: {'; '.join(beyond)}",
             "please report this with the model's name; --verify off writes the bundle all the same",
         )
+
+
+def source_runner(source: Source) -> Callable[[str, tuple[Any, ...]], dict[str, np.ndarray]]:
+    """Load the source model, whole. The function returned takes a rendered prompt and its images, and gives `input_ids`
+    [S], `logits` [steps, V] and greedy `tokens` [steps], with images `vision_hidden` and `image_features`, too."""
+    return _Reference(source, Scope(None)).run
