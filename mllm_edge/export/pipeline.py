@@ -45,6 +45,7 @@ class ExportReport:
     """What an export did, or (dry run) would do. `components` maps names to bytes of weights, embeddings included."""
 
     source: str
+    adapters: tuple[str, ...]
     out: str
     targets: tuple[str, ...]
     recipe: str
@@ -71,11 +72,13 @@ def export(
     force: bool = False,
     dry_run: bool = False,
     revision: str | None = None,
+    adapters: Sequence[str | Path] = (),
     progress: Progress | None = None,
 ) -> ExportReport:
     """Export `model` (a directory or a hub id) to a bundle in `out`.
 
-    The CPU's graphs are among those of other `targets`, unless `fallback` is False.
+    The CPU's graphs are among those of other `targets`, unless `fallback` is False. `adapters` are directories of LoRA
+    adapters, merged into the weights in their order.
 
     Raises SourceError and its kinds, ExportError, ParityError; then `out` is as it was before.
     """
@@ -85,7 +88,7 @@ def export(
     if not dry_run:
         check_out(out, force)
     progress.stage("reading the checkpoint")
-    source = open_source(model, revision)
+    source = open_source(model, revision, adapters)
     family = family_for(source)
     weights = source.weights()
     plan: Plan = family.plan(source, weights)
@@ -94,6 +97,7 @@ def export(
     _require_all_used(source, plan, weights)
     report = ExportReport(
         source=model,
+        adapters=tuple(str(adapter) for adapter in adapters),
         out=str(out),
         targets=tuple(form.target for form in wanted),
         recipe=chosen.name,
@@ -306,5 +310,6 @@ def _provenance(source: Source) -> dict[str, Any]:
     return {
         "source": Path(source.name).resolve().name if local else source.name,
         "revision": source.revision,
+        "adapters": [adapter.provenance() for adapter in source.adapters],
         "tools": {"python": platform.python_version(), **tools},
     }

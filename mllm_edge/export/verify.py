@@ -78,6 +78,7 @@ def _verify_target(reference: "_Reference", folder: Path, recipe: str, scope: Sc
         limits=LIMITS[recipe],
         greedy_tokens=total,
         greedy_agreement=agreed / total,
+        notes=reference.notes,
         target=target,
     )
     _check(parity, recipe)
@@ -123,7 +124,7 @@ class _Reference:
         from transformers import AutoConfig, AutoModelForImageTextToText
 
         from mllm_edge.export.families import family_for
-        from mllm_edge.export.reference import quiet_transformers
+        from mllm_edge.export.reference import adapted, quiet_transformers
 
         torch.manual_seed(_SEED)
         config = AutoConfig.from_pretrained(source.folder)
@@ -136,6 +137,7 @@ class _Reference:
             self.model = AutoModelForImageTextToText.from_pretrained(
                 source.folder, config=config, dtype=torch.float32, low_cpu_mem_usage=True
             ).eval()
+            self.model, self.notes = adapted(self.model, source)
 
     def run(self, text: str, images: tuple[Any, ...]) -> dict[str, np.ndarray]:
         """Inputs, vision outputs, greedy tokens and the logits they came from."""
