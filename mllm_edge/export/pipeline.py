@@ -25,6 +25,7 @@ from mllm_edge.export.progress import Progress, Silent
 from mllm_edge.export.safetensors import Weights
 from mllm_edge.export.source import Source, open_source
 from mllm_edge.export.targets import TARGETS, Form, forms
+from mllm_edge.export.tokenizers import load_tokenizer
 from mllm_edge.export.trace import lower, trace
 from mllm_edge.export.verify import Scope, verify
 from mllm_edge.export.workspace import check_out, check_space, workspace
@@ -288,7 +289,11 @@ class _Job:
             yield self._weights.rows(name, start, min(start + _ROWS, rows))
 
     def _write_texts(self, folder: Path) -> None:
-        shutil.copyfile(self._source.folder / "tokenizer.json", folder / TOKENIZER)
+        stored = self._source.folder / "tokenizer.json"
+        if stored.is_file():
+            shutil.copyfile(stored, folder / TOKENIZER)
+        else:
+            load_tokenizer(self._source).save(str(folder / TOKENIZER))
         (folder / CHAT_TEMPLATE).write_text(self._plan.chat_template, encoding="utf-8")
         (folder / GENERATION).write_text(json.dumps(to_json(self._plan.generation), indent=1) + "\n", encoding="utf-8")
 

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mllm_edge.errors import ConfigError, SourceError
+from mllm_edge.errors import ConfigError
 from mllm_edge.export.source import Source
+from mllm_edge.export.tokenizers import load_tokenizer
 from mllm_edge.spec import GenerationSpec
 
 __all__ = ["chat_template", "check_vocabulary", "generation_spec", "vocabulary"]
@@ -15,20 +16,8 @@ _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cl
 
 
 def vocabulary(source: Source) -> Mapping[str, int]:
-    """Token → id, added tokens included; raises SourceError when there is no usable tokenizer.json."""
-    from tokenizers import Tokenizer
-
-    path = source.folder / "tokenizer.json"
-    if not path.is_file():
-        raise SourceError(
-            f"{source.folder}: no tokenizer.json here",
-            "save it once with transformers: "
-            f"AutoTokenizer.from_pretrained('{source.folder}').save_pretrained('{source.folder}')",
-        )
-    try:
-        return Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
-    except Exception as e:  # the Rust side raises bare Exception
-        raise SourceError(f"{path}: not a tokenizer ({e})", "download the file again") from None
+    """Token → id, added tokens included; raises SourceError when there is no usable tokenizer."""
+    return load_tokenizer(source).get_vocab(with_added_tokens=True)
 
 
 def check_vocabulary(source: Source, numbered: Mapping[str, int], others: Sequence[str], vocab_size: int) -> None:
