@@ -42,17 +42,31 @@ def check_vocabulary(source: Source, numbered: Mapping[str, int], others: Sequen
 
 
 def chat_template(source: Source, fallback: str) -> str:
-    """The checkpoint's chat template: its own file, or a field of one of its configurations, or `fallback`."""
+    """The checkpoint's chat template: its own file, or a field of one of its configurations, or `fallback`.
+
+    Of several named templates it is the one named default. Raises ConfigError when there is none of that name.
+    """
     path = source.folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         template = source.json(name).get("chat_template")
         if isinstance(template, list):
-            template = next((t["template"] for t in template if t.get("name") == "default"), None)
+            template = {t["name"]: t["template"] for t in template}
+        if isinstance(template, dict):
+            template = _default(source.folder / name, template)
         if template:
             return str(template)
     return fallback
+
+
+def _default(path: Path, templates: Mapping[str, str]) -> str:
+    if "default" not in templates:
+        raise ConfigError(
+            f"{path}: none of the chat templates ({', '.join(templates)}) is named default",
+            f"put the one to use into {path.parent / 'chat_template.jinja'}",
+        )
+    return templates["default"]
 
 
 def generation_spec(source: Source, text_config: Mapping[str, Any]) -> GenerationSpec:
@@ -61,6 +75,9 @@ def generation_spec(source: Source, text_config: Mapping[str, Any]) -> Generatio
     eos = settings.get("eos_token_id", text_config.get("eos_token_id"))
     tokenizer = source.json("tokenizer_config.json")
     special = {name: _content(tokenizer[name]) for name in _SPECIAL if tokenizer.get(name)}
+    extra = tokenizer.get("extra_special_tokens")
+    if isinstance(extra, dict):  # image_token and the like, which templates may read as well
+        special |= {name: _content(token) for name, token in extra.items()}
     if not special:
         special = _special_from_map(source.folder / "special_tokens_map.json")
     return GenerationSpec(
