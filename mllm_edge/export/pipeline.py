@@ -26,6 +26,7 @@ from mllm_edge.export.safetensors import Weights
 from mllm_edge.export.source import Source, open_source
 from mllm_edge.export.targets import TARGETS, Form, forms
 from mllm_edge.export.tokenizers import load_tokenizer
+from mllm_edge.export.tokens import check_generation
 from mllm_edge.export.trace import lower, trace
 from mllm_edge.export.verify import Scope, verify
 from mllm_edge.export.workspace import check_out, check_space, workspace
@@ -93,6 +94,7 @@ def export(
     family = family_for(source)
     weights = source.weights()
     plan: Plan = family.plan(source, weights)
+    check_generation(source, plan.generation, plan.model)
     job = _Job(source, plan, weights, chosen, wanted, progress)
     sizes = job.plan_sizes()
     _require_all_used(source, plan, weights)

@@ -30,7 +30,7 @@ from mllm_edge.export.source import Source
 if TYPE_CHECKING:
     import tokenizers
 
-__all__ = ["corpus", "load_tokenizer"]
+__all__ = ["corpus", "load_tokenizer", "vocabulary_file"]
 
 JSON = "tokenizer.json"
 _SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -65,6 +65,12 @@ def load_tokenizer(source: Source) -> "tokenizers.Tokenizer":
         sorted((p.name, p.stat().st_mtime_ns) for p in source.folder.iterdir() if p.suffix != ".safetensors")
     )
     return _converted(source.folder, stamps)
+
+
+def vocabulary_file(source: Source) -> Path:
+    """The file that the tokenizer comes from, for messages."""
+    names = (JSON, *_SENTENCEPIECE, "*.tiktoken", "vocab.json", "vocab.txt")
+    return next((path for name in names for path in sorted(source.folder.glob(name))), source.folder / JSON)
 
 
 def corpus() -> tuple[str, ...]:

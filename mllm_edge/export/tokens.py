@@ -7,12 +7,13 @@ from typing import Any
 
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.source import Source
-from mllm_edge.export.tokenizers import load_tokenizer
-from mllm_edge.spec import GenerationSpec
+from mllm_edge.export.tokenizers import load_tokenizer, vocabulary_file
+from mllm_edge.spec import GenerationSpec, ModelSpec
 
-__all__ = ["chat_template", "check_vocabulary", "generation_spec", "vocabulary"]
+__all__ = ["chat_template", "check_generation", "check_vocabulary", "generation_spec", "vocabulary"]
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+_UNWRITTEN = ("unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
 def vocabulary(source: Source) -> Mapping[str, int]:
@@ -24,21 +25,46 @@ def check_vocabulary(source: Source, numbered: Mapping[str, int], others: Sequen
     """Raise ConfigError unless the tokenizer has all special tokens that images use (those of `numbered` with the ids
     that config.json states) and no id beyond `vocab_size`."""
     vocab = vocabulary(source)
-    path = source.folder / "tokenizer.json"
+    path = vocabulary_file(source)
     for token in (*numbered, *others):
         if token not in vocab:
-            raise ConfigError(f"{path}: the special token {token} is missing", "use this model's own tokenizer.json")
+            raise ConfigError(f"{path}: the special token {token} is missing", f"use this model's own {path.name}")
     for token, number in numbered.items():
         if vocab[token] != number:
             raise ConfigError(
                 f"{path}: {token} has id {vocab[token]}, but config.json says image_token_id = {number}",
-                "use the tokenizer.json that belongs to this model",
+                f"use the {path.name} that belongs to this model",
             )
     if max(vocab.values()) >= vocab_size:
         raise ConfigError(
             f"{path}: token ids reach {max(vocab.values())}, but vocab_size is {vocab_size}",
-            "use the tokenizer.json that belongs to this model",
+            f"use the {path.name} that belongs to this model",
         )
+
+
+def check_generation(source: Source, generation: GenerationSpec, model: ModelSpec) -> None:
+    """Raise ConfigError unless every id that can be read has an embedding, stop ids are ids, and the tokens that
+    templates write are in the vocabulary."""
+    vocab, config = vocabulary(source), source.folder / "tokenizer_config.json"
+    last, rows = max(vocab.values()), model.embedding.rows
+    if last >= rows:
+        raise ConfigError(
+            f"{source.folder}: the tokenizer's ids reach {last}, but there are embeddings for {rows} only",
+            "use the tokenizer that belongs to these weights",
+        )
+    for number in generation.eos_token_ids:
+        if not 0 <= number < model.vocab_size:
+            raise ConfigError(
+                f"{source.folder}: eos_token_id {number} is no id of the vocabulary of {model.vocab_size}: "
+                "an answer would never end",
+                "correct eos_token_id in generation_config.json",
+            )
+    for name, token in generation.special_tokens.items():
+        # The others are names that no prompt needs; transformers makes ids of its own for them.
+        if name not in _UNWRITTEN and token and token not in vocab:
+            raise ConfigError(
+                f"{config}: {name} = {token!r} is not in the vocabulary", "use the tokenizer's files of this model"
+            )
 
 
 def chat_template(source: Source, fallback: str) -> str:
