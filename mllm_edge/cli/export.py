@@ -45,6 +45,14 @@ _STOPPED = interrupted_message("the export") + "; its temporary files are gone"
     show_default=True,
     help="Compare with the source model; auto takes the first decoder layers only when the model is large.",
 )
+@click.option(
+    "--adapter",
+    "adapters",
+    type=click.Path(),
+    multiple=True,
+    metavar="DIR",
+    help="Merge a LoRA adapter as PEFT saves it; may be repeated, each is merged on top of those before.",
+)
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--force", is_flag=True, help="Replace the bundle in OUT.")
 @click.option("--dry-run", is_flag=True, help="Check the checkpoint and tell the sizes; write nothing.")
@@ -56,6 +64,7 @@ def command(
     no_fallback: bool,
     recipe: str,
     verify: Any,
+    adapters: tuple[str, ...],
     revision: str | None,
     force: bool,
     dry_run: bool,
@@ -81,6 +90,7 @@ def command(
             force=force,
             dry_run=dry_run,
             revision=revision,
+            adapters=adapters,
             progress=progress,
         ).as_dict()
     report["seconds"] = time.perf_counter() - began
@@ -117,6 +127,7 @@ def _ending(report: dict[str, Any]) -> str:
     out = shlex.quote(report["out"])
     if report["dry_run"]:
         options = "".join(f" --target {target}" for target in report["targets"] if target != "cpu")
+        options += "".join(f" --adapter {shlex.quote(adapter)}" for adapter in report["adapters"])
         command = f"mllm-edge export {shlex.quote(report['source'])} {out} --recipe {report['recipe']}{options}"
         return f"dry run: nothing was written\nnext: {command}"
     size = bytes_text(report["nbytes"])

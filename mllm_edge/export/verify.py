@@ -78,6 +78,7 @@ def _verify_target(reference: "_Reference", folder: Path, recipe: str, scope: Sc
         limits=LIMITS[recipe],
         greedy_tokens=total,
         greedy_agreement=agreed / total,
+        notes=reference.notes,
         target=target,
     )
     _check(parity, recipe)
@@ -122,14 +123,14 @@ class _Reference:
         import torch
 
         from mllm_edge.export.families import family_for
-        from mllm_edge.export.reference import load_reference, quiet_transformers
+        from mllm_edge.export.reference import adapted, load_reference, quiet_transformers
 
         torch.manual_seed(_SEED)
         self.torch, self.family = torch, family_for(source)
         with quiet_transformers():
             self.processor = self.family.load_processor(source)
             load = getattr(self.family, "load_model", load_reference)
-            self.model = load(source, scope.decoder_layers).eval()
+            self.model, self.notes = adapted(load(source, scope.decoder_layers).eval(), source)
 
     def run(self, text: str, images: tuple[Any, ...]) -> dict[str, np.ndarray]:
         """Inputs, vision outputs, greedy tokens and the logits they came from."""
