@@ -12,6 +12,8 @@ from mllm_edge.export.families import FAMILIES
 from mllm_edge.export.pipeline import export
 from tests.tiny_families import SAVE
 
+PLACEHOLDERS = {"internvl": "<IMG_CONTEXT>", "qwen2_vl": "<|image_pad|>"}
+
 
 @pytest.fixture(params=sorted(set(FAMILIES.values())))
 def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
@@ -45,8 +47,9 @@ def assert_refused(checkpoint: Path, *words: str) -> None:
 
 def test_placeholder_missing_from_the_vocabulary(checkpoint: Path) -> None:
     path = checkpoint / "tokenizer.json"
-    path.write_text(path.read_text().replace('"<image>"', '"<picture>"'))
-    assert_refused(checkpoint, "tokenizer.json", "special token <image> is missing")
+    token = PLACEHOLDERS.get(checkpoint.name, "<image>")
+    path.write_text(path.read_text().replace(f'"{token}"', '"<picture>"'))
+    assert_refused(checkpoint, "tokenizer.json", f"special token {token} is missing")
 
 
 @pytest.mark.parametrize("name", ["bos_token", "eos_token"])
