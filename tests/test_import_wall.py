@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mllm_edge"
 FOUNDATION = {"errors", "spec", "bundle"}
 RUNTIME_LIBRARIES = {"PIL", "jinja2", "numpy", "tokenizers"}
-ENGINES = {"onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"}
+ENGINES = {"cuda", "onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"}
 FORBIDDEN = (
     "huggingface_hub",
     "ml_dtypes",

@@ -133,6 +133,8 @@ class _Recorder:
 class _RecordingSession:
     """Opens the graph when it first has to run: a decoder whose answers are all known never does."""
 
+    limits: Mapping[str, int] = {}
+
     def __init__(self, recorder: _Recorder, component: str, path: Path, variant: Variant):
         self._recorder, self._component, self._path, self._variant = recorder, component, path, variant
         self._inner: Session | None = None

@@ -32,7 +32,9 @@ _SAMPLING = (
 _RUNTIME = (
     click.option("--threads", type=POSITIVE, help="Threads inside one operator; default: physical cores."),
     click.option("--max-context", type=POSITIVE, help="Most tokens of prompt and answer together."),
-    click.option("--backend", type=click.Choice(["auto", "cpu"]), default="auto", show_default=True),
+    click.option(
+        "--backend", type=click.Choice(["auto", "cpu", "tensorrt", "tensorrt-10.3"]), default="auto", show_default=True
+    ),
 )
 
 

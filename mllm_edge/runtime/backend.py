@@ -1,15 +1,19 @@
 """The seam between the runtime and whatever executes graphs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from mllm_edge.bundle import Bundle
 from mllm_edge.errors import BackendError
 from mllm_edge.spec import Variant
 
-__all__ = ["Backend", "Buffer", "Session", "open_backend"]
+__all__ = ["BACKENDS", "Backend", "Buffer", "Session", "open_backend"]
+
+_TENSORRT = ("tensorrt", "tensorrt-10.3")
+BACKENDS = ("auto", "cpu", *_TENSORRT)
 
 
 class Buffer(Protocol):
@@ -35,8 +39,13 @@ class Buffer(Protocol):
 class Session(Protocol):
     """One opened component."""
 
+    @property
+    def limits(self) -> Mapping[str, int]:
+        """The largest size of a symbolic dimension, where there is one; caches must have exactly `capacity`."""
+        ...
+
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run with arrays in and new arrays out; unbound outputs only."""
+        """Run with arrays in and new arrays out; unbound outputs only. What is fed stays bound."""
         ...
 
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
@@ -59,14 +68,41 @@ class Backend(Protocol):
         ...
 
 
-def open_backend(name: str = "auto", threads: int | None = None, target: str = "cpu") -> Backend:
-    """The backend called `name`; `auto` takes the best one that is installed. It executes the graphs made for `target`,
-    which serves comparisons where these are another engine's.
+def open_backend(
+    name: str = "auto",
+    threads: int | None = None,
+    target: str = "cpu",
+    *,
+    bundle: Bundle | None = None,
+    max_seq: int | None = None,
+    notice: Callable[[str], None] = lambda text: None,
+) -> Backend:
+    """The backend called `name`; `auto` takes TensorRT where this machine and the decoder of `bundle` are made for it,
+    else the processor, which always works. That one executes the graphs made for `target`: other targets' serve
+    comparisons.
 
-    Raises BackendError for an unknown name or a runtime that is not installed.
+    `max_seq`: tokens that a sequence must be able to have. `notice` is told about what takes long. Raises BackendError
+    for an unknown name or a runtime that is not installed.
     """
-    if name in ("auto", "cpu"):
+    if name == "auto":
+        name = "cpu" if bundle is None else _best(bundle)
+    if name == "cpu":
         from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 
         return OnnxRuntimeCpu(threads, target)
-    raise BackendError(f"unknown backend {name!r}", "use --backend auto or --backend cpu")
+    if name in _TENSORRT:
+        from mllm_edge.runtime.backends.tensorrt import TensorRT
+
+        return TensorRT(name, max_seq, notice)
+    raise BackendError(f"unknown backend {name!r}", f"use --backend {', '.join(BACKENDS)}")
+
+
+def _best(bundle: Bundle) -> str:
+    """The first TensorRT target that the decoder has and this machine executes; cpu where there is none."""
+    targets = [variant.target for variant in bundle.manifest.components["decoder"].variants]
+    wanted = [target for target in _TENSORRT if target in targets]
+    if not wanted:
+        return "cpu"
+    from mllm_edge.runtime.backends.tensorrt_build import usable
+
+    return next((target for target in wanted if usable(target)), "cpu")

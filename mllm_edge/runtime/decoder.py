@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from mllm_edge.errors import ContextError
 from mllm_edge.runtime.backend import Backend, Session
 from mllm_edge.runtime.contracts import Step, contract_for
 from mllm_edge.runtime.kv_cache import KVCache
@@ -35,7 +36,17 @@ class Decoder:
         self.cache: KVCache | None = None
 
     def reset(self, capacity: int, batch: int = 1) -> KVCache:
-        """Start `batch` empty sequences of up to `capacity` tokens; a cache that is large enough is used again."""
+        """Start `batch` empty sequences of up to `capacity` tokens; a cache that is large enough is used again.
+
+        Raises ContextError when the session was made for shorter ones.
+        """
+        fixed = self._session.limits.get("capacity", capacity)
+        if capacity > fixed:
+            raise ContextError(
+                f"{capacity} tokens are wanted, the decoder's engine holds {fixed}",
+                f"mllm-edge build --max-seq {capacity}",
+            )
+        capacity = fixed
         if self.cache is None or self.cache.capacity < capacity or self.cache.batch != batch:
             mode = self._variant.kv_mode or "in_place"
             self.cache = KVCache(self._model.cache, self._backend, capacity, mode, batch, self._dtype.name)

@@ -1,10 +1,9 @@
 """Which targets work on this machine, and what stands in the way of the others."""
 
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from mllm_edge.runtime.backends.installed import Engine
+from mllm_edge.runtime.backends.installed import Engine, version_numbers
 from mllm_edge.runtime.machine import Machine
 
 __all__ = ["EXPORTED", "MINIMUM", "RUNNABLE", "Problem", "Target", "diagnose", "wheel_problems"]
@@ -91,7 +90,7 @@ def _onnxruntime(engines: Mapping[str, Engine], target: str, provider: str, inst
     if engine.problem:
         return [Problem(f"ONNX Runtime does not load: {engine.problem}", f"pip uninstall it, then {install}")]
     problems = []
-    if _version(engine.version) < _version(minimum):
+    if version_numbers(engine.version) < version_numbers(minimum):
         problems.append(Problem(f"ONNX Runtime {engine.version} is older than {minimum}", f"upgrade it: {install}"))
     if provider not in engine.providers:
         problems.append(Problem(f"ONNX Runtime has no {provider}", f"pip uninstall onnxruntime, then {install}"))
@@ -120,19 +119,8 @@ def _tensorrt(machine: Machine, engines: Mapping[str, Engine], target: str) -> l
 def _too_old(machine: Machine, engine: Engine, name: str, minimum: str, target: str) -> Problem | None:
     if engine.problem:
         return Problem(f"{name} does not load: {engine.problem}", f"reinstall {name}")
-    if _version(engine.version) >= _version(minimum):
+    if version_numbers(engine.version) >= version_numbers(minimum):
         return None
     stays = machine.jetpack == "6" and target == "tensorrt"
     fix = "export for --target tensorrt-10.3: JetPack 6 stays on TensorRT 10.3" if stays else f"upgrade {name}"
     return Problem(f"{name} {engine.version or 'of unknown version'} is older than {minimum}", fix)
-
-
-def _version(text: str) -> tuple[int, ...]:
-    """The leading numbers, three at most: 10.3.0.30 and 1.24.0.dev1 as (10, 3, 0) and (1, 24, 0)."""
-    numbers = []
-    for part in text.split("+")[0].split(".")[:3]:
-        digits = re.match(r"\d+", part)
-        if digits is None:
-            break
-        numbers.append(int(digits[0]))
-    return tuple(numbers)

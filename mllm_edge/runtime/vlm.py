@@ -1,7 +1,8 @@
 """`VLM`: a bundle opened for questions."""
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ import numpy as np
 from mllm_edge.bundle import CHAT_TEMPLATE, Bundle
 from mllm_edge.errors import ContextError, MllmEdgeError, PromptError
 from mllm_edge.runtime.backend import Backend, open_backend
+from mllm_edge.runtime.components import open_component
 from mllm_edge.runtime.decoder import Decoder
 from mllm_edge.runtime.generate import Embedder, generate
 from mllm_edge.runtime.image import ImageSource
@@ -57,21 +59,31 @@ class VLM:
     Open with `VLM.load`; use as a context manager or call `close`.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, max_context: int | None = None):
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        max_context: int | None = None,
+        threads: int | None = None,
+        notice: Callable[[str], None] = warnings.warn,
+    ):
         self.bundle, self.backend = bundle, backend
         self.spec = bundle.manifest.model
-        self.context_length = min(max_context or self.spec.context_length, self.spec.context_length)
         generation = bundle.generation()
         self.tokenizer = Tokenizer.load(bundle.path, generation)
         template = ChatTemplate.load(bundle.path, generation) if CHAT_TEMPLATE in bundle.manifest.files else None
         self.processor = Processor(self.spec, self.tokenizer, template)
         self.stop_ids = frozenset(generation.eos_token_ids)
-        variants = {name: bundle.variant(name, backend.target) for name in bundle.manifest.components}
-        self._types = {name: {t.name: t.dtype for t in variant.inputs} for name, variant in variants.items()}
-        self._sessions = {name: backend.open(bundle.listed(v.file), v) for name, v in variants.items()}
-        variant = variants["decoder"]
+        names = bundle.manifest.components
+        opened = {name: open_component(bundle, name, backend, threads, notice) for name in names}
+        self._types = {name: {t.name: t.dtype for t in component.variant.inputs} for name, component in opened.items()}
+        self._sessions = {name: component.session for name, component in opened.items()}
+        self._engine_context = self._sessions["decoder"].limits.get("capacity", self.spec.context_length)
+        self.context_length = min(max_context or self.spec.context_length, self._engine_context)
+        self._tiles = min([_TILES_PER_RUN, *(s.limits.get("tiles", _TILES_PER_RUN) for s in self._sessions.values())])
         table = bundle.array(self.spec.positions.table) if self.spec.positions.table else None
-        self.decoder = Decoder(self._sessions["decoder"], variant, self.spec, backend, table)
+        decoder = opened["decoder"]
+        self.decoder = Decoder(decoder.session, decoder.variant, self.spec, decoder.backend, table)
         self.embed = Embedder(bundle.embeddings(), self.spec.embedding)
         self._calls = 0
 
@@ -83,15 +95,21 @@ class VLM:
         backend: str = "auto",
         threads: int | None = None,
         max_context: int | None = None,
+        notice: Callable[[str], None] = warnings.warn,
     ) -> "VLM":
         """Open the bundle in directory `path`.
 
-        `threads`: inside one operator, default physical cores. `max_context`: a lower bound on memory than the model's
-        own context length. Raises BundleError, BackendError.
+        `backend`: auto, cpu, tensorrt or tensorrt-10.3; auto takes TensorRT where the bundle and this machine are made
+        for it. `threads`: inside one operator, default physical cores. `max_context`: a lower bound on memory than the
+        model's own context length. `notice` is told when engines have to be built first, and when a component runs on
+        the processor because TensorRT refuses it. Raises BundleError, BackendError.
         """
         if max_context is not None and max_context < 1:
             raise ValueError(f"max_context must be positive, not {max_context}")
-        return cls(Bundle.load(path), open_backend(backend, threads), max_context)
+        bundle = Bundle.load(path)
+        max_seq = None if max_context is None else min(max_context, bundle.manifest.model.context_length)
+        chosen = open_backend(backend, threads, bundle=bundle, max_seq=max_seq, notice=notice)
+        return cls(bundle, chosen, max_context, threads, notice)
 
     def __enter__(self) -> "VLM":
         return self
@@ -168,11 +186,9 @@ class VLM:
         """Vision encoder and connector: pixel_values [tiles, C, H, W] → image features [tokens, hidden] float32."""
         trace = trace or Trace()
         parts = []
-        for start in range(0, len(pixel_values), _TILES_PER_RUN):
+        for start in range(0, len(pixel_values), self._tiles):
             with trace.span("vision_encoder"):
-                hidden = self.component(
-                    "vision_encoder", {"pixel_values": pixel_values[start : start + _TILES_PER_RUN]}
-                )
+                hidden = self.component("vision_encoder", {"pixel_values": pixel_values[start : start + self._tiles]})
             with trace.span("connector"):
                 features = self.component("connector", hidden)["image_features"]
             parts.append(features.reshape(-1, features.shape[-1]).astype(np.float32, copy=False))
@@ -203,6 +219,8 @@ class VLM:
             return room
         smaller = self.context_length < self.spec.context_length
         fix = "raise --max-context" if smaller else "use fewer or smaller images, or a shorter prompt"
+        if self.context_length == self._engine_context < self.spec.context_length:
+            fix = f"mllm-edge build --max-seq N, with {tokens + 1} or more"
         raise ContextError(
             f"the prompt has {tokens} tokens ({image} of them for images) and an answer needs at least one; "
             f"the context holds {self.context_length}: {1 - room} too many",

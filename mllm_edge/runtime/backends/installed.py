@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import Distribution, distributions
 
-__all__ = ["Engine", "engines", "extras", "wheels"]
+__all__ = ["Engine", "engines", "extras", "version_numbers", "wheels"]
 
 # Engine → the modules that may hold it; wheels of TensorRT for RTX bring the second name only.
 _MODULES: Mapping[str, Sequence[str]] = {
     "onnxruntime": ("onnxruntime",),
     "tensorrt": ("tensorrt",),
     "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"),
+    "cuda": ("cuda.bindings",),
 }
 _WHEELS = re.compile(r"(onnxruntime|ort-nightly|tensorrt)", re.I)
 
@@ -28,7 +29,7 @@ class Engine:
 
 
 def engines() -> dict[str, Engine]:
-    """ONNX Runtime, TensorRT and TensorRT for RTX; those that are not installed are left out."""
+    """ONNX Runtime, TensorRT, TensorRT for RTX and cuda-bindings; those that are not installed are left out."""
     found = {}
     for name, modules in _MODULES.items():
         engine = next(filter(None, map(_probe, modules)), None)
@@ -62,6 +63,17 @@ def extras(path: Sequence[str] | None = None) -> dict[str, tuple[str, ...]]:
     return {extra: tuple(missing) for extra, missing in found.items()}
 
 
+def version_numbers(text: str) -> tuple[int, ...]:
+    """The leading numbers, three at most: 10.3.0.30 and 1.24.0.dev1 as (10, 3, 0) and (1, 24, 0)."""
+    numbers = []
+    for part in text.split("+")[0].split(".")[:3]:
+        digits = re.match(r"\d+", part)
+        if digits is None:
+            break
+        numbers.append(int(digits[0]))
+    return tuple(numbers)
+
+
 def _distributions(path: Sequence[str] | None) -> Iterable[Distribution]:
     return distributions() if path is None else distributions(path=list(path))
 
@@ -80,7 +92,7 @@ def _probe(module: str) -> Engine | None:
     try:
         loaded = importlib.import_module(module)
     except ModuleNotFoundError as e:
-        return None if e.name == module else Engine(module, problem=str(e))
+        return None if e.name in (module, module.partition(".")[0]) else Engine(module, problem=str(e))
     except Exception as e:  # a native library that does not load raises what it likes
         return Engine(module, problem=str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__)
     providers = loaded.get_available_providers() if hasattr(loaded, "get_available_providers") else ()

@@ -82,6 +82,8 @@ class _Buffer:
 class _Session:
     """Everything goes through one IO binding: buffers stay bound, arrays are rebound at each run without a copy."""
 
+    limits: Mapping[str, int] = {}
+
     def __init__(self, ort: Any, session: Any):
         self._ort, self._session = ort, session
         self._binding = session.io_binding()

@@ -1,19 +1,82 @@
-"""Engines from graphs, with TensorRT for RTX: ahead of time, for several compute capabilities, no GPU needed."""
+"""Engines from graphs, with TensorRT or TensorRT for RTX; the latter builds ahead of time, and needs no GPU."""
 
+import importlib
+import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mllm_edge.errors import BackendError
+from mllm_edge.runtime.backends.cuda import visible_gpu
+from mllm_edge.runtime.backends.installed import engines, version_numbers
+from mllm_edge.runtime.backends.onnx_dimensions import fix_dimensions
+from mllm_edge.runtime.doctor import MINIMUM
 from mllm_edge.spec import TensorSpec
 
-__all__ = ["Engine", "NetworkReport", "Range", "Sizes", "build", "check_network", "inspect_network", "shape_ranges"]
+__all__ = [
+    "Engine",
+    "Module",
+    "NetworkReport",
+    "Options",
+    "Range",
+    "Sizes",
+    "build",
+    "check_network",
+    "inspect_network",
+    "logger",
+    "modules",
+    "shape_ranges",
+    "usable",
+]
+
+_TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT for RTX"}
+_OUT_OF_MEMORY = ("out of memory", "outofmemory", "insufficient memory", "bad_alloc", "memory allocation", "gpu memory")
+_SMALLER = "a smaller --max-seq, --max-images or --max-batch, or a bundle of `mllm-edge export --recipe int4`"
 
 Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 Sizes = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Module:
+    """TensorRT or TensorRT for RTX: `name` tensorrt or tensorrt_rtx, as in `Variant.minimum`."""
+
+    name: str
+    version: str
+    trt: Any
+
+    @property
+    def title(self) -> str:
+        return f"{_TITLES[self.name]} {self.version}"
+
+    @property
+    def builds_ahead(self) -> bool:
+        """Whether it builds for other GPUs than the one it runs on."""
+        return self.name == "tensorrt_rtx"
+
+    def capability(self, device: str) -> str:
+        """ "sm86" as it calls it: SM86; raises BackendError that lists those it builds for."""
+        name = device.upper()
+        if name in ("CURRENT", "NONE") or not hasattr(self.trt.ComputeCapability, name):
+            known = [n for n in self.trt.ComputeCapability.__members__ if n.startswith("SM")]
+            raise BackendError(f"{self.title} does not build for {device}", f"it builds for {', '.join(known).lower()}")
+        return name
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to build. `sizes`: numbers for symbolic dimensions; `cache_updates`: in-place caches that TensorRT must see
+    (None: unchecked); `workspace`: bytes of device memory for kernels to work in, 0 for TensorRT's default;
+    `timing_cache`: a file of timings to start from and to keep; `progress(part)`: how much of 1 is done, may raise."""
+
+    sizes: Mapping[str, int] | None = None
+    cache_updates: int | None = None
+    workspace: int = 0
+    timing_cache: Path | None = None
+    progress: Callable[[float], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -40,8 +103,11 @@ class Engine:
 
 def inspect_network(path: Path) -> NetworkReport:
     """Parse the graph and report; raises BackendError with the parser's words."""
-    parsed = _Parsed(path)
-    network, trt = parsed.network, parsed.trt
+    return _report(_Parsed(path, _rtx()))
+
+
+def _report(parsed: "_Parsed") -> NetworkReport:
+    network, trt = parsed.network, parsed.module.trt
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     read = {layer.get_input(i).name for layer in layers for i in range(layer.num_inputs) if layer.get_input(i)}
     outputs = {network.get_output(i).name for i in range(network.num_outputs)}
@@ -59,7 +125,10 @@ def inspect_network(path: Path) -> NetworkReport:
 def check_network(path: Path, cache_updates: int) -> NetworkReport:
     """Raise BackendError when TensorRT made something else of the graph than it says: an input that nothing reads, a
     causal mask of TensorRT's own, or another number of in-place caches than `cache_updates`."""
-    report = inspect_network(path)
+    return _check(path, inspect_network(path), cache_updates)
+
+
+def _check(path: Path, report: NetworkReport, cache_updates: int) -> NetworkReport:
     problems = [f"input {name} is read by nothing" for name in report.unused_inputs]
     problems += [f"{name} has a causal mask of its own" for name in report.causal]
     if report.cache_updates != cache_updates:
@@ -87,47 +156,137 @@ def shape_ranges(
 
 
 def _is_causal(trt: Any, layer: Any) -> bool:
-    if layer.type != trt.LayerType.ATTENTION_INPUT:
+    if not _is_attention(trt, layer):
+        return False
+    if hasattr(trt, "CausalMaskKind"):
+        return bool(layer.attention.causal_kind != trt.CausalMaskKind.NONE)
+    return bool(layer.attention.causal)  # TensorRT 10
+
+
+def _is_attention(trt: Any, layer: Any) -> bool:
+    """Whether a layer begins an attention; `layer.attention` can be reached then."""
+    if layer.type.name != "ATTENTION_INPUT":  # older TensorRT has no such layer
         return False
     layer.__class__ = trt.IAttentionInputLayer  # the bindings' own way to reach what a kind of layer has of its own
-    return bool(layer.attention.causal_kind != trt.CausalMaskKind.NONE)
+    return True
 
 
-def build(path: Path, profiles: Sequence[Mapping[str, Range]], capabilities: Sequence[str]) -> Engine:
-    """Build one engine for all `capabilities` ("SM86", …).
+def modules(minimum: Mapping[str, str]) -> list[Module]:
+    """Installed modules that are new enough (module → lowest version), TensorRT before TensorRT for RTX.
+
+    Raises BackendError that says what is there, when there is none.
+    """
+    found, installed = [], engines()
+    for name in _TITLES:
+        engine = installed.get(name)
+        if engine is None or engine.problem or name not in minimum:
+            continue
+        if version_numbers(engine.version) >= version_numbers(minimum[name]):
+            found.append(Module(name, engine.version, importlib.import_module(engine.module)))
+    if not found:
+        wanted = " or ".join(f"{_TITLES[name]} ≥ {minimum[name]}" for name in _TITLES if name in minimum)
+        here = [f"{_TITLES[n]} {e.problem or e.version}" for n, e in installed.items() if n in _TITLES]
+        raise BackendError(
+            f"needs {wanted}, here is {', '.join(here) or 'no TensorRT'}",
+            'pip install "mllm-edge[rtx]", or TensorRT itself; see `mllm-edge doctor`',
+        )
+    return found
+
+
+def usable(target: str) -> bool:
+    """Whether this machine has a GPU, cuda-bindings and a TensorRT for that target."""
+    if not visible_gpu():
+        return False
+    try:
+        return bool(modules(MINIMUM[target]))
+    except BackendError:
+        return False
+
+
+def build(
+    path: Path,
+    profiles: Sequence[Mapping[str, Range]],
+    capabilities: Sequence[str] = (),
+    module: Module | None = None,
+    options: Options | None = None,
+) -> Engine:
+    """Build one engine for all `capabilities` ("SM86", …), or for the GPU of this machine.
 
     A profile maps each input with a dynamic shape to its smallest, usual and largest shape. Raises BackendError when
-    the graph is refused, a capability unknown or a profile incomplete.
+    the graph is refused, a capability unknown, a profile incomplete or memory too small.
     """
-    parsed = _Parsed(path)
-    trt, builder = parsed.trt, parsed.builder
-    config = builder.create_builder_config()
-    config.num_compute_capabilities = len(capabilities)
-    for i, name in enumerate(capabilities):
-        if not hasattr(trt.ComputeCapability, name):
-            raise BackendError(f"TensorRT for RTX {trt.__version__} does not know {name}", "use SM75, SM80, SM86, …")
-        config.set_compute_capability(getattr(trt.ComputeCapability, name), i)
+    options = options or Options()
+    parsed = _Parsed(path, module or _rtx(), options.sizes)
+    module, trt = parsed.module, parsed.module.trt
+    if options.cache_updates is not None:
+        _check(path, _report(parsed), options.cache_updates)
+    config = parsed.builder.create_builder_config()
+    if capabilities:
+        names = [module.capability(name) for name in capabilities]
+        config.num_compute_capabilities = len(names)
+        for i, name in enumerate(names):
+            config.set_compute_capability(getattr(trt.ComputeCapability, name), i)
     for ranges in profiles:
         config.add_optimization_profile(parsed.profile(ranges))
+    if options.workspace:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
+    monitor = config.progress_monitor = _monitor(trt, options.progress) if options.progress else None
+    timings = _timings(config, options.timing_cache)
     begin = time.perf_counter()
-    data = builder.build_serialized_network(parsed.network, config)
+    try:
+        data = parsed.builder.build_serialized_network(parsed.network, config)
+    except MemoryError:
+        data = None
+        parsed.log.errors.append(_OUT_OF_MEMORY[0])
+    if monitor is not None and monitor.stopped is not None:
+        raise monitor.stopped
     if data is None:
-        raise BackendError(f"{path}: TensorRT for RTX {trt.__version__} built no engine: {parsed.log.last}")
+        raise _no_engine(path, parsed)
+    if timings is not None and options.timing_cache is not None:
+        options.timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
     return Engine(bytes(data), time.perf_counter() - begin)
+
+
+def _no_engine(path: Path, parsed: "_Parsed") -> BackendError:
+    errors = parsed.log.errors or ["it does not say why"]
+    if any(word in line.lower() for line in errors for word in _OUT_OF_MEMORY):
+        what = f"{path}: {parsed.module.title} has not enough memory to build the engine: {errors[-1]}"
+        return BackendError(what, f"close other programs, or use {_SMALLER}")
+    return BackendError(f"{path}: {parsed.module.title} built no engine: {errors[-1]}")
+
+
+def _timings(config: Any, path: Path | None) -> Any:
+    """The timings of an earlier build, where there are any that fit."""
+    if path is None:
+        return None
+    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    config.set_timing_cache(cache, False)
+    return cache
 
 
 class _Parsed:
     """A graph in TensorRT's hands; the logger must outlive everything made with it."""
 
-    def __init__(self, path: Path):
-        trt = self.trt = _import()
-        self.log = _log(trt)
+    def __init__(self, path: Path, module: Module, sizes: Mapping[str, int] | None = None):
+        self.module, trt = module, module.trt
+        self.log = logger(trt)
         self.builder = trt.Builder(self.log)
-        self.network = self.builder.create_network(0)
+        self.network = self.builder.create_network(_network_flags(module))
         self.parser = trt.OnnxParser(self.network, self.log)
-        if not self.parser.parse_from_file(str(path)):
+        if not self._parse(path, sizes):
             reasons = [self.parser.get_error(i).desc() for i in range(self.parser.num_errors)]
-            raise BackendError(f"{path}: TensorRT for RTX {trt.__version__} does not parse it: {'; '.join(reasons)}")
+            raise BackendError(f"{path}: {module.title} does not parse it: {'; '.join(reasons)}")
+        for i in range(self.network.num_layers):
+            layer = self.network.get_layer(i)
+            if _is_attention(trt, layer):
+                # Where no fused kernel fits (float32, odd heads), several kernels do; else the build would fail.
+                layer.attention.decomposable = True
+
+    def _parse(self, path: Path, sizes: Mapping[str, int] | None) -> bool:
+        if sizes:
+            # The path says where the weights lie.
+            return bool(self.parser.parse(fix_dimensions(path.read_bytes(), sizes), str(path)))
+        return bool(self.parser.parse_from_file(str(path)))
 
     def profile(self, ranges: Mapping[str, Range]) -> Any:
         profile = self.builder.create_optimization_profile()
@@ -141,27 +300,73 @@ class _Parsed:
         return profile
 
 
-def _log(trt: Any) -> Any:
-    class Log(trt.ILogger):
-        """Keeps the last error; without a GPU, TensorRT complains about the missing driver at every turn."""
+def _network_flags(module: Module) -> int:
+    """Types are the graph's own everywhere; only TensorRT 10 has to be told."""
+    if module.name == "tensorrt" and version_numbers(module.version) < (11,):
+        return 1 << int(module.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    return 0
 
+
+def logger(trt: Any) -> Any:
+    """A logger that keeps TensorRT's latest `errors` and prints nothing."""
+
+    class Log(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.last = ""
+            self.errors: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.Severity.ERROR:
-                self.last = message
+            # Without a GPU, TensorRT for RTX complains about the missing driver at every turn.
+            if severity <= trt.ILogger.Severity.ERROR and "driver version is insufficient" not in message:
+                self.errors = [*self.errors[-9:], message]
 
     return Log()
 
 
-def _import() -> Any:
-    try:
-        import tensorrt_rtx as trt
-    except ImportError:
-        try:
-            import tensorrt_rtx_bindings as trt
-        except ImportError as e:
-            raise BackendError(f"TensorRT for RTX is not installed ({e})", 'pip install "mllm-edge[rtx]"') from e
-    return trt
+def _monitor(trt: Any, progress: Callable[[float], None]) -> Any:
+    class Monitor(trt.IProgressMonitor):
+        """Phases lie within steps of others: the outermost one's share is what is done. TensorRT calls this from
+        threads of its own, where nothing may be raised: `stopped` keeps what `progress` raised."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._phases: dict[str, tuple[str | None, int]] = {}
+            self._done: dict[str, float] = {}
+            self._lock, self._shown = threading.Lock(), 0.0
+            self.stopped: BaseException | None = None
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            with self._lock:
+                self._phases[phase_name] = (parent_phase, max(num_steps, 1))
+                self._done[phase_name] = 0.0
+
+        def phase_finish(self, phase_name: str) -> None:
+            with self._lock:
+                self._phases.pop(phase_name, None)
+                self._done.pop(phase_name, None)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            with self._lock:
+                try:
+                    self._advance(phase_name, step + 1.0)
+                    progress(self._shown)
+                except BaseException as e:  # Ctrl-C as well: it is raised again when TensorRT has stopped
+                    self.stopped = self.stopped or e
+                return self.stopped is None
+
+        def _advance(self, name: str, done: float) -> None:
+            whole = 0.0
+            while name in self._phases:
+                parent, steps = self._phases[name]
+                self._done[name] = max(self._done[name], done)
+                whole = min(1.0, self._done[name] / steps)
+                if parent is None or parent not in self._phases:
+                    break
+                name, done = parent, int(self._done[parent]) + whole
+            self._shown = max(self._shown, whole)
+
+    return Monitor()
+
+
+def _rtx() -> Module:
+    return next(module for module in modules({"tensorrt_rtx": "1.0"}))

@@ -1,0 +1,155 @@
+"""The few CUDA calls that a backend needs: memory, copies, one stream, graphs. Through cuda-bindings, on device 0."""
+
+import ctypes
+import math
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from mllm_edge.errors import BackendError
+
+__all__ = ["Cuda", "Memory", "Pinned", "visible_gpu"]
+
+_INSTALL = 'pip install "mllm-edge[rtx]", or on a Jetson "mllm-edge[jetson]"'
+
+
+class Cuda:
+    """One stream on the first GPU; everything is enqueued there in order. Raises BackendError when there is no GPU or
+    no cuda-bindings."""
+
+    def __init__(self) -> None:
+        self._api = _import()
+        problem = _no_gpu(self._api)
+        if problem:
+            raise BackendError(f"no NVIDIA GPU can be used: {problem}", "see `mllm-edge doctor`, or use --backend cpu")
+        self.call("cudaSetDevice", 0)
+        attributes = self._api.cudaDeviceAttr
+        major, minor = (
+            self.call("cudaDeviceGetAttribute", getattr(attributes, f"cudaDevAttrComputeCapability{part}"), 0)
+            for part in ("Major", "Minor")
+        )
+        self.capability = f"sm{major}{minor}"
+        self._stream = self.call("cudaStreamCreate")
+        self.stream = int(self._stream)
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """A CUDA function's result; raises BackendError with CUDA's name of the error."""
+        status, *results = getattr(self._api, name)(*arguments)
+        if int(status):
+            raise BackendError(f"CUDA: {name} failed: {_name(self._api, status)}")
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def free_memory(self) -> int:
+        """Bytes of device memory that are free; on a Jetson that is the system's memory."""
+        return int(self.call("cudaMemGetInfo")[0])
+
+    def upload(self, address: int, array: np.ndarray) -> None:
+        """Copy a C-contiguous array to the device; it may be changed as soon as this returns."""
+        if array.nbytes:
+            kind = self._api.cudaMemcpyKind.cudaMemcpyHostToDevice
+            self.call("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, kind, self._stream)
+
+    def download(self, array: np.ndarray, address: int) -> None:
+        """Copy from the device into a C-contiguous array; it is there after `wait`."""
+        if array.nbytes:
+            kind = self._api.cudaMemcpyKind.cudaMemcpyDeviceToHost
+            self.call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, self._stream)
+
+    def clear(self, address: int, nbytes: int) -> None:
+        """Fill with zeros."""
+        if nbytes:
+            self.call("cudaMemsetAsync", address, 0, nbytes, self._stream)
+
+    def wait(self) -> None:
+        """Until everything enqueued is done."""
+        self.call("cudaStreamSynchronize", self._stream)
+
+    def capture(self, enqueue: Callable[[], None]) -> "Graph":
+        """Record what `enqueue` puts on the stream, without running it; raises BackendError when it cannot be."""
+        self.call("cudaStreamBeginCapture", self._stream, self._api.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed)
+        try:
+            enqueue()
+        finally:
+            # Ends the capture in any case: a stream left capturing is of no use to anyone.
+            status, graph = self._api.cudaStreamEndCapture(self._stream)
+        if int(status):
+            raise BackendError(f"CUDA: the step cannot be captured: {_name(self._api, status)}")
+        try:
+            return Graph(self, self.call("cudaGraphInstantiate", graph, 0))
+        finally:
+            self.call("cudaGraphDestroy", graph)
+
+    def launch(self, graph: "Graph") -> None:
+        """Enqueue a recorded graph."""
+        self.call("cudaGraphLaunch", graph.handle, self._stream)
+
+
+class Graph:
+    """Recorded work, freed with this object."""
+
+    def __init__(self, cuda: Cuda, handle: Any):
+        self.handle = handle
+        _free_with(self, cuda, "cudaGraphExecDestroy", handle)
+
+
+class Memory:
+    """Device memory, freed with this object. Raises BackendError when the GPU has not as much."""
+
+    def __init__(self, cuda: Cuda, nbytes: int):
+        self.nbytes = nbytes
+        try:
+            self.address = int(cuda.call("cudaMalloc", max(nbytes, 1)))
+        except BackendError as e:
+            free = cuda.free_memory()
+            raise BackendError(
+                f"{e.message}: {nbytes} bytes wanted, {free} are free on the GPU",
+                "close other programs, or `mllm-edge build` with a smaller --max-seq or --max-batch",
+            ) from e
+        _free_with(self, cuda, "cudaFree", self.address)
+
+
+class Pinned:
+    """Page-locked host memory as an array, freed with this object: copies from the device take one hop less."""
+
+    def __init__(self, cuda: Cuda, shape: tuple[int, ...], dtype: Any):
+        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+        address = int(cuda.call("cudaMallocHost", max(nbytes, 1)))
+        memory = (ctypes.c_byte * nbytes).from_address(address)
+        self.array = np.frombuffer(memory, np.uint8).view(dtype).reshape(shape)
+        _free_with(self, cuda, "cudaFreeHost", address)
+
+
+def visible_gpu() -> bool:
+    """Whether cuda-bindings are installed and see a GPU."""
+    try:
+        return not _no_gpu(_import())
+    except BackendError:
+        return False
+
+
+def _free_with(owner: Any, cuda: Cuda, function: str, handle: Any) -> None:
+    # Not at the interpreter's exit: the driver may be gone by then, and frees everything itself.
+    weakref.finalize(owner, getattr(cuda._api, function), handle).atexit = False
+
+
+def _no_gpu(api: Any) -> str:
+    """Why there is no GPU; empty when there is one."""
+    status, count = api.cudaGetDeviceCount()
+    if int(status):
+        return _name(api, status)
+    return "" if count else "CUDA sees none"
+
+
+def _name(api: Any, status: Any) -> str:
+    _, name = api.cudaGetErrorName(status)
+    return name.decode() if isinstance(name, bytes) else str(name)
+
+
+def _import() -> Any:
+    try:
+        from cuda.bindings import runtime
+    except ImportError as e:
+        raise BackendError(f"cuda-bindings are not installed ({e})", _INSTALL) from e
+    return runtime

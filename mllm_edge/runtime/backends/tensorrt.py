@@ -1,0 +1,376 @@
+"""TensorRT and TensorRT for RTX: engines from the bundle, built when they are missing, run on one CUDA stream."""
+
+import math
+import mmap
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mllm_edge.bundle import Bundle
+from mllm_edge.errors import BackendError
+from mllm_edge.runtime.backends.cuda import Cuda, Graph, Memory, Pinned
+from mllm_edge.runtime.backends.tensorrt_build import Module, logger, modules
+from mllm_edge.runtime.backends.tensorrt_engines import (
+    StoredEngine,
+    building_memory,
+    default_limits,
+    find_engine,
+    make_engine,
+)
+from mllm_edge.runtime.doctor import MINIMUM
+from mllm_edge.runtime.masks import HIDDEN
+from mllm_edge.spec import TensorSpec, Variant
+
+__all__ = ["GRAPHS", "TensorRT", "build_workspace"]
+
+# Set to 0, every step is enqueued anew instead of being replayed from a CUDA graph.
+GRAPHS = "MLLM_EDGE_CUDA_GRAPHS"
+# Attention over in-place caches spans a multiple of this many positions, the surplus hidden: steps share their shapes.
+_SPAN = 64
+
+
+class TensorRT:
+    """Executes the variants for `target`: tensorrt or tensorrt-10.3.
+
+    `max_seq`: the longest sequence that is wanted; an engine for less is built again. `notice` is told before an
+    engine is built. Raises BackendError when there is no GPU, no cuda-bindings or no TensorRT that is new enough.
+    """
+
+    def __init__(
+        self, target: str = "tensorrt", max_seq: int | None = None, notice: Callable[[str], None] = lambda text: None
+    ):
+        self.name = self.target = target
+        self._max_seq, self._notice = max_seq, notice
+        modules(MINIMUM[target])
+        self._cuda = Cuda()
+        self._graphs = os.environ.get(GRAPHS, "1") != "0"
+
+    def open(self, path: Path, variant: Variant) -> "_Session":
+        """Open the engine of a bundle's graph, built first where there is none for this TensorRT and GPU.
+
+        Raises BackendError: TensorRT is missing, too old, refuses the graph or has not enough memory.
+        """
+        bundle = Bundle.load(path.parent)
+        module, stored = self._stored(bundle, variant)
+        engine = _Engine.open(module, stored.path)
+        if engine is None:
+            self._notice(f"{stored.path.name} does not open, although it is whole; building it again")
+            stored = self._built(bundle, variant, module)
+            engine = _Engine.open(module, stored.path)
+        if engine is None:
+            raise BackendError(f"{stored.path}: {module.title} does not open the engine that it built")
+        return _Session(self._cuda, engine, variant, stored.limits.sizes(variant), self._graphs)
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> "_Buffer":
+        """Zeroed device memory."""
+        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+        memory = Memory(self._cuda, nbytes)
+        self._cuda.clear(memory.address, nbytes)
+        return _Buffer(self._cuda, memory, memory.address, shape, np.dtype(dtype))
+
+    def _stored(self, bundle: Bundle, variant: Variant) -> tuple[Module, StoredEngine]:
+        """The engine of any module that has one for this GPU, or a new one of the first that can build it."""
+        found = modules(variant.minimum)
+        for module in found:
+            stored = find_engine(bundle, variant, module, self._cuda.capability)
+            if stored is not None and (variant.kv_mode is None or stored.limits.max_seq >= (self._max_seq or 0)):
+                return module, stored
+        problems = []
+        for module in found:
+            try:
+                return module, self._built(bundle, variant, module)
+            except BackendError as e:
+                problems.append(e)
+        raise problems[0]
+
+    def _built(self, bundle: Bundle, variant: Variant, module: Module) -> StoredEngine:
+        needed = building_memory(bundle, variant) / 1e9
+        self._notice(
+            f"building the engine of {variant.file} for {self._cuda.capability} with {module.title}, once: "
+            f"some minutes, about {needed:.1f} GB of memory"
+        )
+        limits, workspace = default_limits(bundle, self._max_seq), build_workspace(self._cuda)
+        return make_engine(bundle, variant, module, self._cuda.capability, limits, workspace)
+
+
+def build_workspace(cuda: Cuda) -> int:
+    """Bytes that kernels may work in: half of what is free, for weights and caches want the rest."""
+    return cuda.free_memory() // 2
+
+
+@dataclass(frozen=True)
+class _Buffer:
+    """Device memory, or a contiguous part of it."""
+
+    cuda: Cuda
+    memory: Memory | None
+    address: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self, axis: int, length: int) -> np.ndarray:
+        values = np.empty((*self.shape[:axis], length, *self.shape[axis + 1 :]), self.dtype)
+        for index, address in self._runs(axis):
+            self.cuda.download(values[index], address)
+        self.cuda.wait()
+        return values
+
+    def write(self, axis: int, values: np.ndarray) -> None:
+        values = np.ascontiguousarray(values, self.dtype)
+        for index, address in self._runs(axis):
+            self.cuda.upload(address, values[index])
+
+    def part(self, axis: int, start: int, stop: int) -> "_Buffer":
+        assert math.prod(self.shape[:axis]) == 1, "a part must be contiguous"
+        address = self.address + start * math.prod(self.shape[axis + 1 :]) * self.dtype.itemsize
+        shape = (*self.shape[:axis], stop - start, *self.shape[axis + 1 :])
+        return _Buffer(self.cuda, self.memory, address, shape, self.dtype)
+
+    def _runs(self, axis: int) -> list[tuple[tuple[int, ...], int]]:
+        """Index and address of each piece that is contiguous from `axis` on."""
+        step = math.prod(self.shape[axis:]) * self.dtype.itemsize
+        return [(index, self.address + i * step) for i, index in enumerate(np.ndindex(self.shape[:axis]))]
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """An engine and what must outlive it."""
+
+    trt: Any
+    log: Any
+    runtime: Any
+    engine: Any
+
+    @classmethod
+    def open(cls, module: Module, path: Path) -> "_Engine | None":
+        """None when TensorRT does not take it."""
+        log = logger(module.trt)
+        runtime = module.trt.Runtime(log)
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            engine = runtime.deserialize_cuda_engine(data)
+        return None if engine is None else cls(module.trt, log, runtime, engine)
+
+    @property
+    def inputs(self) -> list[str]:
+        return [n for n in self._names() if self.engine.get_tensor_mode(n) == self.trt.TensorIOMode.INPUT]
+
+    def ranges(self, profile: int) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Smallest and largest shape of each input."""
+        found = {}
+        for name in self.inputs:
+            smallest, _, largest = self.engine.get_tensor_profile_shape(name, profile)
+            found[name] = (tuple(smallest), tuple(largest))
+        return found
+
+    def check(self, variant: Variant) -> None:
+        """Raise BackendError unless inputs and outputs are the variant's, and caches are updated in place."""
+        if set(self._names()) != {t.name for t in (*variant.inputs, *variant.outputs)}:
+            raise BackendError(f"the engine of {variant.file} has other inputs or outputs than its graph")
+        if variant.kv_mode == "in_place" and hasattr(self.engine, "get_aliased_input_tensor"):
+            for name in (t.name for t in variant.outputs if t.name.startswith("present.")):
+                past = name.replace("present.", "past_key_values.", 1)
+                if self.engine.get_aliased_input_tensor(name) != past:
+                    raise BackendError(f"the engine of {variant.file} does not update {past} in place")
+
+    def _names(self) -> list[str]:
+        return [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
+
+
+class _Session:
+    """Arrays are copied to the device at each run; buffers and arrays in CUDA memory are used where they lie.
+
+    Contexts, one for each profile, share the memory that their kernels work in: one runs at a time.
+    """
+
+    def __init__(self, cuda: Cuda, engine: _Engine, variant: Variant, limits: Mapping[str, int], graphs: bool):
+        engine.check(variant)
+        self.limits = limits
+        self._cuda, self._engine, self._variant = cuda, engine, variant
+        self._inputs = {t.name: t for t in variant.inputs}
+        self._span = limits["capacity"] if variant.kv_mode == "in_place" else 0
+        self._ranges = [engine.ranges(i) for i in range(engine.engine.num_optimization_profiles)]
+        self._work = Memory(cuda, int(engine.engine.device_memory_size_v2))
+        self._contexts: dict[int, _Context] = {}
+        self._graphs = graphs and variant.kv_mode is not None
+        self._fed: dict[str, Any] = {}
+        self._targets: dict[str, Any] = {}
+        self._memory: dict[str, Memory] = {}
+        self._pinned: dict[str, Pinned] = {}
+
+    def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+        self._fed.update({name: self._checked(name, value) for name, value in inputs.items()})
+        self._targets.update(outputs)
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self.bind(feeds, {})
+        missing = [name for name in self._inputs if name not in self._fed]
+        if missing:
+            raise BackendError(f"{self._variant.file}: input {missing[0]} was not given")
+        values = {name: self._widened(name, value) for name, value in self._fed.items()}
+        context = self._context({name: tuple(value.shape) for name, value in values.items()})
+        addresses = {name: self._address(name, value) for name, value in values.items()}
+        shapes = context.shapes([t.name for t in self._variant.outputs])
+        addresses |= {t.name: self._output(t, shapes[t.name]) for t in self._variant.outputs}
+        context.run(addresses)
+        return self._results(shapes, addresses)
+
+    def _checked(self, name: str, value: Any) -> Any:
+        """A buffer, or a C-contiguous array of the graph's type."""
+        if name not in self._inputs:
+            raise BackendError(f"{self._variant.file} has no input {name}")
+        if not isinstance(value, _Buffer):
+            foreign = getattr(value, "__cuda_array_interface__", None)
+            value = np.asarray(value, order="C") if foreign is None else _lent(self._cuda, name, foreign)
+        wanted = np.dtype(self._inputs[name].dtype)
+        if value.dtype != wanted:
+            raise BackendError(f"{self._variant.file}: input {name} is {value.dtype}, not {wanted}")
+        return value
+
+    def _widened(self, name: str, value: Any) -> Any:
+        """A bias over in-place caches, spanning a multiple of positions; those too many are hidden."""
+        if not self._span or not name.startswith("attention_bias") or isinstance(value, _Buffer):
+            return value
+        length = value.shape[-1]
+        span = min(-(-length // _SPAN) * _SPAN, self._span)
+        return np.pad(value, [(0, 0)] * 3 + [(0, max(0, span - length))], constant_values=HIDDEN)
+
+    def _context(self, shapes: Mapping[str, tuple[int, ...]]) -> "_Context":
+        """The context of the last profile that takes these shapes: the narrower one, made for decoding."""
+        for index in reversed(range(len(self._ranges))):
+            if all(_within(shape, *self._ranges[index][name]) for name, shape in shapes.items()):
+                if index not in self._contexts:
+                    self._contexts[index] = _Context(self._cuda, self._engine, index, self._work, self._graphs)
+                self._contexts[index].reshape(shapes)
+                return self._contexts[index]
+        name, shape = next((n, s) for n, s in shapes.items() if not _within(s, *self._ranges[0][n]))
+        smallest, largest = self._ranges[0][name]
+        raise BackendError(
+            f"{self._variant.file}: {name} is {list(shape)}, its engine takes {list(smallest)} to {list(largest)}",
+            "`mllm-edge build` with a larger --max-seq, --max-images or --max-batch",
+        )
+
+    def _address(self, name: str, value: Any) -> int:
+        if isinstance(value, _Buffer):
+            return value.address
+        memory = self._room(name, value.nbytes)
+        self._cuda.upload(memory.address, value)
+        return memory.address
+
+    def _output(self, tensor: TensorSpec, shape: tuple[int, ...]) -> int:
+        target = self._targets.get(tensor.name)
+        if target is not None and tuple(target.shape) != shape:
+            raise BackendError(f"{self._variant.file}: {tensor.name} is {list(shape)}, bound to {list(target.shape)}")
+        if isinstance(target, _Buffer):
+            return target.address
+        return self._room(tensor.name, math.prod(shape) * np.dtype(tensor.dtype).itemsize).address
+
+    def _room(self, name: str, nbytes: int) -> Memory:
+        """Device memory for a tensor; it grows and never shrinks, so that addresses stay."""
+        memory = self._memory.get(name)
+        if memory is None or memory.nbytes < nbytes:
+            memory = self._memory[name] = Memory(self._cuda, nbytes)
+        return memory
+
+    def _results(self, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]) -> dict[str, np.ndarray]:
+        """Outputs on the host: into bound arrays, or as new ones."""
+        found = {}
+        for tensor in self._variant.outputs:
+            if not isinstance(self._targets.get(tensor.name), _Buffer):
+                found[tensor.name] = self._landing(tensor, shapes[tensor.name])
+                self._cuda.download(found[tensor.name], addresses[tensor.name])
+        self._cuda.wait()
+        for name in [name for name in found if name in self._targets]:
+            np.copyto(self._targets[name], found.pop(name))
+        return {name: array.copy() for name, array in found.items()}
+
+    def _landing(self, tensor: TensorSpec, shape: tuple[int, ...]) -> np.ndarray:
+        pinned = self._pinned.get(tensor.name)
+        if pinned is None or pinned.array.shape != shape:
+            pinned = self._pinned[tensor.name] = Pinned(self._cuda, shape, np.dtype(tensor.dtype))
+        return pinned.array
+
+
+class _Context:
+    """One profile's execution context.
+
+    A step is enqueued plainly when shapes or addresses changed, recorded when it comes again, then replayed.
+    """
+
+    def __init__(self, cuda: Cuda, engine: _Engine, profile: int, work: Memory, graphs: bool):
+        self._cuda, self._engine, self._graphs = cuda, engine, graphs
+        strategy = engine.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        self._context = engine.engine.create_execution_context(strategy)
+        if self._context is None:
+            raise BackendError(f"TensorRT makes no execution context: {engine.log.errors[-1:]}")
+        self._context.set_device_memory(work.address, work.nbytes)
+        self._require(self._context.set_optimization_profile_async(profile, cuda.stream), f"profile {profile}")
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._addresses: dict[str, int] = {}
+        self._graph: Graph | None = None
+        self._same = False
+
+    def reshape(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Tell the shapes of the inputs."""
+        for name, shape in shapes.items():
+            if self._shapes.get(name) != shape:
+                self._require(self._context.set_input_shape(name, shape), f"{name} {list(shape)}")
+                self._shapes[name] = shape
+                self._forget()
+
+    def shapes(self, outputs: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        """The shapes of outputs, now that those of the inputs are known."""
+        return {name: tuple(self._context.get_tensor_shape(name)) for name in outputs}
+
+    def run(self, addresses: Mapping[str, int]) -> None:
+        """Enqueue one run."""
+        for name, address in addresses.items():
+            if self._addresses.get(name) != address:
+                self._require(self._context.set_tensor_address(name, address), f"the address of {name}")
+                self._addresses[name] = address
+                self._forget()
+        if self._graph is None and self._graphs and self._same:
+            self._record()
+        if self._graph is not None:
+            self._cuda.launch(self._graph)
+        else:
+            self._enqueue()
+        self._same = True
+
+    def _record(self) -> None:
+        try:
+            self._graph = self._cuda.capture(self._enqueue)
+        except BackendError:
+            self._graphs = False  # some engines cannot be captured; they run all the same
+
+    def _enqueue(self) -> None:
+        self._require(self._context.execute_async_v3(self._cuda.stream), "a run")
+
+    def _forget(self) -> None:
+        self._graph, self._same = None, False
+
+    def _require(self, done: bool, what: str) -> None:
+        if not done:
+            said = self._engine.log.errors[-1:] or ["it does not say why"]
+            raise BackendError(f"TensorRT refuses {what}: {said[0]}")
+
+
+def _lent(cuda: Cuda, name: str, interface: Mapping[str, Any]) -> _Buffer:
+    """An array of another library in CUDA memory, by `__cuda_array_interface__`; its owner keeps it alive."""
+    buffer = _Buffer(cuda, None, interface["data"][0], tuple(interface["shape"]), np.dtype(interface["typestr"]))
+    strides = interface.get("strides")
+    if strides is not None and tuple(strides) != np.empty(buffer.shape, buffer.dtype).strides:
+        raise BackendError(f"input {name} is not C-contiguous", "make it contiguous first")
+    return buffer
+
+
+def _within(shape: Sequence[int], smallest: Sequence[int], largest: Sequence[int]) -> bool:
+    fits = len(shape) == len(smallest)
+    return fits and all(low <= size <= high for low, size, high in zip(smallest, shape, largest, strict=True))
