@@ -1,0 +1,527 @@
+"""A stand-in for the part of TensorRT and CUDA that the backend uses, on a machine that has neither.
+
+Device memory is memory that the stand-in hands out and checks every access to. An engine holds the graph, its profiles
+and the folder of its weights, and executes them on ONNX Runtime's CPU provider. What the real ones refuse is refused
+here: shapes outside the profile, addresses that are missing, freed or too small, caches that are not updated in place,
+copies while a graph is recorded.
+"""
+
+import base64
+import ctypes
+import enum
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+__all__ = ["StandIn", "install"]
+
+_BAD_ADDRESS, _NO_MEMORY, _CAPTURING, _NO_DRIVER = 700, 2, 900, 35
+_NAMES = {_BAD_ADDRESS: b"cudaErrorIllegalAddress", _NO_MEMORY: b"cudaErrorMemoryAllocation"}
+_NAMES |= {_CAPTURING: b"cudaErrorStreamCaptureUnsupported", _NO_DRIVER: b"cudaErrorInsufficientDriver"}
+_STREAM = 77
+
+
+class StandIn:
+    """The made-up machine. `counts`: builds, runs, records, replays; `refuse`: what a build logs before it fails, for
+    graphs whose path contains the key; `trouble`: a number to return from a CUDA function, by name."""
+
+    def __init__(self, version: str, capability: tuple[int, int], gpus: int = 1) -> None:
+        self.version, self.capability, self.gpus = version, capability, gpus
+        self.memory: dict[int, np.ndarray] = {}
+        self.free = 8 << 30
+        self.counts: Counter[str] = Counter()
+        self.refuse: dict[str, str] = {}
+        self.trouble: dict[str, int] = {}
+        self.workspaces: list[int] = []
+        self.recording: list[Callable[[], bool]] | None = None
+
+    def view(self, address: int, nbytes: int) -> np.ndarray | None:
+        """Device memory as bytes, None where it is not all of one allocation."""
+        for begin, memory in self.memory.items():
+            if begin <= address and address + nbytes <= begin + len(memory):
+                return memory[address - begin : address - begin + nbytes]
+        return None
+
+    def allocated(self) -> int:
+        return sum(len(memory) for memory in self.memory.values())
+
+
+def install(
+    patch: pytest.MonkeyPatch, version: str = "10.16.1", capability: tuple[int, int] = (8, 7), gpus: int = 1
+) -> StandIn:
+    """Make `import tensorrt` and `import cuda.bindings.runtime` find the stand-in, and TensorRT for RTX not at all."""
+    machine = StandIn(version, capability, gpus)
+    trt, bindings, runtime = _tensorrt(machine), ModuleType("cuda.bindings"), _cudart(machine)
+    bindings.runtime = runtime  # type: ignore[attr-defined]
+    package = ModuleType("cuda")
+    package.bindings = bindings  # type: ignore[attr-defined]
+    found = {"tensorrt": trt, "cuda": package, "cuda.bindings": bindings, "cuda.bindings.runtime": runtime}
+    for name in ("tensorrt_rtx", "tensorrt_rtx_bindings"):
+        patch.setitem(sys.modules, name, None)  # type: ignore[arg-type]
+    for name, module in found.items():
+        patch.setitem(sys.modules, name, module)
+    return machine
+
+
+# ---------------------------------------------------------------- CUDA
+def _cudart(machine: StandIn) -> ModuleType:
+    api = ModuleType("cuda.bindings.runtime")
+    calls = _Calls(machine)
+    for name in [n for n in dir(calls) if n.startswith("cuda")]:
+        setattr(api, name, _troubled(machine, name, getattr(calls, name)))
+    api.cudaMemcpyKind = enum.IntEnum("Kind", {"cudaMemcpyHostToDevice": 1, "cudaMemcpyDeviceToHost": 2})  # type: ignore[attr-defined]
+    api.cudaStreamCaptureMode = enum.IntEnum("Mode", {"cudaStreamCaptureModeRelaxed": 2})  # type: ignore[attr-defined]
+    names = {"cudaDevAttrComputeCapabilityMajor": 75, "cudaDevAttrComputeCapabilityMinor": 76}
+    api.cudaDeviceAttr = enum.IntEnum("Attribute", names)  # type: ignore[attr-defined]
+    return api
+
+
+def _troubled(machine: StandIn, name: str, function: Callable[..., tuple]) -> Callable[..., tuple]:
+    def call(*arguments: Any) -> tuple:
+        if name in machine.trouble:
+            return machine.trouble[name], None
+        return function(*arguments)
+
+    return call
+
+
+class _Calls:
+    """The runtime's functions: a status first, then what they return."""
+
+    def __init__(self, machine: StandIn):
+        self._machine = machine
+        self._pinned: dict[int, np.ndarray] = {}
+
+    def cudaGetDeviceCount(self) -> tuple:
+        return (0, self._machine.gpus) if self._machine.gpus else (_NO_DRIVER, None)
+
+    def cudaSetDevice(self, device: int) -> tuple:
+        return (0,)
+
+    def cudaDeviceGetAttribute(self, attribute: int, device: int) -> tuple:
+        return 0, self._machine.capability[attribute - 75]
+
+    def cudaGetErrorName(self, status: int) -> tuple:
+        return 0, _NAMES[status]
+
+    def cudaStreamCreate(self) -> tuple:
+        return 0, _STREAM
+
+    def cudaStreamSynchronize(self, stream: int) -> tuple:
+        assert stream == _STREAM
+        return (_CAPTURING if self._machine.recording is not None else 0,)
+
+    def cudaMemGetInfo(self) -> tuple:
+        return 0, self._machine.free - self._machine.allocated(), self._machine.free
+
+    def cudaMalloc(self, nbytes: int) -> tuple:
+        if nbytes > self._machine.free - self._machine.allocated():
+            return _NO_MEMORY, None
+        memory = np.full(nbytes, 0xAB, np.uint8)  # what was there before
+        self._machine.memory[memory.ctypes.data] = memory
+        return 0, memory.ctypes.data
+
+    def cudaFree(self, address: int) -> tuple:
+        self._machine.memory.pop(address)
+        return (0,)
+
+    def cudaMallocHost(self, nbytes: int) -> tuple:
+        memory = np.zeros(nbytes, np.uint8)
+        self._pinned[memory.ctypes.data] = memory
+        return 0, memory.ctypes.data
+
+    def cudaFreeHost(self, address: int) -> tuple:
+        self._pinned.pop(address)
+        return (0,)
+
+    def cudaMemsetAsync(self, address: int, value: int, nbytes: int, stream: int) -> tuple:
+        memory = self._machine.view(address, nbytes)
+        if memory is None:
+            return (_BAD_ADDRESS,)
+        memory[:] = value
+        return (0,)
+
+    def cudaMemcpyAsync(self, target: int, source: int, nbytes: int, kind: int, stream: int) -> tuple:
+        if self._machine.recording is not None:
+            return (_CAPTURING,)
+        if self._machine.view(target if kind == 1 else source, nbytes) is None:
+            return (_BAD_ADDRESS,)
+        ctypes.memmove(target, source, nbytes)
+        return (0,)
+
+    def cudaStreamBeginCapture(self, stream: int, mode: int) -> tuple:
+        self._machine.recording = []
+        return (0,)
+
+    def cudaStreamEndCapture(self, stream: int) -> tuple:
+        recorded, self._machine.recording = self._machine.recording, None
+        return 0, recorded
+
+    def cudaGraphInstantiate(self, graph: list, flags: int) -> tuple:
+        self._machine.counts["records"] += 1
+        return 0, list(graph)
+
+    def cudaGraphLaunch(self, graph: list, stream: int) -> tuple:
+        self._machine.counts["replays"] += 1
+        return (0 if all(run() for run in graph) else _BAD_ADDRESS,)
+
+    def cudaGraphDestroy(self, graph: list) -> tuple:
+        return (0,)
+
+    def cudaGraphExecDestroy(self, graph: list) -> tuple:
+        return (0,)
+
+
+# ---------------------------------------------------------------- TensorRT: building
+class _Severity(enum.IntEnum):
+    INTERNAL_ERROR = 0
+    ERROR = 1
+    WARNING = 2
+
+
+class _Logger:
+    Severity = _Severity
+
+    def log(self, severity: _Severity, message: str) -> None:
+        raise NotImplementedError
+
+
+class _Monitor:
+    def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+        raise NotImplementedError
+
+    def phase_finish(self, phase_name: str) -> None:
+        raise NotImplementedError
+
+    def step_complete(self, phase_name: str, step: int) -> bool:
+        raise NotImplementedError
+
+
+class _Tensor:
+    def __init__(self, value: onnx.ValueInfoProto):
+        kind = value.type.tensor_type
+        self.name, self.dtype = value.name, onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+        self.shape = tuple(d.dim_value if d.HasField("dim_value") else -1 for d in kind.shape.dim)
+
+
+class _Named:
+    def __init__(self, name: str):
+        self.name = name
+
+
+class _Layer:
+    """A node; its type's name is that of the layer which the parser makes of it."""
+
+    def __init__(self, node: onnx.NodeProto):
+        kinds = {"TensorScatter": "KV_CACHE_UPDATE", "Attention": "ATTENTION_INPUT"}
+        self.name, self._inputs = node.name, list(node.input)
+        self.type = _Named(kinds.get(node.op_type, node.op_type.upper()))
+        causal = any(a.name == "is_causal" and a.i for a in node.attribute)
+        self.attention = type("Attention", (), {"causal": causal, "decomposable": False})()
+
+    @property
+    def num_inputs(self) -> int:
+        return len(self._inputs)
+
+    def get_input(self, index: int) -> Any:
+        return _Named(self._inputs[index]) if self._inputs[index] else None
+
+
+class _AttentionLayer(_Layer):
+    pass
+
+
+class _Network:
+    model: onnx.ModelProto
+    folder: Path
+    path: str
+
+    def load(self, data: bytes, path: str) -> None:
+        self.model, self.path = onnx.load_from_string(data), path
+        graph = self.model.graph
+        self.inputs, self.outputs = [_Tensor(v) for v in graph.input], [_Tensor(v) for v in graph.output]
+        self.layers = [_Layer(node) for node in graph.node]
+
+    num_inputs = property(lambda self: len(self.inputs))
+    num_outputs = property(lambda self: len(self.outputs))
+    num_layers = property(lambda self: len(self.layers))
+
+    def get_input(self, index: int) -> _Tensor:
+        return self.inputs[index]
+
+    def get_output(self, index: int) -> _Tensor:
+        return self.outputs[index]
+
+    def get_layer(self, index: int) -> _Layer:
+        return self.layers[index]
+
+
+class _Parser:
+    def __init__(self, network: _Network, log: _Logger):
+        self._network, self._errors = network, []
+
+    num_errors = property(lambda self: len(self._errors))
+
+    def parse_from_file(self, path: str) -> bool:
+        return self.parse(Path(path).read_bytes(), path)
+
+    def parse(self, data: bytes, path: str) -> bool:
+        self._network.load(data, path)
+        caches = {n.input[0] for n in self._network.model.graph.node if n.op_type == "TensorScatter"}
+        for tensor in self._network.inputs:
+            if tensor.name in caches and tensor.shape[2] < 0:
+                self._errors.append("The KV cache tensor must have a static sequence length dimension.")
+        self._errors += [f"no importer for {n.op_type}" for n in self._network.model.graph.node if n.domain]
+        return not self._errors
+
+    def get_error(self, index: int) -> Any:
+        return type("Error", (), {"desc": lambda _: self._errors[index]})()
+
+
+class _Profile:
+    def __init__(self) -> None:
+        self.shapes: dict[str, list[list[int]]] = {}
+
+    def set_shape(self, name: str, smallest: tuple, usual: tuple, largest: tuple) -> None:
+        self.shapes[name] = [list(smallest), list(usual), list(largest)]
+
+
+class _Timings:
+    def __init__(self, data: bytes):
+        self.data = data
+
+    def serialize(self) -> bytes:
+        return self.data + b"!"
+
+
+class _Config:
+    progress_monitor: Any = None
+
+    def __init__(self) -> None:
+        self.profiles: list[_Profile] = []
+        self.workspace, self.timings = 0, None
+
+    def add_optimization_profile(self, profile: _Profile) -> int:
+        self.profiles.append(profile)
+        return len(self.profiles) - 1
+
+    def set_memory_pool_limit(self, pool: Any, nbytes: int) -> None:
+        self.workspace = nbytes
+
+    def create_timing_cache(self, data: bytes) -> _Timings:
+        return _Timings(data)
+
+    def set_timing_cache(self, cache: _Timings, ignore_mismatch: bool) -> bool:
+        self.timings = cache
+        return True
+
+    def get_timing_cache(self) -> Any:
+        return self.timings
+
+
+def _check_shapes(profile: Mapping[str, list[list[int]]], tensors: list[_Tensor]) -> None:
+    for tensor in (t for t in tensors if -1 in t.shape):
+        for shape in profile[tensor.name]:
+            assert len(shape) == len(tensor.shape), tensor.name
+            assert all(wanted in (-1, size) for wanted, size in zip(tensor.shape, shape, strict=True)), tensor.name
+        smallest, usual, largest = (np.array(shape) for shape in profile[tensor.name])
+        assert (smallest <= usual).all(), tensor.name
+        assert (usual <= largest).all(), tensor.name
+
+
+def _tensorrt(machine: StandIn) -> ModuleType:
+    class Builder:
+        def __init__(self, log: _Logger):
+            self._log = log
+
+        def create_network(self, flags: int) -> _Network:
+            assert flags == 1 << 1, "types are the graph's own"
+            return _Network()
+
+        def create_builder_config(self) -> _Config:
+            return _Config()
+
+        def create_optimization_profile(self) -> _Profile:
+            return _Profile()
+
+        def build_serialized_network(self, network: _Network, config: _Config) -> bytes | None:
+            machine.counts["builds"] += 1
+            machine.workspaces.append(config.workspace)
+            for key, reason in machine.refuse.items():
+                if key in network.path:
+                    self._log.log(_Severity.ERROR, reason)
+                    return None
+            if config.progress_monitor is not None and not _steps(config.progress_monitor):
+                return None
+            for profile in config.profiles:
+                _check_shapes(profile.shapes, network.inputs)
+            plan = {
+                "model": base64.b64encode(network.model.SerializeToString()).decode(),
+                "folder": str(Path(network.path).parent),
+                "profiles": [profile.shapes for profile in config.profiles],
+                "version": machine.version,
+            }
+            return json.dumps(plan).encode()
+
+    class Runtime:
+        def __init__(self, log: _Logger):
+            self._log = log
+
+        def deserialize_cuda_engine(self, data: Any) -> Any:
+            if machine.trouble.get("deserialize"):
+                machine.trouble["deserialize"] -= 1
+                self._log.log(_Severity.ERROR, "magic tag does not match")
+                return None
+            plan = json.loads(bytes(data))
+            return _Engine(machine, self._log, plan) if plan["version"] == machine.version else None
+
+    trt = ModuleType("tensorrt")
+    names = {
+        "__version__": machine.version,
+        "Builder": Builder,
+        "ExecutionContextAllocationStrategy": enum.IntEnum("Strategy", ["STATIC", "USER_MANAGED"]),
+        "IAttentionInputLayer": _AttentionLayer,
+        "ILogger": _Logger,
+        "IProgressMonitor": _Monitor,
+        "MemoryPoolType": enum.IntEnum("Pool", ["WORKSPACE"]),
+        "NetworkDefinitionCreationFlag": enum.IntEnum("Flag", {"STRONGLY_TYPED": 1}),
+        "OnnxParser": _Parser,
+        "Runtime": Runtime,
+        "TensorIOMode": _Mode,
+    }
+    for name, value in names.items():
+        setattr(trt, name, value)
+    return trt
+
+
+def _steps(monitor: _Monitor) -> bool:
+    """Phases as TensorRT reports them: one within another, in any number."""
+    monitor.phase_start("Building engine", None, 2)
+    monitor.phase_start("Timing", "Building engine", 4)
+    for step in range(4):
+        if not monitor.step_complete("Timing", step):
+            return False
+    monitor.phase_finish("Timing")
+    done = monitor.step_complete("Building engine", 0) and monitor.step_complete("Building engine", 1)
+    monitor.phase_finish("Building engine")
+    return done
+
+
+# ---------------------------------------------------------------- TensorRT: running
+class _Mode(enum.IntEnum):
+    INPUT = 1
+    OUTPUT = 2
+
+
+class _Engine:
+    def __init__(self, machine: StandIn, log: _Logger, plan: dict[str, Any]):
+        self.machine, self.log, self.profiles = machine, log, plan["profiles"]
+        data = base64.b64decode(plan["model"])
+        network = _Network()
+        network.load(data, "")
+        self.inputs, self.outputs = {t.name: t for t in network.inputs}, {t.name: t for t in network.outputs}
+        scatters = [n for n in network.model.graph.node if n.op_type == "TensorScatter"]
+        self.aliases = {n.output[0]: n.input[0] for n in scatters}
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = 1, 3
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", plan["folder"])
+        self.session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+    device_memory_size_v2 = 1 << 16
+    num_io_tensors = property(lambda self: len(self.inputs) + len(self.outputs))
+    num_optimization_profiles = property(lambda self: len(self.profiles))
+
+    def get_tensor_name(self, index: int) -> str:
+        return [*self.inputs, *self.outputs][index]
+
+    def get_tensor_mode(self, name: str) -> _Mode:
+        return _Mode.INPUT if name in self.inputs else _Mode.OUTPUT
+
+    def get_tensor_profile_shape(self, name: str, profile: int) -> list[list[int]]:
+        return self.profiles[profile].get(name) or [list(self.inputs[name].shape)] * 3
+
+    def get_aliased_input_tensor(self, name: str) -> str | None:
+        return self.aliases.get(name)
+
+    def create_execution_context(self, strategy: Any) -> "_Context":
+        assert strategy.name == "USER_MANAGED"
+        return _Context(self)
+
+
+class _Context:
+    def __init__(self, engine: _Engine):
+        self._engine, self._machine = engine, engine.machine
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._addresses: dict[str, int] = {}
+        self._profile, self._work, self._changes = -1, False, 0
+
+    def set_device_memory(self, address: int, nbytes: int) -> None:
+        self._work = self._machine.view(address, nbytes) is not None and nbytes >= _Engine.device_memory_size_v2
+
+    def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+        self._profile = profile
+        return stream == _STREAM
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        smallest, _, largest = self._engine.get_tensor_profile_shape(name, self._profile)
+        fits = all(a <= b <= c for a, b, c in zip(smallest, shape, largest, strict=True))
+        if fits:
+            self._shapes[name] = tuple(shape)
+            self._changes += 1
+        return fits or self._fail(f"{name} {shape} is outside the profile")
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        """The symbols of an output are those of the inputs."""
+        graph = self._engine.session
+        symbols: dict[Any, int] = {}
+        for value in graph.get_inputs():
+            symbols |= dict(zip(value.shape, self._shapes[value.name], strict=True))
+        (output,) = [value for value in graph.get_outputs() if value.name == name]
+        return tuple(d if isinstance(d, int) else symbols[d] for d in output.shape)
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self._addresses[name] = address
+        self._changes += 1
+        return True
+
+    def execute_async_v3(self, stream: int) -> bool:
+        assert stream == _STREAM
+        if self._machine.recording is not None:
+            changes = self._changes
+            self._machine.recording.append(lambda: changes == self._changes and self._run())
+            return True
+        self._machine.counts["runs"] += 1
+        return self._run()
+
+    def _run(self) -> bool:
+        if not self._work:
+            return self._fail("no memory to work in")
+        feeds = {name: self._view(name, tensor) for name, tensor in self._engine.inputs.items()}
+        targets = {name: self._view(name, tensor) for name, tensor in self._engine.outputs.items()}
+        if any(view is None for view in (*feeds.values(), *targets.values())):
+            return self._fail("an address is missing, freed or too small")
+        for name, past in self._engine.aliases.items():
+            if self._addresses[name] != self._addresses[past]:
+                return self._fail(f"{name} is not where {past} is")
+        for name, result in zip(targets, self._engine.session.run(list(targets), feeds), strict=True):
+            targets[name][...] = result  # type: ignore[index]
+        return True
+
+    def _view(self, name: str, tensor: _Tensor) -> np.ndarray | None:
+        shape = self._shapes[name] if name in self._shapes else self.get_tensor_shape(name)
+        nbytes = int(np.prod(shape)) * tensor.dtype.itemsize
+        memory = self._machine.view(self._addresses.get(name, 0), nbytes)
+        return None if memory is None else memory.view(tensor.dtype).reshape(shape)
+
+    def _fail(self, message: str) -> bool:
+        self._engine.log.log(_Severity.ERROR, message)
+        return False
