@@ -19,6 +19,7 @@ __all__ = ["VERBS", "main"]
 VERBS = {
     "export": "Export a checkpoint to a bundle.",
     "quantize": "Quantize a bundle with calibration data.",
+    "build": "Build a bundle's TensorRT engines.",
     "run": "Ask a bundle a question about images.",
     "chat": "Talk with a bundle about images.",
     "inspect": "Show what is in a bundle.",

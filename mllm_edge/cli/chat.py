@@ -54,7 +54,7 @@ def command(
     from mllm_edge.runtime.conversation import Conversation
     from mllm_edge.runtime.vlm import VLM
 
-    with VLM.load(bundle, backend=backend, threads=threads, max_context=max_context) as vlm:
+    with VLM.load(bundle, backend=backend, threads=threads, max_context=max_context, notice=note) as vlm:
         chat = _Chat(vlm, Conversation(vlm, system), quiet, options)
         for line in _lines():
             if not chat.take(line):

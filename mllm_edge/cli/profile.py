@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mllm_edge.cli.options import POSITIVE, json_option, runtime_options
-from mllm_edge.cli.output import bytes_text, milliseconds, print_json, table, write_answer
+from mllm_edge.cli.output import bytes_text, milliseconds, note, print_json, table, write_answer
 from mllm_edge.cli.progress import stages
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def command(
             max_context=max_context,
             backend=backend,
             progress=progress.advance,
+            notice=note,
         )
     if as_json:
         print_json(result.as_dict())

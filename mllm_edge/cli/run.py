@@ -48,7 +48,7 @@ def command(
     messages = text if system is None else _conversation(system, text, len(sources))
     from mllm_edge.runtime.vlm import VLM
 
-    with VLM.load(bundle, backend=backend, threads=threads, max_context=max_context) as vlm:
+    with VLM.load(bundle, backend=backend, threads=threads, max_context=max_context, notice=note) as vlm:
         result = _answer(vlm, messages, sources, show=not as_json, raw=raw, **options)
     if as_json:
         ids, metrics = list(result.token_ids), result.metrics.as_dict()

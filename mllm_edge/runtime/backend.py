@@ -10,10 +10,10 @@ from mllm_edge.bundle import Bundle
 from mllm_edge.errors import BackendError
 from mllm_edge.spec import Variant
 
-__all__ = ["BACKENDS", "Backend", "Buffer", "Session", "open_backend"]
+__all__ = ["BACKENDS", "TENSORRT", "Backend", "Buffer", "Session", "open_backend"]
 
-_TENSORRT = ("tensorrt", "tensorrt-10.3")
-BACKENDS = ("auto", "cpu", *_TENSORRT)
+TENSORRT = ("tensorrt", "tensorrt-10.3")
+BACKENDS = ("auto", "cpu", *TENSORRT)
 
 
 class Buffer(Protocol):
@@ -90,7 +90,7 @@ def open_backend(
         from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 
         return OnnxRuntimeCpu(threads, target)
-    if name in _TENSORRT:
+    if name in TENSORRT:
         from mllm_edge.runtime.backends.tensorrt import TensorRT
 
         return TensorRT(name, max_seq, notice)
@@ -100,7 +100,7 @@ def open_backend(
 def _best(bundle: Bundle) -> str:
     """The first TensorRT target that the decoder has and this machine executes; cpu where there is none."""
     targets = [variant.target for variant in bundle.manifest.components["decoder"].variants]
-    wanted = [target for target in _TENSORRT if target in targets]
+    wanted = [target for target in TENSORRT if target in targets]
     if not wanted:
         return "cpu"
     from mllm_edge.runtime.backends.tensorrt_build import usable

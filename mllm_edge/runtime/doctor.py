@@ -10,7 +10,7 @@ __all__ = ["EXPORTED", "MINIMUM", "RUNNABLE", "Problem", "Target", "diagnose", "
 
 # The targets that this version writes graphs for, and those that its backends execute.
 EXPORTED = ("cpu", "tensorrt", "tensorrt-10.3")
-RUNNABLE = ("cpu",)
+RUNNABLE = ("cpu", "tensorrt", "tensorrt-10.3")
 # Target → engine → its lowest version; one engine is enough. Repeated here because a device has no exporter.
 MINIMUM: Mapping[str, Mapping[str, str]] = {
     "cpu": {"onnxruntime": "1.23"},
@@ -52,8 +52,8 @@ def diagnose(
     found = {
         "cpu": _cpu(engines),
         "cuda": [*_gpu(machine), *_cuda(machine, engines)],
-        "tensorrt": [*_gpu(machine), *_tensorrt(machine, engines, "tensorrt")],
-        "tensorrt-10.3": [*_gpu(machine), *_tensorrt(machine, engines, "tensorrt-10.3")],
+        "tensorrt": [*_gpu(machine), *_tensorrt(machine, engines, "tensorrt"), *_bindings(machine, engines)],
+        "tensorrt-10.3": [*_gpu(machine), *_tensorrt(machine, engines, "tensorrt-10.3"), *_bindings(machine, engines)],
     }
     return tuple(Target(name, name in EXPORTED, name in runnable, tuple(problems)) for name, problems in found.items())
 
@@ -114,6 +114,14 @@ def _tensorrt(machine: Machine, engines: Mapping[str, Engine], target: str) -> l
         return [Problem("TensorRT is not installed", install)]
     problems = [_too_old(machine, engines[name], _NAMES[name], minimum[name], target) for name in found]
     return [] if None in problems else [problem for problem in problems if problem]
+
+
+def _bindings(machine: Machine, engines: Mapping[str, Engine]) -> list[Problem]:
+    """TensorRT's backend reaches CUDA through cuda-bindings."""
+    engine, install = engines.get("cuda"), f'pip install "mllm-edge[{"jetson" if machine.l4t else "rtx"}]"'
+    if engine is None:
+        return [Problem("cuda-bindings are not installed", install)]
+    return [Problem(f"cuda-bindings do not load: {engine.problem}", install)] if engine.problem else []
 
 
 def _too_old(machine: Machine, engine: Engine, name: str, minimum: str, target: str) -> Problem | None:

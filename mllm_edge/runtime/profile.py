@@ -1,6 +1,7 @@
 """Repeat one call and summarize its metrics: the numbers are those that every call reports."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,16 +94,18 @@ def profile(
     threads: int | None = None,
     max_context: int | None = None,
     progress: Callable[[int], None] = lambda calls: None,
+    notice: Callable[[str], None] = warnings.warn,
 ) -> Profile:
     """Ask the bundle in `path` the same thing `warmup` + `iterations` times, greedily, for `new_tokens` tokens each.
 
     The model's end is ignored, so that all answers have one length (the context can still cut them short). A model
-    that takes images and is given none gets `synthetic_image()`. `progress(1)` is called after each call.
+    that takes images and is given none gets `synthetic_image()`. `progress(1)` is called after each call; `notice`
+    as in `VLM.load`.
 
     Raises what `VLM.load` and `VLM.stream` raise.
     """
     begin = time.perf_counter()
-    with VLM.load(path, backend=backend, threads=threads, max_context=max_context) as vlm:
+    with VLM.load(path, backend=backend, threads=threads, max_context=max_context, notice=notice) as vlm:
         load_seconds = time.perf_counter() - begin
         images, description = _images(vlm, images)
         calls: list[Metrics] = []

@@ -39,7 +39,7 @@ def test_text(cli: Cli, here: Callable[..., None]) -> None:
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
     assert f"{'cpu':<15}works" in lines
-    assert f"{'tensorrt':<15}can be exported, but this version does not run it, whatever is installed" in lines
+    assert f"{'tensorrt':<15}does not work here" in lines
     assert f"{'cuda':<15}not in this version, whatever is installed" in lines
     assert f"{'extras':<15}cpu, export (lacks torch, onnx)" in lines
     assert f"{'board':<15}Example Board, L4T 36.4.3, JetPack 6" in lines
@@ -48,12 +48,16 @@ def test_text(cli: Cli, here: Callable[..., None]) -> None:
     assert any(line.startswith("problem: ") and "overwrite each other" in line for line in lines)
 
 
-def test_a_gpu_and_tensorrt_do_not_make_a_target_work(cli: Cli, here: Callable[..., None]) -> None:
-    here({"tensorrt": Engine("tensorrt", "10.3.0")}, gpus=(Gpu("Example GPU", 8 << 30, "8.7"),))
+def test_a_gpu_tensorrt_and_cuda_bindings_make_a_target_work(cli: Cli, here: Callable[..., None]) -> None:
+    found, gpus = {"tensorrt": Engine("tensorrt", "10.3.0")}, (Gpu("Example GPU", 8 << 30, "8.7"),)
+    here(found, gpus=gpus)
     result = cli("doctor")
     assert result.exit_code == 1
-    verdict = "can be exported, but this version does not run it; this machine has what it needs"
-    assert f"{'tensorrt-10.3':<15}{verdict}" in result.stdout.splitlines()
+    assert "  cuda-bindings are not installed" in result.stdout.splitlines()
+    here(found | {"cuda": Engine("cuda.bindings", "12.6")}, gpus=gpus)
+    result = cli("doctor")
+    assert result.exit_code == 0
+    assert f"{'tensorrt-10.3':<15}works" in result.stdout.splitlines()
     assert "Example GPU, 8.59 GB, compute capability 8.7" in result.stdout
 
 
@@ -70,7 +74,8 @@ def test_json_and_exit_code(cli: Cli, here: Callable[..., None], engines: dict[s
         "tensorrt-10.3": False,
     }
     assert data["targets"]["tensorrt"]["exported"]
-    assert not data["targets"]["tensorrt"]["runs"]
+    assert data["targets"]["tensorrt"]["runs"]
+    assert not data["targets"]["cuda"]["runs"]
     assert data["machine"]["board"] == "Example Board"
     assert bool(data["targets"]["cpu"]["problems"]) == bool(code)
 

@@ -9,14 +9,18 @@ import pytest
 
 from mllm_edge.errors import BackendError
 from mllm_edge.export.targets import TARGETS, forms
-from mllm_edge.runtime.backend import open_backend
+from mllm_edge.runtime.backend import BACKENDS, open_backend
 from mllm_edge.runtime.backends.installed import Engine, engines, extras, wheels
 from mllm_edge.runtime.doctor import EXPORTED, MINIMUM, RUNNABLE, Target, diagnose, wheel_problems
 from mllm_edge.runtime.machine import Gpu, Machine
+from tests.runtime.tensorrt_stand_in import install
 
 GPU = Gpu("NVIDIA Example", 8 << 30, "8.9")
 ALL = ("cpu", "cuda", "tensorrt", "tensorrt-10.3")
 TENSORRT = ("tensorrt", "tensorrt-10.3")
+
+
+BINDINGS = {"cuda": Engine("cuda.bindings", "13.0")}
 
 
 def _machine(l4t: str = "", jetpack: str = "", gpus: tuple[Gpu, ...] = (GPU,)) -> Machine:
@@ -28,21 +32,30 @@ def _engine(name: str, version: str = "", *providers: str, problem: str = "") ->
 
 
 def _verdicts(machine: Machine, found: Mapping[str, Engine], runnable: tuple[str, ...] = ALL) -> dict[str, Target]:
-    return {target.name: target for target in diagnose(machine, found, runnable)}
+    return {target.name: target for target in diagnose(machine, BINDINGS | dict(found), runnable)}
 
 
 def _works(machine: Machine, found: Mapping[str, Engine]) -> set[str]:
     return {name for name, target in _verdicts(machine, found).items() if target.works}
 
 
-def test_runnable_targets_are_those_of_the_backends() -> None:
-    opened = set()
-    for name in ("auto", *ALL):
-        try:
-            opened.add(open_backend(name).target)
-        except BackendError:
-            continue
-    assert opened == set(RUNNABLE)
+def test_runnable_targets_are_those_of_the_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
+    assert {open_backend(name).target for name in BACKENDS} == set(RUNNABLE)
+    for name in set(ALL) - set(RUNNABLE):
+        with pytest.raises(BackendError, match="unknown backend"):
+            open_backend(name)
+
+
+def test_tensorrt_needs_the_bindings() -> None:
+    found = _engine("tensorrt", "11.0")
+    for machine, extra in ((_machine(), "rtx"), (_machine("38.2", "7"), "jetson")):
+        for verdict in diagnose(machine, found)[2:]:
+            (problem,) = verdict.problems
+            assert problem.what == "cuda-bindings are not installed"
+            assert f"mllm-edge[{extra}]" in problem.fix
+    broken = {"cuda": Engine("cuda.bindings", problem="no libcuda")}
+    assert "no libcuda" in diagnose(_machine(), found | broken)[2].problems[0].what
 
 
 def test_versions_are_those_of_the_dialects() -> None:
@@ -88,7 +101,7 @@ def test_without_a_gpu_only_the_cpu_works() -> None:
 
 
 def test_only_what_this_version_runs_works() -> None:
-    everything = _engine("onnxruntime", "1.30", "CPU", "CUDA") | _engine("tensorrt", "11.0")
+    everything = _engine("onnxruntime", "1.30", "CPU", "CUDA") | _engine("tensorrt", "11.0") | BINDINGS
     targets = diagnose(_machine(), everything)
     assert not any(target.problems for target in targets)
     assert {target.name for target in targets if target.works} == set(RUNNABLE)
@@ -167,10 +180,10 @@ def _no_engines(monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Nothing:
         def find_spec(self, name: str, path=None, target=None) -> None:
-            if name in ("onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"):
+            if name in ("onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings", "cuda", "cuda.bindings"):
                 raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-    for name in ("onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"):
+    for name in ("onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings", "cuda", "cuda.bindings"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(sys, "meta_path", [Nothing(), *sys.meta_path])
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from mllm_edge.errors import BackendError
 
-__all__ = ["Cuda", "Memory", "Pinned", "visible_gpu"]
+__all__ = ["Cuda", "Graph", "Memory", "Pinned", "visible_gpu"]
 
 _INSTALL = 'pip install "mllm-edge[rtx]", or on a Jetson "mllm-edge[jetson]"'
 
@@ -26,10 +26,8 @@ class Cuda:
             raise BackendError(f"no NVIDIA GPU can be used: {problem}", "see `mllm-edge doctor`, or use --backend cpu")
         self.call("cudaSetDevice", 0)
         attributes = self._api.cudaDeviceAttr
-        major, minor = (
-            self.call("cudaDeviceGetAttribute", getattr(attributes, f"cudaDevAttrComputeCapability{part}"), 0)
-            for part in ("Major", "Minor")
-        )
+        major = self.call("cudaDeviceGetAttribute", attributes.cudaDevAttrComputeCapabilityMajor, 0)
+        minor = self.call("cudaDeviceGetAttribute", attributes.cudaDevAttrComputeCapabilityMinor, 0)
         self.capability = f"sm{major}{minor}"
         self._stream = self.call("cudaStreamCreate")
         self.stream = int(self._stream)

@@ -16,6 +16,8 @@ from mllm_edge.runtime.backends.cuda import Cuda, Graph, Memory, Pinned
 from mllm_edge.runtime.backends.tensorrt_build import Module, logger, modules
 from mllm_edge.runtime.backends.tensorrt_engines import (
     StoredEngine,
+    build_workspace,
+    builders,
     building_memory,
     default_limits,
     find_engine,
@@ -25,7 +27,7 @@ from mllm_edge.runtime.doctor import MINIMUM
 from mllm_edge.runtime.masks import HIDDEN
 from mllm_edge.spec import TensorSpec, Variant
 
-__all__ = ["GRAPHS", "TensorRT", "build_workspace"]
+__all__ = ["GRAPHS", "TensorRT"]
 
 # Set to 0, every step is enqueued anew instead of being replayed from a CUDA graph.
 GRAPHS = "MLLM_EDGE_CUDA_GRAPHS"
@@ -74,13 +76,12 @@ class TensorRT:
 
     def _stored(self, bundle: Bundle, variant: Variant) -> tuple[Module, StoredEngine]:
         """The engine of any module that has one for this GPU, or a new one of the first that can build it."""
-        found = modules(variant.minimum)
-        for module in found:
+        for module in modules(variant.minimum):
             stored = find_engine(bundle, variant, module, self._cuda.capability)
             if stored is not None and (variant.kv_mode is None or stored.limits.max_seq >= (self._max_seq or 0)):
                 return module, stored
         problems = []
-        for module in found:
+        for module in builders(variant.minimum, self._cuda.capability, self._cuda.capability):
             try:
                 return module, self._built(bundle, variant, module)
             except BackendError as e:
@@ -95,11 +96,6 @@ class TensorRT:
         )
         limits, workspace = default_limits(bundle, self._max_seq), build_workspace(self._cuda)
         return make_engine(bundle, variant, module, self._cuda.capability, limits, workspace)
-
-
-def build_workspace(cuda: Cuda) -> int:
-    """Bytes that kernels may work in: half of what is free, for weights and caches want the rest."""
-    return cuda.free_memory() // 2
 
 
 @dataclass(frozen=True)

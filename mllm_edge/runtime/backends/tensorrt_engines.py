@@ -14,11 +14,22 @@ from pathlib import Path
 
 from mllm_edge.bundle import Bundle, sha256
 from mllm_edge.errors import BackendError
-from mllm_edge.runtime.backends.tensorrt_build import Module, Options, Range, Sizes, build
+from mllm_edge.runtime.backends.cuda import Cuda
+from mllm_edge.runtime.backends.tensorrt_build import Module, Options, Range, Sizes, build, modules
 from mllm_edge.runtime.generate import PREFILL_CHUNK
 from mllm_edge.spec import Variant
 
-__all__ = ["FOLDER", "Limits", "StoredEngine", "building_memory", "default_limits", "find_engine", "make_engine"]
+__all__ = [
+    "FOLDER",
+    "Limits",
+    "StoredEngine",
+    "build_workspace",
+    "builders",
+    "building_memory",
+    "default_limits",
+    "find_engine",
+    "make_engine",
+]
 
 FOLDER = "engines"
 # A longest sequence that no one asked for: longer ones cost memory from the start.
@@ -75,6 +86,32 @@ def building_memory(bundle: Bundle, variant: Variant) -> int:
     data = bundle.manifest.files.get(f"{variant.file}.data")
     weights = bundle.manifest.files[variant.file].nbytes + (data.nbytes if data else 0)
     return _WEIGHTS_TIMES * weights + _BUILDER
+
+
+def build_workspace(cuda: Cuda) -> int:
+    """Bytes that kernels may work in: half of what is free, for weights and caches want the rest."""
+    return cuda.free_memory() // 2
+
+
+def builders(minimum: Mapping[str, str], device: str, here: str) -> list[Module]:
+    """Modules (name → lowest version) that build for a GPU ("sm86"), on a machine with the GPU `here` ("": none).
+
+    Raises BackendError that says why, when none does.
+    """
+    found, problems = [], []
+    for module in modules(minimum):
+        try:
+            if module.builds_ahead:
+                module.capability(device)
+            elif device != here:
+                what = f"{module.title} builds for the GPU it runs on ({here or 'here is none'}), not for {device}"
+                raise BackendError(what, 'build on the device itself, or pip install "mllm-edge[rtx]"')
+            found.append(module)
+        except BackendError as e:
+            problems.append(e)
+    if not found:
+        raise problems[0]
+    return found
 
 
 def find_engine(bundle: Bundle, variant: Variant, module: Module, device: str) -> StoredEngine | None:

@@ -1,0 +1,168 @@
+"""`mllm-edge build`: with TensorRT for RTX for GPUs that are not here, and on a stand-in for one that is."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+
+from mllm_edge.bundle import Bundle
+from mllm_edge.errors import BackendError
+from mllm_edge.export.pipeline import export
+from mllm_edge.runtime.build import build_engines, plan_build
+from tests.runtime.tensorrt_stand_in import install
+
+Cli = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("build") / "bundle"
+    targets = ("tensorrt", "tensorrt-10.3")
+    export(str(tiny_checkpoint), out, targets=targets, recipe_name="fp16", verify_mode="off")
+    return out
+
+
+@pytest.fixture
+def bundle(exported: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without cuda-bindings."""
+    for name in ("cuda", "cuda.bindings"):
+        monkeypatch.setitem(sys.modules, name, None)
+    pytest.importorskip("tensorrt_rtx_bindings")
+
+
+class Recorder:
+    """Stages and how much of them was done; `stop` after so many steps."""
+
+    def __init__(self, stop: int = 0) -> None:
+        self.done: dict[str, list[int]] = {}
+        self._stop = stop
+
+    def stage(self, title: str, total: int = 0) -> None:
+        self.done[title] = [total]
+
+    def advance(self, amount: int) -> None:
+        self.done[list(self.done)[-1]].append(amount)
+        if sum(len(steps) for steps in self.done.values()) == self._stop:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize(("target", "device"), [("tensorrt", "sm86"), ("tensorrt-10.3", "sm75")])
+def test_real_engines_for_a_gpu_that_is_not_here(cli: Cli, bundle: Path, target: str, device: str) -> None:
+    arguments = ("build", bundle, "--device", device, "--target", target, "--max-seq", 300, "--json")
+    result = cli(*arguments)
+    assert result.exit_code == 0, result.stderr
+    assert f"{device}, target {target}: 300 tokens" in result.stderr
+    assert "of memory" in result.stderr
+    report = json.loads(result.stdout)
+    assert report["module"]["name"] == "tensorrt_rtx"
+    assert report["limits"] == {"max_seq": 300, "max_images": 4, "max_batch": 1}
+    assert [engine["component"] for engine in report["engines"]] == list(Bundle.load(bundle).manifest.components)
+    for engine in report["engines"]:
+        assert (bundle / engine["file"]).stat().st_size == engine["nbytes"] > 0
+        assert engine["seconds"] > 0
+    again = json.loads(cli(*arguments).stdout)
+    assert [engine["seconds"] for engine in again["engines"]] == [0, 0, 0]
+    files = {path.name for path in (bundle / "engines").iterdir()}
+    assert cli(*arguments[:-2], 200).exit_code == 0
+    assert {path.name for path in (bundle / "engines").iterdir()} == files
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_progress_comes_from_tensorrt(bundle: Path) -> None:
+    recorder = Recorder()
+    build_engines(plan_build(bundle, device="sm86"), recorder)
+    assert list(recorder.done) == ["building vision_encoder", "building connector", "building decoder"]
+    for total, *steps in recorder.done.values():
+        assert len(steps) > 5
+        assert all(step >= 0 for step in steps)
+        assert 0.9 * total <= sum(steps) <= total
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_a_build_can_be_stopped(bundle: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        build_engines(plan_build(bundle, device="sm86"), Recorder(stop=7))
+    assert not list((bundle / "engines").glob("*.engine*"))
+    assert len(build_engines(plan_build(bundle, device="sm86"), Recorder())) == 3
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--device", "sm87"], ["does not build for sm87", "sm86"]),
+        (["--device", "current"], ["no compute capability", "--device auto"]),
+        ([], ["cuda-bindings are not installed", "--device sm86"]),
+        (["--device", "sm86", "--max-seq", "1025"], ["--max-seq 1025", "1024"]),
+        (["--device", "sm86", "--max-seq", "1"], ["--max-seq 1 "]),
+    ],
+)
+def test_what_cannot_be_built(cli: Cli, bundle: Path, options: list[str], words: list[str]) -> None:
+    result = cli("build", bundle, *options)
+    assert result.exit_code == 1
+    assert all(word in result.stderr for word in words), result.stderr
+    assert not (bundle / "engines").exists()
+
+
+def test_a_bundle_without_graphs_for_tensorrt(cli: Cli, tiny_bundle: Path) -> None:
+    result = cli("build", tiny_bundle, "--device", "sm86")
+    assert result.exit_code == 1
+    assert "no graphs for TensorRT, only for cpu" in result.stderr
+    assert "--target tensorrt" in result.stderr
+    assert "no variant" in cli("build", tiny_bundle, "--device", "sm86", "--target", "tensorrt").stderr
+
+
+# ---------------------------------------------------------------- with a GPU
+def test_the_gpu_here(cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = install(monkeypatch)
+    result = cli("build", bundle, "--max-seq", 128, "--max-batch", 2)
+    assert result.exit_code == 0, result.stderr
+    assert "TensorRT 10.16.1, sm87, target tensorrt: 128 tokens, 4 images or tiles, batch 2" in result.stderr
+    assert "building decoder" in result.stderr
+    assert machine.workspaces == [machine.free // 2] * 3
+    asked = cli("run", bundle, "Hello.", "--backend", "tensorrt", "--max-new-tokens", 4)
+    assert asked.exit_code == 0, asked.stderr
+    assert "building" not in asked.stderr
+    assert machine.counts["builds"] == 3
+    assert machine.counts["runs"] > 0
+
+
+def test_run_says_that_it_builds_and_what_it_does_without(cli: Cli, bundle: Path, monkeypatch: Any) -> None:
+    machine = install(monkeypatch)
+    machine.refuse["vision_encoder"] = "no kernel"
+    result = cli("run", bundle, "Hello.", "--max-new-tokens", 4)
+    assert result.exit_code == 0, result.stderr
+    assert "building the engine of decoder.tensorrt.onnx for sm87 with TensorRT 10.16.1, once" in result.stderr
+    assert "vision_encoder runs on the processor instead of tensorrt: " in result.stderr
+    assert "no kernel" in result.stderr
+
+
+def test_jetpack_6_gets_the_older_target(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, "10.3.0")
+    plan = plan_build(bundle)
+    assert (plan.target, plan.device, plan.module.title) == ("tensorrt-10.3", "sm87", "TensorRT 10.3.0")
+    with pytest.raises(BackendError, match=r"builds for the GPU it runs on \(sm87\), not for sm86"):
+        plan_build(bundle, device="sm86")
+
+
+def test_memory_that_is_too_small(cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = install(monkeypatch)
+    machine.refuse["decoder"] = "Error Code 2: OutOfMemory"
+    monkeypatch.setattr("mllm_edge.runtime.backends.tensorrt_engines._BUILDER", 1 << 60)
+    result = cli("build", bundle)
+    assert result.exit_code == 1
+    assert "likely too little" in result.stderr
+    assert "not enough memory to build the engine" in result.stderr
+    assert "--max-seq" in result.stderr
+    assert len(list((bundle / "engines").glob("*.engine"))) == 2, "those that are done stay"
