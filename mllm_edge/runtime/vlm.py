@@ -79,7 +79,8 @@ class VLM:
         self._types = {name: {t.name: t.dtype for t in component.variant.inputs} for name, component in opened.items()}
         self._sessions = {name: component.session for name, component in opened.items()}
         self._engine_context = self._sessions["decoder"].limits.get("capacity", self.spec.context_length)
-        self.context_length = min(max_context or self.spec.context_length, self._engine_context)
+        longest = min(self._engine_context, self.spec.context_length)
+        self.context_length = min(max_context or longest, longest)
         self._tiles = min([_TILES_PER_RUN, *(s.limits.get("tiles", _TILES_PER_RUN) for s in self._sessions.values())])
         table = bundle.array(self.spec.positions.table) if self.spec.positions.table else None
         decoder = opened["decoder"]

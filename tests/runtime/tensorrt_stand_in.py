@@ -27,7 +27,7 @@ __all__ = ["StandIn", "install"]
 _BAD_ADDRESS, _NO_MEMORY, _CAPTURING, _NO_DRIVER = 700, 2, 900, 35
 _NAMES = {_BAD_ADDRESS: b"cudaErrorIllegalAddress", _NO_MEMORY: b"cudaErrorMemoryAllocation"}
 _NAMES |= {_CAPTURING: b"cudaErrorStreamCaptureUnsupported", _NO_DRIVER: b"cudaErrorInsufficientDriver"}
-_STREAM = 77
+_STREAM, _ALIGNMENT = 77, 256
 
 
 class StandIn:
@@ -78,7 +78,8 @@ def _cudart(machine: StandIn) -> ModuleType:
     calls = _Calls(machine)
     for name in [n for n in dir(calls) if n.startswith("cuda")]:
         setattr(api, name, _troubled(machine, name, getattr(calls, name)))
-    api.cudaMemcpyKind = enum.IntEnum("Kind", {"cudaMemcpyHostToDevice": 1, "cudaMemcpyDeviceToHost": 2})  # type: ignore[attr-defined]
+    kinds = {"cudaMemcpyHostToDevice": 1, "cudaMemcpyDeviceToHost": 2, "cudaMemcpyDeviceToDevice": 3}
+    api.cudaMemcpyKind = enum.IntEnum("Kind", kinds)  # type: ignore[attr-defined]
     api.cudaStreamCaptureMode = enum.IntEnum("Mode", {"cudaStreamCaptureModeRelaxed": 2})  # type: ignore[attr-defined]
     names = {"cudaDevAttrComputeCapabilityMajor": 75, "cudaDevAttrComputeCapabilityMinor": 76}
     api.cudaDeviceAttr = enum.IntEnum("Attribute", names)  # type: ignore[attr-defined]
@@ -126,7 +127,8 @@ class _Calls:
     def cudaMalloc(self, nbytes: int) -> tuple:
         if nbytes > self._machine.free - self._machine.allocated():
             return _NO_MEMORY, None
-        memory = np.full(nbytes, 0xAB, np.uint8)  # what was there before
+        memory = np.full(nbytes + _ALIGNMENT, 0xAB, np.uint8)  # what was there before
+        memory = memory[-memory.ctypes.data % _ALIGNMENT :][:nbytes]
         self._machine.memory[memory.ctypes.data] = memory
         return 0, memory.ctypes.data
 
@@ -153,8 +155,10 @@ class _Calls:
     def cudaMemcpyAsync(self, target: int, source: int, nbytes: int, kind: int, stream: int) -> tuple:
         if self._machine.recording is not None:
             return (_CAPTURING,)
-        if self._machine.view(target if kind == 1 else source, nbytes) is None:
+        device = {1: [target], 2: [source], 3: [target, source]}[kind]
+        if any(self._machine.view(address, nbytes) is None for address in device):
             return (_BAD_ADDRESS,)
+        self._machine.counts["bytes copied on the device"] += nbytes if kind == 3 else 0
         ctypes.memmove(target, source, nbytes)
         return (0,)
 
@@ -397,6 +401,7 @@ def _tensorrt(machine: StandIn) -> ModuleType:
         "OnnxParser": _Parser,
         "Runtime": Runtime,
         "TensorIOMode": _Mode,
+        "TensorLocation": _Location,
     }
     for name, value in names.items():
         setattr(trt, name, value)
@@ -422,6 +427,11 @@ class _Mode(enum.IntEnum):
     OUTPUT = 2
 
 
+class _Location(enum.IntEnum):
+    DEVICE = 0
+    HOST = 1
+
+
 class _Engine:
     def __init__(self, machine: StandIn, log: _Logger, plan: dict[str, Any]):
         self.machine, self.log, self.profiles = machine, log, plan["profiles"]
@@ -445,6 +455,9 @@ class _Engine:
 
     def get_tensor_mode(self, name: str) -> _Mode:
         return _Mode.INPUT if name in self.inputs else _Mode.OUTPUT
+
+    def get_tensor_location(self, name: str) -> Any:
+        return _Location.DEVICE
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[list[int]]:
         return self.profiles[profile].get(name) or [list(self.inputs[name].shape)] * 3
@@ -491,7 +504,7 @@ class _Context:
     def set_tensor_address(self, name: str, address: int) -> bool:
         self._addresses[name] = address
         self._changes += 1
-        return True
+        return address % _ALIGNMENT == 0 or self._fail(f"the address of {name} is not aligned")
 
     def execute_async_v3(self, stream: int) -> bool:
         assert stream == _STREAM

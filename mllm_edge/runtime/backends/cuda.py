@@ -55,6 +55,12 @@ class Cuda:
             kind = self._api.cudaMemcpyKind.cudaMemcpyDeviceToHost
             self.call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, self._stream)
 
+    def copy(self, target: int, source: int, nbytes: int) -> None:
+        """Copy within the device."""
+        if nbytes:
+            kind = self._api.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+            self.call("cudaMemcpyAsync", target, source, nbytes, kind, self._stream)
+
     def clear(self, address: int, nbytes: int) -> None:
         """Fill with zeros."""
         if nbytes:

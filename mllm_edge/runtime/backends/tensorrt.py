@@ -33,6 +33,8 @@ __all__ = ["GRAPHS", "TensorRT"]
 GRAPHS = "MLLM_EDGE_CUDA_GRAPHS"
 # Attention over in-place caches spans a multiple of this many positions, the surplus hidden: steps share their shapes.
 _SPAN = 64
+# What TensorRT demands of every address.
+_ALIGNMENT = 256
 
 
 class TensorRT:
@@ -112,6 +114,11 @@ class _Buffer:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def aligned(self) -> bool:
+        """Whether TensorRT takes the address."""
+        return self.address % _ALIGNMENT == 0
+
     def read(self, axis: int, length: int) -> np.ndarray:
         values = np.empty((*self.shape[:axis], length, *self.shape[axis + 1 :]), self.dtype)
         for index, address in self._runs(axis):
@@ -170,6 +177,9 @@ class _Engine:
         """Raise BackendError unless inputs and outputs are the variant's, and caches are updated in place."""
         if set(self._names()) != {t.name for t in (*variant.inputs, *variant.outputs)}:
             raise BackendError(f"the engine of {variant.file} has other inputs or outputs than its graph")
+        for name in self._names():
+            if self.engine.get_tensor_location(name) != self.trt.TensorLocation.DEVICE:
+                raise BackendError(f"the engine of {variant.file} wants {name} in host memory", "please report this")
         if variant.kv_mode == "in_place" and hasattr(self.engine, "get_aliased_input_tensor"):
             for name in (t.name for t in variant.outputs if t.name.startswith("present.")):
                 past = name.replace("present.", "past_key_values.", 1)
@@ -216,6 +226,9 @@ class _Session:
         shapes = context.shapes([t.name for t in self._variant.outputs])
         addresses |= {t.name: self._output(t, shapes[t.name]) for t in self._variant.outputs}
         context.run(addresses)
+        for name, target in self._targets.items():
+            if isinstance(target, _Buffer) and addresses[name] != target.address:
+                self._cuda.copy(target.address, addresses[name], target.nbytes)
         return self._results(shapes, addresses)
 
     def _checked(self, name: str, value: Any) -> Any:
@@ -254,18 +267,22 @@ class _Session:
         )
 
     def _address(self, name: str, value: Any) -> int:
-        if isinstance(value, _Buffer):
+        if isinstance(value, _Buffer) and value.aligned:
             return value.address
         memory = self._room(name, value.nbytes)
-        self._cuda.upload(memory.address, value)
+        if isinstance(value, _Buffer):
+            self._cuda.copy(memory.address, value.address, value.nbytes)
+        else:
+            self._cuda.upload(memory.address, value)
         return memory.address
 
     def _output(self, tensor: TensorSpec, shape: tuple[int, ...]) -> int:
         target = self._targets.get(tensor.name)
         if target is not None and tuple(target.shape) != shape:
             raise BackendError(f"{self._variant.file}: {tensor.name} is {list(shape)}, bound to {list(target.shape)}")
-        if isinstance(target, _Buffer):
+        if isinstance(target, _Buffer) and target.aligned:
             return target.address
+        # New rows of an append cache may begin anywhere: those rows, never the cache, are copied behind the run.
         return self._room(tensor.name, math.prod(shape) * np.dtype(tensor.dtype).itemsize).address
 
     def _room(self, name: str, nbytes: int) -> Memory:

@@ -32,6 +32,8 @@ __all__ = [
 ]
 
 FOLDER = "engines"
+# Caches have a multiple of so many places: every sequence of a batch begins where TensorRT takes an address.
+_PLACES = 64
 # A longest sequence that no one asked for: longer ones cost memory from the start.
 _USUAL_SEQ = 4096
 # Tokens in one run of a decode profile. One alone would make TensorRT keep the weights twice.
@@ -71,14 +73,15 @@ class StoredEngine:
 
 
 def default_limits(bundle: Bundle, max_seq: int | None = None, max_images: int = 4, max_batch: int = 1) -> Limits:
-    """Limits for a bundle; raises BackendError when `max_seq` is beyond the model's context."""
+    """Limits for a bundle, `max_seq` rounded up; raises BackendError when it is beyond the model's context."""
     context = bundle.manifest.model.context_length
     if max_seq is not None and not 2 <= max_seq <= context:
         raise BackendError(
             f"--max-seq {max_seq} does not fit the model, whose context holds {context} tokens",
             f"--max-seq between 2 and {context}",
         )
-    return Limits(max_seq or min(context, _USUAL_SEQ), max_images, max_batch)
+    wanted = max_seq or min(context, _USUAL_SEQ)
+    return Limits(-(-wanted // _PLACES) * _PLACES, max_images, max_batch)
 
 
 def building_memory(bundle: Bundle, variant: Variant) -> int:
