@@ -103,6 +103,6 @@ def _best(bundle: Bundle) -> str:
     wanted = [target for target in TENSORRT if target in targets]
     if not wanted:
         return "cpu"
-    from mllm_edge.runtime.backends.tensorrt_build import usable
+    from mllm_edge.runtime.backends.tensorrt_engines import usable
 
     return next((target for target in wanted if usable(target)), "cpu")

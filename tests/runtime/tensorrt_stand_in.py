@@ -34,8 +34,8 @@ class StandIn:
     """The made-up machine. `counts`: builds, runs, records, replays; `refuse`: what a build logs before it fails, for
     graphs whose path contains the key; `trouble`: a number to return from a CUDA function, by name."""
 
-    def __init__(self, version: str, capability: tuple[int, int], gpus: int = 1) -> None:
-        self.version, self.capability, self.gpus = version, capability, gpus
+    def __init__(self, version: str, capability: tuple[int, int], gpus: int = 1, rtx: bool = False) -> None:
+        self.version, self.capability, self.gpus, self.rtx = version, capability, gpus, rtx
         self.memory: dict[int, np.ndarray] = {}
         self.free = 8 << 30
         self.counts: Counter[str] = Counter()
@@ -56,16 +56,26 @@ class StandIn:
 
 
 def install(
-    patch: pytest.MonkeyPatch, version: str = "10.16.1", capability: tuple[int, int] = (8, 7), gpus: int = 1
+    patch: pytest.MonkeyPatch,
+    version: str = "10.16.1",
+    capability: tuple[int, int] = (8, 7),
+    gpus: int = 1,
+    rtx: bool = False,
 ) -> StandIn:
-    """Make `import tensorrt` and `import cuda.bindings.runtime` find the stand-in, and TensorRT for RTX not at all."""
-    machine = StandIn(version, capability, gpus)
+    """Make `import tensorrt` (or, with `rtx`, tensorrt_rtx) and `import cuda.bindings.runtime` find the stand-in; the
+    other TensorRT is not found."""
+    machine = StandIn(version, capability, gpus, rtx)
     trt, bindings, runtime = _tensorrt(machine), ModuleType("cuda.bindings"), _cudart(machine)
     bindings.runtime = runtime  # type: ignore[attr-defined]
     package = ModuleType("cuda")
     package.bindings = bindings  # type: ignore[attr-defined]
-    found = {"tensorrt": trt, "cuda": package, "cuda.bindings": bindings, "cuda.bindings.runtime": runtime}
-    for name in ("tensorrt_rtx", "tensorrt_rtx_bindings"):
+    found = {
+        "tensorrt_rtx" if rtx else "tensorrt": trt,
+        "cuda": package,
+        "cuda.bindings": bindings,
+        "cuda.bindings.runtime": runtime,
+    }
+    for name in ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"):
         patch.setitem(sys.modules, name, None)  # type: ignore[arg-type]
     for name, module in found.items():
         patch.setitem(sys.modules, name, module)
@@ -116,6 +126,9 @@ class _Calls:
 
     def cudaStreamCreate(self) -> tuple:
         return 0, _STREAM
+
+    def cudaStreamDestroy(self, stream: int) -> tuple:
+        return (0,)
 
     def cudaStreamSynchronize(self, stream: int) -> tuple:
         assert stream == _STREAM
@@ -313,10 +326,15 @@ class _Config:
     def __init__(self) -> None:
         self.profiles: list[_Profile] = []
         self.workspace, self.timings = 0, None
+        self.num_compute_capabilities, self.capabilities = 0, {}
 
     def add_optimization_profile(self, profile: _Profile) -> int:
         self.profiles.append(profile)
         return len(self.profiles) - 1
+
+    def set_compute_capability(self, capability: Any, index: int) -> bool:
+        self.capabilities[index] = capability.name
+        return index < self.num_compute_capabilities
 
     def set_memory_pool_limit(self, pool: Any, nbytes: int) -> None:
         self.workspace = nbytes
@@ -348,7 +366,7 @@ def _tensorrt(machine: StandIn) -> ModuleType:
             self._log = log
 
         def create_network(self, flags: int) -> _Network:
-            assert flags == 1 << 1, "types are the graph's own"
+            assert flags == (0 if machine.rtx else 1 << 1), "types are the graph's own"
             return _Network()
 
         def create_builder_config(self) -> _Config:
@@ -373,6 +391,7 @@ def _tensorrt(machine: StandIn) -> ModuleType:
                 "folder": str(Path(network.path).parent),
                 "profiles": [profile.shapes for profile in config.profiles],
                 "version": machine.version,
+                "capabilities": list(config.capabilities.values()) or [_name_of(machine.capability)],
             }
             return json.dumps(plan).encode()
 
@@ -386,9 +405,10 @@ def _tensorrt(machine: StandIn) -> ModuleType:
                 self._log.log(_Severity.ERROR, "magic tag does not match")
                 return None
             plan = json.loads(bytes(data))
-            return _Engine(machine, self._log, plan) if plan["version"] == machine.version else None
+            fits = plan["version"] == machine.version and _name_of(machine.capability) in plan["capabilities"]
+            return _Engine(machine, self._log, plan) if fits else None
 
-    trt = ModuleType("tensorrt")
+    trt = ModuleType("tensorrt_rtx" if machine.rtx else "tensorrt")
     names = {
         "__version__": machine.version,
         "Builder": Builder,
@@ -403,9 +423,15 @@ def _tensorrt(machine: StandIn) -> ModuleType:
         "TensorIOMode": _Mode,
         "TensorLocation": _Location,
     }
+    if machine.rtx:
+        names["ComputeCapability"] = enum.IntEnum("ComputeCapability", ["CURRENT", "SM86", "SM89"])
     for name, value in names.items():
         setattr(trt, name, value)
     return trt
+
+
+def _name_of(capability: tuple[int, int]) -> str:
+    return f"SM{capability[0]}{capability[1]}"
 
 
 def _steps(monitor: _Monitor) -> bool:

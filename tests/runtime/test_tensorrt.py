@@ -99,6 +99,29 @@ def test_answers_are_those_of_onnxruntime(machine: StandIn, exported: Path, tmp_
     assert not machine.memory, "everything was freed"
 
 
+def test_tensorrt_for_rtx(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = install(monkeypatch, "1.7.1", (8, 6), rtx=True)
+    with reference(bundle, "tensorrt") as vlm:
+        expected = answers(vlm)
+    vlm, notices = load(bundle, "auto")
+    with vlm:
+        assert vlm.backend.name == "tensorrt"
+        assert answers(vlm) == expected
+    assert all("for sm86 with TensorRT for RTX 1.7.1, once" in notice for notice in notices)
+    assert machine.counts["builds"] == 3
+    assert not list((bundle / FOLDER).glob("timings*"))
+
+
+def test_a_gpu_that_tensorrt_for_rtx_does_not_know(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, "1.7.1", (9, 0), rtx=True)
+    assert open_backend("auto", bundle=Bundle.load(bundle)).name == "cpu"
+    vlm, notices = load(bundle, "tensorrt")
+    with vlm:
+        assert answers(vlm)
+    assert len(notices) == 3
+    assert all("TensorRT for RTX 1.7.1 does not build for sm90" in notice for notice in notices)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_engines_are_kept(machine: StandIn, bundle: Path, target: str) -> None:
     with load(bundle, target)[0] as vlm:

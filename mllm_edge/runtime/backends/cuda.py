@@ -10,7 +10,7 @@ import numpy as np
 
 from mllm_edge.errors import BackendError
 
-__all__ = ["Cuda", "Graph", "Memory", "Pinned", "visible_gpu"]
+__all__ = ["Cuda", "Graph", "Memory", "Pinned"]
 
 _INSTALL = 'pip install "mllm-edge[rtx]", or on a Jetson "mllm-edge[jetson]"'
 
@@ -31,6 +31,7 @@ class Cuda:
         self.capability = f"sm{major}{minor}"
         self._stream = self.call("cudaStreamCreate")
         self.stream = int(self._stream)
+        _free_with(self, self, "cudaStreamDestroy", self._stream)
 
     def call(self, name: str, *arguments: Any) -> Any:
         """A CUDA function's result; raises BackendError with CUDA's name of the error."""
@@ -123,14 +124,6 @@ class Pinned:
         memory = (ctypes.c_byte * nbytes).from_address(address)
         self.array = np.frombuffer(memory, np.uint8).view(dtype).reshape(shape)
         _free_with(self, cuda, "cudaFreeHost", address)
-
-
-def visible_gpu() -> bool:
-    """Whether cuda-bindings are installed and see a GPU."""
-    try:
-        return not _no_gpu(_import())
-    except BackendError:
-        return False
 
 
 def _free_with(owner: Any, cuda: Cuda, function: str, handle: Any) -> None:

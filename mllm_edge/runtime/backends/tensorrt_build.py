@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mllm_edge.errors import BackendError
-from mllm_edge.runtime.backends.cuda import visible_gpu
 from mllm_edge.runtime.backends.installed import engines, version_numbers
 from mllm_edge.runtime.backends.onnx_dimensions import fix_dimensions
-from mllm_edge.runtime.doctor import MINIMUM
 from mllm_edge.spec import TensorSpec
 
 __all__ = [
@@ -29,7 +27,6 @@ __all__ = [
     "logger",
     "modules",
     "shape_ranges",
-    "usable",
 ]
 
 _TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT for RTX"}
@@ -191,16 +188,6 @@ def modules(minimum: Mapping[str, str]) -> list[Module]:
             'pip install "mllm-edge[rtx]", or TensorRT itself; see `mllm-edge doctor`',
         )
     return found
-
-
-def usable(target: str) -> bool:
-    """Whether this machine has a GPU, cuda-bindings and a TensorRT for that target."""
-    if not visible_gpu():
-        return False
-    try:
-        return bool(modules(MINIMUM[target]))
-    except BackendError:
-        return False
 
 
 def build(

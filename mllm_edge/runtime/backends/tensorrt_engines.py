@@ -16,6 +16,7 @@ from mllm_edge.bundle import Bundle, sha256
 from mllm_edge.errors import BackendError
 from mllm_edge.runtime.backends.cuda import Cuda
 from mllm_edge.runtime.backends.tensorrt_build import Module, Options, Range, Sizes, build, modules
+from mllm_edge.runtime.doctor import MINIMUM
 from mllm_edge.runtime.generate import PREFILL_CHUNK
 from mllm_edge.spec import Variant
 
@@ -29,6 +30,7 @@ __all__ = [
     "default_limits",
     "find_engine",
     "make_engine",
+    "usable",
 ]
 
 FOLDER = "engines"
@@ -115,6 +117,15 @@ def builders(minimum: Mapping[str, str], device: str, here: str) -> list[Module]
     if not found:
         raise problems[0]
     return found
+
+
+def usable(target: str) -> bool:
+    """Whether this machine has a GPU, cuda-bindings, and a TensorRT that builds for both."""
+    try:
+        device = Cuda().capability
+        return bool(builders(MINIMUM[target], device, device))
+    except BackendError:
+        return False
 
 
 def find_engine(bundle: Bundle, variant: Variant, module: Module, device: str) -> StoredEngine | None:
