@@ -56,7 +56,9 @@ def _image(bundle: "Bundle") -> str:
     if image is None:
         return "takes none"
     steps = ", ".join(transform.op for transform in image.transforms)
-    return f"tiles of {image.height} x {image.width} px, {image.prompt.tokens_per_tile} tokens each ({steps})"
+    tiles = "tiles" if image.cells is None else "any number of cells"
+    tokens = f"{image.prompt.tokens_per_tile} token{'s' if image.prompt.tokens_per_tile > 1 else ''}"
+    return f"{tiles} of {image.height} x {image.width} px, {tokens} each ({steps})"
 
 
 def _facts(facts: dict[str, str]) -> str:

@@ -2,8 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-__all__ = ["quiet_transformers"]
+__all__ = ["forget_prompts", "quiet_transformers", "without_video"]
+
+
+def forget_prompts(model: Any) -> None:
+    """Drop what a model keeps of its last prompt: Qwen-VL's offset of positions would shift one without images."""
+    for module in model.modules():
+        if hasattr(module, "rope_deltas"):
+            module.rope_deltas = None
 
 
 @contextmanager
@@ -20,3 +28,15 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def without_video(processor: Any) -> Any:
+    """A processor class of transformers that takes images and text only: the part for video needs torchvision."""
+
+    class ForImages(processor):
+        # transformers reads the names of the parts from this signature.
+        def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None):
+            super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    ForImages.__name__ = processor.__name__
+    return ForImages

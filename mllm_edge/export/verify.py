@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from mllm_edge.errors import ParityError
+from mllm_edge.export.reference import forget_prompts, quiet_transformers
 from mllm_edge.export.source import Source
+from mllm_edge.runtime.grids import encoder_feeds
 
 __all__ = ["LIMITS", "Parity", "Scope", "verify"]
 
@@ -112,7 +114,6 @@ class _Reference:
         from transformers import AutoConfig, AutoModelForImageTextToText
 
         from mllm_edge.export.families import family_for
-        from mllm_edge.export.reference import quiet_transformers
 
         torch.manual_seed(_SEED)
         config = AutoConfig.from_pretrained(source.folder)
@@ -130,11 +131,11 @@ class _Reference:
         """Inputs, vision outputs, greedy tokens and the logits they came from."""
         torch = self.torch
         inputs = self.processor(text=text, images=list(images) or None, return_tensors="pt")
+        forget_prompts(self.model)
         found: dict[str, np.ndarray] = {"input_ids": inputs["input_ids"][0].numpy()}
         with torch.no_grad():
             if images:
-                pixel_values = inputs["pixel_values"]
-                found["pixel_values"] = pixel_values.flatten(0, -4).numpy()
+                found["pixel_values"] = inputs["pixel_values"].numpy()
                 hidden, features = self.family.image_features(self.model, inputs)
                 found["vision_hidden"], found["image_features"] = hidden.numpy(), features.numpy()
             found.update(self._greedy(inputs))
@@ -161,12 +162,10 @@ def _compare(reference: _Reference, folder: Path, case: _Case) -> _Outcome:
             raise ParityError(f"token ids differ from the source's processor for {case.prompt!r}")
         errors, pixels = {}, 0.0
         if prompt.pixel_values is not None:
-            scale = 255 * float(np.mean(_std(vlm)))
-            pixels = float(np.abs(prompt.pixel_values - expected["pixel_values"]).max()) * scale
-            hidden = vlm.component("vision_encoder", {"pixel_values": prompt.pixel_values})["vision_hidden"]
-            features = vlm.component("connector", {"vision_hidden": hidden})["image_features"]
+            pixels = _grey_levels(vlm, prompt.pixel_values, expected["pixel_values"])
+            hidden, features = _vision_outputs(vlm, prompt)
             errors["vision_encoder"] = _relative(hidden, expected["vision_hidden"])
-            errors["connector"] = _relative(features.reshape(-1, features.shape[-1]), expected["image_features"])
+            errors["connector"] = _relative(features, expected["image_features"])
         logits = _forced(vlm, prompt, expected["tokens"])
     spread = np.ptp(expected["logits"])
     difference = np.abs(logits - expected["logits"]).max(axis=1) / spread
@@ -175,11 +174,29 @@ def _compare(reference: _Reference, folder: Path, case: _Case) -> _Outcome:
     return _Outcome(errors, pixels, agreed, len(logits))
 
 
+def _grey_levels(vlm: Any, ours: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference of pixel values, which the reference may keep in another shape, in grey levels of 255."""
+    if ours.size != expected.size:
+        raise ParityError(f"pixel_values {list(ours.shape)}, but {list(expected.shape)} from the source's processor")
+    scale = 255 * float(np.mean(_std(vlm)))
+    return float(np.abs(ours - expected.reshape(ours.shape)).max()) * scale
+
+
+def _vision_outputs(vlm: Any, prompt: Any) -> tuple[np.ndarray, np.ndarray]:
+    """vision_hidden of all images, and their features [tokens, H]."""
+    hidden, features = [], []
+    for feeds in encoder_feeds(vlm.spec.image, prompt.pixel_values, prompt.image_grids):
+        hidden.append(vlm.component("vision_encoder", feeds)["vision_hidden"])
+        found = vlm.component("connector", {"vision_hidden": hidden[-1]})["image_features"]
+        features.append(found.reshape(-1, found.shape[-1]))
+    return np.concatenate(hidden), np.concatenate(features)
+
+
 def _forced(vlm: Any, prompt: Any, tokens: np.ndarray) -> np.ndarray:
     """Logits [steps, V] of prefill and of each step along the reference's tokens."""
     embeds = vlm.prompt_embeds(prompt)
     vlm.decoder.reset(len(embeds) + len(tokens))
-    rows = [vlm.decoder.forward(embeds).copy()]
+    rows = [vlm.decoder.forward(embeds, prompt.positions).copy()]
     for token in tokens[:-1]:
         rows.append(vlm.decoder.forward(vlm.embed(np.array([token]))).copy())
     return np.stack(rows)

@@ -32,6 +32,8 @@ class Decoder:
         self._last = np.zeros((1, 1), np.int64)
         self._bound_token = False
         self._logits = np.zeros((0, 0, 0), np.float32)
+        # How far positions are from the places in the cache, per sequence; None: nowhere.
+        self._shifts: np.ndarray | None = None
         self.cache: KVCache | None = None
 
     def reset(self, capacity: int, batch: int = 1) -> KVCache:
@@ -42,6 +44,7 @@ class Decoder:
             self._contract.reset(capacity)
             self._bound_token = False
         self.cache.truncate(0)
+        self._shifts = None
         return self.cache
 
     def set_cross(self, cross_kv: Mapping[str, np.ndarray] | None) -> None:
@@ -61,11 +64,12 @@ class Decoder:
     ) -> np.ndarray:
         """Append embeddings [S, H] to the only sequence; logits of the last position, [V] float32.
 
-        `positions` [S], or [3, S] for M-RoPE: by default the places in the sequence, on all axes. `length`: where a
-        prompt comes in chunks, that of the sequence with the whole prompt, for ropes that depend on it. `rows`: the
-        positions within these S to project instead, logits [K, V]. `blocks` [S]: tokens with the same number > 0 see
-        each other in both directions. `extras`: optional inputs of the graph, without the batch axis: `deepstack.{k}`
-        [S, H], `cross_attention_bias` [1, S, N], `cross_attention_rows` [S, 1].
+        `positions` [S], or [3, S] for M-RoPE: by default those that go on behind the highest of the last given ones,
+        or else the places in the sequence, on all axes. `length`: where a prompt comes in chunks, the highest position
+        of the whole prompt + 1, for ropes that depend on it. `rows`: the positions within these S to project instead,
+        logits [K, V]. `blocks` [S]: tokens with the same number > 0 see each other in both directions. `extras`:
+        optional inputs of the graph, without the batch axis: `deepstack.{k}` [S, H], `cross_attention_bias` [1, S, N],
+        `cross_attention_rows` [S, 1].
 
         Raises ContextError when the cache is full, ValueError for positions of another shape; nothing is changed then.
         The array returned is overwritten by the next call.
@@ -88,7 +92,8 @@ class Decoder:
         if len(inputs_embeds) != cache.batch:
             raise ValueError(f"{len(inputs_embeds)} sequences for a cache of {cache.batch}: reset() with that batch")
         counts = np.array([len(e) for e in inputs_embeds])
-        if positions is None and cache.mode == "in_place" and self._contract.takes_batch(cache, counts):
+        alike = positions is None and self._shifts is None
+        if alike and cache.mode == "in_place" and self._contract.takes_batch(cache, counts):
             return self._step(inputs_embeds, None, None, None, None, None)[:, 0]
         given = positions if positions is not None else (None,) * cache.batch
         results = [
@@ -114,11 +119,22 @@ class Decoder:
         if positions is not None:
             check_positions(self._model.positions.ropes, positions, counts[0])
         cache.advance(counts, self._session, row)
+        if positions is not None or self._shifts is not None:
+            positions = self._follow(positions, row or 0, int(pasts[0]), counts[0])
         step = Step(pasts, max(counts), np.array(counts), positions, length, blocks)
         feeds = self._contract.feeds(step, extras or {})
         feeds |= self._tokens(embeds, step, rows)
         self._session.run(feeds)
         return self._logits
+
+    def _follow(self, positions: np.ndarray | None, row: int, past: int, tokens: int) -> np.ndarray:
+        """The positions of one sequence's new tokens, given or not; those to come go on behind them."""
+        if self._shifts is None:
+            self._shifts = np.zeros(self._opened().batch, np.int64)
+        if positions is None:
+            return np.arange(past, past + tokens) + self._shifts[row]
+        self._shifts[row] = int(positions.max()) + 1 - (past + tokens)
+        return positions
 
     def _tokens(self, embeds: Sequence[np.ndarray], step: Step, rows: Sequence[int] | None) -> dict[str, np.ndarray]:
         """Embeddings, the rows to project, and a place for the logits."""

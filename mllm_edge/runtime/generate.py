@@ -57,19 +57,21 @@ def generate(
     max_new_tokens: int,
     trace: Trace,
     blocks: np.ndarray | None = None,
+    positions: np.ndarray | None = None,
 ) -> Iterator[int]:
     """Yield token ids until a stop id (which is not yielded) or `max_new_tokens`.
 
     `prompt_embeds` [S, H] float32 is appended to what the decoder's cache holds; the cache must have room for
-    S + max_new_tokens − 1 positions. `blocks` [S]: see `Decoder.forward`; a block is never cut. Spans: prefill once,
-    then sample and decode per token.
+    S + max_new_tokens − 1 positions. `blocks` [S] and `positions` [S] or [3, S] are as in `Decoder.forward`; a block is
+    never cut. Spans: prefill once, then sample and decode per token.
     """
     with trace.span("prefill"):
         assert decoder.cache is not None, "reset() comes first"
-        length = decoder.cache.length + len(prompt_embeds)
+        length = decoder.cache.length + len(prompt_embeds) if positions is None else int(positions.max()) + 1
         for piece in chunks(len(prompt_embeds), PREFILL_CHUNK, blocks):
             together = None if blocks is None else blocks[piece]
-            logits = decoder.forward(prompt_embeds[piece], length=length, blocks=together)
+            where = None if positions is None else positions[..., piece]
+            logits = decoder.forward(prompt_embeds[piece], where, length, blocks=together)
     for produced in range(1, max_new_tokens + 1):
         begin = time.perf_counter()
         token = sampler.sample(logits)

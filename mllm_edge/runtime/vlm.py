@@ -13,6 +13,7 @@ from mllm_edge.errors import ContextError, MllmEdgeError, PromptError
 from mllm_edge.runtime.backend import Backend, Session, open_backend
 from mllm_edge.runtime.decoder import Decoder
 from mllm_edge.runtime.generate import Embedder, generate
+from mllm_edge.runtime.grids import encoder_feeds
 from mllm_edge.runtime.image import ImageSource
 from mllm_edge.runtime.processor import Messages, Processor, Prompt
 from mllm_edge.runtime.sampling import Sampler, SamplingParams
@@ -25,8 +26,6 @@ FinishReason = Literal["stop", "stop_string", "length"]
 
 # The cache grows in steps of this many positions, so that similar prompts share one allocation.
 _CAPACITY_STEP = 256
-# Tiles per run of the vision encoder: more only needs more memory.
-_TILES_PER_RUN = 4
 
 
 @dataclass(frozen=True)
@@ -161,15 +160,15 @@ class VLM:
         """Run one component by itself (all but the decoder), for comparisons."""
         return self._sessions[name].run(feeds)
 
-    def image_features(self, pixel_values: np.ndarray, trace: Trace | None = None) -> np.ndarray:
-        """Vision encoder and connector: pixel_values [tiles, C, H, W] → image features [tokens, hidden] float32."""
+    def image_features(self, prompt: Prompt, trace: Trace | None = None) -> np.ndarray:
+        """Vision encoder and connector: the images of a prompt that has some → features [tokens, hidden] float32."""
+        assert self.spec.image is not None
+        assert prompt.pixel_values is not None
         trace = trace or Trace()
         parts = []
-        for start in range(0, len(pixel_values), _TILES_PER_RUN):
+        for feeds in encoder_feeds(self.spec.image, prompt.pixel_values, prompt.image_grids):
             with trace.span("vision_encoder"):
-                hidden = self._sessions["vision_encoder"].run(
-                    {"pixel_values": pixel_values[start : start + _TILES_PER_RUN]}
-                )
+                hidden = self._sessions["vision_encoder"].run(feeds)
             with trace.span("connector"):
                 features = self._sessions["connector"].run(hidden)["image_features"]
             parts.append(features.reshape(-1, features.shape[-1]))
@@ -178,7 +177,7 @@ class VLM:
     def prompt_embeds(self, prompt: Prompt, trace: Trace | None = None) -> np.ndarray:
         """Token embeddings of a prompt with the image features in their places, [S, H] float32."""
         trace = trace or Trace()
-        features = None if prompt.pixel_values is None else self.image_features(prompt.pixel_values, trace)
+        features = None if prompt.pixel_values is None else self.image_features(prompt, trace)
         with trace.span("embed"):
             embeds = self.embed(prompt.token_ids)
             if features is not None:
@@ -230,7 +229,10 @@ class VLM:
         times: list[float] = []
         texts: list[str] = []
         tail = ""
-        for token in generate(self.decoder, self.embed, embeds, sampler, stop_ids, max_new_tokens, trace):
+        steps = generate(
+            self.decoder, self.embed, embeds, sampler, stop_ids, max_new_tokens, trace, positions=prompt.positions
+        )
+        for token in steps:
             times.append(time.perf_counter())
             ids.append(token)
             texts.append(stops.push(decoder.push(token)))
@@ -246,8 +248,14 @@ class VLM:
         reason: FinishReason = "length" if len(ids) == max_new_tokens else "stop"
         if stops.matched is not None:
             reason = "stop_string"
-        metrics = _metrics(prompt, trace, times, cache.nbytes)
+        metrics = _metrics(prompt, self._tiles(prompt), trace, times, cache.nbytes)
         yield Chunk(tail, (), Result("".join(texts), tuple(ids), reason, metrics))
+
+    def _tiles(self, prompt: Prompt) -> int:
+        """What the vision encoder sees of a prompt: tiles, or images where they are not cut into tiles."""
+        if prompt.pixel_values is None or self.spec.image is None:
+            return 0
+        return len(prompt.pixel_values) if self.spec.image.cells is None else len(prompt.image_grids)
 
     def _check_current(self, call: int) -> None:
         if call != self._calls:
@@ -257,12 +265,12 @@ class VLM:
             )
 
 
-def _metrics(prompt: Prompt, trace: Trace, times: Sequence[float], kv_cache_bytes: int) -> Metrics:
+def _metrics(prompt: Prompt, tiles: int, trace: Trace, times: Sequence[float], kv_cache_bytes: int) -> Metrics:
     end = time.perf_counter()
     return Metrics(
         prompt_tokens=len(prompt.token_ids),
         image_tokens=len(prompt.image_positions),
-        tiles=0 if prompt.pixel_values is None else len(prompt.pixel_values),
+        tiles=tiles,
         new_tokens=len(times),
         **{name: trace.seconds(name) for name in ("preprocess", "vision_encoder", "connector", "embed", "prefill")},
         ttft=(times[0] if times else end) - trace.origin,

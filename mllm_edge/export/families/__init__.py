@@ -14,7 +14,7 @@ from mllm_edge.export.source import Source, nearest
 __all__ = ["FAMILIES", "family_for"]
 
 # model_type of config.json → module in this package
-FAMILIES = {"idefics3": "idefics3", "smolvlm": "idefics3", "llava": "llava"}
+FAMILIES = {"idefics3": "idefics3", "smolvlm": "idefics3", "llava": "llava", "qwen2_vl": "qwen2_vl"}
 
 
 def family_for(source: Source) -> ModuleType:
