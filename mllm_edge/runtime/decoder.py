@@ -32,8 +32,6 @@ class Decoder:
         self._last = np.zeros((1, 1), np.int64)
         self._bound_token = False
         self._logits = np.zeros((0, 0, 0), np.float32)
-        # How far positions are from the places in the cache, per sequence; None: nowhere.
-        self._shifts: np.ndarray | None = None
         self.cache: KVCache | None = None
 
     def reset(self, capacity: int, batch: int = 1) -> KVCache:
@@ -44,7 +42,6 @@ class Decoder:
             self._contract.reset(capacity)
             self._bound_token = False
         self.cache.truncate(0)
-        self._shifts = None
         return self.cache
 
     def set_cross(self, cross_kv: Mapping[str, np.ndarray] | None) -> None:
@@ -92,7 +89,7 @@ class Decoder:
         if len(inputs_embeds) != cache.batch:
             raise ValueError(f"{len(inputs_embeds)} sequences for a cache of {cache.batch}: reset() with that batch")
         counts = np.array([len(e) for e in inputs_embeds])
-        alike = positions is None and self._shifts is None
+        alike = positions is None and cache.shifts is None
         if alike and cache.mode == "in_place" and self._contract.takes_batch(cache, counts):
             return self._step(inputs_embeds, None, None, None, None, None)[:, 0]
         given = positions if positions is not None else (None,) * cache.batch
@@ -119,22 +116,13 @@ class Decoder:
         if positions is not None:
             check_positions(self._model.positions.ropes, positions, counts[0])
         cache.advance(counts, self._session, row)
-        if positions is not None or self._shifts is not None:
-            positions = self._follow(positions, row or 0, int(pasts[0]), counts[0])
+        if positions is not None or cache.shifts is not None:
+            positions = _follow(cache, positions, row or 0, counts[0])
         step = Step(pasts, max(counts), np.array(counts), positions, length, blocks)
         feeds = self._contract.feeds(step, extras or {})
         feeds |= self._tokens(embeds, step, rows)
         self._session.run(feeds)
         return self._logits
-
-    def _follow(self, positions: np.ndarray | None, row: int, past: int, tokens: int) -> np.ndarray:
-        """The positions of one sequence's new tokens, given or not; those to come go on behind them."""
-        if self._shifts is None:
-            self._shifts = np.zeros(self._opened().batch, np.int64)
-        if positions is None:
-            return np.arange(past, past + tokens) + self._shifts[row]
-        self._shifts[row] = int(positions.max()) + 1 - (past + tokens)
-        return positions
 
     def _tokens(self, embeds: Sequence[np.ndarray], step: Step, rows: Sequence[int] | None) -> dict[str, np.ndarray]:
         """Embeddings, the rows to project, and a place for the logits."""
@@ -161,3 +149,14 @@ class Decoder:
     def _opened(self) -> KVCache:
         assert self.cache is not None, "reset() comes first"
         return self.cache
+
+
+def _follow(cache: KVCache, positions: np.ndarray | None, row: int, tokens: int) -> np.ndarray:
+    """The positions of the last `tokens` of sequence `row`, given or not; those to come go on behind them."""
+    if cache.shifts is None:
+        cache.shifts = np.zeros(cache.batch, np.int64)
+    end = int(cache.lengths[row])
+    if positions is None:
+        return np.arange(end - tokens, end) + cache.shifts[row]
+    cache.shifts[row] = int(positions.max()) + 1 - end
+    return positions
