@@ -7,8 +7,11 @@ MllmEdgeError
 │   ├── ConfigError             a config value that nobody handles
 │   └── WeightsError            missing, unused, truncated or misshapen weights
 ├── ExportError        the export itself failed
-│   └── ParityError             the exported graphs disagree with the source model
+│   ├── ParityError             the exported graphs disagree with the source model
+│   ├── RecipeError             a recipe that cannot be read or names what the model does not have (also ValueError)
+│   └── AccuracyError           a quantized bundle loses more than was allowed
 ├── BundleError        not a bundle, damaged, or made by a newer version (also ValueError)
+├── DataError          calibration data that cannot be read (also ValueError)
 ├── ImageError         an image that cannot be decoded (also ValueError)
 ├── PromptError        messages, images and placeholders that do not fit together (also ValueError)
 ├── ContextError       more tokens than the context holds (also ValueError)
@@ -19,15 +22,18 @@ A message says what is wrong and where; `fix` holds the command or option that h
 """
 
 __all__ = [
+    "AccuracyError",
     "BackendError",
     "BundleError",
     "ConfigError",
     "ContextError",
+    "DataError",
     "ExportError",
     "ImageError",
     "MllmEdgeError",
     "ParityError",
     "PromptError",
+    "RecipeError",
     "SourceError",
     "UnsupportedModelError",
     "WeightsError",
@@ -70,8 +76,20 @@ class ParityError(ExportError):
     """The exported graphs disagree with the source model beyond the tolerance."""
 
 
+class RecipeError(ExportError, ValueError):
+    """A recipe that cannot be read, or that names layers the model does not have."""
+
+
+class AccuracyError(ExportError):
+    """A quantized bundle loses more accuracy than was allowed."""
+
+
 class BundleError(MllmEdgeError, ValueError):
     """A directory that is no bundle, a damaged one, or one from a newer version."""
+
+
+class DataError(MllmEdgeError, ValueError):
+    """Calibration data that cannot be read or is too little."""
 
 
 class ImageError(MllmEdgeError, ValueError):

@@ -1,42 +1,70 @@
 """The one writer of linear layers: every form a weight can take in a graph.
 
 `linear` picks the form from a Precision and from what the graph may hold. Forms for the `contrib` dialect (ONNX
-Runtime's own operators): float MatMul, half-precision weights cast on load, DynamicQuantizeMatMul (uint8 activations),
-MatMulNBits (blocks). For the standard dialects: MatMul in the graph's float type, and MatMul over DequantizeLinear of
-int8 weights per output channel or int4 weights in blocks (symmetric, positive scales, as TensorRT demands).
+Runtime's own operators): float MatMul, half-precision weights cast on load, DynamicQuantizeMatMul and
+MatMulIntegerToFloat (uint8 activations: signed ones are many times slower there), MatMulNBits (blocks). For the
+standard dialects: MatMul in the graph's float type, and MatMul over DequantizeLinear of int8 weights per output channel
+or int4 weights in blocks, activations as QuantizeLinear → DequantizeLinear (all symmetric, positive scales, zero points
+0, as TensorRT demands).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
 from mllm_edge.calibration.methods import rtn
+from mllm_edge.calibration.methods.ranges import Range
 from mllm_edge.calibration.recipes import Precision, block_size
 
 if TYPE_CHECKING:
     from mllm_edge.export.graph import GraphBuilder
 
-__all__ = ["Linear", "linear", "pack_blocks", "to_float", "to_half"]
+__all__ = ["Linear", "Rounding", "linear", "pack_blocks", "quantized_input", "to_float", "to_half"]
 
 _MICROSOFT = "com.microsoft"
-# How codes and scales are chosen. Rounding needs the weight alone; a calibrated method is one more module here.
-_METHODS = {"rtn": rtn}
 _FLOAT, _HALF, _UINT8, _INT8 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.UINT8, ir.DataType.INT8
 _INT4 = ir.DataType.INT4
 
 
+class Rounding(Protocol):
+    """Chooses the codes and scales of a weight [N, K] float32; the module `methods.rtn` is one."""
+
+    def quantize_blocks(
+        self, weight: np.ndarray, bits: int, block: int, positive_scales: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Codes [N, blocks, block] uint8 around 2^(bits−1), scales [N, blocks] float32."""
+        ...
+
+    def quantize_channels(self, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Codes [N, K] int8, scales [N] float32."""
+        ...
+
+
 @dataclass(frozen=True)
 class Linear:
-    """y = x · weightᵀ + bias. `weight` and `bias` return float32 arrays [out, in] and [out] when called."""
+    """y = x · weightᵀ + bias. `weight` and `bias` return float32 arrays [out, in] and [out] when called.
+
+    `quantized`: x as `quantized_input` made it, for int8_static, and `input_range` the range it was made for.
+    """
 
     name: str
     shape: tuple[int, int]
     weight: Callable[[], np.ndarray]
     bias: Callable[[], np.ndarray] | None = None
+    rounding: Rounding = rtn
+    quantized: ir.Value | None = None
+    input_range: Range | None = None
+
+
+def quantized_input(graph: "GraphBuilder", x: ir.Value, name: str, where: Range) -> ir.Value:
+    """x in 8 bits over the range `where`: uint8 codes in `contrib`, else what int8 codes stand for."""
+    scale, zero = _activation_scale(graph, name, where)
+    codes = graph.node("QuantizeLinear", [x, scale, zero], f"{name}.codes")
+    return codes if graph.contrib else graph.node("DequantizeLinear", [codes, scale, zero], f"{name}.int8")
 
 
 def linear(graph: "GraphBuilder", x: ir.Value, layer: Linear, precision: Precision) -> ir.Value:
@@ -45,8 +73,10 @@ def linear(graph: "GraphBuilder", x: ir.Value, layer: Linear, precision: Precisi
         return _standard(graph, x, layer, precision)
     if precision.kind == "blocks":
         return _blocks(graph, x, layer, precision)
+    if precision.kind == "int8_static":
+        return _int8_static(graph, layer)
     if precision.kind == "int8_dynamic":
-        return _int8_dynamic(graph, x, layer, precision)
+        return _int8_dynamic(graph, x, layer)
     return _float(graph, x, layer, half=precision.kind == "float16")
 
 
@@ -78,12 +108,11 @@ def _matmul(graph: "GraphBuilder", x: ir.Value, weight: ir.Value, layer: Linear)
 def _standard(graph: "GraphBuilder", x: ir.Value, layer: Linear, precision: Precision) -> ir.Value:
     rows, row = layer.shape
     name, kind = f"{layer.name}.weight", graph.float_type
-    method = _METHODS[precision.method]
     if precision.kind in ("float32", "float16"):
         weight = graph.weight(name, kind, (row, rows), lambda: to_float(name, layer.weight().T, kind))
     elif precision.bits == 8:
         # TensorRT has no int8 blocks: one scale per output channel.
-        channels = _Once(lambda: method.quantize_channels(layer.weight()))
+        channels = _Once(lambda: layer.rounding.quantize_channels(layer.weight()))
         codes = graph.weight(name, _INT8, (row, rows), lambda: channels()[0].T)
         scales = graph.weight(f"{name}.scale", kind, (rows,), lambda: to_float(name, channels()[1], kind))
         weight = graph.node("DequantizeLinear", [codes, scales], f"{name}.float", axis=1)
@@ -91,11 +120,19 @@ def _standard(graph: "GraphBuilder", x: ir.Value, layer: Linear, precision: Prec
         graph.require_opset(21)  # int4 and blocks in DequantizeLinear
         block = block_size(row, precision.largest_block)
         blocks = -(-row // block)
-        packed = _Once(lambda: method.quantize_blocks(layer.weight(), 4, block, positive_scales=True))
+        packed = _Once(lambda: _blocks_of_4(layer, precision, block, positive_scales=True))
         codes = graph.weight(name, _INT4, (row, rows), lambda: _int4_columns(packed()[0], row))
         scales = graph.weight(f"{name}.scale", kind, (blocks, rows), lambda: to_float(name, packed()[1].T, kind))
         weight = graph.node("DequantizeLinear", [codes, scales], f"{name}.float", axis=0, block_size=block)
-    return _matmul(graph, x, weight, layer)
+    return _matmul(graph, x if layer.quantized is None else layer.quantized, weight, layer)
+
+
+def _blocks_of_4(
+    layer: Linear, precision: Precision, block: int, positive_scales: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes around 8 and scales; fewer bits than 4 lie in the middle of the range."""
+    codes, scales = layer.rounding.quantize_blocks(layer.weight(), precision.bits, block, positive_scales)
+    return codes + np.uint8(8 - (1 << (precision.bits - 1))), scales
 
 
 def _int4_columns(codes: np.ndarray, row: int) -> np.ndarray:
@@ -124,21 +161,53 @@ def _bias(graph: "GraphBuilder", layer: Linear) -> ir.Value | None:
     return graph.weight(name, kind, (layer.shape[0],), lambda: to_float(name, bias(), kind))
 
 
-def _int8_dynamic(graph: "GraphBuilder", x: ir.Value, layer: Linear, precision: Precision) -> ir.Value:
-    rows, row = layer.shape
-    quantized = _Once(lambda: _METHODS[precision.method].quantize_channels(layer.weight()))
-    codes = graph.weight(f"{layer.name}.weight", _INT8, (row, rows), lambda: quantized()[0].T)
-    scales = graph.weight(f"{layer.name}.scale", _FLOAT, (rows,), lambda: quantized()[1])
-    zero = graph.constant("zero.int8", np.array(0, np.int8))
+def _int8_dynamic(graph: "GraphBuilder", x: ir.Value, layer: Linear) -> ir.Value:
+    codes, scales, zero = _int8_weight(graph, layer)
     inputs = [x, codes, scales, zero, _bias(graph, layer)]
     return graph.node("DynamicQuantizeMatMul", inputs, layer.name, _MICROSOFT)
 
 
+def _int8_static(graph: "GraphBuilder", layer: Linear) -> ir.Value:
+    assert layer.quantized is not None
+    assert layer.input_range is not None
+    codes, scales, zero = _int8_weight(graph, layer)
+    input_scale, input_zero = _activation_scale(graph, layer.name, layer.input_range)
+    inputs = [layer.quantized, codes, input_scale, scales, input_zero, zero, _bias(graph, layer)]
+    return graph.node("MatMulIntegerToFloat", inputs, layer.name, _MICROSOFT)
+
+
+def _int8_weight(graph: "GraphBuilder", layer: Linear) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Codes [in, out] int8, scales [out] and the zero point 0."""
+    rows, row = layer.shape
+    quantized = _Once(lambda: layer.rounding.quantize_channels(layer.weight()))
+    codes = graph.weight(f"{layer.name}.weight", _INT8, (row, rows), lambda: quantized()[0].T)
+    scales = graph.weight(f"{layer.name}.scale", _FLOAT, (rows,), lambda: quantized()[1])
+    return codes, scales, graph.constant("zero.int8", np.array(0, np.int8))
+
+
+def _activation_scale(graph: "GraphBuilder", name: str, where: Range) -> tuple[ir.Value, ir.Value]:
+    """Scale and zero point of activations: the whole range in `contrib`, else symmetric."""
+    low, high = where
+    if graph.contrib:
+        scale = (high - low) / 255
+        zero = np.array(round(-low / scale), np.uint8)
+    else:
+        scale, zero = max(-low, high) / 127, np.array(0, np.int8)
+    kind = graph.float_type.numpy()
+    return (
+        graph.constant(f"{name}.input.scale", np.array(scale, kind)),
+        graph.constant(f"{name}.input.zero", zero),
+    )
+
+
 def _blocks(graph: "GraphBuilder", x: ir.Value, layer: Linear, precision: Precision) -> ir.Value:
     rows, row = layer.shape
-    bits, block = precision.bits, block_size(row, precision.largest_block)
+    bits, block = max(precision.bits, 4), block_size(row, precision.largest_block)
     blocks = -(-row // block)
-    quantized = _Once(lambda: _METHODS[precision.method].quantize_blocks(layer.weight(), bits, block))
+    if bits == 4:
+        quantized = _Once(lambda: _blocks_of_4(layer, precision, block))
+    else:
+        quantized = _Once(lambda: layer.rounding.quantize_blocks(layer.weight(), bits, block))
     packed = graph.weight(
         f"{layer.name}.weight", _UINT8, (rows, blocks, block * bits // 8), lambda: pack_blocks(quantized()[0], bits)
     )

@@ -1,53 +1,110 @@
 """Recipes: which precision each part of the model gets, as data."""
 
-from dataclasses import dataclass
-from typing import Literal
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
 
-__all__ = ["RECIPES", "Precision", "Recipe", "block_size", "recipe"]
+from mllm_edge.calibration.methods.ranges import RangeMethod
+from mllm_edge.errors import RecipeError
 
+__all__ = [
+    "CALIBRATED",
+    "RECIPES",
+    "Method",
+    "Precision",
+    "Recipe",
+    "Rule",
+    "block_size",
+    "calibrated_recipe",
+    "check_rules",
+    "precision_of",
+    "read_recipe",
+    "recipe",
+]
+
+Kind = Literal["float32", "float16", "int8_dynamic", "int8_static", "blocks"]
+Method = Literal["rtn", "smoothquant", "gptq", "awq", "awq+gptq"]
 _BLOCKS = (128, 64, 32)
 
 
 @dataclass(frozen=True)
 class Precision:
-    """How a linear layer's weight is held.
+    """How a linear layer is held and computed.
 
     `kind` float32 | float16 (stored in half, computed in float32 where the CPU has no half kernels) | int8_dynamic
-    (8-bit weight per output channel, activations quantized to uint8 at run time) | blocks (`bits` per weight with one
-    scale per `largest_block` weights at most, activations quantized to int8 per block at run time).
-    `method` names the module of `calibration.methods` that chooses codes and scales.
+    (8-bit weight per output channel, activations quantized at run time; TensorRT keeps them in half) | int8_static (the
+    same weight, activations quantized with a range from calibration) | blocks (`bits` per weight with one scale per
+    `largest_block` weights at most).
+
+    `method` chooses codes and scales: rtn (the weight alone), or with calibration smoothquant, gptq, awq, awq+gptq
+    (scaled by AWQ, rounded by GPTQ). `ranges` chooses what int8_static represents of the activations.
     """
 
-    kind: Literal["float32", "float16", "int8_dynamic", "blocks"]
+    kind: Kind
     bits: int = 32
     largest_block: int = 128
-    method: Literal["rtn"] = "rtn"
+    method: Method = "rtn"
+    ranges: RangeMethod = "mse"
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it cannot do without calibration."""
+        return self.kind == "int8_static" or self.method != "rtn"
 
 
 FLOAT32 = Precision("float32")
 FLOAT16 = Precision("float16", 16)
 INT8_DYNAMIC = Precision("int8_dynamic", 8)
+INT8_STATIC = Precision("int8_static", 8, method="smoothquant")
 BLOCKS_8 = Precision("blocks", 8)
 BLOCKS_4 = Precision("blocks", 4)
+CALIBRATED_4 = Precision("blocks", 4, method="awq+gptq")
+# A 4-bit head makes small models repeat themselves; its block is 64 (CPU kernels).
+HEAD_8 = Precision("blocks", 8, 64)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Another precision for the layers whose component and name match these patterns (`*` and `?` as in a shell)."""
+
+    component: str
+    layers: str
+    precision: Precision
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named choice. `vision` covers the vision encoder's linear layers, `head` the projection onto the vocabulary."""
+    """A named choice. `vision` covers the vision encoder's linear layers, `head` the projection onto the vocabulary; of
+    the `rules` that match a layer the last one counts.
+
+    `raised`: what the layers with the largest errors get instead, as many as the bundle stays under `size` with, a part
+    of what it was in half precision.
+    """
 
     name: str
     vision: Precision
     connector: Precision
     decoder: Precision
     head: Precision
+    rules: tuple[Rule, ...] = ()
+    raised: Precision | None = None
+    size: float = 1.0
 
 
-# The head keeps 8 bits in int4: a 4-bit head makes small models repeat themselves; its block is 64 (CPU kernels).
 RECIPES = {
     "fp32": Recipe("fp32", FLOAT32, FLOAT32, FLOAT32, FLOAT32),
     "fp16": Recipe("fp16", FLOAT16, FLOAT16, FLOAT16, FLOAT16),
-    "int8": Recipe("int8", INT8_DYNAMIC, INT8_DYNAMIC, BLOCKS_8, Precision("blocks", 8, 64)),
-    "int4": Recipe("int4", INT8_DYNAMIC, INT8_DYNAMIC, BLOCKS_4, Precision("blocks", 8, 64)),
+    "int8": Recipe("int8", INT8_DYNAMIC, INT8_DYNAMIC, BLOCKS_8, HEAD_8),
+    "int4": Recipe("int4", INT8_DYNAMIC, INT8_DYNAMIC, BLOCKS_4, HEAD_8),
+}
+# With calibration data.
+CALIBRATED = {
+    "int8": Recipe("int8", INT8_STATIC, INT8_STATIC, INT8_STATIC, HEAD_8),
+    "int4": Recipe("int4", INT8_STATIC, INT8_STATIC, CALIBRATED_4, HEAD_8),
+    "mixed": Recipe("mixed", CALIBRATED_4, CALIBRATED_4, CALIBRATED_4, HEAD_8, raised=BLOCKS_8, size=0.4),
 }
 
 
@@ -58,6 +115,109 @@ def recipe(name: str) -> Recipe:
     return RECIPES[name]
 
 
+def calibrated_recipe(name: str) -> Recipe:
+    """The recipe called `name` as it is with calibration data, or the one in the file of that name (.toml).
+
+    Raises RecipeError.
+    """
+    if name.endswith(".toml"):
+        return read_recipe(Path(name))
+    known = {**RECIPES, **CALIBRATED}
+    if name not in known:
+        raise RecipeError(f"unknown recipe {name!r}", f"known recipes: {', '.join(known)}, or a .toml file")
+    return known[name]
+
+
+def precision_of(recipe: Recipe, component: str, layer: str) -> Precision:
+    """What `recipe` says about one linear layer of a component."""
+    chosen = {"decoder": recipe.decoder, "connector": recipe.connector}.get(component, recipe.vision)
+    if component == "decoder" and layer == "lm_head":
+        chosen = recipe.head
+    for rule in recipe.rules:
+        if fnmatchcase(component, rule.component) and fnmatchcase(layer, rule.layers):
+            chosen = rule.precision
+    return chosen
+
+
+def check_rules(recipe: Recipe, layers: Mapping[str, Iterable[str]]) -> None:
+    """Raise RecipeError for a rule that matches none of the model's layers, `layers` by component."""
+    names = {(component, layer) for component, found in layers.items() for layer in found}
+    for rule in recipe.rules:
+        if any(fnmatchcase(c, rule.component) and fnmatchcase(n, rule.layers) for c, n in names):
+            continue
+        pattern = f"{rule.component}: {rule.layers}"
+        near = difflib.get_close_matches(pattern, sorted(f"{c}: {n}" for c, n in names), 3, 0.3)
+        raise RecipeError(
+            f"recipe {recipe.name}: the rule for {pattern} matches no layer",
+            f"near matches: {', '.join(near) or 'none'}; `*` stands for any text",
+        )
+
+
 def block_size(row: int, largest: int) -> int:
     """The largest of 128, 64, 32 (up to `largest`) that divides a row of `row` weights; 32, padded, when none does."""
     return next((b for b in _BLOCKS if b <= largest and row % b == 0), 32)
+
+
+# ---------------------------------------------------------------- TOML
+_PARTS = ("vision", "connector", "decoder", "head")
+_KEYS: Mapping[str, tuple[Any, ...]] = {
+    "kind": ("float32", "float16", "int8", "int8_dynamic", "blocks"),
+    "bits": (2, 3, 4, 8),
+    "block": _BLOCKS,
+    "method": ("rtn", "smoothquant", "gptq", "awq", "awq+gptq"),
+    "ranges": ("minmax", "percentile", "entropy", "mse"),
+}
+_EXAMPLE = 'base = "int4", and tables [vision], [connector], [decoder], [head], [[rules]] with ' + ", ".join(_KEYS)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a TOML file: a `base` (int4) and what differs from it; raises RecipeError naming the key."""
+    import tomllib  # type: ignore[import-not-found, unused-ignore]  # Python 3.11, which the export needs anyway
+
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise RecipeError(f"{path}: {e.strerror}", "--recipe takes a name or a .toml file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise RecipeError(f"{path}: {e}", f"a recipe holds {_EXAMPLE}") from None
+    unknown = sorted(set(data) - {"name", "base", "size", "rules", *_PARTS})
+    if unknown:
+        raise RecipeError(f"{path}: unknown key {unknown[0]!r}", f"a recipe holds {_EXAMPLE}")
+    base = calibrated_recipe(str(data.get("base", "int4")))
+    size = data.get("size", base.size)
+    if not isinstance(size, (int, float)) or not 0 < size <= 1:
+        raise RecipeError(
+            f"{path}: size = {size!r}", "size is a part of the half-precision bundle: 0.4, for base = mixed"
+        )
+    parts = {part: _precision(f"{path}: [{part}]", data.get(part, {}), getattr(base, part)) for part in _PARTS}
+    rules = tuple(_rule(f"{path}: [[rules]] {i}", rule) for i, rule in enumerate(data.get("rules", []), 1))
+    return replace(base, name=str(data.get("name", path.stem)), **parts, rules=base.rules + rules, size=float(size))
+
+
+def _rule(where: str, data: Any) -> Rule:
+    if not isinstance(data, Mapping) or "layers" not in data:
+        raise RecipeError(f"{where}: no layers", 'a rule holds layers = "layers.0.*", and a kind')
+    rest = {key: value for key, value in data.items() if key not in ("component", "layers")}
+    return Rule(str(data.get("component", "*")), str(data["layers"]), _precision(where, rest, FLOAT16))
+
+
+def _precision(where: str, data: Any, base: Precision) -> Precision:
+    """`base` with what a table says otherwise; a kind that differs brings its own defaults."""
+    if not isinstance(data, Mapping):
+        raise RecipeError(f"{where}: not a table", f"a recipe holds {_EXAMPLE}")
+    for key, value in data.items():
+        if key not in _KEYS:
+            raise RecipeError(f"{where}: unknown key {key!r}", f"known keys: {', '.join(_KEYS)}")
+        if value not in _KEYS[key]:
+            raise RecipeError(f"{where}: {key} = {value!r}", f"{key} is one of {', '.join(map(str, _KEYS[key]))}")
+    kind = {"int8": "int8_static"}.get(data.get("kind", base.kind), data.get("kind", base.kind))
+    if kind != base.kind:
+        defaults = (FLOAT32, FLOAT16, INT8_DYNAMIC, INT8_STATIC, CALIBRATED_4)
+        base = next(precision for precision in defaults if precision.kind == kind)
+    return replace(
+        base,
+        bits=data.get("bits", base.bits),
+        largest_block=data.get("block", base.largest_block),
+        method=data.get("method", base.method),
+        ranges=data.get("ranges", base.ranges),
+    )

@@ -18,6 +18,7 @@ __all__ = ["VERBS", "main"]
 # Repeated here so that the overview imports no verb; a test compares them with the verbs' own help.
 VERBS = {
     "export": "Export a checkpoint to a bundle.",
+    "quantize": "Quantize a bundle with calibration data.",
     "run": "Ask a bundle a question about images.",
     "inspect": "Show what is in a bundle.",
     "profile": "Measure latency, throughput and memory.",

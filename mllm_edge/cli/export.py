@@ -16,10 +16,10 @@ from mllm_edge.cli.progress import stages
 from mllm_edge.cli.signals import interrupted_message, interruptible
 from mllm_edge.errors import MllmEdgeError
 
-__all__ = ["RECIPES", "TARGETS", "command"]
+__all__ = ["RECIPES", "TARGETS", "command", "exporter"]
 
 # Repeated here so that the help needs no export extra; a test compares them with the exporter's own.
-TARGETS = ("cpu",)
+TARGETS = ("cpu", "tensorrt", "tensorrt-10.3")
 RECIPES = ("fp32", "fp16", "int8", "int4")
 _NEEDED = (
     "huggingface_hub",
@@ -40,7 +40,16 @@ _STOPPED = interrupted_message("the export") + "; its temporary files are gone"
 @click.command("export", short_help="Export a checkpoint to a bundle.")
 @click.argument("model")
 @click.argument("out", type=click.Path())
-@click.option("--target", type=click.Choice(TARGETS), default="cpu", show_default=True, help="Where it will run.")
+@click.option(
+    "--target",
+    "targets",
+    type=click.Choice(TARGETS),
+    multiple=True,
+    default=("cpu",),
+    show_default="cpu",
+    help="Where it will run; may be repeated. Others come with the cpu's graphs, the fallback.",
+)
+@click.option("--no-fallback", is_flag=True, help="Leave out the cpu's graphs beside another target's.")
 @click.option("--recipe", type=click.Choice(RECIPES), default="int4", show_default=True, help="Precision.")
 @click.option(
     "--verify",
@@ -56,7 +65,8 @@ _STOPPED = interrupted_message("the export") + "; its temporary files are gone"
 def command(
     model: str,
     out: str,
-    target: str,
+    targets: tuple[str, ...],
+    no_fallback: bool,
     recipe: str,
     verify: Any,
     revision: str | None,
@@ -73,11 +83,12 @@ def command(
     _keep_freed_memory()
     with interruptible(_STOPPED) as check, stages(check) as progress:
         progress.stage("loading the exporter")
-        pipeline = _pipeline()
+        pipeline = exporter()
         report = pipeline.export(
             model,
             out,
-            target=target,
+            targets=targets,
+            fallback=not no_fallback,
             recipe_name=recipe,
             verify_mode=verify,
             force=force,
@@ -104,7 +115,7 @@ def _keep_freed_memory() -> None:
         library.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
-def _pipeline() -> Any:
+def exporter() -> Any:
     """The exporter, other libraries' chatter silenced; raises MllmEdgeError when the extra is not installed."""
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
@@ -129,6 +140,7 @@ def _summary(report: dict[str, Any]) -> str:
     parts = [_components(report)]
     if report["parity"]:
         parts.append(_parity(report["parity"]))
+        parts += [_parity(parity) for parity in report["parity"].get("targets", {}).values()]
     elif not report["dry_run"]:
         parts.append("not compared with the source model (--verify off)")
     parts.append(_ending(report))
@@ -138,7 +150,8 @@ def _summary(report: dict[str, Any]) -> str:
 def _ending(report: dict[str, Any]) -> str:
     out = shlex.quote(report["out"])
     if report["dry_run"]:
-        command = f"mllm-edge export {shlex.quote(report['source'])} {out} --recipe {report['recipe']}"
+        options = "".join(f" --target {target}" for target in report["targets"] if target != "cpu")
+        command = f"mllm-edge export {shlex.quote(report['source'])} {out} --recipe {report['recipe']}{options}"
         return f"dry run: nothing was written\nnext: {command}"
     size = bytes_text(report["nbytes"])
     command = f'mllm-edge run {out} "What is in the picture?" --image FILE'
@@ -153,6 +166,6 @@ def _components(report: dict[str, Any]) -> str:
 
 def _parity(parity: dict[str, Any]) -> str:
     rows = [[name, f"{error:.1e}", f"{parity['limits'][name]:g}"] for name, error in parity["errors"].items()]
-    text = table([f"against the source model ({parity['scope']})", "error", "limit"], rows)
+    text = table([f"{parity['target']} against the source model ({parity['scope']})", "error", "limit"], rows)
     notes = "".join(f"\n{line}" for line in parity["notes"])
     return f"{text}\ngreedy tokens agree: {parity['greedy_agreement']:.1%} of {parity['greedy_tokens']}{notes}"

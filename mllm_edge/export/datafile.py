@@ -60,7 +60,7 @@ class DataFile:
         self, name: str, dtype: ir.DataType, shape: tuple[int, ...], compute: Callable[[], np.ndarray]
     ) -> ir.TensorProtocol:
         """Write the array that `compute` returns (of `shape`, already in `dtype`) and return a reference to it."""
-        array = np.ascontiguousarray(compute())
+        array = np.asarray(compute(), order="C")
         assert array.shape == shape, f"{name}: {array.shape} instead of {shape}"
         assert array.dtype == dtype.numpy(), f"{name}: {array.dtype} instead of {dtype}"
         if array.nbytes < _INLINE_BYTES:

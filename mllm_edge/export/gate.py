@@ -31,6 +31,7 @@ def tensorrt_10_3_operators() -> frozenset[str]:
 
 def check_graph(model: ir.Model, dialect: str) -> None:
     """Raise ExportError when a graph of a standard dialect holds what its TensorRT would refuse or misread."""
+    cached = any((value.name or "").startswith("past_key_values.") for value in model.graph.inputs)
     known = tensorrt_10_3_operators() | (_OPSET24 if dialect == "opset24" else frozenset())
     for node in model.graph:
         if node.domain or node.op_type not in known:
@@ -40,12 +41,12 @@ def check_graph(model: ir.Model, dialect: str) -> None:
                 "write it with older operators, or use another dialect",
             )
         if node.op_type == "Attention":
-            _check_attention(node, dialect)
+            _check_attention(node, dialect, cached)
         if node.op_type == "TensorScatter":
             _check_scatter(node, dialect)
 
 
-def _check_attention(node: ir.Node, dialect: str) -> None:
+def _check_attention(node: ir.Node, dialect: str, cached: bool) -> None:
     extra = sorted(set(node.attributes) - _ATTENTION_ATTRIBUTES)
     if extra:
         raise _misread(node, dialect, f"attribute {extra[0]}")
@@ -53,7 +54,8 @@ def _check_attention(node: ir.Node, dialect: str) -> None:
         raise _misread(node, dialect, "no scale")
     if len(node.inputs) > _ATTENTION_INPUTS:
         raise _misread(node, dialect, f"{len(node.inputs)} inputs: a past, or nonpad_kv_seqlen")
-    if len(node.inputs) < _ATTENTION_INPUTS or node.inputs[3] is None:
+    # Without a cache, everything may see everything.
+    if cached and (len(node.inputs) < _ATTENTION_INPUTS or node.inputs[3] is None):
         raise _misread(node, dialect, "no attention_bias")
     if len([output for output in node.outputs if output.name]) != 1:
         raise _misread(node, dialect, "more than one output")

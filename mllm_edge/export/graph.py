@@ -97,6 +97,11 @@ class GraphBuilder:
         self._nodes.append(node)
         return node.outputs
 
+    @property
+    def opset(self) -> int:
+        """The standard opset that the nodes so far need."""
+        return self._opsets[""]
+
     def require_opset(self, opset: int) -> None:
         """Raise the standard opset to `opset` if it is lower."""
         self._opsets[""] = max(self._opsets[""], opset)
@@ -105,13 +110,25 @@ class GraphBuilder:
         """x in `dtype`, without an operator where it is that already (`float_type` and float32 are told apart)."""
         return x if dtype == self.float_type else self.node("Cast", [x], name, to=dtype)
 
-    def splice(self, graph: ir.Graph, node: ir.Node, result: ir.Value) -> None:
-        """Put the nodes and weights built so far into `graph` in the place of `node`, whose output `result` becomes."""
+    def splice(self, graph: ir.Graph, node: ir.Node, result: ir.Value, before: Sequence[ir.Node] = ()) -> None:
+        """Put the nodes and weights built so far into `graph` in the place of `node`, whose output `result` becomes.
+
+        The nodes `before` it, whose outputs nothing else reads, go too.
+        """
+        self._register(graph)
+        old = [node, *reversed(before)]
+        ir.convenience.replace_nodes_and_values(graph, node, old, self._nodes, list(node.outputs), [result])
+
+    def insert(self, graph: ir.Graph, node: ir.Node) -> None:
+        """Put the nodes and weights built so far into `graph` before `node`."""
+        self._register(graph)
+        graph.insert_before(node, self._nodes)
+
+    def _register(self, graph: ir.Graph) -> None:
         for value in self._initializers.values():
             if value.name not in graph.initializers:
                 graph.register_initializer(value)
         self._share_initializers(graph)
-        ir.convenience.replace_nodes_and_values(graph, node, [node], self._nodes, list(node.outputs), [result])
 
     def _share_initializers(self, graph: ir.Graph) -> None:
         """Constants that an earlier splice put into `graph` under the same name serve this one too."""

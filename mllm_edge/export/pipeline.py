@@ -3,7 +3,7 @@
 import json
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,11 +13,10 @@ import numpy as np
 import onnx_ir as ir
 
 from mllm_edge.bundle import CHAT_TEMPLATE, GENERATION, TOKENIZER, file_entries, write_manifest
-from mllm_edge.calibration.recipes import Recipe, recipe
+from mllm_edge.calibration.recipes import Precision, Recipe, recipe
 from mllm_edge.errors import ExportError, WeightsError
 from mllm_edge.export.datafile import DataFile, DataSink, DryFile
 from mllm_edge.export.decoder.build import build_decoder
-from mllm_edge.export.decoder.dialects import contrib
 from mllm_edge.export.decoder.spec import DecoderSpec
 from mllm_edge.export.families import family_for
 from mllm_edge.export.graph import save_model, tensor_specs
@@ -25,14 +24,14 @@ from mllm_edge.export.plan import Plan
 from mllm_edge.export.progress import Progress, Silent
 from mllm_edge.export.safetensors import Weights
 from mllm_edge.export.source import Source, open_source
+from mllm_edge.export.targets import TARGETS, Form, forms
 from mllm_edge.export.trace import lower, trace
-from mllm_edge.export.verify import Parity, Scope, verify
+from mllm_edge.export.verify import Scope, verify
 from mllm_edge.export.workspace import check_out, check_space, workspace
 from mllm_edge.spec import SCHEMA_VERSION, Component, Manifest, ModelSpec, PositionSpec, Variant, to_json
 
 __all__ = ["TARGETS", "ExportReport", "export"]
 
-TARGETS = ("cpu",)
 Verify = Literal["auto", "full", "off"]
 _WHOLE_LIMIT = 2_000_000_000  # parameters; larger models are compared by their first layers
 _PROBE_LAYERS = 2
@@ -47,7 +46,7 @@ class ExportReport:
 
     source: str
     out: str
-    target: str
+    targets: tuple[str, ...]
     recipe: str
     family: str
     parameters: int
@@ -65,7 +64,8 @@ def export(
     model: str,
     out: str | Path,
     *,
-    target: str = "cpu",
+    targets: Sequence[str] = ("cpu",),
+    fallback: bool = True,
     recipe_name: str = "int4",
     verify_mode: Verify = "auto",
     force: bool = False,
@@ -75,12 +75,13 @@ def export(
 ) -> ExportReport:
     """Export `model` (a directory or a hub id) to a bundle in `out`.
 
+    The CPU's graphs are among those of other `targets`, unless `fallback` is False.
+
     Raises SourceError and its kinds, ExportError, ParityError; then `out` is as it was before.
     """
     out, progress = Path(out), progress or Silent()
-    if target not in TARGETS:
-        raise ExportError(f"unknown target {target!r}", f"known targets: {', '.join(TARGETS)}")
     chosen = recipe(recipe_name)
+    wanted = forms(targets, chosen.name, fallback)
     if not dry_run:
         check_out(out, force)
     progress.stage("reading the checkpoint")
@@ -88,13 +89,13 @@ def export(
     family = family_for(source)
     weights = source.weights()
     plan: Plan = family.plan(source, weights)
-    job = _Job(source, plan, weights, chosen, progress)
+    job = _Job(source, plan, weights, chosen, wanted, progress)
     sizes = job.plan_sizes()
     _require_all_used(source, plan, weights)
     report = ExportReport(
         source=model,
         out=str(out),
-        target=target,
+        targets=tuple(form.target for form in wanted),
         recipe=chosen.name,
         family=plan.model.family,
         parameters=plan.model.parameters,
@@ -110,7 +111,7 @@ def export(
         manifest = job.write(folder)
         if verify_mode != "off":
             parity = job.verify(folder, manifest, whole=verify_mode == "full" or plan.model.parameters <= _WHOLE_LIMIT)
-            manifest = replace(manifest, parity=to_json(parity))
+            manifest = replace(manifest, parity=parity)
         write_manifest(folder, manifest)
     nbytes = sum(entry.nbytes for entry in manifest.files.values())
     return replace(report, parity=manifest.parity, nbytes=nbytes)
@@ -119,20 +120,31 @@ def export(
 class _Job:
     """One export in progress."""
 
-    def __init__(self, source: Source, plan: Plan, weights: Weights, chosen: Recipe, progress: Progress):
+    def __init__(
+        self,
+        source: Source,
+        plan: Plan,
+        weights: Weights,
+        chosen: Recipe,
+        wanted: Sequence[Form],
+        progress: Progress,
+    ):
         self._source, self._plan, self._weights = source, plan, weights
-        self._recipe, self._progress = chosen, progress
+        self._recipe, self._forms, self._progress = chosen, wanted, progress
         progress.stage("tracing the vision encoder and connector")
-        self._traces = {component.name: trace(component) for component in plan.traced}
+        types = dict.fromkeys(form.float_type for form in wanted)
+        self._traces = {(c.name, dtype): trace(c, dtype) for dtype in types for c in plan.traced}
+        self._components = [*(c.name for c in plan.traced), "decoder"]
         self._hashes: dict[Path, str] = {}  # of the data files, which are hashed while they are written
 
     def plan_sizes(self) -> dict[str, int]:
         """Bytes of weights per component, computed without reading a weight; claims every weight on the way."""
         sizes = {}
-        for name in [*self._traces, "decoder"]:
-            sink = DryFile()
-            self._build(name, sink, self._plan.decoder)
-            sizes[name] = sink.nbytes
+        for form in self._forms:
+            for name in self._components:
+                sink = DryFile()
+                self._build(name, form, sink, self._plan.decoder)
+                sizes[form.stem(name)] = sink.nbytes
         embedding = self._plan.model.embedding
         shape = (embedding.rows, self._plan.model.hidden_size)
         self._weights.use(self._plan.embedding, shape)
@@ -146,9 +158,10 @@ class _Job:
 
     def write(self, folder: Path) -> Manifest:
         """Every file of the bundle but the manifest, which is returned, still without results."""
-        components = {}
-        for name in [*self._traces, "decoder"]:
-            components[name] = self._write_component(folder, name, self._plan.decoder)
+        components = {
+            name: Component(tuple(self._write_form(folder, name, form, self._plan.decoder) for form in self._forms))
+            for name in self._components
+        }
         model = self._write_embeddings(folder)
         model = replace(model, positions=self._write_positions(folder))
         self._write_texts(folder)
@@ -163,19 +176,28 @@ class _Job:
             files=file_entries(folder, self._hashes),
         )
 
-    def verify(self, folder: Path, manifest: Manifest, whole: bool) -> Parity:
-        """Compare with the source model; a part of the decoder stands for it when the model is large."""
+    def verify(self, folder: Path, manifest: Manifest, whole: bool) -> dict[str, Any]:
+        """Compare with the source model; a part of the decoder stands for it when the model is large. The results of
+        the first form, and under `targets` those of the others."""
         self._progress.stage("comparing with the source model")
         if whole:
             write_manifest(folder, manifest)
-            return verify(self._source, folder, self._recipe.name, Scope(None))
+            return self._verify(folder, Scope(None))
         probe = folder / "probe"
         probe.mkdir()
         try:
             write_manifest(probe, self._write_probe(folder, probe, manifest))
-            return verify(self._source, probe, self._recipe.name, Scope(_PROBE_LAYERS))
+            return self._verify(probe, Scope(_PROBE_LAYERS))
         finally:
             shutil.rmtree(probe)
+
+    def _verify(self, folder: Path, scope: Scope) -> dict[str, Any]:
+        targets = [form.target for form in self._forms]
+        first, *others = verify(self._source, folder, self._recipe.name, scope, targets)
+        results: dict[str, Any] = to_json(first)
+        if others:
+            results["targets"] = {parity.target: to_json(parity) for parity in others}
+        return results
 
     def _write_probe(self, folder: Path, probe: Path, manifest: Manifest) -> Manifest:
         """A bundle beside the real one with only the decoder's first layers; the other files are links."""
@@ -183,41 +205,44 @@ class _Job:
             if file.is_file() and not file.name.startswith("decoder."):
                 (probe / file.name).hardlink_to(file)
         short = replace(self._plan.decoder, stack=self._plan.decoder.stack[:_PROBE_LAYERS])
-        decoder = self._write_component(probe, "decoder", short)
+        decoder = Component(tuple(self._write_form(probe, "decoder", form, short) for form in self._forms))
         model = replace(manifest.model, cache=short.cache_spec())
         components = {**manifest.components, "decoder": decoder}
         return replace(manifest, model=model, components=components, files=file_entries(probe, self._hashes))
 
-    def _build(self, name: str, sink: DataSink, decoder: DecoderSpec) -> ir.Model:
+    def _build(self, name: str, form: Form, sink: DataSink, decoder: DecoderSpec) -> ir.Model:
         if name == "decoder":
-            return build_decoder(decoder, self._weights, self._recipe, sink)
+            return build_decoder(decoder, self._weights, self._recipe, sink, form.dialect, form.float_type)
         component = next(c for c in self._plan.traced if c.name == name)
-        precision = self._recipe.connector if name == "connector" else self._recipe.vision
-        return lower(component, self._traces[name], self._weights, precision, sink)
+        traced = self._traces[name, form.float_type]
+        return lower(component, traced, self._weights, self._precision(name), sink, form.dialect, form.float_type)
 
-    def _write_component(self, folder: Path, name: str, decoder: DecoderSpec) -> Component:
-        dry = DryFile()
-        self._build(name, dry, decoder)
-        self._progress.stage(f"writing {name}", dry.nbytes)
+    def _precision(self, name: str) -> Precision:
+        return {"decoder": self._recipe.decoder, "connector": self._recipe.connector}.get(name, self._recipe.vision)
+
+    def _write_form(self, folder: Path, name: str, form: Form, decoder: DecoderSpec) -> Variant:
+        """Graph and weights of a component for one target."""
+        dry, stem = DryFile(), form.stem(name)
+        self._build(name, form, dry, decoder)
+        self._progress.stage(f"writing {stem}", dry.nbytes)
         try:
-            with DataFile(folder / f"{name}.onnx.data", self._progress.advance) as data:
-                model = self._build(name, data, decoder)
+            with DataFile(folder / f"{stem}.onnx.data", self._progress.advance) as data:
+                model = self._build(name, form, data, decoder)
         except OverflowError as e:
             raise ExportError(f"recipe {self._recipe.name}: {e}", "use --recipe fp32 or int8") from e
         self._hashes[data.path] = data.sha256
-        save_model(model, folder / f"{name}.onnx")
-        precision = self._recipe.decoder if name == "decoder" else getattr(self._recipe, name, self._recipe.vision)
-        variant = Variant(
-            target="cpu",
-            dialect="contrib",
+        save_model(model, folder / f"{stem}.onnx")
+        precision = self._precision(name)
+        return Variant(
+            target=form.target,
+            dialect=form.dialect,
             precision=precision.kind if precision.kind != "blocks" else f"int{precision.bits}_blocks",
-            file=f"{name}.onnx",
+            file=f"{stem}.onnx",
             inputs=tensor_specs(model.graph.inputs),
             outputs=tensor_specs(model.graph.outputs),
-            kv_mode="in_place" if name == "decoder" else None,
-            minimum=contrib.MINIMUM,
+            kv_mode=form.kv_mode if name == "decoder" else None,
+            minimum=form.minimum,
         )
-        return Component((variant,))
 
     def _write_embeddings(self, folder: Path) -> ModelSpec:
         """Half precision, unless the float32 recipe or a large value asks for all bits."""

@@ -1,14 +1,18 @@
 """Trace a thin torch module on fake tensors, then lower its placeholders and stream its weights in."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from mllm_edge.calibration.qdq import Linear, linear
+from mllm_edge.calibration.qdq import Linear, linear, to_float
 from mllm_edge.calibration.recipes import Precision
 from mllm_edge.export.datafile import DataSink
+from mllm_edge.export.decoder.dialects import standard
+from mllm_edge.export.gate import check_graph
 from mllm_edge.export.graph import MICROSOFT, GraphBuilder
 from mllm_edge.export.plan import TracedComponent
 from mllm_edge.export.safetensors import Weights
@@ -16,24 +20,23 @@ from mllm_edge.export.vision.layers import DOMAIN
 
 __all__ = ["lower", "trace"]
 
-_OPSET = 20  # the first with Gelu; ONNX Runtime ≥ 1.18
+_OPSET = 20  # of the traced graph: the first with Gelu; ONNX Runtime ≥ 1.18, TensorRT ≥ 10.3
+_OPSETS = {"contrib": _OPSET, "opset24": 24, "opset17": _OPSET}
 _FLOAT = ir.DataType.FLOAT
 Reader = Callable[[], np.ndarray]
 
 
-def trace(component: TracedComponent) -> ir.Model:
-    """The module as a graph whose initializers have shapes but no data; no weight is allocated."""
+def trace(component: TracedComponent, float_type: ir.DataType = _FLOAT) -> ir.Model:
+    """The module as a graph in `float_type` whose initializers have shapes but no data; no weight is allocated."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(), warnings.catch_warnings(), _quiet_exporter():
         warnings.simplefilter("ignore")
-        module = component.module().eval()
+        dtype = getattr(torch, float_type.numpy().name)
+        module = _module(component, dtype)
         # Two is the smallest size that the tracer does not take for a constant.
-        examples = tuple(
-            torch.empty([2, *(int(d) for d in spec.shape[1:])], dtype=getattr(torch, spec.dtype))
-            for spec in component.inputs
-        )
+        examples = tuple(torch.empty([2, *(int(d) for d in spec.shape[1:])], dtype=dtype) for spec in component.inputs)
         batch = torch.export.Dim(str(component.inputs[0].shape[0]))
         program = torch.onnx.export(
             module,
@@ -51,27 +54,52 @@ def trace(component: TracedComponent) -> ir.Model:
     return program.model
 
 
+def _module(component: TracedComponent, dtype: Any) -> Any:
+    """The module with parameters of that type. Fake parameters cannot be converted: they are made so."""
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return component.module().eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
 def lower(
-    component: TracedComponent, traced: ir.Model, weights: Weights, precision: Precision, data: DataSink
+    component: TracedComponent,
+    traced: ir.Model,
+    weights: Weights,
+    precision: Precision,
+    data: DataSink,
+    dialect: str = "contrib",
+    float_type: ir.DataType = _FLOAT,
 ) -> ir.Model:
-    """A copy of the traced graph in the `contrib` dialect, its weights written to `data` as they are needed."""
+    """A copy of the graph that was traced in `float_type`, in `dialect`, its weights written to `data` as they are
+    needed. Raises ExportError for an operator that the dialect does not have."""
     model = traced.clone()
     graph = model.graph
     sources = _sources(component, weights)
-    _bind_plain_weights(graph, sources, data)
+    _bind_plain_weights(graph, sources, data, float_type)
+    opset = _OPSETS[dialect]
     for node in list(graph):
         if node.domain != DOMAIN:
             continue
-        builder = GraphBuilder(component.name, _OPSET, data, contrib=True)
+        builder = GraphBuilder(component.name, opset, data, float_type, contrib=dialect == "contrib")
         x = node.inputs[0]
         assert x is not None
         if node.op_type == "Linear":
             result = linear(builder, x, _linear(node, sources), precision)
         else:
-            result = _attention(builder, x, node)
+            result = _ATTENTION[dialect](builder, x, node)
         builder.splice(graph, node, result)
+        opset = max(opset, builder.opset)
     graph.opset_imports.pop(DOMAIN, None)
-    graph.opset_imports[MICROSOFT] = 1
+    graph.opset_imports[""] = opset
+    if dialect == "contrib":
+        graph.opset_imports[MICROSOFT] = 1
+    else:
+        check_graph(model, dialect)
     graph.name = component.name
     model.producer_name, model.producer_version = "mllm-edge", None
     return model
@@ -89,13 +117,20 @@ def _sources(component: TracedComponent, weights: Weights) -> Callable[[ir.Value
     return source
 
 
-def _bind_plain_weights(graph: ir.Graph, source: Callable[[ir.Value], Reader], data: DataSink) -> None:
+def _bind_plain_weights(
+    graph: ir.Graph, source: Callable[[ir.Value], Reader], data: DataSink, dtype: ir.DataType
+) -> None:
     """Fill the initializers that ordinary operators read (norms, convolutions, positions), drop the placeholders'."""
     for name, value in list(graph.initializers.items()):
         del graph.initializers[name]
         if any(node.domain != DOMAIN for node, _ in value.uses()):
-            value.const_value = data.add(name, _FLOAT, _shape(value), source(value))
+            read = source(value)
+            value.const_value = data.add(name, dtype, _shape(value), partial(_in_type, name, read, dtype))
             graph.register_initializer(value)
+
+
+def _in_type(name: str, read: Reader, dtype: ir.DataType) -> np.ndarray:
+    return to_float(name, read(), dtype)
 
 
 def _shape(value: ir.Value) -> tuple[int, ...]:
@@ -120,11 +155,56 @@ def _linear(node: ir.Node, source: Callable[[ir.Value], Reader]) -> Linear:
     )
 
 
-def _attention(builder: GraphBuilder, qkv: ir.Value, node: ir.Node) -> ir.Value:
-    name = node.outputs[0].name or "attention"
-    query, key, value = builder.nodes("Split", [qkv], f"{name}.qkv", outputs=3, axis=-1, num_outputs=3)
-    heads = node.attributes["heads"].as_int()
+def _contrib_attention(builder: GraphBuilder, qkv: ir.Value, node: ir.Node) -> ir.Value:
+    name, heads = _attention_of(node)
+    query, key, value = _split(builder, qkv, name)
     return builder.node("MultiHeadAttention", [query, key, value], f"{name}.heads", MICROSOFT, num_heads=heads)
+
+
+def _fused_attention(builder: GraphBuilder, qkv: ir.Value, node: ir.Node) -> ir.Value:
+    """Standard Attention, which needs its scale: TensorRT has no default."""
+    name, heads = _attention_of(node)
+    parts = [_heads(builder, x, f"{name}.{p}", heads) for x, p in zip(_split(builder, qkv, name), "qkv", strict=True)]
+    total = builder.node("Attention", parts, f"{name}.heads", scale=_head_size(qkv, heads) ** -0.5)
+    return standard.merge_heads(builder, name, standard.heads_first(builder, f"{name}.rows", total))
+
+
+def _plain_attention(builder: GraphBuilder, qkv: ir.Value, node: ir.Node) -> ir.Value:
+    """Matrix products and a softmax."""
+    name, heads = _attention_of(node)
+    query, key, value = (
+        _heads(builder, x, f"{name}.{p}", heads) for x, p in zip(_split(builder, qkv, name), "qkv", strict=True)
+    )
+    columns = builder.node("Transpose", [key], f"{name}.columns", perm=[0, 1, 3, 2])
+    # The query is scaled, not the scores: there are more of them, and half precision keeps the smaller products.
+    query = standard.times(builder, f"{name}.scaled", query, _head_size(qkv, heads) ** -0.5)
+    scores = builder.node("MatMul", [query, columns], f"{name}.scores")
+    weights = builder.node("Softmax", [scores], f"{name}.weights", axis=-1)
+    total = builder.node("MatMul", [weights, value], f"{name}.total")
+    return standard.merge_heads(builder, name, standard.heads_first(builder, f"{name}.rows", total))
+
+
+_ATTENTION = {"contrib": _contrib_attention, "opset24": _fused_attention, "opset17": _plain_attention}
+
+
+def _attention_of(node: ir.Node) -> tuple[str, int]:
+    return f"{node.outputs[0].name or 'attention'}", node.attributes["heads"].as_int()
+
+
+def _split(builder: GraphBuilder, qkv: ir.Value, name: str) -> Sequence[ir.Value]:
+    return builder.nodes("Split", [qkv], f"{name}.qkv", outputs=3, axis=-1, num_outputs=3)
+
+
+def _heads(builder: GraphBuilder, x: ir.Value, name: str, heads: int) -> ir.Value:
+    """[N, S, D] → [N, heads, S, D/heads]."""
+    return standard.heads_first(builder, f"{name}.heads", standard.reshape(builder, name, x, (0, 0, heads, -1)))
+
+
+def _head_size(qkv: ir.Value, heads: int) -> int:
+    assert qkv.shape is not None
+    width = qkv.shape[-1]
+    assert isinstance(width, int)
+    return width // (3 * heads)
 
 
 def _forget_origin(model: ir.Model) -> None:

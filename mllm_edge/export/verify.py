@@ -4,7 +4,7 @@ Same processor inputs, then: vision encoder and connector outputs, prefill logit
 reference's greedy tokens, and the greedy tokens themselves.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,12 +53,22 @@ class Parity:
     greedy_tokens: int
     greedy_agreement: float
     notes: tuple[str, ...] = field(default_factory=tuple)
+    target: str = "cpu"
 
 
-def verify(source: Source, folder: Path, recipe: str, scope: Scope) -> Parity:
-    """Compare the bundle in `folder` with its source; raises ParityError naming each error beyond its limit."""
+def verify(
+    source: Source, folder: Path, recipe: str, scope: Scope, targets: Sequence[str] = ("cpu",)
+) -> tuple[Parity, ...]:
+    """Compare the bundle in `folder` with its source, for each target on ONNX Runtime's CPU provider.
+
+    Raises ParityError naming each error beyond its limit.
+    """
     reference = _Reference(source, scope)
-    results = [_compare(reference, folder, case) for case in _cases()]
+    return tuple(_verify_target(reference, folder, recipe, scope, target) for target in targets)
+
+
+def _verify_target(reference: "_Reference", folder: Path, recipe: str, scope: Scope, target: str) -> Parity:
+    results = [_compare(reference, folder, case, target) for case in _cases()]
     errors = {name: max(r.errors[name] for r in results if name in r.errors) for name in LIMITS[recipe]}
     agreed, total = sum(r.agreed for r in results), sum(r.total for r in results)
     pixels = max(r.pixels for r in results)
@@ -70,6 +80,7 @@ def verify(source: Source, folder: Path, recipe: str, scope: Scope) -> Parity:
         limits=LIMITS[recipe],
         greedy_tokens=total,
         greedy_agreement=agreed / total,
+        target=target,
     )
     _check(parity, recipe)
     return parity
@@ -152,10 +163,12 @@ class _Reference:
         return {"logits": np.stack(logits), "tokens": np.array(tokens)}
 
 
-def _compare(reference: _Reference, folder: Path, case: _Case) -> _Outcome:
+def _compare(reference: _Reference, folder: Path, case: _Case, target: str) -> _Outcome:
+    from mllm_edge.bundle import Bundle
+    from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
     from mllm_edge.runtime.vlm import VLM
 
-    with VLM.load(folder) as vlm:
+    with VLM(Bundle.load(folder), OnnxRuntimeCpu(target=target)) as vlm:
         prompt = vlm.processor.process(case.prompt, case.images)
         expected = reference.run(prompt.text, case.images)
         if not np.array_equal(prompt.token_ids, expected["input_ids"]):
@@ -221,6 +234,6 @@ def _check(parity: Parity, recipe: str) -> None:
         beyond.append(f"greedy tokens agree in {parity.greedy_agreement:.1%} only")
     if beyond:
         raise ParityError(
-            f"the exported graphs disagree with the source model: {'; '.join(beyond)}",
+            f"the exported graphs for {parity.target} disagree with the source model: {'; '.join(beyond)}",
             "please report this with the model's name; --verify off writes the bundle all the same",
         )

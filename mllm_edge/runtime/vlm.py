@@ -10,7 +10,7 @@ import numpy as np
 
 from mllm_edge.bundle import CHAT_TEMPLATE, Bundle
 from mllm_edge.errors import ContextError, MllmEdgeError, PromptError
-from mllm_edge.runtime.backend import Backend, Session, open_backend
+from mllm_edge.runtime.backend import Backend, open_backend
 from mllm_edge.runtime.decoder import Decoder
 from mllm_edge.runtime.generate import Embedder, generate
 from mllm_edge.runtime.grids import encoder_feeds
@@ -65,8 +65,10 @@ class VLM:
         template = ChatTemplate.load(bundle.path, generation) if CHAT_TEMPLATE in bundle.manifest.files else None
         self.processor = Processor(self.spec, self.tokenizer, template)
         self.stop_ids = frozenset(generation.eos_token_ids)
-        self._sessions = {name: self._open(name) for name in bundle.manifest.components}
-        variant = bundle.variant("decoder", backend.target)
+        variants = {name: bundle.variant(name, backend.target) for name in bundle.manifest.components}
+        self._types = {name: {t.name: t.dtype for t in variant.inputs} for name, variant in variants.items()}
+        self._sessions = {name: backend.open(bundle.listed(v.file), v) for name, v in variants.items()}
+        variant = variants["decoder"]
         table = bundle.array(self.spec.positions.table) if self.spec.positions.table else None
         self.decoder = Decoder(self._sessions["decoder"], variant, self.spec, backend, table)
         self.embed = Embedder(bundle.embeddings(), self.spec.embedding)
@@ -157,8 +159,9 @@ class VLM:
         return self.processor.count_tokens(prompt, image_sizes)
 
     def component(self, name: str, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run one component by itself (all but the decoder), for comparisons."""
-        return self._sessions[name].run(feeds)
+        """Run one component by itself (all but the decoder), its inputs cast to the graph's types."""
+        types = self._types[name]
+        return self._sessions[name].run({key: np.asarray(value, types[key]) for key, value in feeds.items()})
 
     def image_features(self, prompt: Prompt, trace: Trace | None = None) -> np.ndarray:
         """Vision encoder and connector: the images of a prompt that has some → features [tokens, hidden] float32."""
@@ -168,10 +171,10 @@ class VLM:
         parts = []
         for feeds in encoder_feeds(self.spec.image, prompt.pixel_values, prompt.image_grids):
             with trace.span("vision_encoder"):
-                hidden = self._sessions["vision_encoder"].run(feeds)
+                hidden = self.component("vision_encoder", feeds)
             with trace.span("connector"):
-                features = self._sessions["connector"].run(hidden)["image_features"]
-            parts.append(features.reshape(-1, features.shape[-1]))
+                features = self.component("connector", hidden)["image_features"]
+            parts.append(features.reshape(-1, features.shape[-1]).astype(np.float32, copy=False))
         return np.concatenate(parts)
 
     def prompt_embeds(self, prompt: Prompt, trace: Trace | None = None) -> np.ndarray:
@@ -190,10 +193,6 @@ class VLM:
         if not isinstance(prompt, str):
             raise PromptError("raw=True takes one rendered string", "give messages without raw=True")
         return self.processor.process_text(prompt, images)
-
-    def _open(self, component: str) -> Session:
-        variant = self.bundle.variant(component, self.backend.target)
-        return self.backend.open(self.bundle.listed(variant.file), variant)
 
     def _room(self, prompt: Prompt) -> int:
         """Tokens that still fit behind the prompt; raises ContextError when there is not even one."""

@@ -36,7 +36,7 @@ main(sys.argv[1:])
 
 def test_choices_are_those_of_the_exporter() -> None:
     assert tuple(RECIPES) == verb.RECIPES
-    assert verb.TARGETS == TARGETS
+    assert tuple(TARGETS) == verb.TARGETS
 
 
 def test_report(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def test_directory_and_hub_id_that_do_not_exist(tmp_path: Path, monkeypatch: pyt
 
 
 def test_unknown_target_and_recipe(checkpoint: Path) -> None:
-    assert_fails(checkpoint, ExportError, "'gpu'", "cpu", target="gpu")
+    assert_fails(checkpoint, ExportError, "'gpu'", "cpu", targets=["gpu"])
     with pytest.raises(ValueError, match="fp32, fp16, int8, int4"):
         export(str(checkpoint), checkpoint.parent / "out", recipe_name="int5")
 

@@ -1,4 +1,4 @@
-"""The whole path against transformers in float32: processor, vision features, every step's logits, greedy text.
+"""The whole path, for every target, against transformers in float32: processor, features, logits, greedy text.
 
 Tolerances: vision features ‖a−b‖/‖b‖ ≤ 1e-4; logits max|a−b| ≤ 1e-3 of the reference's range; pixels within one grey
 level of 255 and 0.05 on average; token ids and greedy tokens equal.
@@ -14,9 +14,12 @@ import torch
 from PIL import Image
 
 from mllm_edge import VLM
+from mllm_edge.bundle import Bundle
 from mllm_edge.export.families import family_for
 from mllm_edge.export.pipeline import export
 from mllm_edge.export.source import open_source
+from mllm_edge.export.targets import TARGETS
+from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.grids import encoder_feeds
 from mllm_edge.runtime.processor import Prompt
 
@@ -33,7 +36,7 @@ def make_image(height: int, width: int, seed: int) -> Image.Image:
 
 @dataclass(frozen=True)
 class Exported:
-    """A checkpoint, its model and its float32 bundle."""
+    """A checkpoint, its model and its float32 bundle for all targets."""
 
     checkpoint: Path
     bundle: Path
@@ -43,7 +46,7 @@ class Exported:
 def export_tiny(folder: Path, save: Callable[..., Any], **config: Any) -> Exported:
     """Save a tiny checkpoint with `save` under `folder` and export it."""
     model = save(folder / "checkpoint", **config)
-    export(str(folder / "checkpoint"), folder / "bundle", recipe_name="fp32", verify_mode="off")
+    export(str(folder / "checkpoint"), folder / "bundle", targets=tuple(TARGETS), recipe_name="fp32", verify_mode="off")
     return Exported(folder / "checkpoint", folder / "bundle", model)
 
 
@@ -74,21 +77,28 @@ def check_messages(
     processor = family.load_processor(source)
     rendered = processor.apply_chat_template(messages, add_generation_prompt=True)
     inputs = processor(text=rendered, images=list(images) or None, return_tensors="pt")
-    with VLM.load(exported.bundle) as vlm, torch.no_grad():
-        asked = messages if prompt is None else prompt
-        ours = vlm.processor.process(asked, images)
-        assert ours.token_ids.tolist() == inputs["input_ids"][0].tolist()
-        assert vlm.count_tokens(asked, sizes) == len(ours.token_ids)
-        if images:
-            _check_vision(vlm, family.image_features(model, inputs), ours, inputs)
-        tokens, logits = _reference_steps(model, inputs)
-        _check_logits(_our_steps(vlm, ours, tokens), logits)
-        result = vlm.generate(asked, images, max_new_tokens=GREEDY)
-        stop = [i for i, token in enumerate(tokens) if token in vlm.stop_ids]
-        expected = tokens[: stop[0]] if stop else tokens
-        assert list(result.token_ids) == expected
-        assert result.text == processor.tokenizer.decode(expected, skip_special_tokens=True)
-        assert result.finish_reason == ("stop" if stop else "length")
+    with torch.no_grad():
+        features = family.image_features(model, inputs) if images else None
+        steps = _reference_steps(model, inputs)
+    asked = messages if prompt is None else prompt
+    for target in TARGETS:
+        with VLM(Bundle.load(exported.bundle), OnnxRuntimeCpu(target=target)) as vlm:
+            ours = vlm.processor.process(asked, images)
+            assert ours.token_ids.tolist() == inputs["input_ids"][0].tolist()
+            assert vlm.count_tokens(asked, sizes) == len(ours.token_ids)
+            if features is not None:
+                _check_vision(vlm, features, ours, inputs)
+            _check_steps(vlm, ours, *steps)
+            _check_text(vlm, processor.tokenizer, vlm.generate(asked, images, max_new_tokens=GREEDY), steps[0])
+
+
+def _check_text(vlm: VLM, tokenizer: Any, result: Any, tokens: list[int]) -> None:
+    """The answer is the reference's greedy `tokens`, up to a stop token."""
+    stop = [i for i, token in enumerate(tokens) if token in vlm.stop_ids]
+    expected = tokens[: stop[0]] if stop else tokens
+    assert list(result.token_ids) == expected
+    assert result.text == tokenizer.decode(expected, skip_special_tokens=True)
+    assert result.finish_reason == ("stop" if stop else "length")
 
 
 def _check_vision(vlm: VLM, reference: tuple[Any, Any], prompt: Prompt, inputs: Any) -> None:
@@ -119,17 +129,17 @@ def _reference_steps(model: Any, inputs: Any) -> tuple[list[int], np.ndarray]:
     return tokens, np.stack(rows)
 
 
+def _check_steps(vlm: VLM, prompt: Any, tokens: Sequence[int], reference: np.ndarray) -> None:
+    for step, (a, b) in enumerate(zip(_our_steps(vlm, prompt, tokens), reference, strict=True)):
+        assert np.abs(a - b).max() <= LOGITS * np.ptp(b), f"{vlm.backend.target}, step {step}"
+
+
 def _our_steps(vlm: VLM, prompt: Any, tokens: Sequence[int]) -> np.ndarray:
     embeds = vlm.prompt_embeds(prompt)
     vlm.decoder.reset(len(embeds) + len(tokens))
     rows = [vlm.decoder.forward(embeds, prompt.positions).copy()]
     rows += [vlm.decoder.forward(vlm.embed(np.array([token]))).copy() for token in tokens[:-1]]
     return np.stack(rows)
-
-
-def _check_logits(ours: np.ndarray, reference: np.ndarray) -> None:
-    for step, (a, b) in enumerate(zip(ours, reference, strict=True)):
-        assert np.abs(a - b).max() <= LOGITS * np.ptp(b), f"step {step}"
 
 
 def _relative(value: np.ndarray, reference: np.ndarray) -> float:

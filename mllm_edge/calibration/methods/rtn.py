@@ -4,7 +4,7 @@ import numpy as np
 
 from mllm_edge.calibration.chunks import for_each_chunk
 
-__all__ = ["quantize_blocks", "quantize_channels"]
+__all__ = ["quantize_blocks", "quantize_channels", "rounded_blocks"]
 
 
 def quantize_blocks(
@@ -65,3 +65,10 @@ def quantize_channels(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     for_each_chunk(rows, row, work)
     return codes, scales
+
+
+def rounded_blocks(part: np.ndarray, scales: np.ndarray, bits: int) -> np.ndarray:
+    """Weights [N, k] after rounding to `bits` with positive scales [N]: what the graph will compute with."""
+    high = (1 << (bits - 1)) - 1
+    inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
+    return np.clip(np.rint(part * inverse[:, None]), -high - 1, high) * scales[:, None]

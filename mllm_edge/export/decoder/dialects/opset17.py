@@ -1,6 +1,7 @@
 """The `opset17` dialect: standard primitives and an append-only cache.
 
-For TensorRT 10.3 (JetPack 6) and everything newer; any ONNX Runtime runs it. (T is the graph's float type.)
+For TensorRT 10.3 (JetPack 6) and everything newer; any ONNX Runtime runs it. Named after the opset whose operators it
+is made of; the graphs import 19, or 21 where weights have blocks. (T is the graph's float type.)
 
 inputs   inputs_embeds [1, S, H] T; logits_indices [1, K] i64; attention_bias [1, 1 or heads, S, L] T, L = past + S;
          cos, sin [1, S, R/2] T; past_key_values.N.key / .value [1, P, Hkv, D] T, a prefix view of a larger buffer
@@ -25,6 +26,7 @@ from mllm_edge.export.graph import GraphBuilder
 __all__ = ["MINIMUM", "Opset17"]
 
 MINIMUM = {"onnxruntime": "1.18", "tensorrt": "10.3", "tensorrt_rtx": "1.0"}
+_OPSET = 19  # the first whose DequantizeLinear takes float16 scales
 _FLOAT = ir.DataType.FLOAT
 
 
@@ -37,7 +39,7 @@ class Opset17:
     def __init__(
         self, name: str, data: DataSink, dtype: ir.DataType = _FLOAT, residual_type: ir.DataType | None = None
     ):
-        self.graph, self._dtype = GraphBuilder(name, 17, data, dtype), dtype
+        self.graph, self._dtype = GraphBuilder(name, _OPSET, data, dtype), dtype
         self.residual_type = residual_type or dtype
         self._present: list[tuple[ir.Value, ir.Value]] = []
 
@@ -119,7 +121,9 @@ class Opset17:
         """x / √(mean(x²) + eps) · scale; the mean in float32, where half precision would overflow."""
         graph = self.graph
         wide = x if kind == _FLOAT else graph.node("Cast", [x], f"{name}.wide", to=_FLOAT)
-        mean = graph.node("ReduceMean", [graph.node("Mul", [wide, wide], f"{name}.square")], f"{name}.mean", axes=[-1])
+        square = graph.node("Mul", [wide, wide], f"{name}.square")
+        axis = graph.constant("norm.axis", np.array([-1], np.int64))
+        mean = graph.node("ReduceMean", [square, axis], f"{name}.mean")
         eps = graph.constant(f"norm.eps.{norm.spec.eps:g}", np.array(norm.spec.eps, np.float32))
         root = graph.node("Sqrt", [graph.node("Add", [mean, eps], f"{name}.variance")], f"{name}.root")
         normed = graph.node("Div", [wide, root], f"{name}.normed")

@@ -1,0 +1,137 @@
+"""Calibration of one component: piece by piece, statistics first, then every layer's codes, scales and ranges.
+
+Everything that is found lies in a folder, so that a calibration that was interrupted goes on with the next piece.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from mllm_edge.calibration.collect import Feeds
+from mllm_edge.calibration.decide import Decision
+from mllm_edge.calibration.findings import Findings, save_arrays
+from mllm_edge.calibration.layers import Group, find_groups, find_layers
+from mllm_edge.calibration.recipes import Precision
+from mllm_edge.calibration.segments import Segment, cut, extract
+from mllm_edge.calibration.statistics import InputStatistics
+from mllm_edge.errors import DataError
+from mllm_edge.runtime.backend import Backend
+from mllm_edge.spec import Variant
+
+__all__ = ["calibrate"]
+
+SEGMENT_BYTES = 768 << 20
+Progress = Callable[[int], None]
+
+
+def calibrate(
+    graph_file: Path,
+    variant: Variant,
+    backend: Backend,
+    feeds: Feeds,
+    precision: Callable[[str], Precision],
+    folder: Path,
+    begin: Progress = lambda runs: None,
+    progress: Progress = lambda runs: None,
+) -> Findings:
+    """Run the float graph of a component over `feeds`, piece by piece, and find what its layers' precisions ask for.
+
+    `precision(layer name)` as the recipe says. `begin` gets the number of runs, and `progress(1)` follows each. Raises
+    DataError when an activation is not finite.
+    """
+    model = ir.load(graph_file)
+    findings = Findings(folder / "layers")
+    folder.mkdir(parents=True, exist_ok=True)
+    state = _State(folder, feeds, graph_file, variant, backend, progress)
+    groups = {layer.name: group for group in find_groups(find_layers(model.graph)) for layer in group.layers}
+    segments = cut(model.graph, SEGMENT_BYTES)
+    begin(len(segments) * len(feeds))
+    for number, segment in enumerate(segments):
+        own = list(dict.fromkeys(groups[name] for name in segment.layers))
+        wanted = [group for group in own if any(precision(layer.name).needs_data for layer in group.layers)]
+        if state.done(number):
+            progress(len(feeds))
+            continue
+        statistics = state.run(model, number, segment, wanted, precision)
+        row_factors: dict[str, np.ndarray] = {}
+        # From the last to the first: a layer's rows may take the factors of the group behind it.
+        for group in reversed(wanted):
+            Decision(group, statistics[group.x.name or ""], precision, row_factors, findings).make()
+        state.finish(number)
+    return findings
+
+
+class _State:
+    """Where a calibration stands: the values between the last piece and the next, run by run."""
+
+    def __init__(
+        self, folder: Path, feeds: Feeds, graph_file: Path, variant: Variant, backend: Backend, progress: Progress
+    ):
+        self._folder, self._feeds, self._graph_file = folder, feeds, graph_file
+        self._variant, self._backend, self._progress = variant, backend, progress
+        self._inputs: list[str] = []
+
+    def done(self, number: int) -> bool:
+        return (self._folder / f"done-{number}").exists()
+
+    def finish(self, number: int) -> None:
+        (self._folder / f"done-{number}").touch()
+        for path in self._folder.glob(f"passing-{number - 1}-*.npz"):
+            path.unlink()
+
+    def run(
+        self, model: ir.Model, number: int, segment: Segment, groups: Sequence[Group], precision: Any
+    ) -> dict[str, InputStatistics]:
+        """Statistics of the groups' inputs, by the input's name; what passes to the next piece is left on disk."""
+        statistics = {
+            group.x.name or "": InputStatistics(
+                group.width, any("gptq" in precision(layer.name).method for layer in group.layers)
+            )
+            for group in groups
+        }
+        if not statistics and not segment.gives:
+            self._progress(len(self._feeds))
+            return {}
+        session = self._open(model, number, segment, list(statistics))
+        own = [v.name or "" for v in model.graph.inputs]
+        for i in range(len(self._feeds)):
+            passed = self._passed(number - 1, i)
+            inputs = {**self._feeds.read(i, own), **passed}
+            outputs = session.run({n: inputs[n] for n in self._inputs}) if session else {}
+            for name, found in statistics.items():
+                value = outputs[name] if name in outputs else inputs[name]
+                try:
+                    found.add(value)
+                except ValueError as e:
+                    raise DataError(
+                        f"{self._graph_file}: {name}: {e} in run {i}", "use a recipe that keeps this part in float32"
+                    ) from e
+            if segment.gives:
+                passing = {n: outputs[n] if n in outputs else inputs[n] for n in segment.gives}
+                save_arrays(self._folder / f"passing-{number}-{i}.npz", passing)
+            self._progress(1)
+        return statistics
+
+    def _open(self, model: ir.Model, number: int, segment: Segment, record: Sequence[str]) -> Any:
+        """A session of the piece, or None: values that it is given it need not compute."""
+        given = {*(v.name for v in model.graph.inputs), *segment.needs}
+        types = {n: ir.DataType.from_numpy(v.dtype) for n, v in self._passed(number - 1, 0).items()}
+        kept = Segment(segment.needs, tuple(n for n in segment.gives if n not in given), segment.layers)
+        missing = [n for n in record if n not in given]
+        if not kept.gives and not missing:
+            return None
+        part = extract(model, kept, missing, types)
+        path = self._folder / "piece.onnx"
+        ir.save(part, path, external_data=f"{path.name}.data")
+        self._inputs = [v.name or "" for v in part.graph.inputs]
+        return self._backend.open(path, self._variant)
+
+    def _passed(self, number: int, run: int) -> dict[str, np.ndarray]:
+        path = self._folder / f"passing-{number}-{run}.npz"
+        if not path.is_file():
+            return {}
+        with np.load(path) as data:
+            return dict(data)

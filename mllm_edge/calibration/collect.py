@@ -1,0 +1,171 @@
+"""Collection: samples run through the shipping runtime, and what every component was fed is kept on disk."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mllm_edge.bundle import Bundle
+from mllm_edge.calibration.data import Sample
+from mllm_edge.errors import ContextError, DataError, ImageError
+from mllm_edge.runtime.backend import Backend, Buffer, Session
+from mllm_edge.runtime.vlm import VLM
+from mllm_edge.spec import Variant
+
+__all__ = ["Feeds", "answer_tokens", "continued", "greedy_tokens", "record"]
+
+_ANSWER_TOKENS = 32
+_CACHE = "past_key_values."
+
+
+class Feeds:
+    """What a component was fed, run by run, as files in `folder`."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __len__(self) -> int:
+        return len(list(self.folder.glob("*.npz")))
+
+    def add(self, feeds: Mapping[str, np.ndarray]) -> None:
+        """Keep one run's inputs; of empty caches only the shape."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        kept = {name: _shape_only(array) if name.startswith(_CACHE) else array for name, array in feeds.items()}
+        np.savez(self.folder / f"{len(self):06d}.npz", **kept)  # type: ignore[arg-type]
+
+    def read(self, i: int, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """The inputs called `names` of run i."""
+        with np.load(self.folder / f"{i:06d}.npz") as data:
+            return {n: _zeros(data[n]) if n.startswith(_CACHE) else data[n] for n in names if n in data}
+
+
+def record(
+    bundle: Bundle,
+    backend: Backend,
+    samples: Sequence[Sample],
+    folder: Path,
+    progress: Callable[[int], None] = lambda samples: None,
+) -> None:
+    """Run the samples and leave each component's inputs in `folder`/{component}. `progress(1)` after each sample.
+
+    The decoder sees the prompt and the answer in one piece, from an empty cache; where a sample has no answer, the
+    model's own greedy one. Raises DataError naming the sample that cannot be used.
+    """
+    recorder = _Recorder(backend, bundle, folder)
+    with VLM(bundle, recorder) as vlm:
+        for sample in samples:
+            try:
+                _run(vlm, recorder, sample)
+            except (ContextError, ImageError) as e:
+                raise DataError(f"{sample.where}: {e.message}", e.fix) from e
+            progress(1)
+
+
+def answer_tokens(vlm: VLM, sample: Sample) -> np.ndarray | None:
+    """The ids of the sample's answer with the model's end, or None where it has none."""
+    if sample.answer is None:
+        return None
+    ids = list(vlm.tokenizer.encode(sample.answer, add_special_tokens=False))
+    return np.array([*ids, *sorted(vlm.stop_ids)[:1]], np.int64)
+
+
+def greedy_tokens(vlm: VLM, embeds: np.ndarray, positions: np.ndarray | None, most: int) -> np.ndarray:
+    """The model's own answer to a prompt, with its end if that comes within `most` tokens."""
+    vlm.decoder.reset(len(embeds) + most)
+    logits, tokens = vlm.decoder.forward(embeds, positions), []  # type: np.ndarray, list[int]
+    while len(tokens) < most:
+        tokens.append(int(logits.argmax()))
+        if tokens[-1] in vlm.stop_ids:
+            break
+        logits = vlm.decoder.forward(vlm.embed(np.array(tokens[-1:])))
+    return np.array(tokens, np.int64)
+
+
+def continued(positions: np.ndarray | None, tokens: int) -> np.ndarray | None:
+    """A prompt's positions [S] or [3, S] and those of `tokens` behind it."""
+    if positions is None:
+        return None
+    behind = int(positions.max()) + 1 + np.arange(tokens)
+    return np.concatenate([positions, np.broadcast_to(behind, (*positions.shape[:-1], tokens))], axis=-1)
+
+
+def _run(vlm: VLM, recorder: "_Recorder", sample: Sample) -> None:
+    prompt = vlm.processor.process(sample.prompt, sample.images)
+    positions = getattr(prompt, "positions", None)
+    recorder.decoder = False
+    embeds = vlm.prompt_embeds(prompt)
+    room = vlm.context_length - len(embeds)
+    answer = answer_tokens(vlm, sample)
+    if answer is None:
+        answer = greedy_tokens(vlm, embeds, positions, min(_ANSWER_TOKENS, room))
+    answer = answer[: max(room, 0)]
+    whole = np.concatenate([embeds, vlm.embed(answer)])
+    recorder.decoder = True
+    vlm.decoder.reset(len(whole))
+    vlm.decoder.forward(whole, continued(positions, len(answer)), rows=range(len(whole)))
+
+
+class _Recorder:
+    """A backend whose sessions write down what they are fed."""
+
+    def __init__(self, backend: Backend, bundle: Bundle, folder: Path):
+        self.name, self.target, self._backend = backend.name, backend.target, backend
+        self._components = {
+            variant.file: name for name, c in bundle.manifest.components.items() for variant in c.variants
+        }
+        self._folder = folder
+        self.decoder = False
+
+    def open(self, path: Path, variant: Variant) -> Session:
+        return _RecordingSession(self, self._components[variant.file], path, variant)
+
+    def open_inner(self, path: Path, variant: Variant) -> Session:
+        return self._backend.open(path, variant)
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        return self._backend.allocate(shape, dtype)
+
+    def feeds(self, component: str) -> Feeds:
+        return Feeds(self._folder / component)
+
+
+class _RecordingSession:
+    """Opens the graph when it first has to run: a decoder whose answers are all known never does."""
+
+    def __init__(self, recorder: _Recorder, component: str, path: Path, variant: Variant):
+        self._recorder, self._component, self._path, self._variant = recorder, component, path, variant
+        self._inner: Session | None = None
+        self._bound: dict[str, Any] = {}
+        self._outputs: dict[str, Any] = {}
+
+    def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+        self._bound.update(inputs)
+        self._outputs.update(outputs)
+        if self._inner is not None:
+            self._inner.bind(inputs, outputs)
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self._bound.update(feeds)
+        if self._component == "decoder" and self._recorder.decoder:
+            self._recorder.feeds(self._component).add({n: _array(v) for n, v in self._bound.items()})
+            return {}
+        if self._component != "decoder":
+            self._recorder.feeds(self._component).add(feeds)
+        if self._inner is None:
+            self._inner = self._recorder.open_inner(self._path, self._variant)
+            self._inner.bind({n: v for n, v in self._bound.items() if n not in feeds}, self._outputs)
+        return self._inner.run(feeds)
+
+
+def _array(value: Any) -> np.ndarray:
+    return value if isinstance(value, np.ndarray) else value.array
+
+
+def _shape_only(array: np.ndarray) -> np.ndarray:
+    return np.array([array.dtype.name, *(str(size) for size in array.shape)])
+
+
+def _zeros(shape: np.ndarray) -> np.ndarray:
+    dtype, *sizes = shape.tolist()
+    return np.zeros([int(size) for size in sizes], dtype)

@@ -1,0 +1,148 @@
+"""The decision about one group of layers: factors for their shared input, codes and scales, the input's range."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from mllm_edge.calibration.findings import Findings, LayerFindings
+from mllm_edge.calibration.layers import Group, Layer
+from mllm_edge.calibration.methods import awq, gptq, rtn, smoothquant
+from mllm_edge.calibration.methods.ranges import Range, activation_range
+from mllm_edge.calibration.recipes import Precision, block_size
+from mllm_edge.calibration.statistics import InputStatistics
+
+__all__ = ["Decision"]
+
+
+class Decision:
+    """What the layers of one group get: factors for their shared input, codes and scales, the input's range."""
+
+    def __init__(
+        self,
+        group: Group,
+        statistics: InputStatistics,
+        precision: Callable[[str], Precision],
+        row_factors: dict[str, np.ndarray],
+        findings: Findings,
+    ):
+        self._group, self._statistics, self._findings = group, statistics, findings
+        self._row_factors = row_factors
+        self._precisions = {layer.name: precision(layer.name) for layer in group.layers}
+
+    def make(self) -> None:
+        """Decide, and add to the findings and to the row factors of the layer before the group."""
+        weights = {layer.name: self._weight(layer) for layer in self._group.layers}
+        factors = self._factors(list(weights.values()))
+        fold = self._group.fold
+        if factors is not None and fold is not None:
+            if fold.layer:
+                self._row_factors[fold.layer] = 1 / factors
+            else:
+                self._findings.add_fold(self._group.layers[0].name, fold.tensors, 1 / factors)
+        for name, weight in weights.items():
+            self._findings.add(self._layer(name, weight, factors))
+
+    def _weight(self, layer: Layer) -> np.ndarray:
+        rows = self._row_factors.get(layer.name)
+        return layer.read_weight() if rows is None else layer.read_weight() * rows[:, None]
+
+    def _factors(self, weights: Sequence[np.ndarray]) -> np.ndarray | None:
+        """Factors [K] of the input, where all layers of the group agree on a method that has them."""
+        precisions = set(self._precisions.values())
+        first = next(iter(precisions))
+        if self._group.fold is None or len(precisions) > 1 or self._statistics.rows == 0:
+            return None
+        if first.method == "smoothquant":
+            return smoothquant.smoothing(weights, self._statistics.channel_max)
+        if first.method.startswith("awq"):
+            rounded = lambda weight: _nearest(weight, first)  # noqa: E731
+            return awq.scaling(weights, self._statistics.sample, self._statistics.channel_mean, rounded)
+        return None
+
+    def _layer(self, name: str, weight: np.ndarray, factors: np.ndarray | None) -> LayerFindings:
+        precision, statistics = self._precisions[name], self._statistics
+        where = None
+        if precision.kind == "int8_static":
+            where = activation_range(statistics, precision.ranges, factors)
+        scaled = weight if factors is None else weight * factors
+        codes, scales, block = self._codes(scaled, precision, factors)
+        sample = statistics.sample
+        chosen = _dequantized(codes, scales, block) if codes is not None else scaled
+        inputs = sample if factors is None else sample / factors
+        exact = sample @ weight.T
+        nearest = _rounded_inputs(sample, activation_range(statistics, "minmax") if where else None)
+        return LayerFindings(
+            name=name,
+            bits=precision.bits,
+            block=block,
+            codes=codes,
+            scales=scales,
+            factors=factors,
+            row_factors=self._row_factors.get(name),
+            input_range=where,
+            error=_relative(_rounded_inputs(inputs, where) @ chosen.T, exact),
+            nearest_error=_relative(nearest @ _nearest(weight, precision).T, exact),
+        )
+
+    def _codes(
+        self, weight: np.ndarray, precision: Precision, factors: np.ndarray | None
+    ) -> tuple[np.ndarray | None, np.ndarray | None, int | None]:
+        """(codes, scales, block); None for weights that stay float."""
+        if precision.kind in ("float32", "float16"):
+            return None, None, None
+        row = weight.shape[1]
+        block = block_size(row, precision.largest_block) if precision.kind == "blocks" else None
+        whole = block is None or row % block == 0
+        if "gptq" in precision.method and self._statistics.rows and whole:
+            gram = self._statistics.gram
+            gram = gram if factors is None else gram / np.outer(factors, factors)
+            codes, scales = gptq.quantize(weight, gram, precision.bits, block)
+            return codes, scales, block
+        if precision.method == "awq" and self._statistics.rows and block is not None and whole:
+            sample = self._statistics.sample if factors is None else self._statistics.sample / factors
+            scales = awq.clipped_scales(weight, sample, precision.bits, block)
+            return _codes_for(weight, scales, precision.bits, block), scales, block
+        if block is None:
+            codes, channel = rtn.quantize_channels(weight)
+            return codes, channel[:, None], None
+        codes, scales = rtn.quantize_blocks(weight, precision.bits, block, positive_scales=True)
+        centred = codes.astype(np.int16) - (1 << (precision.bits - 1))
+        return centred.reshape(len(codes), -1)[:, :row].astype(np.int8), scales, block
+
+
+def _codes_for(weight: np.ndarray, scales: np.ndarray, bits: int, block: int) -> np.ndarray:
+    high = (1 << (bits - 1)) - 1
+    inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
+    return np.clip(np.rint(weight * np.repeat(inverse, block, axis=1)), -high - 1, high).astype(np.int8)
+
+
+def _dequantized(codes: np.ndarray, scales: np.ndarray | None, block: int | None) -> np.ndarray:
+    assert scales is not None
+    spread = scales if block is None else np.repeat(scales, block, axis=1)[:, : codes.shape[1]]
+    return codes * spread
+
+
+def _nearest(weight: np.ndarray, precision: Precision) -> np.ndarray:
+    """The weight as rounding to nearest would leave it."""
+    if precision.kind in ("float32", "float16"):
+        return weight
+    rows, row = weight.shape
+    block = block_size(row, precision.largest_block) if precision.kind == "blocks" else row
+    if row % block:
+        return weight
+    grouped = weight.reshape(-1, block)
+    scales = np.abs(grouped).max(axis=1) / ((1 << (precision.bits - 1)) - 1)
+    return rtn.rounded_blocks(grouped, scales, precision.bits).reshape(rows, row)
+
+
+def _rounded_inputs(x: np.ndarray, where: Range | None) -> np.ndarray:
+    """Inputs as 8 bits over the range represent them."""
+    if where is None:
+        return x
+    low, high = where
+    scale = (high - low) / 255
+    return (np.clip(np.rint(x / scale), np.rint(low / scale), np.rint(high / scale)) * scale).astype(np.float32)
+
+
+def _relative(value: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(value - expected) / max(float(np.linalg.norm(expected)), 1e-12))

@@ -1,0 +1,195 @@
+"""The proof: a quantized bundle beside the float one it came from, on samples that calibration did not see."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mllm_edge.calibration.collect import answer_tokens, continued, greedy_tokens
+from mllm_edge.calibration.data import Sample
+from mllm_edge.runtime.grids import encoder_feeds
+from mllm_edge.runtime.vlm import VLM
+from mllm_edge.spec import to_json
+
+__all__ = ["Distance", "Proof", "prove"]
+
+_TOKENS = 32
+_POSITIONS = 8  # of the answer that are reported one by one
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Between a component's outputs: `sqnr` in dB (10·log10 of the signal's power over the error's), `cosine`."""
+
+    sqnr: float
+    cosine: float
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What quantization changed. `components`: of vision outputs, all samples together. `kl`: mean KL divergence of
+    the next token's distribution, in nats, along the float bundle's answers; `top1`: how often the likeliest token
+    stays the same, by position too. `prefix`: mean part of the float bundle's answer that greedy decoding repeats.
+    `exact_match`: part of the known answers given word for word (float, quantized), where there are any. Times are
+    medians in seconds."""
+
+    samples: int
+    positions: int
+    components: Mapping[str, Distance]
+    kl: float
+    kl_worst: float
+    top1: float
+    top1_by_position: tuple[float, ...]
+    prefix: float
+    exact_match: tuple[float, float] | None
+    nbytes: tuple[int, int]
+    prefill_seconds: tuple[float, float]
+    token_seconds: tuple[float, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return to_json(self)
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """One side's outputs for a sample."""
+
+    outputs: dict[str, np.ndarray]
+    logits: np.ndarray
+    greedy: np.ndarray
+    prefill: float
+    token: float
+
+
+def prove(
+    float_bundle: Path,
+    quantized: Path,
+    samples: Sequence[Sample],
+    threads: int | None = None,
+    progress: Callable[[int], None] = lambda samples: None,
+) -> Proof:
+    """Run both bundles on `samples`; `progress(1)` after each."""
+    with VLM.load(float_bundle, threads=threads) as a, VLM.load(quantized, threads=threads) as b:
+        tally = _Tally()
+        for sample in samples:
+            tally.add(sample, *_pair(a, b, sample), a, b)
+            progress(1)
+        return tally.proof(a.bundle.nbytes, b.bundle.nbytes)
+
+
+def _pair(a: VLM, b: VLM, sample: Sample) -> tuple[_Run, _Run, np.ndarray | None]:
+    answer = answer_tokens(a, sample)
+    first = _run(a, sample, answer)
+    led = first.greedy if answer is None else answer
+    return first, _run(b, sample, led), answer
+
+
+def _run(vlm: VLM, sample: Sample, answer: np.ndarray | None) -> _Run:
+    prompt = vlm.processor.process(sample.prompt, sample.images)
+    positions = getattr(prompt, "positions", None)
+    outputs = _vision(vlm, prompt)
+    embeds = vlm.prompt_embeds(prompt)
+    most = min(_TOKENS, vlm.context_length - len(embeds))
+    begin = time.perf_counter()
+    greedy = greedy_tokens(vlm, embeds, positions, most)
+    token = (time.perf_counter() - begin) / max(len(greedy), 1)
+    tokens = (greedy if answer is None else answer)[:most]
+    whole = np.concatenate([embeds, vlm.embed(tokens[:-1])])
+    vlm.decoder.reset(len(whole))
+    rows = range(len(embeds) - 1, len(whole))
+    begin = time.perf_counter()
+    logits = vlm.decoder.forward(whole, continued(positions, len(tokens) - 1), rows=rows).copy()
+    return _Run(outputs, logits, greedy, time.perf_counter() - begin, token)
+
+
+def _vision(vlm: VLM, prompt: Any) -> dict[str, np.ndarray]:
+    if prompt.pixel_values is None or vlm.spec.image is None:
+        return {}
+    feeds = encoder_feeds(vlm.spec.image, prompt.pixel_values, prompt.image_grids)
+    hidden = np.concatenate([vlm.component("vision_encoder", f)["vision_hidden"] for f in feeds])
+    return {"vision_encoder": hidden, "connector": vlm.image_features(prompt)}
+
+
+class _Tally:
+    """Sums over samples."""
+
+    def __init__(self) -> None:
+        self._powers: dict[str, np.ndarray] = {}
+        self._kl: list[np.ndarray] = []
+        self._same: list[np.ndarray] = []
+        self._prefix: list[float] = []
+        self._exact: list[tuple[bool, bool]] = []
+        self._times: list[tuple[float, float, float, float]] = []
+        self._samples = 0
+
+    def add(self, sample: Sample, a: _Run, b: _Run, answer: np.ndarray | None, one: VLM, other: VLM) -> None:
+        for name, x in a.outputs.items():
+            sums = self._powers.setdefault(name, np.zeros(4))
+            sums += _powers(x, b.outputs[name])
+        self._kl.append(_divergence(a.logits, b.logits))
+        self._same.append(a.logits.argmax(axis=1) == b.logits.argmax(axis=1))
+        self._prefix.append(_prefix(a.greedy, b.greedy))
+        if sample.answer is not None:
+            self._exact.append(
+                (_text(one, a.greedy) == sample.answer.strip(), _text(other, b.greedy) == sample.answer.strip())
+            )
+        self._times.append((a.prefill, b.prefill, a.token, b.token))
+        self._samples += 1
+
+    def proof(self, float_bytes: int, quantized_bytes: int) -> Proof:
+        kl, times = np.concatenate(self._kl), np.median(np.array(self._times), axis=0)
+        longest = max(len(same) for same in self._same)
+        by_position = [[same[i] for same in self._same if len(same) > i] for i in range(min(longest, _POSITIONS))]
+        return Proof(
+            samples=self._samples,
+            positions=len(kl),
+            components={name: _distance(sums) for name, sums in self._powers.items()},
+            kl=float(kl.mean()),
+            kl_worst=float(kl.max()),
+            top1=float(np.concatenate(self._same).mean()),
+            top1_by_position=tuple(float(np.mean(p)) for p in by_position),
+            prefix=float(np.mean(self._prefix)),
+            exact_match=tuple(np.mean(self._exact, axis=0).tolist()) if self._exact else None,
+            nbytes=(float_bytes, quantized_bytes),
+            prefill_seconds=(float(times[0]), float(times[1])),
+            token_seconds=(float(times[2]), float(times[3])),
+        )
+
+
+def _powers(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """[Σa², Σ(a−b)², Σab, Σb²]."""
+    a, b = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
+    return np.array([a @ a, (a - b) @ (a - b), a @ b, b @ b])
+
+
+def _distance(sums: np.ndarray) -> Distance:
+    signal, error, product, other = sums
+    sqnr = float(10 * np.log10(signal / error)) if error > 0 else float("inf")
+    return Distance(sqnr=min(sqnr, 200.0), cosine=float(product / max(np.sqrt(signal * other), 1e-30)))
+
+
+def _divergence(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """KL(a ‖ b) of each row's distribution, in nats."""
+    p, q = _log_softmax(a), _log_softmax(b)
+    return (np.exp(p) * (p - q)).sum(axis=1)
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x.astype(np.float64)
+    x = x - x.max(axis=1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+
+
+def _prefix(a: np.ndarray, b: np.ndarray) -> float:
+    """The part of `a` that `b` repeats from its start."""
+    length = min(len(a), len(b))
+    differs = np.flatnonzero(a[:length] != b[:length])
+    return float(differs[0] if len(differs) else length) / max(len(a), 1)
+
+
+def _text(vlm: VLM, tokens: np.ndarray) -> str:
+    return vlm.tokenizer.decode([int(t) for t in tokens if int(t) not in vlm.stop_ids]).strip()

@@ -1,0 +1,63 @@
+"""AWQ: channels that matter for the output are scaled up before rounding, and the largest weights may be clipped.
+
+Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", 2024, section 3.2.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from mllm_edge.calibration.methods.rtn import rounded_blocks
+
+__all__ = ["clipped_scales", "scaling"]
+
+_RATIOS = 20
+_CLIPS = np.linspace(1.0, 0.5, 21, dtype=np.float32)
+Rounded = Callable[[np.ndarray], np.ndarray]
+
+
+def scaling(
+    weights: Sequence[np.ndarray], sample: np.ndarray, channel_mean: np.ndarray, rounded: Rounded
+) -> np.ndarray:
+    """Factors s [K] float32 for layers [N, K] that share an input: x / s and W · s take the places of x and W.
+
+    s = mean|x|^r, normalized; r of `_RATIOS` in [0, 1) with the smallest error of the outputs for the rows of `sample`
+    [n, K]. `rounded` returns what a weight is after quantization.
+    """
+    mean = np.maximum(channel_mean, 1e-4)
+    best, factors = np.inf, np.ones(len(mean), np.float32)
+    for ratio in np.arange(_RATIOS) / _RATIOS:
+        s = mean**ratio
+        s = (s / np.sqrt(s.max() * s.min())).astype(np.float32)
+        error = 0.0
+        for weight in weights:
+            difference = rounded(weight * s) / s - weight
+            error += float(np.square(sample @ difference.T, dtype=np.float32).sum(dtype=np.float64))
+        if error < best:
+            best, factors = error, s
+    return factors
+
+
+def clipped_scales(weight: np.ndarray, sample: np.ndarray, bits: int, block: int) -> np.ndarray:
+    """Scales [N, blocks] float32 of a weight [N, K] (K whole blocks): the largest magnitude of each block, clipped by
+    the factor that changes the block's part of the output for `sample` [n, K] least."""
+    rows, row = weight.shape
+    blocks = row // block
+    top = (1 << (bits - 1)) - 1
+    scales = np.empty((rows, blocks), np.float32)
+    # Per block: Σ over samples of (x · Δw)² = Δw G Δwᵀ with G = xᵀx of the block's channels.
+    for b in range(blocks):
+        columns = slice(b * block, (b + 1) * block)
+        x = sample[:, columns]
+        gram = x.T @ x
+        part = weight[:, columns]
+        peak = np.abs(part).max(axis=1)
+        best = np.full(rows, np.inf, np.float32)
+        for clip in _CLIPS:
+            scale = peak * (clip / top)
+            difference = rounded_blocks(part, scale, bits) - part
+            error = np.einsum("nk,nk->n", difference @ gram, difference)
+            better = error < best
+            best[better] = error[better]
+            scales[better, b] = scale[better]
+    return scales

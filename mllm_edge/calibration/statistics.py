@@ -1,0 +1,106 @@
+"""What calibration remembers of a linear layer's input: sums and counts, never the activations themselves."""
+
+import numpy as np
+
+__all__ = ["Histogram", "InputStatistics"]
+
+_BINS = 2048
+# Rows kept as they are, for methods that try candidates on real inputs; spread evenly over all that were seen.
+_SAMPLE_ROWS = 512
+
+
+class Histogram:
+    """Counts of values in `_BINS` equal bins over [−limit, limit]; the limit doubles when a value exceeds it, so one
+    pass is enough and earlier counts stay right (two bins become one)."""
+
+    def __init__(self, limit: float = 0.0, counts: np.ndarray | None = None):
+        self.limit = limit
+        self.counts = np.zeros(_BINS, np.int64) if counts is None else counts
+
+    def add(self, values: np.ndarray) -> None:
+        """Count finite values of any shape."""
+        peak = float(np.abs(values).max(initial=0.0))
+        if peak == 0.0 and self.limit == 0.0:
+            return
+        if self.limit == 0.0:
+            self.limit = peak
+        while self.limit < peak:
+            half = self.counts.reshape(-1, 2).sum(axis=1)
+            self.counts = np.pad(half, _BINS // 4)
+            self.limit *= 2
+        self.counts += np.histogram(values, _BINS, (-self.limit, self.limit))[0]
+
+    @property
+    def edges(self) -> np.ndarray:
+        """The bins' borders, `_BINS` + 1 numbers."""
+        return np.linspace(-self.limit, self.limit, _BINS + 1)
+
+
+class InputStatistics:
+    """Of inputs x [rows, K]: how many rows, the extremes and mean|x| of each channel, a histogram of all values, some
+    rows as they were, and (if `with_gram`) the mean of xᵀx [K, K]."""
+
+    def __init__(self, width: int, with_gram: bool = False):
+        self.width, self.rows = width, 0
+        self.channel_low = np.full(width, np.inf, np.float32)
+        self.channel_high = np.full(width, -np.inf, np.float32)
+        self.histogram = Histogram()
+        self._sums = np.zeros(width)
+        self._gram = np.zeros((width, width), np.float32) if with_gram else None
+        self._sample: list[np.ndarray] = []
+        self._stride, self._kept = 1, 0
+
+    def add(self, x: np.ndarray) -> None:
+        """Take in rows [..., K]; raises ValueError for values that are not finite."""
+        x = np.ascontiguousarray(x.reshape(-1, self.width), np.float32)
+        if len(x) == 0:
+            return
+        low, high = x.min(axis=0), x.max(axis=0)
+        if not (np.isfinite(low).all() and np.isfinite(high).all()):
+            raise ValueError("activations are not finite")
+        np.minimum(self.channel_low, low, out=self.channel_low)
+        np.maximum(self.channel_high, high, out=self.channel_high)
+        self._sums += np.abs(x).sum(axis=0, dtype=np.float64)
+        self.histogram.add(x)
+        if self._gram is not None:
+            self._gram += x.T @ x
+        self._keep(x)
+        self.rows += len(x)
+
+    @property
+    def channel_max(self) -> np.ndarray:
+        """max|x| of each channel [K] float32; zeros before anything was seen."""
+        return np.maximum(0, np.maximum(-self.channel_low, self.channel_high))
+
+    @property
+    def channel_mean(self) -> np.ndarray:
+        """mean|x| of each channel [K] float32."""
+        return (self._sums / max(self.rows, 1)).astype(np.float32)
+
+    @property
+    def gram(self) -> np.ndarray:
+        """The mean of xᵀx [K, K] float32; only with `with_gram`."""
+        assert self._gram is not None, "the Gram matrix was not asked for"
+        return self._gram / np.float32(max(self.rows, 1))
+
+    @property
+    def sample(self) -> np.ndarray:
+        """Up to `_SAMPLE_ROWS` of the rows, [n, K] float32."""
+        kept = np.concatenate(self._sample) if self._sample else np.zeros((0, self.width), np.float32)
+        return kept[:: -(-len(kept) // _SAMPLE_ROWS)] if len(kept) > _SAMPLE_ROWS else kept
+
+    def scaled_histogram(self, factors: np.ndarray) -> Histogram:
+        """The histogram of x / factors [K], from the sample."""
+        histogram = Histogram()
+        histogram.add(self.sample / factors)
+        return histogram
+
+    def _keep(self, x: np.ndarray) -> None:
+        """Every `_stride`-th of all rows; when twice too many are kept, every other one is let go."""
+        kept = x[-self.rows % self._stride :: self._stride].copy()
+        self._sample.append(kept)
+        self._kept += len(kept)
+        while self._kept > 2 * _SAMPLE_ROWS:
+            self._sample = [np.concatenate(self._sample)[::2]]
+            self._kept = len(self._sample[0])
+            self._stride *= 2

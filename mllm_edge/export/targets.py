@@ -1,0 +1,60 @@
+"""Targets of an export: which forms every component gets."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import onnx_ir as ir
+
+from mllm_edge.errors import ExportError
+from mllm_edge.export.decoder.build import DIALECTS
+from mllm_edge.export.decoder.dialects import contrib, opset17, opset24
+
+__all__ = ["TARGETS", "Form", "forms"]
+
+Dialect = Literal["contrib", "opset24", "opset17"]
+_FLOAT, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
+
+TARGETS: Mapping[str, Dialect] = {"cpu": "contrib", "tensorrt": "opset24", "tensorrt-10.3": "opset17"}
+_MINIMUM = {"contrib": contrib.MINIMUM, "opset24": opset24.MINIMUM, "opset17": opset17.MINIMUM}
+_FALLBACK = "cpu"
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the components are written for one target. `float_type` is that of inputs, hidden states and caches."""
+
+    target: str
+    float_type: ir.DataType
+
+    @property
+    def dialect(self) -> Dialect:
+        return TARGETS[self.target]
+
+    @property
+    def kv_mode(self) -> Literal["in_place", "append"]:
+        return DIALECTS[self.dialect].kv_mode
+
+    @property
+    def minimum(self) -> Mapping[str, str]:
+        """Module name of a runtime → its lowest version that executes this form."""
+        return _MINIMUM[self.dialect]
+
+    def stem(self, component: str) -> str:
+        """The component's file name without extensions; the fallback's files carry no target."""
+        return component if self.target == _FALLBACK else f"{component}.{self.target}"
+
+
+def forms(targets: Sequence[str], recipe: str, fallback: bool = True) -> tuple[Form, ...]:
+    """The forms that `targets` ask for, the CPU's first: it is added unless `fallback` is False.
+
+    Raises ExportError for an unknown target, or none.
+    """
+    for target in targets:
+        if target not in TARGETS:
+            raise ExportError(f"unknown target {target!r}", f"known targets: {', '.join(TARGETS)}")
+    wanted = [target for target in TARGETS if target in targets or (fallback and target == _FALLBACK)]
+    if not wanted:
+        raise ExportError("no target is named", f"known targets: {', '.join(TARGETS)}")
+    half = _FLOAT if recipe == "fp32" else _HALF
+    return tuple(Form(target, _FLOAT if target == _FALLBACK else half) for target in wanted)

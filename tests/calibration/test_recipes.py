@@ -1,0 +1,107 @@
+"""Recipes as data: names, TOML files, rules."""
+
+from pathlib import Path
+
+import pytest
+
+from mllm_edge.calibration.mixed import Candidate, raise_worst, weight_bytes
+from mllm_edge.calibration.recipes import (
+    BLOCKS_8,
+    CALIBRATED,
+    FLOAT16,
+    INT8_STATIC,
+    Precision,
+    calibrated_recipe,
+    check_rules,
+    precision_of,
+)
+from mllm_edge.errors import RecipeError
+
+
+def written(folder: Path, text: str) -> str:
+    path = folder / "mine.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_names() -> None:
+    assert calibrated_recipe("int8") == CALIBRATED["int8"]
+    assert calibrated_recipe("fp16").vision == FLOAT16
+    with pytest.raises(RecipeError, match=r"unknown recipe 'int5'"):
+        calibrated_recipe("int5")
+
+
+def test_file_changes_what_it_names(tmp_path: Path) -> None:
+    recipe = calibrated_recipe(
+        written(
+            tmp_path,
+            """
+            base = "int4"
+            [vision]
+            kind = "blocks"
+            [decoder]
+            method = "gptq"
+            block = 32
+            [[rules]]
+            component = "decoder"
+            layers = "layers.0.*"
+            kind = "int8"
+            ranges = "minmax"
+            [[rules]]
+            layers = "*.down_proj"
+            kind = "float16"
+            """,
+        )
+    )
+    assert recipe.name == "mine"
+    assert recipe.vision == Precision("blocks", 4, method="awq+gptq")
+    assert recipe.decoder == Precision("blocks", 4, 32, "gptq")
+    assert recipe.connector == INT8_STATIC
+    assert precision_of(recipe, "decoder", "layers.1.up_proj") == recipe.decoder
+    assert precision_of(recipe, "decoder", "layers.0.up_proj").kind == "int8_static"
+    assert precision_of(recipe, "decoder", "layers.0.up_proj").ranges == "minmax"
+    assert precision_of(recipe, "decoder", "layers.0.down_proj") == FLOAT16
+    assert precision_of(recipe, "decoder", "lm_head") == recipe.head
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("kind =", "mine.toml: "),
+        ("speed = 3", "unknown key 'speed'"),
+        ("[decoder]\nbist = 4", r"\[decoder\]: unknown key 'bist'"),
+        ("[decoder]\nbits = 5", r"\[decoder\]: bits = 5"),
+        ("decoder = 4", r"\[decoder\]: not a table"),
+        ('base = "int9"', "unknown recipe 'int9'"),
+        ("size = 2", "size = 2"),
+        ('[[rules]]\nkind = "float16"', r"\[\[rules\]\] 1: no layers"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, text: str, what: str) -> None:
+    with pytest.raises(RecipeError, match=what):
+        calibrated_recipe(written(tmp_path, text))
+    with pytest.raises(RecipeError, match="No such file"):
+        calibrated_recipe(str(tmp_path / "gone.toml"))
+
+
+def test_rule_for_no_layer_lists_near_matches(tmp_path: Path) -> None:
+    recipe = calibrated_recipe(written(tmp_path, '[[rules]]\ncomponent = "decoder"\nlayers = "layers.0.upproj"'))
+    with pytest.raises(RecipeError, match=r"decoder: layers.0.upproj matches no layer\n.*decoder: layers.0.up_proj"):
+        check_rules(recipe, {"decoder": ["layers.0.up_proj", "lm_head"], "connector": ["proj"]})
+
+
+def test_the_worst_are_raised_while_there_is_room() -> None:
+    recipe = CALIBRATED["mixed"]
+    candidates = [Candidate("decoder", f"layers.{i}.x", (64, 128), error) for i, error in enumerate((0.1, 0.3, 0.2))]
+    low, high = (weight_bytes((64, 128), p) for p in (recipe.decoder, BLOCKS_8))
+    raised = raise_worst(recipe, 3 * low + 2 * (high - low), candidates)
+    assert [rule.layers for rule in raised.rules] == ["layers.1.x", "layers.2.x"]
+    assert precision_of(raised, "decoder", "layers.1.x") == BLOCKS_8
+    assert precision_of(raised, "decoder", "layers.0.x") == recipe.decoder
+    assert raise_worst(recipe, 0, candidates).rules == ()
+
+
+def test_weight_bytes() -> None:
+    assert weight_bytes((10, 256), FLOAT16) == 5120
+    assert weight_bytes((10, 256), INT8_STATIC) == 2600
+    assert weight_bytes((10, 256), Precision("blocks", 4)) == 10 * 2 * (64 + 4)

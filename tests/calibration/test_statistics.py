@@ -1,0 +1,48 @@
+"""Streaming statistics equal those of all rows at once."""
+
+import numpy as np
+import pytest
+
+from mllm_edge.calibration.statistics import Histogram, InputStatistics
+
+
+def test_pieces_give_what_the_whole_gives() -> None:
+    random = np.random.default_rng(0)
+    x = (random.standard_normal((5000, 24)) * np.linspace(0.1, 9, 24)).astype(np.float32)
+    statistics = InputStatistics(24, with_gram=True)
+    for part in np.split(x, [1, 17, 900, 4999]):
+        statistics.add(part.reshape(1, *part.shape))
+    assert statistics.rows == 5000
+    np.testing.assert_array_equal(statistics.channel_low, x.min(axis=0))
+    np.testing.assert_array_equal(statistics.channel_max, np.abs(x).max(axis=0))
+    np.testing.assert_allclose(statistics.channel_mean, np.abs(x).mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(statistics.gram, x.T @ x / 5000, rtol=1e-3, atol=1e-3)
+    assert statistics.histogram.counts.sum() == x.size
+
+
+def test_sample_is_spread_over_all_rows() -> None:
+    statistics = InputStatistics(1)
+    for start in range(0, 40_000, 500):
+        statistics.add(np.arange(start, start + 500, dtype=np.float32)[:, None])
+    sample = statistics.sample[:, 0]
+    assert 256 <= len(sample) <= 512
+    assert len(set(np.diff(sample))) == 1
+    assert sample[-1] > 39_000
+
+
+def test_histogram_grows_without_losing_a_count() -> None:
+    values = np.random.default_rng(1).standard_normal(20_000)
+    once, grown = Histogram(), Histogram()
+    grown.add(np.array([0.01]))
+    for part in np.array_split(values, 9):
+        grown.add(part)
+    once.add(np.append(values, 0.01))
+    assert grown.counts.sum() == once.counts.sum() == 20_001
+    centres = (grown.edges[:-1] + grown.edges[1:]) / 2
+    assert np.average(centres**2, weights=grown.counts) == pytest.approx(np.mean(values**2), rel=0.01)
+
+
+def test_values_that_are_not_finite_are_refused() -> None:
+    statistics = InputStatistics(2)
+    with pytest.raises(ValueError, match="not finite"):
+        statistics.add(np.array([[1.0, np.nan]]))

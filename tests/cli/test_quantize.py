@@ -1,0 +1,76 @@
+"""`mllm-edge quantize` as a user meets it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mllm_edge.calibration.recipes import CALIBRATED, RECIPES
+from mllm_edge.cli import quantize as verb
+from mllm_edge.export.pipeline import export
+from tests.cli.test_main import Cli
+from tests.tiny import save_tiny_idefics3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quantize")
+    save_tiny_idefics3(folder / "model")
+    export(str(folder / "model"), folder / "fp16", recipe_name="fp16", verify_mode="off")
+    (folder / "images").mkdir()
+    for i in range(8):
+        Image.new("RGB", (50 + i, 40), (20 * i, 90, 200)).save(folder / "images" / f"{i}.png")
+    return folder
+
+
+def test_recipes_are_those_of_calibration() -> None:
+    assert set(verb.RECIPES) <= {*RECIPES, *CALIBRATED}
+
+
+def test_folder_of_images_to_a_bundle_with_its_proof(cli: Cli, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "int4"
+    result = cli("quantize", str(folder / "fp16"), str(out), "--data", str(folder / "images"), "--prompt", "What?")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == ""
+    for words in ("6 samples; proof on 2 others", "KL divergence", "likeliest token agrees", "layers with the largest"):
+        assert words in result.stderr
+    assert f"next: mllm-edge run {out}" in result.stderr
+    assert json.loads((out / "manifest.json").read_text())["recipe"]["name"] == "int4"
+
+
+def test_json_report(cli: Cli, folder: Path, tmp_path: Path) -> None:
+    arguments = ["--recipe", "int8", "--data", str(folder / "images"), "--held-back", "3", "--json"]
+    result = cli("quantize", str(folder / "fp16"), str(tmp_path / "out"), *arguments)
+    report = json.loads(result.stdout)
+    assert (report["recipe"], report["samples"], report["held_back"]) == ("int8", 5, 3)
+    assert report["proof"]["nbytes"][1] == report["nbytes"] or report["nbytes"] > 0
+    assert report["seconds"] > 0
+
+
+def test_a_missed_gate_fails(cli: Cli, folder: Path, tmp_path: Path) -> None:
+    arguments = ["--data", str(folder / "images"), "--max-kl", "0"]
+    result = cli("quantize", str(folder / "fp16"), str(tmp_path / "out"), *arguments)
+    assert result.exit_code == 1
+    assert "error: KL divergence" in result.stderr
+    assert "fix: " in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data", "gone"], "gone does not exist"),
+        (["--data", "images", "--recipe", "int5"], "unknown recipe 'int5'"),
+        (["--data", "images", "--recipe", "gone.toml"], "gone.toml"),
+        ([], "Missing option '--data'"),
+    ],
+)
+def test_wrong_input_is_told(
+    cli: Cli, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+) -> None:
+    monkeypatch.chdir(folder)
+    result = cli("quantize", "fp16", str(tmp_path / "out"), *arguments)
+    assert result.exit_code != 0
+    assert words in result.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,260 @@
+"""Calibrated quantization of whole bundles: forms, agreement between targets, proof, gates, interruption."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from mllm_edge.bundle import MANIFEST, Bundle
+from mllm_edge.calibration import calibrate as calibrate_module
+from mllm_edge.calibration.recipes import CALIBRATED, Precision, Recipe
+from mllm_edge.errors import AccuracyError, BundleError, DataError, ExportError, RecipeError
+from mllm_edge.export.pipeline import export
+from mllm_edge.export.quantize import Gate, quantize
+from mllm_edge.export.targets import TARGETS
+from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
+from mllm_edge.runtime.backends.tensorrt_build import build, check_network
+from mllm_edge.runtime.vlm import VLM
+from tests.tiny import save_tiny_idefics3, save_tiny_llava
+
+SAVE = {"idefics3": save_tiny_idefics3, "llava": save_tiny_llava}
+
+
+def samples(count: int = 12) -> list[dict[str, Any]]:
+    random = np.random.default_rng(0)
+    answers = ("two red boxes", None)
+    return [
+        {
+            "images": [random.integers(0, 256, (40 + i, 64, 3), dtype=np.uint8)],
+            "prompt": f"What is on belt {i}?",
+            "answer": answers[i % 2],
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="module", params=SAVE)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    SAVE[request.param](folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def float_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("float") / "fp16"
+    export(str(checkpoint), out, targets=tuple(TARGETS), recipe_name="fp16", verify_mode="off")
+    return out
+
+
+@pytest.fixture(scope="module", params=["int8", "int4", "mixed"])
+def quantized(request: pytest.FixtureRequest, float_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    out = tmp_path_factory.mktemp("out") / request.param
+    return request.param, quantize(float_bundle, out, recipe=request.param, data=samples()), Bundle.load(out)
+
+
+def test_report_and_manifest_hold_the_proof(quantized: Any, float_bundle: Path) -> None:
+    name, report, bundle = quantized
+    assert (report.samples, report.held_back) == (9, 3)
+    proof = bundle.manifest.accuracy
+    assert proof["kl"] == report.proof.kl >= 0
+    assert 0 < proof["top1"] <= 1
+    assert proof["components"]["vision_encoder"]["sqnr"] > 10
+    assert proof["exact_match"] is not None
+    assert proof["nbytes"][0] > proof["nbytes"][1] > 0
+    assert bundle.manifest.recipe["name"] == name
+    assert not (bundle.path.parent / f".{name}.calibration").exists()
+    assert set(proof["layers"]["decoder"]) >= {"layers.0.qkv_proj"} or name == "mixed"
+    bundle.verify()
+    Bundle.load(float_bundle).verify()
+
+
+def test_targets_answer_alike(quantized: Any) -> None:
+    """The same codes and ranges in every dialect: differences are those of half precision and symmetric ranges."""
+    bundle = quantized[2]
+    sample = samples()[1]
+    logits = {}
+    for target in TARGETS:
+        with VLM(bundle, OnnxRuntimeCpu(target=target)) as vlm:
+            prompt = vlm.processor.process(sample["prompt"], sample["images"])
+            embeds = vlm.prompt_embeds(prompt)
+            vlm.decoder.reset(len(embeds))
+            logits[target] = vlm.decoder.forward(embeds).copy()
+    spread = np.ptp(logits["cpu"])
+    # Half precision rounds a value to another code now and then; ranges that need not be symmetric, and activations in
+    # 8 bits beside weights in blocks, make `cpu` the odd one out.
+    assert np.abs(logits["tensorrt"] - logits["tensorrt-10.3"]).max() <= 0.05 * spread
+    assert np.abs(logits["tensorrt"] - logits["cpu"]).max() <= 0.15 * spread
+
+
+@pytest.mark.parametrize("component", ["vision_encoder", "connector"])
+def test_tensorrt_builds_what_was_quantized(quantized: Any, component: str) -> None:
+    _, _, bundle = quantized
+    for target in ("tensorrt", "tensorrt-10.3"):
+        variant = bundle.variant(component, target)
+        path = bundle.listed(variant.file)
+        check_network(path, 0)
+        profile = {
+            t.name: tuple(tuple(s if isinstance(s, int) else n for s in t.shape) for n in (1, 2, 4))
+            for t in variant.inputs
+        }
+        assert build(path, [profile], ["SM80", "SM86", "SM89", "SM120"]).nbytes > 0  # type: ignore[list-item]
+
+
+def test_int8_graphs_hold_what_each_side_demands(float_bundle: Path, tmp_path: Path) -> None:
+    quantize(float_bundle, tmp_path / "out", recipe="int8", data=samples())
+    bundle = Bundle.load(tmp_path / "out")
+    kinds = {t: _operators(bundle, "decoder", t) for t in TARGETS}
+    assert kinds["cpu"]["MatMulIntegerToFloat"] > 0
+    assert kinds["cpu"]["MatMul"] == 0
+    for target in ("tensorrt", "tensorrt-10.3"):
+        graph = ir.load(bundle.listed(bundle.variant("decoder", target).file)).graph
+        zeros = [v for n, v in graph.initializers.items() if n.endswith(".input.zero")]
+        assert zeros
+        for zero in zeros:
+            assert zero.const_value is not None
+            assert zero.const_value.numpy() == 0
+            assert zero.const_value.dtype == ir.DataType.INT8
+
+
+def _operators(bundle: Bundle, component: str, target: str) -> Mapping[str, int]:
+    nodes = list(ir.load(bundle.listed(bundle.variant(component, target).file)).graph)
+    return {kind: sum(n.op_type == kind for n in nodes) for kind in ("MatMul", "MatMulIntegerToFloat")}
+
+
+def test_factors_alone_change_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    """Weights stay float, only scaled: what was folded into norms and neighbours cancels in every target."""
+    export(str(checkpoint), tmp_path / "fp32", targets=tuple(TARGETS), recipe_name="fp32", verify_mode="off")
+    part = Precision("float32", method="smoothquant")
+    recipe = Recipe("factors", part, part, part, part)
+    quantize(tmp_path / "fp32", tmp_path / "out", recipe=recipe, data=samples())
+    changed = 0
+    for target in TARGETS:
+        logits = []
+        for name in ("fp32", "out"):
+            bundle = Bundle.load(tmp_path / name)
+            with VLM(bundle, OnnxRuntimeCpu(target=target)) as vlm:
+                prompt = vlm.processor.process("Where?", samples()[0]["images"])
+                embeds = vlm.prompt_embeds(prompt)
+                vlm.decoder.reset(len(embeds))
+                logits.append(vlm.decoder.forward(embeds).copy())
+        assert np.abs(logits[0] - logits[1]).max() <= 1e-3 * np.ptp(logits[0])
+        weights = [_initializer(tmp_path / n, "decoder", target, "layers.0.up_proj.weight") for n in ("fp32", "out")]
+        changed += not np.allclose(*weights, rtol=0.05)
+    assert changed == len(TARGETS)
+
+
+def _initializer(folder: Path, component: str, target: str, name: str) -> np.ndarray:
+    bundle = Bundle.load(folder)
+    graph = ir.load(bundle.listed(bundle.variant(component, target).file)).graph
+    value = graph.initializers[name].const_value
+    assert value is not None
+    return value.numpy().copy()
+
+
+def test_calibration_loses_less_than_rounding(float_bundle: Path, tmp_path: Path) -> None:
+    nearest = replace(CALIBRATED["int4"], decoder=Precision("blocks", 4, method="rtn"))
+    kl = {
+        name: quantize(float_bundle, tmp_path / name, recipe=recipe, data=samples(24)).proof.kl
+        for name, recipe in (("rtn", nearest), ("int4", CALIBRATED["int4"]))
+    }
+    assert kl["int4"] < 0.7 * kl["rtn"]
+
+
+def test_missed_gate_names_layers_and_writes_nothing(float_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(AccuracyError, match=r"KL divergence .* > 1e-12\. Layers with the largest error: decoder: "):
+        quantize(float_bundle, tmp_path / "out", recipe="int4", data=samples(), gate=Gate(max_kl=1e-12))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(AccuracyError, match=r"agrees in .* < 100\.01%"):
+        quantize(float_bundle, tmp_path / "out", recipe="int4", data=samples(), gate=Gate(min_agreement=1.0001))
+
+
+def test_interrupted_calibration_goes_on(float_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = quantize(float_bundle, tmp_path / "whole", recipe="int4", data=samples())
+    decided: list[str] = []
+    make = calibrate_module.Decision.make
+
+    def stop(self: Any) -> None:
+        decided.append(self._group.layers[0].name)
+        if len(decided) == 3:
+            raise KeyboardInterrupt
+        make(self)
+
+    monkeypatch.setattr(calibrate_module, "SEGMENT_BYTES", 1)
+    monkeypatch.setattr(calibrate_module.Decision, "make", stop)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(float_bundle, tmp_path / "out", recipe="int4", data=samples())
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / ".out.calibration" / "recorded").exists()
+    monkeypatch.setattr("mllm_edge.export.quantize.record", None)  # would fail: it must not record again
+    again: list[str] = []
+
+    def count(self: Any) -> None:
+        again.append(self._group.layers[0].name)
+        make(self)
+
+    monkeypatch.setattr(calibrate_module.Decision, "make", count)
+    report = quantize(float_bundle, tmp_path / "out", recipe="int4", data=samples())
+    assert decided[0] not in again
+    assert report.proof.kl == pytest.approx(whole.proof.kl, rel=0.05)
+    assert not (tmp_path / ".out.calibration").exists()
+
+
+def test_other_data_starts_anew(float_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stale = tmp_path / ".out.calibration"
+    stale.mkdir()
+    (stale / "key").write_text("of another calibration")
+    (stale / "recorded").touch()
+    quantize(float_bundle, tmp_path / "out", recipe="int4", data=samples())
+    assert Bundle.load(tmp_path / "out").manifest.accuracy["calibration_samples"] == 9
+
+
+def test_checkpoint_is_exported_on_the_way(checkpoint: Path, tmp_path: Path) -> None:
+    report = quantize(str(checkpoint), tmp_path / "out", recipe="int4", data=samples(), targets=("cpu", "tensorrt"))
+    bundle = Bundle.load(tmp_path / "out")
+    assert {v.target for v in bundle.manifest.components["decoder"].variants} == {"cpu", "tensorrt"}
+    assert report.source == str(checkpoint)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_cannot_be_quantized(float_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    quantize(float_bundle, out, recipe="int4", data=samples())
+    with pytest.raises(BundleError, match="is quantized already"):
+        quantize(out, tmp_path / "twice", recipe="int4", data=samples())
+    with pytest.raises(ExportError, match="exists already"):
+        quantize(float_bundle, out, recipe="int4", data=samples())
+    with pytest.raises(DataError, match="4 samples, 1 of them held back"):
+        quantize(float_bundle, tmp_path / "few", recipe="int4", data=samples(4))
+    with pytest.raises(DataError, match="no sample is held back"):
+        quantize(float_bundle, tmp_path / "few", recipe="int4", data=samples(), held_back=0)
+    texts = [{"prompt": f"Question {i}?"} for i in range(8)]
+    with pytest.raises(DataError, match="no sample has an image"):
+        quantize(float_bundle, tmp_path / "text", recipe="int8", data=texts)
+    rules = tmp_path / "r.toml"
+    rules.write_text('[[rules]]\nlayers = "layers.9.nothing"\nkind = "float16"')
+    with pytest.raises(RecipeError, match=r"matches no layer"):
+        quantize(float_bundle, tmp_path / "rules", recipe=str(rules), data=samples())
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "r.toml"}
+
+
+def test_broken_image_names_its_line(float_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no image")
+    lines = [json.dumps({"images": ["a.png"], "prompt": f"{i}?"}) for i in range(8)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError, match=r"data\.jsonl, line \d: "):
+        quantize(float_bundle, tmp_path / "out", recipe="int4", data=tmp_path / "data.jsonl")
+
+
+def test_text_only_recipe_takes_text_only_data(float_bundle: Path, tmp_path: Path) -> None:
+    part = Precision("float16", 16)
+    recipe = replace(CALIBRATED["int4"], vision=part, connector=part)
+    quantize(float_bundle, tmp_path / "out", recipe=recipe, data=[{"prompt": f"Question {i}?"} for i in range(8)])
+    manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    assert manifest["accuracy"]["components"] == {}
+    assert manifest["components"]["vision_encoder"]["variants"][0]["precision"] == "float16"

@@ -1,0 +1,99 @@
+"""Targets: which forms a bundle gets, what TensorRT makes of them, and what half precision costs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mllm_edge.bundle import Bundle
+from mllm_edge.errors import BundleError, ExportError
+from mllm_edge.export.pipeline import export
+from mllm_edge.export.targets import TARGETS, forms
+from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
+from mllm_edge.runtime.backends.tensorrt_build import build, check_network
+from mllm_edge.runtime.vlm import VLM
+from mllm_edge.spec import TensorSpec
+from tests.tiny import save_tiny_idefics3, save_tiny_llava, save_tiny_qwen2_vl
+
+STANDARD = ("tensorrt", "tensorrt-10.3")
+SAVE = {"idefics3": save_tiny_idefics3, "llava": save_tiny_llava, "qwen2_vl": save_tiny_qwen2_vl}
+
+
+@pytest.fixture(scope="module", params=SAVE)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    SAVE[request.param](folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["fp16", "int8", "int4"])
+def exported(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    out = tmp_path_factory.mktemp("out") / request.param
+    report = export(str(checkpoint), out, targets=STANDARD, recipe_name=request.param)
+    return report, Bundle.load(out)
+
+
+def test_every_form_agrees_with_the_source(exported: Any) -> None:
+    report, bundle = exported
+    assert report.targets == ("cpu", *STANDARD)
+    results = [bundle.manifest.parity, *bundle.manifest.parity["targets"].values()]
+    assert [parity["target"] for parity in results] == ["cpu", *STANDARD]
+    for parity in results:
+        assert all(0 < parity["errors"][name] <= limit for name, limit in parity["limits"].items())
+
+
+def test_variants_state_what_they_are(exported: Any) -> None:
+    report, bundle = exported
+    for name, component in bundle.manifest.components.items():
+        assert [(v.target, v.dialect) for v in component.variants] == list(TARGETS.items())
+        assert [v.file for v in component.variants] == [f"{name}{s}.onnx" for s in ("", ".tensorrt", ".tensorrt-10.3")]
+        for variant in component.variants[1:]:
+            assert {t.dtype for t in variant.inputs} <= {"float16", "int64"}
+            assert variant.kv_mode == (
+                None if name != "decoder" else "in_place" if variant.target == "tensorrt" else "append"
+            )
+            assert "tensorrt" in variant.minimum
+    assert set(report.components) >= {"decoder", "decoder.tensorrt", "decoder.tensorrt-10.3"}
+
+
+@pytest.mark.parametrize("target", STANDARD)
+@pytest.mark.parametrize("component", ["vision_encoder", "connector"])
+def test_tensorrt_builds_the_vision_side(exported: Any, component: str, target: str) -> None:
+    _, bundle = exported
+    variant = bundle.variant(component, target)
+    path = bundle.listed(variant.file)
+    check_network(path, 0)
+    profile = {t.name: tuple(_shape(t, tiles) for tiles in (1, 2, 4)) for t in variant.inputs}
+    engine = build(path, [profile], ["SM80", "SM86", "SM89", "SM120"])  # type: ignore[list-item]
+    assert engine.nbytes > 0
+
+
+def _shape(tensor: TensorSpec, tiles: int) -> tuple[int, ...]:
+    return tuple(size if isinstance(size, int) else tiles for size in tensor.shape)
+
+
+def test_without_the_fallback_only_the_target_is_there(checkpoint: Path, tmp_path: Path) -> None:
+    report = export(
+        str(checkpoint), tmp_path / "out", targets=["tensorrt"], fallback=False, recipe_name="fp32", verify_mode="off"
+    )
+    assert report.targets == ("tensorrt",)
+    bundle = Bundle.load(tmp_path / "out")
+    assert sorted(p.name for p in bundle.path.glob("*.onnx")) == [
+        "connector.tensorrt.onnx",
+        "decoder.tensorrt.onnx",
+        "vision_encoder.tensorrt.onnx",
+    ]
+    with pytest.raises(BundleError, match="no variant for target 'cpu'"):
+        VLM.load(bundle.path)
+    with VLM(bundle, OnnxRuntimeCpu(target="tensorrt")) as vlm:
+        assert vlm.generate("Hello.", max_new_tokens=3, ignore_eos=True).token_ids
+
+
+def test_forms() -> None:
+    assert [form.target for form in forms(["tensorrt-10.3", "tensorrt"], "int4")] == list(TARGETS)
+    assert [form.float_type.name for form in forms(["tensorrt"], "fp16")] == ["FLOAT", "FLOAT16"]
+    assert [form.float_type.name for form in forms(["tensorrt"], "fp32", fallback=False)] == ["FLOAT"]
+    with pytest.raises(ExportError, match="unknown target 'gpu'"):
+        forms(["gpu"], "int4")
+    with pytest.raises(ExportError, match="no target"):
+        forms([], "int4", fallback=False)
