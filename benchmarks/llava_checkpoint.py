@@ -4,6 +4,7 @@ import json
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,20 +34,20 @@ _POOL = 1 << 24
 _TOKENS = ("<unk>", "<s>", "</s>", "<image>", "USER:", "ASSISTANT:")
 
 
-def write_llava(folder: Path, seed: int = 0) -> None:
-    """Weights in float16 (14 GB), and the small files that an export reads."""
+def write_llava(folder: Path, seed: int = 0, layers: int = _DECODER.layers) -> None:
+    """Weights in float16 (14 GB with all `layers` of the decoder), and the small files that an export reads."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
     weights = (0.02 * random.standard_normal(_POOL, dtype=np.float32)).astype(np.float16)
     norms = (1 + 0.05 * random.standard_normal(1 << 16, dtype=np.float32)).astype(np.float16)
-    weight_map = {}
-    for number, shapes in enumerate(_shards({**_vision_shapes(), **_text_shapes()}), 1):
+    weight_map, decoder = {}, replace(_DECODER, layers=layers)
+    for number, shapes in enumerate(_shards({**_vision_shapes(), **_text_shapes(decoder)}), 1):
         file = f"model-{number:05}.safetensors"
         with (folder / file).open("wb") as f:
             _write_shard(f, shapes, weights, norms)
         weight_map |= dict.fromkeys(shapes, file)
     _write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
-    _write_settings(folder)
+    _write_settings(folder, decoder)
 
 
 def _shards(shapes: Shapes) -> Iterator[Shapes]:
@@ -76,9 +77,9 @@ def _write_shard(f: IO[bytes], shapes: Shapes, weights: np.ndarray, norms: np.nd
             left, start = left - len(part), 0
 
 
-def _text_shapes() -> Shapes:
-    shapes = {f"language_model.{name}": shape for name, shape in decoder_shapes(_DECODER).items()}
-    return {**shapes, "language_model.lm_head.weight": (_DECODER.vocab_size, _DECODER.hidden_size)}
+def _text_shapes(decoder: Geometry) -> Shapes:
+    shapes = {f"language_model.{name}": shape for name, shape in decoder_shapes(decoder).items()}
+    return {**shapes, "language_model.lm_head.weight": (decoder.vocab_size, decoder.hidden_size)}
 
 
 def _vision_shapes() -> Shapes:
@@ -103,10 +104,10 @@ def _vision_shapes() -> Shapes:
     return shapes
 
 
-def _write_settings(folder: Path) -> None:
+def _write_settings(folder: Path, decoder: Geometry) -> None:
     from tokenizers import Tokenizer, models
 
-    text = {**_DECODER.config, "max_position_embeddings": 4096, "tie_word_embeddings": False}
+    text = {**decoder.config, "max_position_embeddings": 4096, "tie_word_embeddings": False}
     config = {"model_type": "llava", "text_config": text, "vision_config": _TOWER}
     config |= {"image_token_index": _TOKENS.index("<image>"), "vision_feature_layer": -2}
     _write_json(folder / "config.json", config)

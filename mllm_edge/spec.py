@@ -40,6 +40,7 @@ __all__ = [
     "ResizeToPixels",
     "RopeSpec",
     "SCHEMA_VERSION",
+    "SelectTiles",
     "SplitTiles",
     "TensorSpec",
     "Transform",
@@ -124,6 +125,23 @@ class SplitTiles:
 
 
 @dataclass(frozen=True)
+class SelectTiles:
+    """Stretch to the grid of `size` × `size` px tiles whose aspect ratio is nearest to the image's, cut it row by row,
+    and with `overview` append the whole image stretched to one tile. One tile alone has the grid (0, 0).
+
+    Grids have `min_tiles` to `max_tiles` tiles. Of grids at the same distance the last one wins, in the order of their
+    tiles and then columns, that has fewer pixels than twice the image's (or is the first of them).
+    """
+
+    size: int
+    min_tiles: int
+    max_tiles: int
+    overview: bool
+    resample: Resample
+    op: Literal["select_tiles"] = "select_tiles"
+
+
+@dataclass(frozen=True)
 class Rescale:
     """uint8 → float32, multiplied by `factor`."""
 
@@ -179,6 +197,7 @@ Transform = (
     | CenterCrop
     | PadToSquare
     | SplitTiles
+    | SelectTiles
     | Rescale
     | Normalize
     | ResizeToPixels
@@ -192,8 +211,8 @@ class ImagePrompt:
     """How one image becomes text before tokenization. In the templates `{image}` stands for `tokens_per_tile`
     placeholder tokens, `{row}` and `{col}` for 1-based tile coordinates. (Cells of patches count as tiles.)
 
-    An image with grid (0, 0) becomes `single`; with grid (R, C) it becomes, row by row, C times `tile` followed by
-    `row_end`, and at the end `overview`.
+    An image with grid (0, 0) becomes `single`; with grid (R, C) it becomes `begin`, then, row by row, C times `tile`
+    followed by `row_end`, and at the end `overview`.
     """
 
     token: str
@@ -203,6 +222,7 @@ class ImagePrompt:
     tile: str = ""
     row_end: str = ""
     overview: str = ""
+    begin: str = ""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,9 @@ __all__ = [
     "LLAVA_TEMPLATE",
     "QWEN_TEMPLATE",
     "TEMPLATE",
+    "Names",
     "make_tokenizer",
+    "random_model",
     "save_tiny_idefics3",
     "save_tiny_llava",
     "save_tiny_qwen2_vl",
@@ -92,13 +94,14 @@ def save_tiny_idefics3(
     """
     tokenizer = make_tokenizer()
     architecture, config_class = _CLASSES[model_type]
-    model = _random_model(architecture, _config(config_class, tokenizer, text, vision, config), tokenizer, seed)
+    model = random_model(architecture, _config(config_class, tokenizer, text, vision, config), tokenizer, seed)
     model.save_pretrained(folder, max_shard_size=shard_size)
     _processor(tokenizer, model.config, processor).save_pretrained(folder)
     return model
 
 
-def _random_model(architecture: Any, config: Any, tokenizer: PreTrainedTokenizerFast, seed: int) -> Any:
+def random_model(architecture: Any, config: Any, tokenizer: PreTrainedTokenizerFast, seed: int) -> Any:
+    """A model of class `architecture` whose answers depend on every weight."""
     torch.manual_seed(seed)
     model = architecture(config).eval()
     for name, weight in model.named_parameters():
@@ -187,9 +190,7 @@ def save_tiny_llava(
     the image processor, `image_settings` overrides its settings.
     """
     tokenizer = make_tokenizer()
-    model = _random_model(
-        LlavaForConditionalGeneration, _llava_config(tokenizer, text, vision, config), tokenizer, seed
-    )
+    model = random_model(LlavaForConditionalGeneration, _llava_config(tokenizer, text, vision, config), tokenizer, seed)
     model.save_pretrained(folder, max_shard_size=shard_size)
     side, strategy = model.config.vision_config.image_size, model.config.vision_feature_select_strategy
     size = {"height": side, "width": side}
@@ -274,7 +275,7 @@ def save_tiny_qwen2_vl(
     """
     core = _byte_tokenizer(*_QWEN_SPECIAL, "<|image_pad|>", "<|video_pad|>")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    model = _random_model(
+    model = random_model(
         Qwen2VLForConditionalGeneration, _qwen2_vl_config(tokenizer, text, vision, config), tokenizer, seed
     )
     model.save_pretrained(folder, max_shard_size=shard_size)

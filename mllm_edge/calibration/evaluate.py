@@ -90,7 +90,7 @@ def _pair(a: VLM, b: VLM, sample: Sample) -> tuple[_Run, _Run, np.ndarray | None
 
 def _run(vlm: VLM, sample: Sample, answer: np.ndarray | None) -> _Run:
     prompt = vlm.processor.process(sample.prompt, sample.images)
-    positions = getattr(prompt, "positions", None)
+    positions = prompt.positions
     outputs = _vision(vlm, prompt)
     embeds = vlm.prompt_embeds(prompt)
     most = min(_TOKENS, vlm.context_length - len(embeds))

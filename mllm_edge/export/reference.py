@@ -4,7 +4,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["forget_prompts", "quiet_transformers", "without_video"]
+from mllm_edge.export.source import Source
+
+__all__ = ["forget_prompts", "load_reference", "quiet_transformers", "without_video"]
+
+
+def load_reference(source: Source, decoder_layers: int | None = None) -> Any:
+    """What transformers makes of the checkpoint itself, in float32; only the first `decoder_layers` (None: all)."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(source.folder)
+    if decoder_layers is not None:
+        text = config.get_text_config()
+        text.num_hidden_layers = min(decoder_layers, text.num_hidden_layers)
+    return AutoModelForImageTextToText.from_pretrained(
+        source.folder, config=config, dtype=torch.float32, low_cpu_mem_usage=True
+    )
 
 
 def forget_prompts(model: Any) -> None:

@@ -90,6 +90,8 @@ def lower(
         assert x is not None
         if node.op_type == "Linear":
             result = linear(builder, x, _linear(node, sources), precision)
+        elif node.op_type == "RmsNorm":
+            result = _rms_norm(builder, x, node, dialect)
         else:
             result = _ATTENTION[dialect](builder, x, node)
         builder.splice(graph, node, result)
@@ -123,7 +125,7 @@ def _bind_plain_weights(
     """Fill the initializers that ordinary operators read (norms, convolutions, positions), drop the placeholders'."""
     for name, value in list(graph.initializers.items()):
         del graph.initializers[name]
-        if any(node.domain != DOMAIN for node, _ in value.uses()):
+        if any(node.domain != DOMAIN or node.op_type == "RmsNorm" for node, _ in value.uses()):
             read = source(value)
             value.const_value = data.add(name, dtype, _shape(value), partial(_in_type, name, read, dtype))
             graph.register_initializer(value)
@@ -153,6 +155,19 @@ def _linear(node: ir.Node, source: Callable[[ir.Value], Reader]) -> Linear:
         lambda: np.concatenate([r() for r in readers]),
         (lambda: np.concatenate([r() for r in bias_readers])) if biases else None,
     )
+
+
+def _rms_norm(builder: GraphBuilder, x: ir.Value, node: ir.Node, dialect: str) -> ir.Value:
+    name, eps, scale = f"{node.outputs[0].name or 'norm'}", node.attributes["epsilon"].as_float(), node.inputs[1]
+    assert scale is not None
+    if dialect != "opset17":
+        op = "SimplifiedLayerNormalization" if dialect == "contrib" else "RMSNormalization"
+        return builder.node(op, [x, scale], name, epsilon=eps, axis=-1)
+    half = builder.float_type != _FLOAT
+    wide = builder.node("Cast", [x], f"{name}.wide", to=_FLOAT) if half else x
+    normed = standard.rms_normed(builder, name, wide, eps)
+    narrow = builder.node("Cast", [normed], f"{name}.narrow", to=builder.float_type) if half else normed
+    return builder.node("Mul", [narrow, scale], name)
 
 
 def _contrib_attention(builder: GraphBuilder, qkv: ir.Value, node: ir.Node) -> ir.Value:

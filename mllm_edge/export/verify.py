@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mllm_edge.errors import ParityError
-from mllm_edge.export.reference import forget_prompts, quiet_transformers
+from mllm_edge.export.reference import forget_prompts, load_reference, quiet_transformers
 from mllm_edge.export.source import Source
 from mllm_edge.runtime.grids import encoder_feeds
 
@@ -122,21 +122,15 @@ class _Reference:
 
     def __init__(self, source: Source, scope: Scope):
         import torch
-        from transformers import AutoConfig, AutoModelForImageTextToText
 
         from mllm_edge.export.families import family_for
 
         torch.manual_seed(_SEED)
-        config = AutoConfig.from_pretrained(source.folder)
-        if scope.decoder_layers is not None:
-            text = config.get_text_config()
-            text.num_hidden_layers = min(scope.decoder_layers, text.num_hidden_layers)
         self.torch, self.family = torch, family_for(source)
         with quiet_transformers():
             self.processor = self.family.load_processor(source)
-            self.model = AutoModelForImageTextToText.from_pretrained(
-                source.folder, config=config, dtype=torch.float32, low_cpu_mem_usage=True
-            ).eval()
+            load = getattr(self.family, "load_model", load_reference)
+            self.model = load(source, scope.decoder_layers).eval()
 
     def run(self, text: str, images: tuple[Any, ...]) -> dict[str, np.ndarray]:
         """Inputs, vision outputs, greedy tokens and the logits they came from."""

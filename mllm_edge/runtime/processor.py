@@ -278,7 +278,7 @@ def _image_text(prompt: ImagePrompt, rows: int, cols: int) -> str:
     if rows == 0 and cols == 0:
         return prompt.single.replace("{image}", tokens)
     tile = prompt.tile.replace("{image}", tokens)
-    parts = []
+    parts = [prompt.begin]
     for row in range(1, rows + 1):
         of_row = tile.replace("{row}", str(row))
         parts += [of_row.replace("{col}", str(col)) for col in range(1, cols + 1)]

@@ -21,6 +21,7 @@ from mllm_edge.spec import (
     ResizeShortestEdge,
     ResizeToMultiple,
     ResizeToPixels,
+    SelectTiles,
     SplitTiles,
     Transform,
 )
@@ -44,7 +45,7 @@ _MOST_PIXELS = 178_956_970
 class ProcessedImage:
     """`pixel_values` [tiles, channels, height, width] float32, and the grid the image was cut into.
 
-    A grid of (0, 0) means one tile. Otherwise there are rows × cols tiles, row by row, then the overview.
+    A grid of (0, 0) means one tile. Otherwise there are rows × cols tiles, row by row, then the overview, if any.
     After Patchify: rows × cols cells, `pixel_values` [cells, merge², channels · frames · patch²].
     """
 
@@ -183,6 +184,31 @@ def _split_tiles_layout(layout: _Layout, transform: SplitTiles) -> _Layout:
     return layout if rows * cols == 1 else _Layout(size, size, rows, cols, rows * cols + 1)
 
 
+def _select_tiles_layout(layout: _Layout, transform: SelectTiles) -> _Layout:
+    if layout.tiles > 1:
+        raise BundleError("select_tiles comes after another split", "export the bundle again")
+    size = transform.size
+    rows, cols = _nearest_grid(layout.height, layout.width, transform)
+    if rows * cols == 1:
+        return _Layout(size, size)
+    return _Layout(size, size, rows, cols, rows * cols + int(transform.overview))
+
+
+def _nearest_grid(height: int, width: int, transform: SelectTiles) -> tuple[int, int]:
+    """(rows, cols) of the grid that SelectTiles describes."""
+    least, most = transform.min_tiles, transform.max_tiles
+    grids = [(rows, cols) for cols in range(1, most + 1) for rows in range(-(-least // cols), most // cols + 1)]
+    grids.sort(key=lambda grid: grid[0] * grid[1])
+    ratio, area = width / height, width * height
+    best, nearest = (1, 1), math.inf
+    for rows, cols in grids:
+        distance = abs(ratio - cols / rows)
+        fits = area > 0.5 * transform.size * transform.size * cols * rows
+        if distance < nearest or (distance == nearest and fits):
+            best, nearest = (rows, cols), distance
+    return best
+
+
 def _resize_to_pixels_layout(layout: _Layout, transform: ResizeToPixels) -> _Layout:
     height, width, multiple = layout.height, layout.width, transform.multiple
     if max(height, width) / min(height, width) > transform.max_ratio:
@@ -222,6 +248,7 @@ _LAYOUTS: dict[type, Callable[[_Layout, Any], _Layout]] = {
     CenterCrop: _fixed_layout,
     PadToSquare: _pad_to_square_layout,
     SplitTiles: _split_tiles_layout,
+    SelectTiles: _select_tiles_layout,
     ResizeToPixels: _resize_to_pixels_layout,
     Patchify: _patchify_layout,
 }
@@ -245,9 +272,22 @@ def _split(tiles: list[Image.Image], transform: SplitTiles, after: _Layout) -> l
     if after.tiles == 1:
         return tiles
     image, size = tiles[0], transform.size
-    corners = [(col * size, row * size) for row in range(after.rows) for col in range(after.cols)]
     overview = image.resize((size, size), _RESAMPLE[transform.resample])
-    return [*(image.crop((x, y, x + size, y + size)) for x, y in corners), overview]
+    return [*_cut(image, size, after), overview]
+
+
+def _select(tiles: list[Image.Image], transform: SelectTiles, after: _Layout) -> list[Image.Image]:
+    if after.tiles == 1:
+        return _resize(tiles, transform, after)
+    canvas = _Layout(after.rows * transform.size, after.cols * transform.size)
+    cut = _cut(_resize(tiles, transform, canvas)[0], transform.size, after)
+    # The overview is made from the image itself, not from the stretched one.
+    return [*cut, *_resize(tiles, transform, after)] if transform.overview else cut
+
+
+def _cut(image: Image.Image, size: int, grid: _Layout) -> list[Image.Image]:
+    corners = [(col * size, row * size) for row in range(grid.rows) for col in range(grid.cols)]
+    return [image.crop((x, y, x + size, y + size)) for x, y in corners]
 
 
 def _crop(tiles: list[Image.Image], transform: CenterCrop, after: _Layout) -> list[Image.Image]:
@@ -270,6 +310,7 @@ _PIXELS: dict[type, Callable[[list[Image.Image], Any, _Layout], list[Image.Image
     CenterCrop: _crop,
     PadToSquare: _pad,
     SplitTiles: _split,
+    SelectTiles: _select,
 }
 
 

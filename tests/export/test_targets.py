@@ -1,5 +1,6 @@
 """Targets: which forms a bundle gets, what TensorRT makes of them, and what half precision costs."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,17 @@ from mllm_edge.runtime.backends.tensorrt_build import build, check_network
 from mllm_edge.runtime.vlm import VLM
 from mllm_edge.spec import TensorSpec
 from tests.tiny import save_tiny_idefics3, save_tiny_llava, save_tiny_qwen2_vl
+from tests.tiny_internvl import save_tiny_internvl, save_tiny_internvl_chat
 
 STANDARD = ("tensorrt", "tensorrt-10.3")
-SAVE = {"idefics3": save_tiny_idefics3, "llava": save_tiny_llava, "qwen2_vl": save_tiny_qwen2_vl}
+QK_NORM = {"use_qk_norm": True, "norm_type": "rms_norm", "attention_bias": False}
+SAVE = {
+    "idefics3": save_tiny_idefics3,
+    "internvl": save_tiny_internvl,
+    "internvl_chat": partial(save_tiny_internvl_chat, internlm2=True, vision=QK_NORM),
+    "llava": save_tiny_llava,
+    "qwen2_vl": save_tiny_qwen2_vl,
+}
 
 
 @pytest.fixture(scope="module", params=SAVE)

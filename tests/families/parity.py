@@ -4,7 +4,7 @@ Tolerances: vision features ‖a−b‖/‖b‖ ≤ 1e-4; logits max|a−b| ≤ 
 level of 255 and 0.05 on average; token ids and greedy tokens equal.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,9 +59,11 @@ PROMPTS: dict[str, tuple[str, list[tuple[int, int]]]] = {
 }
 
 
-def check_parity(exported: Exported, case: str) -> None:
-    """Compare one of PROMPTS, from a question to text."""
-    prompt, sizes = PROMPTS[case]
+def check_parity(
+    exported: Exported, case: str, prompts: Mapping[str, tuple[str, list[tuple[int, int]]]] = PROMPTS
+) -> None:
+    """Compare one of `prompts`, from a question to text."""
+    prompt, sizes = prompts[case]
     content = [{"type": "image"} for _ in sizes] + [{"type": "text", "text": prompt}]
     check_messages(exported, [{"role": "user", "content": content}], sizes, prompt)
 

@@ -69,17 +69,19 @@ def _best_scale(part: np.ndarray, power: np.ndarray, bits: int) -> np.ndarray:
 
 def _inverse_factor(gram: np.ndarray, dead: np.ndarray, order: np.ndarray) -> np.ndarray:
     """The upper triangular U with UᵀU = the inverse of the damped Gram matrix, columns in `order`, [K, K] float32."""
-    matrix = gram[np.ix_(order, order)].astype(np.float64)
-    matrix[dead[order], dead[order]] = 1.0
-    mean = float(np.diag(matrix).mean())
+    # With the matrix = R Rᵀ, R upper triangular (Cholesky from the other end), U is the inverse of R.
+    backwards = order[::-1]
+    matrix = gram[np.ix_(backwards, backwards)].astype(np.float64)
+    diagonal = np.diag_indices(len(matrix))
+    matrix[diagonal] = power = np.where(dead[backwards], 1.0, matrix[diagonal])
     for damp in _DAMPS:
-        damped = matrix + np.diag(np.full(len(matrix), damp * mean))
+        matrix[diagonal] = power + damp * power.mean()
         try:
-            # With the matrix = R Rᵀ, R upper triangular (Cholesky from the other end), U is the inverse of R.
-            factor = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
+            factor = np.linalg.cholesky(matrix)
         except np.linalg.LinAlgError:
             continue
-        return _inverse_upper(factor).astype(np.float32)
+        del matrix  # as large as the other two that are needed now
+        return _inverse_upper(factor[::-1, ::-1]).astype(np.float32)
     raise ValueError("the inputs' Gram matrix is not positive")
 
 

@@ -29,6 +29,7 @@ def cut_groups(weights: Weights, source: str, parts: Mapping[str, int], groups: 
     """
     columns = () if row is None else (row,)
     stride, start = sum(parts.values()), 0
+    weights.use(source, (groups * stride * dim, *columns))  # for the error if the shape is another
     for name, heads in parts.items():
         end = start + heads
 

@@ -2,7 +2,9 @@
 
 Each has `MODEL_TYPES`, `plan(source, weights) -> Plan`, and for the comparison with the source model
 `load_processor(source)`, the reference's own processor without torchvision, and `image_features(model, inputs)`, the
-reference's tensors that answer to the components' outputs `vision_hidden` and `image_features`.
+reference's tensors that answer to the components' outputs `vision_hidden` and `image_features`. Where transformers does
+not load a checkpoint itself, `load_model(source, decoder_layers)` gives the reference in float32, with only its first
+`decoder_layers` (None: all).
 """
 
 import importlib
@@ -14,7 +16,14 @@ from mllm_edge.export.source import Source, nearest
 __all__ = ["FAMILIES", "family_for"]
 
 # model_type of config.json → module in this package
-FAMILIES = {"idefics3": "idefics3", "smolvlm": "idefics3", "llava": "llava", "qwen2_vl": "qwen2_vl"}
+FAMILIES = {
+    "idefics3": "idefics3",
+    "internvl": "internvl",
+    "internvl_chat": "internvl",
+    "llava": "llava",
+    "qwen2_vl": "qwen2_vl",
+    "smolvlm": "idefics3",
+}
 
 
 def family_for(source: Source) -> ModuleType:

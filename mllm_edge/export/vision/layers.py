@@ -1,7 +1,7 @@
 """Building blocks of the thin vision modules.
 
-`Linear` and `attention` trace to placeholder operators of the domain `mllm_edge`; lowering replaces each by the form
-that the target's dialect and the recipe call for. Everything else traces to standard operators.
+`Linear`, `RmsNorm` and `attention` trace to placeholder operators of the domain `mllm_edge`; lowering replaces each by
+the form that the target's dialect and the recipe call for. Everything else traces to standard operators.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import nn
 
-__all__ = ["ACTIVATIONS", "DOMAIN", "Linear", "activate", "attention", "packed_linear"]
+__all__ = ["ACTIVATIONS", "DOMAIN", "Linear", "RmsNorm", "activate", "attention", "packed_linear"]
 
 DOMAIN = "mllm_edge"
 
@@ -35,6 +35,20 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return packed_linear(x, [self])
+
+
+class RmsNorm(nn.Module):
+    """x [..., size] / √(mean(x²) + eps) · weight, the mean over the last axis and in float32."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.onnx.ops.symbolic(
+            f"{DOMAIN}::RmsNorm", (x, self.weight), {"epsilon": self.eps}, dtype=x.dtype, shape=x.shape, version=1
+        )
 
 
 def activate(name: str, x: torch.Tensor) -> torch.Tensor:

@@ -121,12 +121,7 @@ class Opset17:
         """x / √(mean(x²) + eps) · scale; the mean in float32, where half precision would overflow."""
         graph = self.graph
         wide = x if kind == _FLOAT else graph.node("Cast", [x], f"{name}.wide", to=_FLOAT)
-        square = graph.node("Mul", [wide, wide], f"{name}.square")
-        axis = graph.constant("norm.axis", np.array([-1], np.int64))
-        mean = graph.node("ReduceMean", [square, axis], f"{name}.mean")
-        eps = graph.constant(f"norm.eps.{norm.spec.eps:g}", np.array(norm.spec.eps, np.float32))
-        root = graph.node("Sqrt", [graph.node("Add", [mean, eps], f"{name}.variance")], f"{name}.root")
-        normed = graph.node("Div", [wide, root], f"{name}.normed")
+        normed = standard.rms_normed(graph, name, wide, norm.spec.eps)
         if kind == _FLOAT:
             scaled = graph.node("Mul", [normed, norm.scale], name)
             return scaled if self._dtype == _FLOAT else standard.narrowed(self, name, scaled)

@@ -26,6 +26,7 @@ __all__ = [
     "pick_rows",
     "reshape",
     "residual_sum",
+    "rms_normed",
     "rope_inputs",
     "shared",
     "simple_activation",
@@ -197,6 +198,16 @@ def gelu(graph: GraphBuilder, name: str, x: ir.Value, tanh: bool) -> ir.Value:
     one = graph.constant("one", np.array(1, graph.float_type.numpy()))
     plus = graph.node("Add", [curve, one], f"{name}.plus")
     return graph.node("Mul", [times(graph, f"{name}.half", x, 0.5), plus], name)
+
+
+def rms_normed(graph: GraphBuilder, name: str, x: ir.Value, eps: float) -> ir.Value:
+    """x / √(mean(x²) + eps) over the last axis, x in float32."""
+    square = graph.node("Mul", [x, x], f"{name}.square")
+    axis = graph.constant("norm.axis", np.array([-1], np.int64))
+    mean = graph.node("ReduceMean", [square, axis], f"{name}.mean")
+    offset = graph.constant(f"norm.eps.{eps:g}", np.array(eps, np.float32))
+    root = graph.node("Sqrt", [graph.node("Add", [mean, offset], f"{name}.variance")], f"{name}.root")
+    return graph.node("Div", [x, root], f"{name}.normed")
 
 
 def times(graph: GraphBuilder, name: str, x: ir.Value, factor: float) -> ir.Value:

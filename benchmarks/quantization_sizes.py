@@ -1,0 +1,156 @@
+"""Real sizes: the vision encoder in INT8, the time and memory of a calibration, layers of a large model."""
+
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.llava_checkpoint import write_llava
+from benchmarks.report import Report
+from benchmarks.vlm_checkpoints import smolvlm_256m
+from mllm_edge.bundle import Bundle
+from mllm_edge.calibration.recipes import CALIBRATED, FLOAT16, Precision, Recipe
+from mllm_edge.export.pipeline import export
+from mllm_edge.export.quantize import quantize
+from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
+from mllm_edge.runtime.vlm import VLM
+
+__all__ = ["add_cost", "add_large", "add_vision"]
+
+_ROUNDS = 15
+_COST_SAMPLES, _LARGE_SAMPLES, _LARGE_TOKENS, _LARGE_LAYERS, _ALL_LAYERS = 128, 32, 512, 4, 32
+
+
+def add_vision(report: Report, folder: Path, questions: int) -> None:
+    """SigLIP-B/16 at 512 px: float32 and calibrated INT8 by turns, one tile."""
+    source = _smolvlm(folder, "fp32")
+    out = folder / "vision-int8"
+    recipe = Recipe("vision", CALIBRATED["int8"].vision, CALIBRATED["int8"].connector, FLOAT16, FLOAT16)
+    quantize(source, out, recipe=recipe, data=_pictures(20), held_back=4)
+    bundles = [Bundle.load(source), Bundle.load(out)]
+    with VLM(bundles[0], OnnxRuntimeCpu()) as one, VLM(bundles[1], OnnxRuntimeCpu()) as other:
+        seconds: list[list[float]] = [[], []]
+        cosines = []
+        for i in range(_ROUNDS):
+            pixels = one.processor.process("x", _pictures(1, i + 100)[0]["images"]).pixel_values
+            assert pixels is not None
+            outputs = []
+            for vlm, times in zip((one, other), seconds, strict=True):
+                begin = time.perf_counter()
+                outputs.append(vlm.component("vision_encoder", {"pixel_values": pixels[:1]})["vision_hidden"].ravel())
+                times.append(time.perf_counter() - begin)
+            a, b = outputs
+            cosines.append(float(a @ b / np.sqrt((a @ a) * (b @ b))))
+    medians = [1000 * statistics.median(times) for times in seconds]
+    ratio = statistics.median(a / b for a, b in zip(*seconds, strict=True))
+    report.rows.append({"SigLIP-B/16, 512 px": "ms", "fp32": medians[0], "int8": medians[1], "cosine": min(cosines)})
+    report.at_least("vision_int8_speed: fp32 over int8", ratio, 2.0)
+    report.at_least("vision_int8_cosine: the worst image", min(cosines), 0.995)
+
+
+def add_cost(report: Report, folder: Path, questions: int) -> None:
+    """All of a calibration at SmolVLM-256M's sizes: recording, statistics, methods, writing, proof."""
+    source = _smolvlm(folder, "fp16")
+    seconds, peak = _in_process(_calibrate, source, folder / "cost", _COST_SAMPLES)
+    report.rows.append({"SmolVLM-256M": "int4", "samples": _COST_SAMPLES, "minutes": seconds / 60, "peak GB": peak})
+    report.at_most("calibration_cost: minutes", seconds / 60, 10)
+    report.at_most("calibration_cost: peak RSS, GB", peak, 3)
+
+
+def add_large(report: Report, folder: Path, questions: int) -> None:
+    """Four layers of LLaVA-1.5-7B's decoder: AWQ and GPTQ, piece by piece."""
+    write_llava(folder / "llava", layers=_LARGE_LAYERS)
+    export(str(folder / "llava"), folder / "llava-fp16", recipe_name="fp16", verify_mode="off")
+    for method in ("awq", "gptq"):
+        seconds, peak = _in_process(_calibrate_layers, folder / "llava-fp16", folder / method, method)
+        hours = seconds * _ALL_LAYERS / _LARGE_LAYERS / 3600
+        report.rows.append({"7B layers": method, "seconds": seconds, "peak GB": peak, "hours for 32": hours})
+        report.at_most(f"large_model: {method}, peak RSS, GB", peak, 8)
+
+
+def _smolvlm(folder: Path, recipe: str) -> Path:
+    out = folder / f"smolvlm-{recipe}"
+    if not out.exists():
+        smolvlm_256m(folder / "smolvlm")
+        export(str(folder / "smolvlm"), out, recipe_name=recipe, verify_mode="off")
+    return out
+
+
+def _pictures(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Smooth pictures with noise, small enough for one tile."""
+    from PIL import Image
+
+    items = []
+    for i in range(count):
+        random = np.random.default_rng([seed, i])
+        coarse = Image.fromarray(random.integers(0, 256, (9, 9, 3), dtype=np.uint8))
+        picture = np.asarray(coarse.resize((512, 512), Image.Resampling.BICUBIC)).astype(np.int16)
+        noisy = np.clip(picture + random.normal(0, 12, picture.shape), 0, 255).astype(np.uint8)
+        items.append({"images": [noisy], "prompt": f"What is this? {i}", "answer": "a thing on a belt"})
+    return items
+
+
+def _calibrate(source: Path, out: Path, samples: int) -> None:
+    quantize(source, out, recipe="int4", data=_pictures(samples + 8), held_back=8)
+
+
+def _calibrate_layers(source: Path, folder: Path, method: Any) -> None:
+    """The decoder alone, on random embeddings."""
+    from functools import partial
+
+    from mllm_edge.calibration.calibrate import calibrate
+    from mllm_edge.calibration.collect import Feeds
+    from mllm_edge.calibration.recipes import precision_of
+
+    bundle = Bundle.load(source)
+    variant = bundle.variant("decoder", "cpu")
+    feeds, model = Feeds(folder / "feeds"), bundle.manifest.model
+    half = model.cache.head_dim // 2
+    for i in range(_LARGE_SAMPLES):
+        random = np.random.default_rng(i)
+        angles = np.outer(np.arange(_LARGE_TOKENS), 1e4 ** -(np.arange(half) / half)).astype(np.float32)
+        cache = np.zeros((1, model.cache.kv_heads, _LARGE_TOKENS, model.cache.head_dim), np.float32)
+        feeds.add(
+            {
+                "inputs_embeds": random.standard_normal((1, _LARGE_TOKENS, model.hidden_size), np.float32) * 0.02,
+                "logits_indices": np.array([[_LARGE_TOKENS - 1]]),
+                "seqlens_k": np.array([_LARGE_TOKENS - 1], np.int32),
+                "total_sequence_length": np.array([_LARGE_TOKENS], np.int32),
+                "cos": np.cos(angles),
+                "sin": np.sin(angles),
+                **{t.name: cache for t in variant.inputs if t.name.startswith("past_key_values.")},
+            }
+        )
+    part = Precision("blocks", 4, method=method)
+    recipe = Recipe("large", FLOAT16, FLOAT16, part, FLOAT16)
+    precision = partial(precision_of, recipe, "decoder")
+    calibrate(bundle.listed(variant.file), variant, OnnxRuntimeCpu(), feeds, precision, folder / "work")
+
+
+def _in_process(work: Callable[..., None], *arguments: Any) -> tuple[float, float]:
+    """Run in a process of its own: (wall seconds, peak RSS in GB)."""
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_measured, args=(send, work, arguments))
+    process.start()
+    send.close()
+    try:
+        result: tuple[float, float] = receive.recv()
+    except EOFError:
+        raise SystemExit("the calibration failed") from None
+    process.join()
+    return result
+
+
+def _measured(send: Any, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    begin = time.perf_counter()
+    work(*arguments)
+    seconds = time.perf_counter() - begin
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    send.send((seconds, used * (1 if sys.platform == "darwin" else 1024) / 1e9))

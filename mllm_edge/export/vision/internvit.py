@@ -1,0 +1,143 @@
+"""InternViT, and the connector of InternVL: pixel shuffle, norm, two linear layers.
+
+Parameter names follow transformers, so that weights stream in by name.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from mllm_edge.export.vision.layers import Linear, RmsNorm, activate, attention, packed_linear
+from mllm_edge.export.vision.siglip import Taps, run_layers
+
+__all__ = ["InternVit", "InternVitConfig", "ShuffleConnector"]
+
+# Of the norms of q and k, whatever the other norms have.
+_QK_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class InternVitConfig:
+    """Sizes of the tower. `tile` is the side in px of the square images it sees; `layers` counts the layers that are
+    run, `final_norm` says whether a norm follows them."""
+
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    channels: int
+    patch: int
+    tile: int
+    norm: Literal["layer_norm", "rms_norm"]
+    norm_eps: float
+    activation: str
+    qkv_bias: bool
+    qk_norm: bool
+    final_norm: bool
+
+    @property
+    def patches(self) -> int:
+        """Patches along one side of a tile."""
+        return self.tile // self.patch
+
+
+class InternVit(nn.Module):
+    """pixel_values [N, C, tile, tile] float32 → vision_hidden [N, patches², hidden_size], without the class token.
+
+    `embeddings.positions` [1 + patches², D] holds the class token in its first row, added to that row's position.
+    """
+
+    def __init__(self, config: InternVitConfig):
+        super().__init__()
+        self.embeddings = _Embeddings(config)
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList([_Layer(config) for _ in range(config.layers)])})
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps) if config.final_norm else None
+        self.taps = Taps((config.layers,), skip=1)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        hidden = run_layers(self.embeddings(pixel_values), self.encoder["layer"], self.taps)
+        return hidden if self.layernorm is None else self.layernorm(hidden)
+
+
+class _Embeddings(nn.Module):
+    def __init__(self, config: InternVitConfig):
+        super().__init__()
+        projection = nn.Conv2d(config.channels, config.hidden_size, config.patch, config.patch)
+        self.patch_embeddings = nn.ModuleDict({"projection": projection})
+        self.positions = nn.Parameter(torch.empty(1 + config.patches**2, config.hidden_size))
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        patches = self.patch_embeddings["projection"](pixel_values).flatten(2).transpose(1, 2)
+        # A row of zeros for the class token: a constant pad, where expanding a parameter needs the batch size.
+        return nn.functional.pad(patches, (0, 0, 1, 0)) + self.positions
+
+
+class _Layer(nn.Module):
+    """Pre-norm transformer layer [N, S, D] → [N, S, D] whose branches are scaled per channel."""
+
+    def __init__(self, config: InternVitConfig):
+        super().__init__()
+        self.layernorm_before, self.layernorm_after = _norm(config), _norm(config)
+        self.attention = _Attention(config)
+        self.mlp = _Mlp(config)
+        self.lambda_1, self.lambda_2 = (nn.Parameter(torch.empty(config.hidden_size)) for _ in range(2))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        hidden = hidden + self.lambda_1 * self.attention(self.layernorm_before(hidden))
+        return hidden + self.lambda_2 * self.mlp(self.layernorm_after(hidden))
+
+
+def _norm(config: InternVitConfig) -> nn.Module:
+    if config.norm == "rms_norm":
+        return RmsNorm(config.hidden_size, config.norm_eps)
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+
+
+class _Attention(nn.Module):
+    """The norms of q and k, where there are any, span all heads at once."""
+
+    def __init__(self, config: InternVitConfig):
+        super().__init__()
+        size = config.hidden_size
+        self.heads = config.heads
+        self.q_proj, self.k_proj, self.v_proj = (Linear(size, size, config.qkv_bias) for _ in range(3))
+        self.projection_layer = Linear(size, size)
+        self.q_norm, self.k_norm = (RmsNorm(size, _QK_EPS) if config.qk_norm else None for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.q_norm is None or self.k_norm is None:
+            qkv = packed_linear(x, [self.q_proj, self.k_proj, self.v_proj])
+        else:
+            qkv = torch.cat([self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x)), self.v_proj(x)], dim=-1)
+        return self.projection_layer(attention(qkv, self.heads))
+
+
+class _Mlp(nn.Module):
+    def __init__(self, config: InternVitConfig):
+        super().__init__()
+        self.activation = config.activation
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(activate(self.activation, self.fc1(x)))
+
+
+class ShuffleConnector(nn.Module):
+    """vision_hidden [N, p², D] → image_features [N, p²/s², text_hidden]: s × s neighbouring patches become one token of
+    s²·D channels, row by row; then norm, linear, activation, linear."""
+
+    def __init__(self, patches: int, scale: int, vision_hidden: int, text_hidden: int, activation: str):
+        super().__init__()
+        self.patches, self.scale, self.activation = patches, scale, activation
+        self.layer_norm = nn.LayerNorm(vision_hidden * scale**2)
+        self.linear_1 = Linear(vision_hidden * scale**2, text_hidden)
+        self.linear_2 = Linear(text_hidden, text_hidden)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        s, side, width = self.scale, self.patches // self.scale, hidden.shape[-1]
+        grid = hidden.view(-1, side, s, side, s, width)
+        tokens = grid.permute(0, 1, 3, 2, 4, 5).reshape(-1, side * side, s * s * width)
+        return self.linear_2(activate(self.activation, self.linear_1(self.layer_norm(tokens))))
