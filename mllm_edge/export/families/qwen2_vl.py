@@ -152,7 +152,8 @@ def _vision(vision: ConfigReader, text_hidden: int) -> _Vision:
     patches = Patchify(
         _integer(vision, "patch_size"), _integer(vision, "spatial_merge_size"), _integer(vision, "temporal_patch_size")
     )
-    hidden, heads, channels = vision.take("embed_dim"), vision.take("num_heads"), vision.require("in_channels", 3)
+    hidden, heads, layers = (_integer(vision, key) for key in ("embed_dim", "num_heads", "depth"))
+    channels = vision.require("in_channels", 3)
     if hidden % (4 * heads):
         raise ConfigError(
             f"vision_config: embed_dim {hidden} over num_heads {heads} gives no heads of a multiple of 4 elements",
@@ -169,7 +170,7 @@ def _vision(vision: ConfigReader, text_hidden: int) -> _Vision:
     tower = QwenVlConfig(
         hidden_size=hidden,
         intermediate_size=int(hidden * vision.take("mlp_ratio")),
-        layers=vision.take("depth"),
+        layers=layers,
         heads=heads,
         patch_values=channels * patches.frames * patches.patch**2,
         merge=patches.merge,
@@ -272,9 +273,14 @@ def _image_spec(source: Source, vision: _Vision, token_id: int) -> ImageSpec:
 def _bounds(source: Source, processor: Any) -> tuple[int, int]:
     """The least and the largest number of pixels of a resized image."""
     least, most = processor.size.shortest_edge, processor.size.longest_edge
-    if not (isinstance(least, int) and isinstance(most, int) and 0 < least <= most):
+    if not all(isinstance(bound, int) and bound > 0 for bound in (least, most)):
         raise ConfigError(
             f"{source.folder}: the image processor's size = {dict(processor.size)}",
             "expected min_pixels and max_pixels, or shortest_edge and longest_edge, as numbers of pixels of an image",
+        )
+    if least > most:
+        raise ConfigError(
+            f"{source.folder}: the image processor asks for at least {least} pixels of an image and at most {most}",
+            "correct min_pixels and max_pixels (or shortest_edge and longest_edge) in preprocessor_config.json",
         )
     return least, most
