@@ -20,9 +20,10 @@ from mllm_edge.export.targets import TARGETS
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.backends.tensorrt_build import build, check_network
 from mllm_edge.runtime.vlm import VLM
-from tests.tiny import save_tiny_idefics3, save_tiny_llava
+from tests.export.test_targets import shapes
+from tests.tiny import save_tiny_idefics3, save_tiny_llava, save_tiny_qwen2_vl
 
-SAVE = {"idefics3": save_tiny_idefics3, "llava": save_tiny_llava}
+SAVE = {"idefics3": save_tiny_idefics3, "llava": save_tiny_llava, "qwen2_vl": save_tiny_qwen2_vl}
 
 
 def samples(count: int = 12) -> list[dict[str, Any]]:
@@ -99,11 +100,7 @@ def test_tensorrt_builds_what_was_quantized(quantized: Any, component: str) -> N
         variant = bundle.variant(component, target)
         path = bundle.listed(variant.file)
         check_network(path, 0)
-        profile = {
-            t.name: tuple(tuple(s if isinstance(s, int) else n for s in t.shape) for n in (1, 2, 4))
-            for t in variant.inputs
-        }
-        assert build(path, [profile], ["SM80", "SM86", "SM89", "SM120"]).nbytes > 0  # type: ignore[list-item]
+        assert build(path, [shapes(variant)], ["SM80", "SM86", "SM89", "SM120"]).nbytes > 0
 
 
 def test_int8_graphs_hold_what_each_side_demands(float_bundle: Path, tmp_path: Path) -> None:
