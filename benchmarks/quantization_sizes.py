@@ -1,17 +1,14 @@
 """Real sizes: the vision encoder in INT8, the time and memory of a calibration, layers of a large model."""
 
-import multiprocessing
-import resource
 import statistics
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.llava_checkpoint import write_llava
+from benchmarks.measure import in_process
 from benchmarks.report import Report
 from benchmarks.vlm_checkpoints import smolvlm_256m
 from mllm_edge.bundle import Bundle
@@ -57,10 +54,11 @@ def add_vision(report: Report, folder: Path, questions: int) -> None:
 def add_cost(report: Report, folder: Path, questions: int) -> None:
     """All of a calibration at SmolVLM-256M's sizes: recording, statistics, methods, writing, proof."""
     source = _smolvlm(folder, "fp16")
-    seconds, peak = _in_process(_calibrate, source, folder / "cost", _COST_SAMPLES)
-    report.rows.append({"SmolVLM-256M": "int4", "samples": _COST_SAMPLES, "minutes": seconds / 60, "peak GB": peak})
-    report.at_most("calibration_cost: minutes", seconds / 60, 10)
-    report.at_most("calibration_cost: peak RSS, GB", peak, 3)
+    done = in_process(_calibrate, source, folder / "cost", _COST_SAMPLES)
+    minutes = done.seconds / 60
+    report.rows.append({"SmolVLM-256M": "int4", "samples": _COST_SAMPLES, "minutes": minutes, "peak GB": done.peak})
+    report.at_most("calibration_cost: minutes", minutes, 10)
+    report.at_most("calibration_cost: peak RSS, GB", done.peak, 3)
 
 
 def add_large(report: Report, folder: Path, questions: int) -> None:
@@ -68,10 +66,10 @@ def add_large(report: Report, folder: Path, questions: int) -> None:
     write_llava(folder / "llava", layers=_LARGE_LAYERS)
     export(str(folder / "llava"), folder / "llava-fp16", recipe_name="fp16", verify_mode="off")
     for method in ("awq", "gptq"):
-        seconds, peak = _in_process(_calibrate_layers, folder / "llava-fp16", folder / method, method)
-        hours = seconds * _ALL_LAYERS / _LARGE_LAYERS / 3600
-        report.rows.append({"7B layers": method, "seconds": seconds, "peak GB": peak, "hours for 32": hours})
-        report.at_most(f"large_model: {method}, peak RSS, GB", peak, 8)
+        done = in_process(_calibrate_layers, folder / "llava-fp16", folder / method, method)
+        hours = done.seconds * _ALL_LAYERS / _LARGE_LAYERS / 3600
+        report.rows.append({"7B layers": method, "seconds": done.seconds, "peak GB": done.peak, "hours for 32": hours})
+        report.at_most(f"large_model: {method}, peak RSS, GB", done.peak, 8)
 
 
 def _smolvlm(folder: Path, recipe: str) -> Path:
@@ -131,26 +129,3 @@ def _calibrate_layers(source: Path, folder: Path, method: Any) -> None:
     recipe = Recipe("large", FLOAT16, FLOAT16, part, FLOAT16)
     precision = partial(precision_of, recipe, "decoder")
     calibrate(bundle.listed(variant.file), variant, OnnxRuntimeCpu(), feeds, precision, folder / "work")
-
-
-def _in_process(work: Callable[..., None], *arguments: Any) -> tuple[float, float]:
-    """Run in a process of its own: (wall seconds, peak RSS in GB)."""
-    context = multiprocessing.get_context("spawn")
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_measured, args=(send, work, arguments))
-    process.start()
-    send.close()
-    try:
-        result: tuple[float, float] = receive.recv()
-    except EOFError:
-        raise SystemExit("the calibration failed") from None
-    process.join()
-    return result
-
-
-def _measured(send: Any, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    begin = time.perf_counter()
-    work(*arguments)
-    seconds = time.perf_counter() - begin
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    send.send((seconds, used * (1 if sys.platform == "darwin" else 1024) / 1e9))

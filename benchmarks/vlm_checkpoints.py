@@ -3,55 +3,123 @@
 import json
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-__all__ = ["smolvlm_256m", "write_random"]
+from tests import tiny
+
+__all__ = ["GEOMETRIES", "smolvlm_256m", "write_random"]
 
 _POOL = 1 << 24
 _SHARD_BYTES = 2_000_000_000
 
 
-def smolvlm_256m(folder: Path, seed: int = 0) -> None:
-    """SmolVLM-256M: SigLIP-B/16 at 512 px, pixel shuffle by 4, SmolLM2-135M. Tokens are bytes: a prompt has more."""
-    from transformers import SmolVLMConfig
-    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
-    from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
+def smolvlm_256m(folder: Path) -> None:
+    """SigLIP-B/16 at 512 px, pixel shuffle by 4, SmolLM2-135M."""
+    text = _text(576, 1536, 30, 9, 3, 49280, 1e5)
+    vision = _vision(768, 3072, 12, 12, 512, 16)
+    images = {"size": {"longest_edge": 2048}, "max_image_size": {"longest_edge": 512}}
+    save = partial(tiny.save_tiny_idefics3, model_type="smolvlm")
+    _write(folder, save, text, vision, {"scale_factor": 4}, images, {"image_seq_len": 64})
 
-    from tests.tiny import TEMPLATE, make_tokenizer
 
-    tokenizer = make_tokenizer()
-    config = SmolVLMConfig(
-        text_config={
-            "model_type": "llama",
-            "hidden_size": 576,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 30,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-            "vocab_size": 49280,
-            "max_position_embeddings": 8192,
-            "rms_norm_eps": 1e-5,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
-        },
-        vision_config={
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "image_size": 512,
-            "patch_size": 16,
-        },
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        scale_factor=4,
-        tie_word_embeddings=True,
-    )
-    write_random(config, folder, seed)
-    images = Idefics3ImageProcessorPil(size={"longest_edge": 2048}, max_image_size={"longest_edge": 512})
-    Idefics3Processor(images, tokenizer, image_seq_len=64, chat_template=TEMPLATE).save_pretrained(folder)
+def llava_onevision_like(folder: Path) -> None:
+    """SigLIP-so400m at 384 px and Qwen2-0.5B, as LLaVA."""
+    text = {**_text(896, 4864, 24, 14, 2, 151936, 1e6), "model_type": "qwen2"}
+    vision = {**_vision(1152, 4304, 27, 16, 384, 14), "model_type": "siglip_vision_model"}
+    top = {"vision_feature_select_strategy": "full", "vision_feature_layer": -1}
+    images = {"size": {"height": 384, "width": 384}}
+    processor = {"patch_size": 14, "vision_feature_select_strategy": "full", "num_additional_image_tokens": 0}
+    _write(folder, partial(tiny.save_tiny_llava, images="siglip"), text, vision, top, images, processor)
+
+
+def internvl25_1b(folder: Path) -> None:
+    """InternViT-300M at 448 px and Qwen2-0.5B, in transformers' layout."""
+    from tests.tiny_internvl import save_tiny_internvl
+
+    text = _text(896, 4864, 24, 14, 2, 151674, 1e6)
+    vision = {**_vision(1024, 4096, 24, 16, 448, 14), "attention_bias": True}
+    vision |= {"image_size": [448, 448], "patch_size": [14, 14]}
+    images = {"size": {"height": 448, "width": 448}, "max_patches": 12}
+    _write(folder, save_tiny_internvl, text, vision, {}, images, {"image_seq_length": 256})
+
+
+def qwen2_vl_2b(folder: Path) -> None:
+    """Qwen2-VL-2B with its own bounds on an image's pixels."""
+    text = _text(1536, 8960, 28, 12, 2, 151936, 1e6)
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    vision = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14, "hidden_size": 1536}
+    images = {"size": {"shortest_edge": 3136, "longest_edge": 12845056}, "patch_size": 14}
+    _write(folder, tiny.save_tiny_qwen2_vl, text, vision, {}, images, {})
+
+
+GEOMETRIES: Mapping[str, Callable[[Path], None]] = {
+    "SmolVLM-256M": smolvlm_256m,
+    "LLaVA, SigLIP-so400m + Qwen2-0.5B": llava_onevision_like,
+    "InternVL2.5-1B": internvl25_1b,
+    "Qwen2-VL-2B": qwen2_vl_2b,
+}
+
+
+def _text(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int, theta: float) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": hidden // heads,
+        "vocab_size": vocab,
+        "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+    }
+
+
+def _vision(hidden: int, inner: int, layers: int, heads: int, side: int, patch: int) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "image_size": side,
+        "patch_size": patch,
+    }
+
+
+def _write(
+    folder: Path,
+    save: Callable[..., Any],
+    text: Mapping[str, Any],
+    vision: Mapping[str, Any],
+    top: Mapping[str, Any],
+    images: Mapping[str, Any],
+    processor: Mapping[str, Any],
+) -> None:
+    """A tiny checkpoint's files (its tokenizer knows bytes only), the sizes in them replaced, and weights to match."""
+    from transformers import AutoConfig
+
+    save(folder)
+    (folder / "model.safetensors").unlink()
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = {**config, "tie_word_embeddings": True, **top}
+    config["text_config"] = {**config["text_config"], "layer_types": None, "tie_word_embeddings": True, **text}
+    config["vision_config"] = {**config["vision_config"], **vision}
+    kind = config.pop("model_type")
+    write_random(AutoConfig.for_model(kind, **config), folder)
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        path = folder / name
+        stated = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if "image_processor" in stated:
+            stated["image_processor"] = {**stated["image_processor"], **images}
+        elif "image_processor_type" in stated:
+            stated = {**stated, **images}
+        if stated:
+            more = processor if name == "processor_config.json" else {}
+            path.write_text(json.dumps({**stated, **more}), encoding="utf-8")
 
 
 def write_random(config: Any, folder: Path, seed: int = 0) -> None:
@@ -114,5 +182,5 @@ def _values(name: str, shape: tuple[int, ...], pool: np.ndarray) -> np.ndarray:
         values[random.choice(count, max(1, count // 200), replace=False)] *= 10
         return values.astype(np.float16)
     if len(shape) == 2:
-        return (values * np.exp(0.5 * random.standard_normal((shape[0], 1)))).astype(np.float16)
+        return values * np.exp(0.5 * random.standard_normal((shape[0], 1))).astype(np.float16)
     return values

@@ -20,7 +20,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel built offline from a copy of the sources, tests and examples included."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    for name in ("mllm_edge", "tests"):
+    for name in ("mllm_edge", "optimum", "tests"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     (source / "examples").mkdir()
     shutil.copy(ROOT / "examples" / "demo.py", source / "examples")
@@ -50,7 +50,8 @@ def test_holds_every_module_and_nothing_else(wheel: Path) -> None:
         names = set(archive.namelist())
     info = f"mllm_edge-{__version__}.dist-info/"
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "mllm_edge").rglob("*.py")}
-    data = {"mllm_edge/py.typed", "mllm_edge/export/tensorrt_10_3.json"}
+    data = {f"mllm_edge/{n}" for n in ("py.typed", "export/tensorrt_10_3.json", "export/tokenizer_corpus.json")}
+    data.add("optimum/commands/register/register_mllm_edge.py")
     assert {n for n in names if not n.startswith(info)} == modules | data
     assert f"{info}licenses/LICENSE" in names
 
@@ -59,7 +60,7 @@ def test_metadata(metadata: Message) -> None:
     assert metadata["Name"] == "mllm-edge"
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra", [])) == {"cpu", "export", "rtx", "test"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"cpu", "export", "optimum", "rtx", "test"}
 
 
 def test_the_base_is_small(metadata: Message) -> None:
@@ -70,11 +71,17 @@ def test_the_base_is_small(metadata: Message) -> None:
 
 
 def test_the_export_extra_has_what_the_exporter_checks_for(metadata: Message) -> None:
-    from mllm_edge.cli.export import _NEEDED
+    from mllm_edge.cli.exporter import NEEDED
 
     needs = metadata.get_all("Requires-Dist", [])
     extra = {_name(n).replace("-", "_") for n in needs if 'extra == "export"' in n}
-    assert extra == set(_NEEDED)
+    assert extra == set(NEEDED)
+
+
+def test_the_optimum_extra(metadata: Message) -> None:
+    """Optimum 2 is the first whose folders are all namespace packages, which other distributions may add to."""
+    needs = [n for n in metadata.get_all("Requires-Dist", []) if 'extra == "optimum"' in n]
+    assert {n.split(";")[0].strip() for n in needs} == {"mllm-edge[export]", "optimum>=2.0"}
 
 
 def test_console_script(wheel: Path) -> None:

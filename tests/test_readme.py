@@ -1,5 +1,7 @@
-"""The README is run: every block of bash and Python, in order, in one empty directory that has the examples."""
+"""README and reference are run: every block of bash and Python, in order, each document in an empty directory that has
+the examples."""
 
+import importlib
 import json
 import os
 import re
@@ -8,13 +10,19 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
+import pytest
+
+from mllm_edge.cli import VERBS
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+REFERENCE = ROOT / "docs" / "cli.md"
 # The reasons a block may give for not being run.
 EXCUSES = {"installs packages", "sets up an environment of its own", "downloads a model"}
 _BLOCK = re.compile(r"(?:<!-- not-run: (?P<excuse>[^\n]*?) -->\n)?```(?P<language>bash|python)\n(?P<code>.*?)```", re.S)
 _SETS_UP = ("git clone", "make ", "pip install")
-_ANSWERS = ("mllm-edge run", "mllm-edge inspect", "mllm-edge profile", "print(")
+_ANSWERS = (*(f"mllm-edge {verb}" for verb in ("run", "chat", "inspect", "profile", "compare", "doctor")), "print(")
 
 
 @dataclass(frozen=True)
@@ -27,9 +35,9 @@ class Block:
     excuse: str | None
 
 
-def blocks() -> list[Block]:
-    """All blocks of bash and Python in the README, in order."""
-    text = README.read_text(encoding="utf-8")
+def blocks(document: Path) -> list[Block]:
+    """All blocks of bash and Python in a document, in order."""
+    text = document.read_text(encoding="utf-8")
     return [
         Block(m["language"], m["code"], text.count("\n", 0, m.start("code")) + 1, m["excuse"])
         for m in _BLOCK.finditer(text)
@@ -37,7 +45,7 @@ def blocks() -> list[Block]:
 
 
 def test_only_set_up_is_not_run() -> None:
-    found = blocks()
+    found = blocks(README)
     assert any(b.excuse is None and b.language == "bash" for b in found)
     assert any(b.excuse is None and b.language == "python" for b in found)
     for block in found:
@@ -46,19 +54,20 @@ def test_only_set_up_is_not_run() -> None:
         assert block.excuse is None or block.excuse in EXCUSES, f"README.md:{block.line}"
 
 
-def test_every_block_runs_and_answers_rightly(tmp_path: Path) -> None:
+@pytest.mark.parametrize("document", [README, REFERENCE], ids=lambda path: path.name)
+def test_every_block_runs_and_answers_rightly(document: Path, tmp_path: Path) -> None:
     environment = _environment(tmp_path)
     folder = tmp_path / "work"
     folder.mkdir()
     (folder / "examples").symlink_to(ROOT / "examples")
-    for block in blocks():
+    for block in blocks(document):
         if block.excuse is not None:
             continue
         shell = ["bash", "-euo", "pipefail", "-c"] if block.language == "bash" else [sys.executable, "-c"]
         done = subprocess.run(
             [*shell, block.code], cwd=folder, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
         )
-        where = f"README.md:{block.line}"
+        where = f"{document.name}:{block.line}"
         assert done.returncode == 0, f"{where}\n{done.stdout}\n{done.stderr}"
         if any(word in block.code for word in _ANSWERS):
             assert done.stdout.strip(), f"{where} prints nothing\n{done.stderr}"
@@ -75,16 +84,38 @@ def test_the_demo_shows_answers_and_latencies(tiny_bundle: Path) -> None:
         assert word in done.stdout
 
 
-def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README.read_text(encoding="utf-8")):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("document", [README, REFERENCE], ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    headings = {f"#{title.lower()}" for title in re.findall(r"^#+ (.+)$", text, re.M)}
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+        assert target in headings or (document.parent / target.split("#")[0]).exists(), target
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_reference_has_every_verb_and_option(verb: str) -> None:
+    text = REFERENCE.read_text(encoding="utf-8")
+    shared = text[: text.index("\n## export\n")] + text[text.index("How tokens are chosen") : text.index("\n## chat\n")]
+    own = text.split(f"\n## {verb}\n")[1].split("\n## ")[0]
+    command = importlib.import_module(f"mllm_edge.cli.{verb}").command
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.opts[-1] in shared + own, f"{verb} {parameter.opts[-1]}"
+
+
+def test_the_reference_has_no_option_that_is_none() -> None:
+    commands = [importlib.import_module(f"mllm_edge.cli.{verb}").command for verb in VERBS]
+    options = {flag for command in commands for p in command.params for flag in p.opts} | {"--help", "--debug"}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", REFERENCE.read_text(encoding="utf-8")))
+    assert named - options == set()
 
 
 def _environment(folder: Path) -> dict[str, str]:
     """`mllm-edge` and `python` of this interpreter, whether the package is installed or only checked out."""
     programs = folder / "bin"
     programs.mkdir()
-    for name, arguments in (("mllm-edge", "-m mllm_edge "), ("python", "")):
+    modules = {"mllm-edge": "-m mllm_edge ", "optimum-cli": "-m optimum.commands.optimum_cli ", "python": ""}
+    for name, arguments in modules.items():
         script = programs / name
         script.write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments}"$@"\n', encoding="utf-8")
         script.chmod(0o755)
@@ -95,6 +126,7 @@ def _environment(folder: Path) -> dict[str, str]:
 def _expected(code: str) -> list[str]:
     """The known answers to the questions that a block asks about one image, greedily."""
     entries = json.loads((ROOT / "examples" / "images" / "questions.json").read_text(encoding="utf-8"))
-    if "--temperature" in code:
+    answers = any(word in code for word in ("mllm-edge run", "mllm-edge chat", "print("))
+    if "--temperature" in code or not answers:
         return []
     return [e["answer"] for e in entries if e["image"] in code and e["question"] in code]

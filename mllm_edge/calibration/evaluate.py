@@ -10,7 +10,6 @@ import numpy as np
 
 from mllm_edge.calibration.collect import answer_tokens, continued, greedy_tokens
 from mllm_edge.calibration.data import Sample
-from mllm_edge.runtime.grids import encoder_feeds
 from mllm_edge.runtime.vlm import VLM
 from mllm_edge.spec import to_json
 
@@ -107,11 +106,10 @@ def _run(vlm: VLM, sample: Sample, answer: np.ndarray | None) -> _Run:
 
 
 def _vision(vlm: VLM, prompt: Any) -> dict[str, np.ndarray]:
-    if prompt.pixel_values is None or vlm.spec.image is None:
+    if prompt.pixel_values is None:
         return {}
-    feeds = encoder_feeds(vlm.spec.image, prompt.pixel_values, prompt.image_grids)
-    hidden = np.concatenate([vlm.component("vision_encoder", f)["vision_hidden"] for f in feeds])
-    return {"vision_encoder": hidden, "connector": vlm.image_features(prompt)}
+    hidden, features = (np.concatenate(parts) for parts in zip(*vlm.vision_runs(prompt), strict=True))
+    return {"vision_encoder": hidden, "connector": features}
 
 
 class _Tally:

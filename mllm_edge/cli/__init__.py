@@ -20,8 +20,13 @@ VERBS = {
     "export": "Export a checkpoint to a bundle.",
     "quantize": "Quantize a bundle with calibration data.",
     "run": "Ask a bundle a question about images.",
+    "chat": "Talk with a bundle about images.",
     "inspect": "Show what is in a bundle.",
     "profile": "Measure latency, throughput and memory.",
+    "compare": "Compare two bundles, or a bundle and its source.",
+    "doctor": "Tell which targets work on this machine.",
+    "families": "List the models that can be exported.",
+    "completion": "Print the completion script of a shell.",
 }
 
 

@@ -2,36 +2,23 @@
 
 import contextlib
 import ctypes
-import importlib.util
 import shlex
-import sys
 import time
-import warnings
 from typing import Any
 
 import click
 
+from mllm_edge.cli.exporter import load_exporter
+from mllm_edge.cli.options import json_option
 from mllm_edge.cli.output import bytes_text, note, print_json, table
 from mllm_edge.cli.progress import stages
 from mllm_edge.cli.signals import interrupted_message, interruptible
-from mllm_edge.errors import MllmEdgeError
 
-__all__ = ["RECIPES", "TARGETS", "command", "exporter"]
+__all__ = ["RECIPES", "TARGETS", "command"]
 
 # Repeated here so that the help needs no export extra; a test compares them with the exporter's own.
 TARGETS = ("cpu", "tensorrt", "tensorrt-10.3")
 RECIPES = ("fp32", "fp16", "int8", "int4")
-_NEEDED = (
-    "huggingface_hub",
-    "ml_dtypes",
-    "onnx",
-    "onnx_ir",
-    "onnxruntime",
-    "onnxscript",
-    "safetensors",
-    "torch",
-    "transformers",
-)
 # mallopt's names for the size from which an allocation is mapped, and for how much freed memory is kept.
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 _STOPPED = interrupted_message("the export") + "; its temporary files are gone"
@@ -58,10 +45,18 @@ _STOPPED = interrupted_message("the export") + "; its temporary files are gone"
     show_default=True,
     help="Compare with the source model; auto takes the first decoder layers only when the model is large.",
 )
+@click.option(
+    "--adapter",
+    "adapters",
+    type=click.Path(),
+    multiple=True,
+    metavar="DIR",
+    help="Merge a LoRA adapter as PEFT saves it; may be repeated, each is merged on top of those before.",
+)
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--force", is_flag=True, help="Replace the bundle in OUT.")
 @click.option("--dry-run", is_flag=True, help="Check the checkpoint and tell the sizes; write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@json_option("Print the report as JSON.")
 def command(
     model: str,
     out: str,
@@ -69,6 +64,7 @@ def command(
     no_fallback: bool,
     recipe: str,
     verify: Any,
+    adapters: tuple[str, ...],
     revision: str | None,
     force: bool,
     dry_run: bool,
@@ -83,7 +79,7 @@ def command(
     _keep_freed_memory()
     with interruptible(_STOPPED) as check, stages(check) as progress:
         progress.stage("loading the exporter")
-        pipeline = exporter()
+        pipeline = load_exporter()
         report = pipeline.export(
             model,
             out,
@@ -94,6 +90,7 @@ def command(
             force=force,
             dry_run=dry_run,
             revision=revision,
+            adapters=adapters,
             progress=progress,
         ).as_dict()
     report["seconds"] = time.perf_counter() - began
@@ -115,27 +112,6 @@ def _keep_freed_memory() -> None:
         library.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
-def exporter() -> Any:
-    """The exporter, other libraries' chatter silenced; raises MllmEdgeError when the extra is not installed."""
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MllmEdgeError(
-            f"exporting needs packages that are not installed: {', '.join(missing)}",
-            'pip install "mllm-edge[export]" (a CPU build of torch is enough; install it first to save space)',
-        )
-    warnings.simplefilter("ignore")
-    from huggingface_hub.utils import enable_progress_bars
-    from transformers.utils import logging
-
-    from mllm_edge.export import pipeline
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    if sys.stderr.isatty():  # a download shows its own bars; the line above switches them off, too
-        enable_progress_bars()
-    return pipeline
-
-
 def _summary(report: dict[str, Any]) -> str:
     parts = [_components(report)]
     if report["parity"]:
@@ -151,6 +127,7 @@ def _ending(report: dict[str, Any]) -> str:
     out = shlex.quote(report["out"])
     if report["dry_run"]:
         options = "".join(f" --target {target}" for target in report["targets"] if target != "cpu")
+        options += "".join(f" --adapter {shlex.quote(adapter)}" for adapter in report["adapters"])
         command = f"mllm-edge export {shlex.quote(report['source'])} {out} --recipe {report['recipe']}{options}"
         return f"dry run: nothing was written\nnext: {command}"
     size = bytes_text(report["nbytes"])

@@ -1,41 +1,106 @@
 """`mllm-edge inspect`: what is in a bundle."""
 
+import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from mllm_edge.cli.options import POSITIVE, json_option
 from mllm_edge.cli.output import bytes_text, print_json, table, write_answer
 from mllm_edge.cli.progress import stages
 
 if TYPE_CHECKING:
     from mllm_edge.bundle import Bundle
+    from mllm_edge.runtime.memory import ImageCost, Memory
     from mllm_edge.spec import TensorSpec, Variant
 
 __all__ = ["command"]
 
 
+def _size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    """ "480x640" as (height, width) in px."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", value)
+    if match is None:
+        raise click.BadParameter(f"{value!r} is not a size like 480x640, height first")
+    return int(match[1]), int(match[2])
+
+
 @click.command("inspect", short_help="Show what is in a bundle.")
 @click.argument("bundle", type=click.Path())
 @click.option("--verify", is_flag=True, help="Compare every file with its SHA-256.")
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
-def command(bundle: str, verify: bool, as_json: bool) -> None:
+@click.option("--context", type=POSITIVE, metavar="N", help="Tell the memory needed for N tokens.")
+@click.option("--image", metavar="FILE", help="Tell the tiles and tokens of an image.")
+@click.option("--image-size", metavar="HxW", callback=_size, help="The same for any image of H x W px.")
+@json_option("Print the manifest as JSON.")
+def command(
+    bundle: str,
+    verify: bool,
+    context: int | None,
+    image: str | None,
+    image_size: tuple[int, int] | None,
+    as_json: bool,
+) -> None:
     """Show the model, graphs, files and measurements of BUNDLE; nothing is run."""
     from mllm_edge.bundle import Bundle
     from mllm_edge.spec import to_json
+
+    if image and image_size:
+        raise click.UsageError("--image and --image-size exclude each other")
 
     opened = Bundle.load(bundle)
     if verify:
         with stages() as progress:
             progress.stage("verifying", opened.nbytes)
             opened.verify(progress.advance)
+    needs, costs = _needs(opened, context), _costs(opened, image or image_size)
     if as_json:
         facts = {"path": str(opened.path), "nbytes": opened.nbytes, "verified": verify}
+        facts |= {"memory": [{**to_json(m), "resident": m.resident} for m in needs]} if needs else {}
+        facts |= {"image": to_json(costs)} if costs else {}
         print_json({**facts, "manifest": to_json(opened.manifest)})
     else:
         sections = [_model(opened), _components(opened), _recipe(opened), _parity(opened), _accuracy(opened)]
         sections += [_provenance(opened), _files(opened)]
+        sections += [*map(_memory, needs), _cost(costs) if costs else ""]
         sections.append("every file is as it was exported" if verify else "")
         write_answer("\n\n".join(section for section in sections if section) + "\n")
+
+
+def _needs(bundle: "Bundle", context: int | None) -> "list[Memory]":
+    from mllm_edge.runtime.memory import memory
+
+    return memory(bundle, context) if context else []
+
+
+def _costs(bundle: "Bundle", image: "str | tuple[int, int] | None") -> "ImageCost | None":
+    from mllm_edge.runtime.memory import image_cost
+
+    return image_cost(bundle, image) if image else None
+
+
+def _memory(needs: "Memory") -> str:
+    rows = [[name, bytes_text(nbytes)] for name, nbytes in needs.weights.items()]
+    rows += [["KV cache", bytes_text(needs.kv_cache)], ["resident", bytes_text(needs.resident)]]
+    rows += [["embeddings, read from disk", bytes_text(needs.mapped)]]
+    return table([f"memory for {needs.context} tokens ({needs.target})", ""], rows)
+
+
+def _cost(cost: "ImageCost") -> str:
+    return (
+        f"an image of {cost.height} x {cost.width} px: {_tiles(cost)}, {cost.image_tokens} image tokens, "
+        f"{cost.prompt_tokens} with markers and template; {cost.left} tokens of the context are left"
+    )
+
+
+def _tiles(cost: "ImageCost") -> str:
+    rows, cols = cost.grid
+    if cost.tiles == 1:
+        return f"{rows} x {cols} cells" if rows else "1 tile"
+    whole = " and the whole" if cost.tiles > rows * cols else ""
+    return f"{cost.tiles} tiles ({rows} x {cols}{whole})"
 
 
 def _model(bundle: "Bundle") -> str:
@@ -103,13 +168,18 @@ def _recipe(bundle: "Bundle") -> str:
 
 
 def _parity(bundle: "Bundle") -> str:
-    """The table of errors against the source model, whatever of it the manifest has."""
+    """The tables of errors against the source model, one for each target, whatever of it the manifest has."""
     parity = bundle.manifest.parity
     if not parity:
         return "parity     not measured"
+    return "\n\n".join(map(_target_parity, [parity, *parity.get("targets", {}).values()]))
+
+
+def _target_parity(parity: Mapping[str, Any]) -> str:
     limits = parity.get("limits", {})
     rows = [[name, _number(error), _number(limits.get(name))] for name, error in parity.get("errors", {}).items()]
-    text = table([f"parity ({parity.get('scope', '')})", "error", "limit"], rows)
+    title = f"parity of {parity.get('target', 'cpu')} ({parity.get('scope', '')})"
+    text = table([title, "error", "limit"], rows)
     agreement = parity.get("greedy_agreement")
     if agreement is not None:
         text += f"\ngreedy tokens agree: {agreement:.1%} of {parity.get('greedy_tokens', '')}"

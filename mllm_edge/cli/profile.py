@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mllm_edge.cli.options import POSITIVE, json_option, runtime_options
 from mllm_edge.cli.output import bytes_text, milliseconds, print_json, table, write_answer
 from mllm_edge.cli.progress import stages
 
@@ -12,7 +13,6 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
-_POSITIVE = click.IntRange(min=1)
 _NAMES = {
     "preprocess": "preprocess",
     "vision_encoder": "vision encoder",
@@ -31,13 +31,11 @@ _NAMES = {
     "--image", "images", multiple=True, metavar="FILE", help="An image; repeatable. Default: a synthetic one."
 )
 @click.option("--prompt", default="Describe the image.", show_default=True)
-@click.option("-n", "--new-tokens", type=_POSITIVE, default=32, show_default=True, help="Tokens of every answer.")
+@click.option("-n", "--new-tokens", type=POSITIVE, default=32, show_default=True, help="Tokens of every answer.")
 @click.option("--warmup", type=click.IntRange(min=0), default=2, show_default=True, help="Calls that are not counted.")
-@click.option("--iterations", type=_POSITIVE, default=10, show_default=True, help="Calls that are counted.")
-@click.option("--threads", type=_POSITIVE, help="Threads inside one operator; default: physical cores.")
-@click.option("--max-context", type=_POSITIVE, help="Most tokens of prompt and answer together.")
-@click.option("--backend", type=click.Choice(["auto", "cpu"]), default="auto", show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print all measurements as JSON.")
+@click.option("--iterations", type=POSITIVE, default=10, show_default=True, help="Calls that are counted.")
+@runtime_options
+@json_option("Print all measurements as JSON.")
 def command(
     bundle: str,
     images: tuple[str, ...],

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from mllm_edge.cli.export import TARGETS, exporter
+from mllm_edge.cli.export import TARGETS
+from mllm_edge.cli.exporter import load_exporter
 from mllm_edge.cli.output import bytes_text, milliseconds, note, print_json, table
 from mllm_edge.cli.progress import stages
 from mllm_edge.cli.signals import interrupted_message, interruptible
@@ -63,7 +64,7 @@ def command(
     began = time.perf_counter()
     with interruptible(_STOPPED) as check, stages(check) as progress:
         progress.stage("loading the exporter")
-        exporter()
+        load_exporter()
         from mllm_edge.calibration.data import DEFAULT_PROMPT
         from mllm_edge.export.quantize import Gate, quantize
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mllm_edge.cli.options import json_option, runtime_options, sampling_options
 from mllm_edge.cli.output import milliseconds, note, print_json, write_answer
 from mllm_edge.errors import MllmEdgeError
 
@@ -13,32 +14,17 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
-_FRACTION = click.FloatRange(0, 1)
-_COUNT = click.IntRange(min=0)
-_POSITIVE = click.IntRange(min=1)
-
 
 @click.command("run", short_help="Ask a bundle a question about images.")
 @click.argument("bundle", type=click.Path())
 @click.argument("prompt")
 @click.option("--image", "images", multiple=True, metavar="FILE", help="An image, '-' for standard input; repeatable.")
 @click.option("--system", metavar="TEXT", help="A system message before the question.")
-@click.option("--max-new-tokens", type=_POSITIVE, default=256, show_default=True, help="Longest answer.")
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-k", type=_COUNT, default=0, show_default=True, help="Sample from the k best; 0 is all.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, help="Nucleus.")
-@click.option("--min-p", type=_FRACTION, default=0.0, show_default=True, help="Least share of the best probability.")
-@click.option("--repetition-penalty", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True)
-@click.option("--frequency-penalty", type=float, default=0.0, show_default=True)
-@click.option("--presence-penalty", type=float, default=0.0, show_default=True)
-@click.option("--seed", type=_COUNT, help="Makes sampling repeatable.")
-@click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; repeatable.")
+@sampling_options
 @click.option("--raw", is_flag=True, help="PROMPT is rendered already, with one image placeholder per image.")
-@click.option("--threads", type=_POSITIVE, help="Threads inside one operator; default: physical cores.")
-@click.option("--max-context", type=_POSITIVE, help="Most tokens of prompt and answer together.")
-@click.option("--backend", type=click.Choice(["auto", "cpu"]), default="auto", show_default=True)
+@runtime_options
 @click.option("--quiet", is_flag=True, help="No latencies on standard error.")
-@click.option("--json", "as_json", is_flag=True, help="Print answer, token ids and metrics as JSON.")
+@json_option("Print answer, token ids and metrics as JSON.")
 def command(
     bundle: str,
     prompt: str,

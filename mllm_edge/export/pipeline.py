@@ -25,6 +25,8 @@ from mllm_edge.export.progress import Progress, Silent
 from mllm_edge.export.safetensors import Weights
 from mllm_edge.export.source import Source, open_source
 from mllm_edge.export.targets import TARGETS, Form, forms
+from mllm_edge.export.tokenizers import load_tokenizer
+from mllm_edge.export.tokens import check_generation
 from mllm_edge.export.trace import lower, trace
 from mllm_edge.export.verify import Scope, verify
 from mllm_edge.export.workspace import check_out, check_space, workspace
@@ -45,6 +47,7 @@ class ExportReport:
     """What an export did, or (dry run) would do. `components` maps names to bytes of weights, embeddings included."""
 
     source: str
+    adapters: tuple[str, ...]
     out: str
     targets: tuple[str, ...]
     recipe: str
@@ -71,11 +74,13 @@ def export(
     force: bool = False,
     dry_run: bool = False,
     revision: str | None = None,
+    adapters: Sequence[str | Path] = (),
     progress: Progress | None = None,
 ) -> ExportReport:
     """Export `model` (a directory or a hub id) to a bundle in `out`.
 
-    The CPU's graphs are among those of other `targets`, unless `fallback` is False.
+    The CPU's graphs are among those of other `targets`, unless `fallback` is False. `adapters` are directories of LoRA
+    adapters, merged into the weights in their order.
 
     Raises SourceError and its kinds, ExportError, ParityError; then `out` is as it was before.
     """
@@ -85,15 +90,17 @@ def export(
     if not dry_run:
         check_out(out, force)
     progress.stage("reading the checkpoint")
-    source = open_source(model, revision)
+    source = open_source(model, revision, adapters)
     family = family_for(source)
     weights = source.weights()
     plan: Plan = family.plan(source, weights)
+    check_generation(source, plan.generation, plan.model)
     job = _Job(source, plan, weights, chosen, wanted, progress)
     sizes = job.plan_sizes()
     _require_all_used(source, plan, weights)
     report = ExportReport(
         source=model,
+        adapters=tuple(str(adapter) for adapter in adapters),
         out=str(out),
         targets=tuple(form.target for form in wanted),
         recipe=chosen.name,
@@ -284,7 +291,11 @@ class _Job:
             yield self._weights.rows(name, start, min(start + _ROWS, rows))
 
     def _write_texts(self, folder: Path) -> None:
-        shutil.copyfile(self._source.folder / "tokenizer.json", folder / TOKENIZER)
+        stored = self._source.folder / "tokenizer.json"
+        if stored.is_file():
+            shutil.copyfile(stored, folder / TOKENIZER)
+        else:
+            load_tokenizer(self._source).save(str(folder / TOKENIZER))
         (folder / CHAT_TEMPLATE).write_text(self._plan.chat_template, encoding="utf-8")
         (folder / GENERATION).write_text(json.dumps(to_json(self._plan.generation), indent=1) + "\n", encoding="utf-8")
 
@@ -306,5 +317,6 @@ def _provenance(source: Source) -> dict[str, Any]:
     return {
         "source": Path(source.name).resolve().name if local else source.name,
         "revision": source.revision,
+        "adapters": [adapter.provenance() for adapter in source.adapters],
         "tools": {"python": platform.python_version(), **tools},
     }

@@ -1,12 +1,16 @@
 """The transformers side of a comparison."""
 
+import importlib.util
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from mllm_edge.export.source import Source
 
-__all__ = ["forget_prompts", "load_reference", "quiet_transformers", "without_video"]
+__all__ = ["adapted", "forget_prompts", "load_reference", "quiet_transformers", "without_video"]
+
+_OWN_MERGE = "the reference's adapters were merged by mllm-edge, too: pip install peft lets PEFT do it"
 
 
 def load_reference(source: Source, decoder_layers: int | None = None) -> Any:
@@ -56,3 +60,33 @@ def without_video(processor: Any) -> Any:
 
     ForImages.__name__ = processor.__name__
     return ForImages
+
+
+def adapted(model: Any, source: Source) -> tuple[Any, tuple[str, ...]]:
+    """The reference model in float32 with the source's adapters, merged by PEFT where it is installed, and notes."""
+    if not source.adapters:
+        return model, ()
+    if importlib.util.find_spec("peft") is None:
+        return _with_our_weights(model, source), (_OWN_MERGE,)
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        # A model of fewer layers leaves tensors of an adapter over.
+        warnings.simplefilter("ignore")
+        for adapter in source.adapters:
+            model = PeftModel.from_pretrained(model, adapter.folder).merge_and_unload()
+    return model.eval(), ()
+
+
+def _with_our_weights(model: Any, source: Source) -> Any:
+    import torch
+
+    from mllm_edge.export.adapters import skeleton
+
+    weights, rename, parameters = source.weights(), skeleton(model).rename, dict(model.named_parameters())
+    with torch.no_grad():
+        for name in weights.altered:
+            parameter = parameters.get(rename(name))
+            if parameter is not None:  # else of a layer that this shorter model lacks
+                parameter.copy_(torch.from_numpy(weights.read(name)))
+    return model

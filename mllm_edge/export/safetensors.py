@@ -19,7 +19,7 @@ import numpy as np
 from mllm_edge.calibration.chunks import for_each_chunk
 from mllm_edge.errors import WeightsError
 
-__all__ = ["Weights", "open_weights"]
+__all__ = ["Change", "Weights", "open_files", "open_weights"]
 
 _DTYPES: dict[str, Any] = {
     "F64": np.float64,
@@ -35,6 +35,7 @@ _DTYPES: dict[str, Any] = {
     "BOOL": np.bool_,
 }
 _MAX_HEADER = 100_000_000
+Change = Callable[[np.ndarray, int], None]
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Weights:
     def __init__(self, entries: Mapping[str, _Entry]):
         self._entries = dict(entries)
         self._derived: dict[str, _Derived] = {}
+        self._changes: dict[str, list[Change]] = {}
         self._used: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
@@ -72,6 +74,17 @@ class Weights:
         `cut` makes the part, of `shape`, from the mapped source; it should slice and reshape, not compute.
         """
         self._derived[name] = _Derived(source, shape, cut)
+
+    def alter(self, name: str, change: Change) -> None:
+        """Let `change(values, start)` correct rows [n, ...] from row `start` on, in place and in float32, whenever they
+        are read. Several changes of a tensor follow one another."""
+        self._entry(name)
+        self._changes.setdefault(name, []).append(change)
+
+    @property
+    def altered(self) -> tuple[str, ...]:
+        """Names of the tensors that `alter` has changed."""
+        return tuple(self._changes)
 
     @property
     def parameters(self) -> int:
@@ -112,6 +125,7 @@ class Weights:
         flat = values.reshape(-1)
         _announce(entry)
         for_each_chunk(len(flat), 1, lambda start, stop: _read(entry, start, flat[start:stop]))
+        self._correct(name, values, 0)
         return values
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -120,13 +134,16 @@ class Weights:
         self._used.add(name)
         values = np.empty((stop - start, *entry.shape[1:]), np.float32)
         _read(entry, start * int(np.prod(entry.shape[1:])), values.reshape(-1))
+        self._correct(name, values, start)
         return values
 
     def view(self, name: str) -> np.ndarray:
-        """The tensor in its stored dtype, backed by the mapped file."""
+        """The tensor in its stored dtype, backed by the mapped file; an altered one is a copy in float32."""
         if name in self._derived:
             derived = self._derived[name]
             return derived.cut(self.view(derived.source))
+        if name in self._changes:
+            return self.read(name)
         entry = self._entry(name)
         self._used.add(name)
         return np.memmap(entry.file, dtype=entry.dtype, mode="r", offset=entry.start, shape=entry.shape)
@@ -138,6 +155,10 @@ class Weights:
     def unused(self) -> list[str]:
         """Names that nobody claimed or read, in checkpoint order."""
         return [n for n in self._entries if n not in self._used]
+
+    def _correct(self, name: str, values: np.ndarray, start: int) -> None:
+        for change in self._changes.get(name, ()):
+            change(values, start)
 
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
@@ -185,6 +206,11 @@ def open_weights(folder: Path) -> Weights:
         files = [single]
     else:
         raise _no_safetensors(folder)
+    return open_files(files)
+
+
+def open_files(files: Iterable[Path]) -> Weights:
+    """The tensors of some safetensors files together; raises WeightsError for a truncated file or a broken header."""
     entries: dict[str, _Entry] = {}
     for file in files:
         entries.update(_read_header(file))

@@ -2,15 +2,16 @@
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mllm_edge.errors import ConfigError, SourceError
+from mllm_edge.export.adapters import Adapter, merge, open_adapter, skeleton
 from mllm_edge.export.safetensors import Weights, open_weights
 
-__all__ = ["ConfigReader", "Source", "load_config", "model_readers", "nearest", "open_source"]
+__all__ = ["ConfigReader", "Source", "load_config", "model_readers", "nearest", "open_source", "read_json"]
 
 _WANTED = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt", "*.tiktoken"]
 # Generation and bookkeeping settings: no effect on any tensor.
@@ -41,38 +42,45 @@ _INERT = {
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint on disk. `name` is what the user typed, `revision` the hub's commit (None for a local directory)."""
+    """A checkpoint on disk. `name` is what the user typed, `revision` the hub's commit (None for a local directory);
+    `adapters` are merged into the weights in their order."""
 
     name: str
     folder: Path
     revision: str | None
     config: Mapping[str, Any]
+    adapters: tuple[Adapter, ...] = ()
 
     @property
     def model_type(self) -> str:
         return str(self.config.get("model_type", ""))
 
     def weights(self) -> Weights:
-        """Open the weights; see `open_weights` for the errors."""
-        return open_weights(self.folder)
+        """Open the weights, adapters merged; see `open_weights` and `adapters.merge` for the errors."""
+        weights = open_weights(self.folder)
+        if self.adapters:
+            merge(weights, self.adapters, skeleton(_empty_model(self)), self.name)
+        return weights
 
     def json(self, name: str) -> dict[str, Any]:
         """A JSON file of the checkpoint, {} when it is absent; raises SourceError when it is broken."""
         path = self.folder / name
-        return _read_json(path) if path.is_file() else {}
+        return read_json(path) if path.is_file() else {}
 
 
-def open_source(model: str, revision: str | None = None) -> Source:
-    """A local directory with config.json, or else a hub id `owner/name` (downloaded into the hub's own cache).
+def open_source(model: str, revision: str | None = None, adapters: Sequence[str | Path] = ()) -> Source:
+    """A local directory with config.json, or else a hub id `owner/name` (downloaded into the hub's own cache), and
+    directories of LoRA adapters.
 
-    Raises SourceError when neither can be had.
+    Raises SourceError when one of them cannot be had, ConfigError for an adapter that cannot be merged.
     """
     folder = Path(model)
     if not folder.is_dir():
         folder, revision = _download(model, revision)
     if not (folder / "config.json").is_file():
         raise SourceError(f"{folder}: no config.json here", "name a transformers checkpoint directory or a hub id")
-    return Source(model, folder, revision, _read_json(folder / "config.json"))
+    opened = tuple(open_adapter(adapter) for adapter in adapters)
+    return Source(model, folder, revision, read_json(folder / "config.json"), opened)
 
 
 def nearest(word: str, known: list[str]) -> str:
@@ -141,6 +149,15 @@ def model_readers(source: Source, config: Any) -> tuple[ConfigReader, ConfigRead
     return reader("", config), text, vision
 
 
+def _empty_model(source: Source) -> Any:
+    """The reference model without storage: its modules and their names."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(load_config(source))
+
+
 def _download(model: str, revision: str | None) -> tuple[Path, str | None]:
     from huggingface_hub import snapshot_download
 
@@ -157,7 +174,8 @@ def _download(model: str, revision: str | None) -> tuple[Path, str | None]:
     return folder, folder.name
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; raises SourceError when the file holds none."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e:

@@ -4,7 +4,7 @@ Same processor inputs, then: vision encoder and connector outputs, prefill logit
 reference's greedy tokens, and the greedy tokens themselves.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 
 from mllm_edge.errors import ParityError
-from mllm_edge.export.reference import forget_prompts, load_reference, quiet_transformers
+from mllm_edge.export.reference import adapted, forget_prompts, load_reference, quiet_transformers
 from mllm_edge.export.source import Source
-from mllm_edge.runtime.grids import encoder_feeds
 
-__all__ = ["LIMITS", "Parity", "Scope", "verify"]
+__all__ = ["LIMITS", "Parity", "Scope", "source_runner", "verify"]
 
 _STEPS = 16
 _SEED = 0
@@ -80,6 +79,7 @@ def _verify_target(reference: "_Reference", folder: Path, recipe: str, scope: Sc
         limits=LIMITS[recipe],
         greedy_tokens=total,
         greedy_agreement=agreed / total,
+        notes=reference.notes,
         target=target,
     )
     _check(parity, recipe)
@@ -130,7 +130,7 @@ class _Reference:
         with quiet_transformers():
             self.processor = self.family.load_processor(source)
             load = getattr(self.family, "load_model", load_reference)
-            self.model = load(source, scope.decoder_layers).eval()
+            self.model, self.notes = adapted(load(source, scope.decoder_layers).eval(), source)
 
     def run(self, text: str, images: tuple[Any, ...]) -> dict[str, np.ndarray]:
         """Inputs, vision outputs, greedy tokens and the logits they came from."""
@@ -170,7 +170,7 @@ def _compare(reference: _Reference, folder: Path, case: _Case, target: str) -> _
         errors, pixels = {}, 0.0
         if prompt.pixel_values is not None:
             pixels = _grey_levels(vlm, prompt.pixel_values, expected["pixel_values"])
-            hidden, features = _vision_outputs(vlm, prompt)
+            hidden, features = (np.concatenate(parts) for parts in zip(*vlm.vision_runs(prompt), strict=True))
             errors["vision_encoder"] = _relative(hidden, expected["vision_hidden"])
             errors["connector"] = _relative(features, expected["image_features"])
         logits = _forced(vlm, prompt, expected["tokens"])
@@ -187,16 +187,6 @@ def _grey_levels(vlm: Any, ours: np.ndarray, expected: np.ndarray) -> float:
         raise ParityError(f"pixel_values {list(ours.shape)}, but {list(expected.shape)} from the source's processor")
     scale = 255 * float(np.mean(_std(vlm)))
     return float(np.abs(ours - expected.reshape(ours.shape)).max()) * scale
-
-
-def _vision_outputs(vlm: Any, prompt: Any) -> tuple[np.ndarray, np.ndarray]:
-    """vision_hidden of all images, and their features [tokens, H]."""
-    hidden, features = [], []
-    for feeds in encoder_feeds(vlm.spec.image, prompt.pixel_values, prompt.image_grids):
-        hidden.append(vlm.component("vision_encoder", feeds)["vision_hidden"])
-        found = vlm.component("connector", {"vision_hidden": hidden[-1]})["image_features"]
-        features.append(found.reshape(-1, found.shape[-1]))
-    return np.concatenate(hidden), np.concatenate(features)
 
 
 def _forced(vlm: Any, prompt: Any, tokens: np.ndarray) -> np.ndarray:
@@ -231,3 +221,9 @@ def _check(parity: Parity, recipe: str) -> None:
             f"the exported graphs for {parity.target} disagree with the source model: {'; '.join(beyond)}",
             "please report this with the model's name; --verify off writes the bundle all the same",
         )
+
+
+def source_runner(source: Source) -> Callable[[str, tuple[Any, ...]], dict[str, np.ndarray]]:
+    """Load the source model, whole. The function returned takes a rendered prompt and its images, and gives `input_ids`
+    [S], `logits` [steps, V] and greedy `tokens` [steps], with images `vision_hidden` and `image_features`, too."""
+    return _Reference(source, Scope(None)).run

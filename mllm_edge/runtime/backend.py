@@ -59,13 +59,14 @@ class Backend(Protocol):
         ...
 
 
-def open_backend(name: str = "auto", threads: int | None = None) -> Backend:
-    """The backend called `name`; `auto` takes the best one that is installed.
+def open_backend(name: str = "auto", threads: int | None = None, target: str = "cpu") -> Backend:
+    """The backend called `name`; `auto` takes the best one that is installed. It executes the graphs made for `target`,
+    which serves comparisons where these are another engine's.
 
     Raises BackendError for an unknown name or a runtime that is not installed.
     """
     if name in ("auto", "cpu"):
         from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 
-        return OnnxRuntimeCpu(threads)
+        return OnnxRuntimeCpu(threads, target)
     raise BackendError(f"unknown backend {name!r}", "use --backend auto or --backend cpu")

@@ -122,8 +122,14 @@ def _forbid_underscore(name: Any) -> None:
         raise jinja2.exceptions.SecurityError(f"namespace attribute {name!r} starts with an underscore")
 
 
-def _make_dict(*args: Any, **kwargs: Any) -> dict:
-    return dict(*args, **kwargs)
+class _Dict:
+    """`dict(…)` and `dict.fromkeys(…)` of a template, and nothing else of Python's type."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict:
+        return dict.fromkeys(*args)
 
 
 def _to_json(
@@ -145,6 +151,17 @@ def _strftime_now(pattern: str) -> str:
     return datetime.now().strftime(pattern)
 
 
+# A message's reasoning has several names; the first is the one that most templates read.
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+def _as_templates_expect(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message without its empty keys, its reasoning under each name that templates know."""
+    told = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((told[name] for name in _REASONING if name in told), None)
+    return told if reasoning is None else {"thinking": reasoning, **told, "reasoning_content": reasoning}
+
+
 class ChatTemplate:
     """The bundle's chat_template.jinja, rendered in a sandbox as transformers renders it."""
 
@@ -155,7 +172,7 @@ class ChatTemplate:
         )
         environment.filters["tojson"] = _to_json
         environment.globals.update(
-            raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_make_dict, namespace=_Namespace
+            raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_Dict(), namespace=_Namespace
         )
         self._special_tokens = dict(special_tokens or {})
         try:
@@ -179,7 +196,8 @@ class ChatTemplate:
         """
         values = {"tools": None, "documents": None, **self._special_tokens, **variables}
         try:
-            return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **values)
+            told = [_as_templates_expect(message) for message in messages]
+            return self._template.render(messages=told, add_generation_prompt=add_generation_prompt, **values)
         except Exception as error:  # a template can fail like any program: TypeError, ZeroDivisionError, …
             raise PromptError(
                 f"the chat template rejects these messages: {error}", "check the roles, their order and the contents"

@@ -165,17 +165,20 @@ class VLM:
 
     def image_features(self, prompt: Prompt, trace: Trace | None = None) -> np.ndarray:
         """Vision encoder and connector: the images of a prompt that has some → features [tokens, hidden] float32."""
+        return np.concatenate([features for _, features in self.vision_runs(prompt, trace)])
+
+    def vision_runs(self, prompt: Prompt, trace: Trace | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Of each run that the images of a prompt take: `vision_hidden`, and features [tokens, hidden] float32."""
         assert self.spec.image is not None
         assert prompt.pixel_values is not None
         trace = trace or Trace()
-        parts = []
         for feeds in encoder_feeds(self.spec.image, prompt.pixel_values, prompt.image_grids):
             with trace.span("vision_encoder"):
                 hidden = self.component("vision_encoder", feeds)
             with trace.span("connector"):
                 features = self.component("connector", hidden)["image_features"]
-            parts.append(features.reshape(-1, features.shape[-1]).astype(np.float32, copy=False))
-        return np.concatenate(parts)
+            features = features.reshape(-1, features.shape[-1]).astype(np.float32, copy=False)
+            yield hidden["vision_hidden"], features
 
     def prompt_embeds(self, prompt: Prompt, trace: Trace | None = None) -> np.ndarray:
         """Token embeddings of a prompt with the image features in their places, [S, H] float32."""

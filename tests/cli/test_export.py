@@ -154,3 +154,23 @@ def _until_paused(stream) -> Iterator[str]:
 
 def _contents(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_adapters_are_opened_and_repeated_in_the_next_command(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    nowhere = cli("export", tiny_checkpoint, tmp_path / "out", "--adapter", tmp_path / "nowhere")
+    assert nowhere.exit_code != 0
+    assert "adapter_config.json" in nowhere.stderr
+    options = ("--adapter", _empty_adapter(tmp_path / "a"), "--adapter", _empty_adapter(tmp_path / "b"))
+    result = cli("export", tiny_checkpoint, tmp_path / "out", "--dry-run", *options)
+    assert result.exit_code == 0, result.stderr
+    assert f"--adapter {tmp_path / 'a'} --adapter {tmp_path / 'b'}" in result.stderr
+
+
+def _empty_adapter(folder: Path) -> Path:
+    from safetensors.numpy import save_file
+
+    folder.mkdir()
+    save_file({}, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder

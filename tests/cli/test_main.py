@@ -30,7 +30,7 @@ def test_overview_lists_every_verb_with_its_own_summary(cli: Cli) -> None:
 
 def test_every_module_of_a_verb_is_listed() -> None:
     folder = Path(importlib.import_module("mllm_edge.cli").__file__ or "").parent
-    helpers = {"__init__", "output", "progress", "signals"}
+    helpers = {"__init__", "exporter", "options", "output", "progress", "signals"}
     assert {path.stem for path in folder.glob("*.py")} - helpers == set(VERBS)
 
 
@@ -74,7 +74,22 @@ def test_unknown_verb_names_the_nearest(cli: Cli) -> None:
     result = cli("exprot", "a", "b")
     assert result.exit_code == 2
     assert "did you mean 'export'?" in result.stderr
-    assert "export, quantize, run, inspect, profile" in cli("zzz").stderr
+    assert ", ".join(VERBS) in cli("zzz").stderr
+
+
+@pytest.mark.parametrize(("verb", "wrong", "right"), [("run", "--imgae", "--image"), ("export", "--recip", "--recipe")])
+def test_unknown_option_names_the_nearest(cli: Cli, verb: str, wrong: str, right: str) -> None:
+    result = cli(verb, "a", "b", wrong, "c")
+    assert result.exit_code == 2
+    assert "Did you mean" in result.stderr
+    assert right in result.stderr
+
+
+@pytest.mark.parametrize("verb", sorted(set(VERBS) - {"chat", "completion"}))
+def test_every_verb_that_reports_does_so_in_json_too(verb: str) -> None:
+    command = importlib.import_module(f"mllm_edge.cli.{verb}").command
+    flags = {flag: parameter for parameter in command.params for flag in parameter.opts}
+    assert flags["--json"].is_flag
 
 
 def test_an_error_is_two_lines_without_a_traceback(process: Process, tmp_path: Path) -> None:

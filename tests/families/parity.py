@@ -20,7 +20,6 @@ from mllm_edge.export.pipeline import export
 from mllm_edge.export.source import open_source
 from mllm_edge.export.targets import TARGETS
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
-from mllm_edge.runtime.grids import encoder_feeds
 from mllm_edge.runtime.processor import Prompt
 
 __all__ = ["PROMPTS", "Exported", "check_messages", "check_parity", "export_tiny", "make_image"]
@@ -104,16 +103,15 @@ def _check_text(vlm: VLM, tokenizer: Any, result: Any, tokens: list[int]) -> Non
 
 
 def _check_vision(vlm: VLM, reference: tuple[Any, Any], prompt: Prompt, inputs: Any) -> None:
-    image, pixel_values = vlm.spec.image, prompt.pixel_values
-    std = next(t.std for t in image.transforms if t.op == "normalize")
+    pixel_values = prompt.pixel_values
+    std = next(t.std for t in vlm.spec.image.transforms if t.op == "normalize")
     # The reference has a batch axis more, or none for cells; the order of the values is the same.
     expected = inputs["pixel_values"].numpy()
     assert expected.size == pixel_values.size
     difference = np.abs(pixel_values - expected.reshape(pixel_values.shape)) * 255 * max(std)
     assert difference.max() <= 1.0
     assert difference.mean() <= 0.05
-    feeds = encoder_feeds(image, pixel_values, prompt.image_grids)
-    hidden = np.concatenate([vlm.component("vision_encoder", f)["vision_hidden"] for f in feeds])
+    hidden = np.concatenate([hidden for hidden, _ in vlm.vision_runs(prompt)])
     assert _relative(hidden, reference[0].numpy()) <= FEATURES
     assert _relative(vlm.image_features(prompt), reference[1].numpy()) <= FEATURES
 

@@ -6,11 +6,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from mllm_edge import VLM
+from mllm_edge.bundle import Bundle
+from mllm_edge.cli import main
 from mllm_edge.errors import PromptError
 from mllm_edge.export import pipeline
+from mllm_edge.export.compare import compare_with_source
 from mllm_edge.export.pipeline import export
+from mllm_edge.export.targets import TARGETS
+from mllm_edge.runtime.memory import image_cost
 from mllm_edge.runtime.positions import rope_tables
 from tests.families.parity import PROMPTS, Exported, check_messages, check_parity, export_tiny, make_image
 from tests.tiny import QWEN_TEMPLATE, save_tiny_qwen2_vl
@@ -127,6 +133,25 @@ def test_raw_prompts_take_one_placeholder_per_image(plain: Exported) -> None:
         rows, cols = prompt.image_grids[0]
         second = prompt.positions[:, counts[0]]
         np.testing.assert_array_equal(second, [max(rows, cols)] * 3)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_compare_with_the_checkpoint(plain: Exported, target: str) -> None:
+    found = compare_with_source(plain.checkpoint, plain.bundle, target=target)
+    assert found.greedy_agreement == 1
+    assert set(found.errors) == {"vision_encoder", "connector", "prefill_logits", "decode_logits"}
+    assert max(found.errors.values()) <= 1e-3
+
+
+def test_cost_of_an_image_is_that_of_a_call(plain: Exported) -> None:
+    image = make_image(50, 130, 0)
+    cost = image_cost(Bundle.load(plain.bundle), image)
+    with VLM.load(plain.bundle) as vlm:
+        metrics = vlm.generate("", image, max_new_tokens=1).metrics
+    assert (cost.tiles, cost.image_tokens, cost.prompt_tokens) == (1, metrics.image_tokens, metrics.prompt_tokens)
+    assert (cost.tiles, cost.grid) == (metrics.tiles, (3, 8))
+    result = CliRunner().invoke(main, ["inspect", str(plain.bundle), "--image-size", "50x130"])
+    assert "an image of 50 x 130 px: 3 x 8 cells, 24 image tokens" in result.output
 
 
 def test_prompt_of_a_checkpoint_without_a_template(tmp_path: Path) -> None:

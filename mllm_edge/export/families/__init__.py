@@ -1,19 +1,20 @@
 """One module per family.
 
-Each has `MODEL_TYPES`, `plan(source, weights) -> Plan`, and for the comparison with the source model
-`load_processor(source)`, the reference's own processor without torchvision, and `image_features(model, inputs)`, the
-reference's tensors that answer to the components' outputs `vision_hidden` and `image_features`. Where transformers does
-not load a checkpoint itself, `load_model(source, decoder_layers)` gives the reference in float32, with only its first
-`decoder_layers` (None: all).
+Each has `MODEL_TYPES`, `SUMMARY` (facts for people), `plan(source, weights) -> Plan`, and for the comparison with the
+source model `load_processor(source)`, the reference's own processor without torchvision, and
+`image_features(model, inputs)`, the reference's tensors that answer to the components' outputs `vision_hidden` and
+`image_features`. Where transformers does not load a checkpoint itself, `load_model(source, decoder_layers)` gives the
+reference in float32, with only its first `decoder_layers` (None: all).
 """
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 from mllm_edge.errors import UnsupportedModelError
 from mllm_edge.export.source import Source, nearest
 
-__all__ = ["FAMILIES", "family_for"]
+__all__ = ["FAMILIES", "family_for", "summaries"]
 
 # model_type of config.json → module in this package
 FAMILIES = {
@@ -36,3 +37,13 @@ def family_for(source: Source) -> ModuleType:
             f"supported: {', '.join(FAMILIES)}" + (f"; the nearest is {near}" if near else ""),
         )
     return importlib.import_module(f"{__name__}.{module}")
+
+
+def summaries() -> list[dict[str, Any]]:
+    """What each family module says of itself: `family`, `model_types`, and its `SUMMARY` of `decoders` allowed and hub
+    ids of `examples`. Imports no torch."""
+    found = []
+    for name in sorted(set(FAMILIES.values())):
+        module = importlib.import_module(f"{__name__}.{name}")
+        found.append({"family": name, "model_types": list(module.MODEL_TYPES), **module.SUMMARY})
+    return found

@@ -27,9 +27,13 @@ from mllm_edge.spec import (
     Transform,
 )
 
-__all__ = ["MODEL_TYPES", "image_features", "load_processor", "plan"]
+__all__ = ["MODEL_TYPES", "SUMMARY", "image_features", "load_processor", "plan"]
 
 MODEL_TYPES = ("idefics3", "smolvlm")
+SUMMARY = {
+    "decoders": ["llama"],
+    "examples": ["HuggingFaceTB/SmolVLM-256M-Instruct", "HuggingFaceM4/Idefics3-8B-Llama3"],
+}
 
 _TEXT, _VISION, _CONNECTOR = "model.text_model", "model.vision_model.", "model.connector."
 _POSITIONS = f"{_VISION}embeddings.position_embedding.weight"

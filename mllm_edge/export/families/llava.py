@@ -34,11 +34,12 @@ from mllm_edge.spec import (
 if TYPE_CHECKING:
     from mllm_edge.export.vision.siglip import SiglipConfig, Taps
 
-__all__ = ["MODEL_TYPES", "image_features", "load_processor", "plan"]
+__all__ = ["MODEL_TYPES", "SUMMARY", "image_features", "load_processor", "plan"]
 
 MODEL_TYPES = ("llava",)
 
 _DECODERS = ("llama", "mistral", "qwen2")
+SUMMARY = {"decoders": list(_DECODERS), "examples": ["llava-hf/llava-1.5-7b-hf"]}
 _CLIP, _SIGLIP = "clip_vision_model", "siglip_vision_model"
 # Class of the image processor, as checkpoints of any age call it → module and class without torchvision.
 _PROCESSORS = {

@@ -32,9 +32,10 @@ from mllm_edge.spec import (
 if TYPE_CHECKING:
     from mllm_edge.export.vision.qwen_vl import QwenVlConfig
 
-__all__ = ["MODEL_TYPES", "image_features", "load_processor", "plan"]
+__all__ = ["MODEL_TYPES", "SUMMARY", "image_features", "load_processor", "plan"]
 
 MODEL_TYPES = ("qwen2_vl",)
+SUMMARY = {"decoders": ["qwen2"], "examples": ["Qwen/Qwen2-VL-2B-Instruct"]}
 
 _IMAGE, _START, _END = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"
 _PROCESSORS = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")

@@ -1,0 +1,42 @@
+"""`mllm-edge families`: what can be exported."""
+
+from typing import Any
+
+import click
+
+from mllm_edge.cli.options import json_option
+from mllm_edge.cli.output import print_json, table, write_answer
+from mllm_edge.errors import MllmEdgeError
+
+__all__ = ["command"]
+
+
+@click.command("families", short_help="List the models that can be exported.")
+@json_option("Print the list as JSON.")
+def command(as_json: bool) -> None:
+    """List the supported families: model types of config.json, decoders, and checkpoints of the hub as examples."""
+    families = _families()
+    if as_json:
+        print_json({"targets": list(_targets()), "families": families})
+        return
+    lines = [["family", "model types", "decoders"]]
+    lines += [[f["family"], ", ".join(f["model_types"]), ", ".join(f["decoders"])] for f in families]
+    examples = [f"  {name}" for f in families for name in f["examples"]]
+    text = table(lines[0], lines[1:])
+    write_answer("\n".join([text, "", f"targets: {', '.join(_targets())}", "", "examples:", *examples]) + "\n")
+
+
+def _families() -> list[dict[str, Any]]:
+    try:
+        from mllm_edge.export.families import summaries
+    except ModuleNotFoundError as e:
+        raise MllmEdgeError(
+            f"the families belong to the exporter, and {e.name} is not installed", 'pip install "mllm-edge[export]"'
+        ) from e
+    return summaries()
+
+
+def _targets() -> tuple[str, ...]:
+    from mllm_edge.cli.export import TARGETS
+
+    return tuple(TARGETS)

@@ -1,0 +1,57 @@
+"""Options that several verbs have, alike in all of them."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+__all__ = ["POSITIVE", "json_option", "runtime_options", "sampling_options"]
+
+POSITIVE = click.IntRange(min=1)
+_COUNT = click.IntRange(min=0)
+_FRACTION = click.FloatRange(0, 1)
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+_SAMPLING = (
+    click.option("--max-new-tokens", type=POSITIVE, default=256, show_default=True, help="Longest answer."),
+    click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy."),
+    click.option("--top-k", type=_COUNT, default=0, show_default=True, help="Sample from the k best; 0 is all."),
+    click.option(
+        "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, help="Nucleus."
+    ),
+    click.option(
+        "--min-p", type=_FRACTION, default=0.0, show_default=True, help="Least share of the best probability."
+    ),
+    click.option("--repetition-penalty", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True),
+    click.option("--frequency-penalty", type=float, default=0.0, show_default=True),
+    click.option("--presence-penalty", type=float, default=0.0, show_default=True),
+    click.option("--seed", type=_COUNT, help="Makes sampling repeatable."),
+    click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; repeatable."),
+)
+_RUNTIME = (
+    click.option("--threads", type=POSITIVE, help="Threads inside one operator; default: physical cores."),
+    click.option("--max-context", type=POSITIVE, help="Most tokens of prompt and answer together."),
+    click.option("--backend", type=click.Choice(["auto", "cpu"]), default="auto", show_default=True),
+)
+
+
+def sampling_options(command: _F) -> _F:
+    """How tokens are chosen, by the names that `VLM.stream` has for them."""
+    return _apply(_SAMPLING, command)
+
+
+def runtime_options(command: _F) -> _F:
+    """How a bundle is opened, by the names that `VLM.load` has for them."""
+    return _apply(_RUNTIME, command)
+
+
+def json_option(help: str) -> Callable[[_F], _F]:
+    """`--json`, which every verb that reports something has."""
+    return click.option("--json", "as_json", is_flag=True, help=help)
+
+
+def _apply(options: tuple[Callable[[_F], _F], ...], command: _F) -> _F:
+    for option in reversed(options):
+        command = option(command)
+    return command

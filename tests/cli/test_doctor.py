@@ -1,0 +1,84 @@
+"""`mllm-edge doctor` on a made-up machine."""
+
+import json
+from collections.abc import Callable
+
+import pytest
+from click.testing import Result
+
+from mllm_edge.runtime import machine
+from mllm_edge.runtime.backends import installed
+from mllm_edge.runtime.backends.installed import Engine
+from mllm_edge.runtime.machine import Gpu, Machine
+
+Cli = Callable[..., Result]
+BOARD = Machine(
+    "aarch64", "Cortex-A78AE", 12, 12, ("asimd",), 64 << 30, 32 << 30, 10**9, "Example Board", "36.4.3", "6", "", ()
+)
+CPU = {"onnxruntime": Engine("onnxruntime", "1.23.0", ("CPUExecutionProvider",))}
+TWO = {"onnxruntime": ("onnxruntime 1", "onnxruntime-gpu 1")}
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`here(engines, gpus=…)`: what the command finds."""
+
+    def put(engines: dict[str, Engine], wheels: dict | None = None, gpus: tuple[Gpu, ...] = ()) -> None:
+        found = Machine(**{**vars(BOARD), "gpus": gpus})
+        monkeypatch.setattr(machine, "read_machine", lambda *a: found)
+        monkeypatch.setattr(installed, "engines", lambda: engines)
+        monkeypatch.setattr(installed, "wheels", lambda: wheels or {})
+        monkeypatch.setattr(installed, "extras", lambda: {"cpu": (), "export": ("torch", "onnx")})
+
+    return put
+
+
+def test_text(cli: Cli, here: Callable[..., None]) -> None:
+    here(CPU, TWO)
+    result = cli("doctor")
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert f"{'cpu':<15}works" in lines
+    assert f"{'tensorrt':<15}can be exported, but this version does not run it, whatever is installed" in lines
+    assert f"{'cuda':<15}not in this version, whatever is installed" in lines
+    assert f"{'extras':<15}cpu, export (lacks torch, onnx)" in lines
+    assert f"{'board':<15}Example Board, L4T 36.4.3, JetPack 6" in lines
+    assert f"{'onnxruntime':<15}1.23.0 (CPUExecutionProvider)" in lines
+    assert "  no NVIDIA GPU is visible" in lines
+    assert any(line.startswith("problem: ") and "overwrite each other" in line for line in lines)
+
+
+def test_a_gpu_and_tensorrt_do_not_make_a_target_work(cli: Cli, here: Callable[..., None]) -> None:
+    here({"tensorrt": Engine("tensorrt", "10.3.0")}, gpus=(Gpu("Example GPU", 8 << 30, "8.7"),))
+    result = cli("doctor")
+    assert result.exit_code == 1
+    verdict = "can be exported, but this version does not run it; this machine has what it needs"
+    assert f"{'tensorrt-10.3':<15}{verdict}" in result.stdout.splitlines()
+    assert "Example GPU, 8.59 GB, compute capability 8.7" in result.stdout
+
+
+@pytest.mark.parametrize(("engines", "code"), [(CPU, 0), ({}, 1), ({"onnxruntime": Engine("x", problem="no")}, 1)])
+def test_json_and_exit_code(cli: Cli, here: Callable[..., None], engines: dict[str, Engine], code: int) -> None:
+    here(engines)
+    result = cli("doctor", "--json")
+    assert result.exit_code == code
+    data = json.loads(result.stdout)
+    assert {name: target["works"] for name, target in data["targets"].items()} == {
+        "cpu": code == 0,
+        "cuda": False,
+        "tensorrt": False,
+        "tensorrt-10.3": False,
+    }
+    assert data["targets"]["tensorrt"]["exported"]
+    assert not data["targets"]["tensorrt"]["runs"]
+    assert data["machine"]["board"] == "Example Board"
+    assert bool(data["targets"]["cpu"]["problems"]) == bool(code)
+
+
+def test_on_this_machine_whatever_it_is(cli: Cli) -> None:
+    """The tests need ONNX Runtime, so the target cpu works wherever they run."""
+    result = cli("doctor", "--json")
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    assert data["targets"]["cpu"]["works"]
+    assert data["engines"]["onnxruntime"]["version"]

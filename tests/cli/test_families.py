@@ -1,0 +1,57 @@
+"""`mllm-edge families`."""
+
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+from click.testing import Result
+
+from mllm_edge.export.families import FAMILIES
+from mllm_edge.export.targets import TARGETS
+
+Cli = Callable[..., Result]
+
+
+def test_every_registered_family_is_listed(cli: Cli) -> None:
+    data = json.loads(cli("families", "--json").stdout)
+    assert data["targets"] == list(TARGETS)
+    listed = {t: f["family"] for f in data["families"] for t in f["model_types"]}
+    assert listed == FAMILIES
+    text = cli("families").stdout
+    for family in data["families"]:
+        assert family["decoders"]
+        assert family["examples"]
+        for word in (*family["model_types"], *family["decoders"], *family["examples"]):
+            assert word in text
+    assert ", ".join(TARGETS) in text
+
+
+def test_listing_imports_nothing_heavy(environment: dict[str, str]) -> None:
+    code = (
+        "import sys, atexit\n"
+        "atexit.register(lambda: print(*[n for n in ('torch', 'transformers', 'onnxruntime') if n in sys.modules]"
+        ", file=sys.stderr))\n"
+        "from mllm_edge.cli import main; main(['families'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, text=True, check=True)
+    assert "llava" in done.stdout
+    assert done.stderr.strip() == ""
+
+
+def test_without_the_exporter(cli: Cli, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "mllm_edge.export.families", None)
+    result = cli("families")
+    assert result.exit_code == 1
+    assert 'pip install "mllm-edge[export]"' in result.stderr
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES.values())))
+def test_every_family_tells_its_facts(family: str) -> None:
+    """A family without them would break the list of all."""
+    module = importlib.import_module(f"mllm_edge.export.families.{family}")
+    assert set(module.SUMMARY) == {"decoders", "examples"}
+    assert all(module.SUMMARY.values())
+    assert {t for t, name in FAMILIES.items() if name == family} == set(module.MODEL_TYPES)

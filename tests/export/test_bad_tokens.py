@@ -1,0 +1,94 @@
+"""Vocabulary, special tokens and embeddings that do not fit together, for each family, before anything is written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from mllm_edge.errors import ConfigError
+from mllm_edge.export.families import FAMILIES
+from mllm_edge.export.pipeline import export
+from tests.tiny_families import SAVE
+
+PLACEHOLDERS = {"internvl": "<IMG_CONTEXT>", "qwen2_vl": "<|image_pad|>"}
+
+
+@pytest.fixture(params=sorted(set(FAMILIES.values())))
+def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A checkpoint that a test may damage; its directory is named after the family."""
+    folder = tmp_path / request.param
+    SAVE[request.param](folder)
+    return folder
+
+
+def edit(path: Path, **changes: Any) -> None:
+    settings = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({**settings, **changes}))
+
+
+def add_tokens(checkpoint: Path, *tokens: tuple[str, int]) -> None:
+    path = checkpoint / "tokenizer.json"
+    state = json.loads(path.read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    state["added_tokens"] += [{"id": i, "content": token, "special": True, **flags} for token, i in tokens]
+    path.write_text(json.dumps(state))
+
+
+def assert_refused(checkpoint: Path, *words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        export(str(checkpoint), checkpoint.parent / "out", recipe_name="fp32", verify_mode="off")
+    for word in words:
+        assert word in str(caught.value)
+    assert caught.value.fix
+    assert not (checkpoint.parent / "out").exists()
+
+
+def test_placeholder_missing_from_the_vocabulary(checkpoint: Path) -> None:
+    path = checkpoint / "tokenizer.json"
+    token = PLACEHOLDERS.get(checkpoint.name, "<image>")
+    path.write_text(path.read_text().replace(f'"{token}"', '"<picture>"'))
+    assert_refused(checkpoint, "tokenizer.json", f"special token {token} is missing")
+
+
+@pytest.mark.parametrize("name", ["bos_token", "eos_token"])
+def test_named_token_missing_from_the_vocabulary(checkpoint: Path, name: str) -> None:
+    edit(checkpoint / "tokenizer_config.json", **{name: "<nowhere>"})
+    assert_refused(checkpoint, "tokenizer_config.json", name, "'<nowhere>'", "not in the vocabulary")
+
+
+def test_token_of_the_template_missing_from_the_vocabulary(checkpoint: Path) -> None:
+    edit(checkpoint / "tokenizer_config.json", extra_special_tokens={"boi_token": "<begin>"})
+    assert_refused(checkpoint, "boi_token = '<begin>'")
+
+
+def test_padding_that_no_prompt_needs_may_be_missing(checkpoint: Path) -> None:
+    edit(checkpoint / "tokenizer_config.json", pad_token="<nowhere>", mask_token={"content": "<mask>"})
+    assert export(str(checkpoint), checkpoint.parent / "out", dry_run=True).nbytes > 0
+
+
+def test_more_ids_than_the_vocabulary(checkpoint: Path) -> None:
+    filled = len(json.loads((checkpoint / "tokenizer.json").read_text())["added_tokens"]) + 256
+    add_tokens(checkpoint, *((f"<more_{i}>", i) for i in range(filled, 322)))
+    assert_refused(checkpoint, "ids reach 321", "vocab_size is 320")
+
+
+def test_more_ids_than_embeddings(checkpoint: Path) -> None:
+    """The head has all rows, the embeddings do not."""
+    path = checkpoint / "model.safetensors"
+    weights = load_file(path)
+    name = next(n for n in weights if n.endswith("embed_tokens.weight"))
+    assert "text_model" in name or "language_model" in name
+    weights[name] = weights[name][:260].contiguous()
+    save_file(weights, path)
+    last = max(t["id"] for t in json.loads((checkpoint / "tokenizer.json").read_text())["added_tokens"])
+    assert last >= 260
+    assert_refused(checkpoint, f"ids reach {last}", "embeddings for 260 only")
+
+
+@pytest.mark.parametrize("number", [320, -1, [257, 999]])
+def test_stop_id_that_is_none(checkpoint: Path, number: Any) -> None:
+    edit(checkpoint / "generation_config.json", eos_token_id=number)
+    wrong = number[-1] if isinstance(number, list) else number
+    assert_refused(checkpoint, f"eos_token_id {wrong}", "never end")

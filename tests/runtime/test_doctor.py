@@ -1,0 +1,206 @@
+"""Verdicts on machines and installations that are made up here."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from mllm_edge.errors import BackendError
+from mllm_edge.export.targets import TARGETS, forms
+from mllm_edge.runtime.backend import open_backend
+from mllm_edge.runtime.backends.installed import Engine, engines, extras, wheels
+from mllm_edge.runtime.doctor import EXPORTED, MINIMUM, RUNNABLE, Target, diagnose, wheel_problems
+from mllm_edge.runtime.machine import Gpu, Machine
+
+GPU = Gpu("NVIDIA Example", 8 << 30, "8.9")
+ALL = ("cpu", "cuda", "tensorrt", "tensorrt-10.3")
+TENSORRT = ("tensorrt", "tensorrt-10.3")
+
+
+def _machine(l4t: str = "", jetpack: str = "", gpus: tuple[Gpu, ...] = (GPU,)) -> Machine:
+    return Machine("x", "", 0, 0, (), 0, 0, 0, "", l4t, jetpack, "", gpus)
+
+
+def _engine(name: str, version: str = "", *providers: str, problem: str = "") -> dict[str, Engine]:
+    return {name: Engine(name, version, tuple(f"{p}ExecutionProvider" for p in providers), problem)}
+
+
+def _verdicts(machine: Machine, found: Mapping[str, Engine], runnable: tuple[str, ...] = ALL) -> dict[str, Target]:
+    return {target.name: target for target in diagnose(machine, found, runnable)}
+
+
+def _works(machine: Machine, found: Mapping[str, Engine]) -> set[str]:
+    return {name for name, target in _verdicts(machine, found).items() if target.works}
+
+
+def test_runnable_targets_are_those_of_the_backends() -> None:
+    opened = set()
+    for name in ("auto", *ALL):
+        try:
+            opened.add(open_backend(name).target)
+        except BackendError:
+            continue
+    assert opened == set(RUNNABLE)
+
+
+def test_versions_are_those_of_the_dialects() -> None:
+    """Another target's graphs load in ONNX Runtime's CPU provider too, but that is not the engine they are made for."""
+    assert set(EXPORTED) == set(TARGETS)
+    for form in forms(tuple(TARGETS), "fp16"):
+        engines = {k: v for k, v in form.minimum.items() if form.target == "cpu" or k != "onnxruntime"}
+        assert engines == MINIMUM[form.target]
+
+
+@pytest.mark.parametrize(
+    ("found", "working"),
+    [
+        ({}, set()),
+        (_engine("onnxruntime", "1.23.0", "CPU"), {"cpu"}),
+        (_engine("onnxruntime", "1.100", "CPU", "CUDA"), {"cpu", "cuda"}),
+        (_engine("onnxruntime", "1.22.1", "CPU", "CUDA"), set()),
+        (_engine("onnxruntime", "1.24.0.dev3", "CPU"), {"cpu"}),
+        (_engine("onnxruntime", problem="libfoo.so: no such file"), set()),
+        (_engine("tensorrt", "10.3.0.30"), {"tensorrt-10.3"}),
+        (_engine("tensorrt", "10.2.0"), set()),
+        (_engine("tensorrt", "10.15.1"), set(TENSORRT)),
+        (_engine("tensorrt", "11.0"), set(TENSORRT)),
+        (_engine("tensorrt_rtx", "1.0.0.21"), {"tensorrt-10.3"}),
+        (_engine("tensorrt_rtx", "1.2.0"), set(TENSORRT)),
+        (_engine("tensorrt_rtx", "0.9"), set()),
+        (_engine("tensorrt_rtx", ""), set()),
+        (_engine("tensorrt", "10.3.0") | _engine("tensorrt_rtx", "1.7"), set(TENSORRT)),
+        (_engine("tensorrt", problem="no libnvinfer") | _engine("tensorrt_rtx", "1.7"), set(TENSORRT)),
+    ],
+)
+def test_engines_by_version(found: dict[str, Engine], working: set[str]) -> None:
+    """TensorRT's 10.3 and TensorRT for RTX's 1.0 are numbers of two different engines."""
+    assert _works(_machine(), found) == working
+
+
+def test_without_a_gpu_only_the_cpu_works() -> None:
+    everything = _engine("onnxruntime", "1.30", "CPU", "CUDA") | _engine("tensorrt", "11.0")
+    verdicts = _verdicts(_machine(gpus=()), everything)
+    assert [name for name, target in verdicts.items() if target.works] == ["cpu"]
+    for name in ("cuda", *TENSORRT):
+        assert [problem.what for problem in verdicts[name].problems] == ["no NVIDIA GPU is visible"]
+
+
+def test_only_what_this_version_runs_works() -> None:
+    everything = _engine("onnxruntime", "1.30", "CPU", "CUDA") | _engine("tensorrt", "11.0")
+    targets = diagnose(_machine(), everything)
+    assert not any(target.problems for target in targets)
+    assert {target.name for target in targets if target.works} == set(RUNNABLE)
+    assert {target.name for target in targets if target.exported} == {"cpu", *TENSORRT}
+
+
+def test_every_problem_has_a_fix() -> None:
+    broken = _engine("onnxruntime", problem="x") | _engine("tensorrt", problem="y") | _engine("tensorrt_rtx", "0.1")
+    for found in ({}, broken, _engine("onnxruntime", "1.1")):
+        for target in diagnose(_machine(gpus=()), found):
+            assert all(problem.what and problem.fix for problem in target.problems)
+            assert target.problems or target.works
+
+
+def test_on_a_jetson() -> None:
+    """CUDA wheels come from elsewhere, TensorRT for RTX does not count, and JetPack 6 stays on 10.3."""
+    jetson = _machine("36.4.3", "6")
+    found = _engine("onnxruntime", "1.23", "CPU") | _engine("tensorrt", "10.3.0") | _engine("tensorrt_rtx", "1.7")
+    assert _works(jetson, found) == {"cpu", "tensorrt-10.3"}
+    verdicts = _verdicts(jetson, found)
+    (cuda,), (tensorrt,) = verdicts["cuda"].problems, verdicts["tensorrt"].problems
+    assert "not PyPI" in cuda.fix
+    assert "jp6" in cuda.fix
+    assert "--target tensorrt-10.3" in tensorrt.fix
+    assert "nvidia-jetpack" in _verdicts(jetson, {})["tensorrt"].problems[0].fix
+    (desktop,) = _verdicts(_machine(), found)["cuda"].problems
+    assert "jetson" not in desktop.fix
+    assert "pip install onnxruntime-gpu" in desktop.fix
+    (newer,) = _verdicts(_machine("38.2", "7"), _engine("tensorrt", "10.13"))["tensorrt"].problems
+    assert newer.fix == "upgrade TensorRT"
+
+
+def _install(folder: Path, name: str, version: str, *files: str, requires: tuple[str, ...] = ()) -> None:
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    lines = [
+        "Metadata-Version: 2.1",
+        f"Name: {name}",
+        f"Version: {version}",
+        *(f"Requires-Dist: {r}" for r in requires),
+    ]
+    (info / "METADATA").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (info / "RECORD").write_text("".join(f"{file},,\n" for file in files), encoding="utf-8")
+
+
+def test_wheels_that_overwrite_each_other(tmp_path: Path) -> None:
+    _install(tmp_path, "onnxruntime", "1.30", "onnxruntime/__init__.py", "onnxruntime/capi/__init__.py")
+    _install(tmp_path, "onnxruntime-gpu", "1.29", "onnxruntime/__init__.py")
+    _install(tmp_path, "onnxruntime-genai", "0.9", "onnxruntime_genai/__init__.py")
+    _install(tmp_path, "tensorrt_rtx_cu13_bindings", "1.7", "tensorrt_rtx_bindings/__init__.py")
+    _install(tmp_path, "unrelated", "1", "unrelated/__init__.py")
+    found = wheels([str(tmp_path)])
+    assert found == {
+        "onnxruntime": ("onnxruntime 1.30", "onnxruntime-gpu 1.29"),
+        "onnxruntime_genai": ("onnxruntime-genai 0.9",),
+        "tensorrt_rtx_bindings": ("tensorrt_rtx_cu13_bindings 1.7",),
+    }
+    (problem,) = wheel_problems(found)
+    assert "overwrite each other" in problem.what
+    assert problem.fix.startswith("pip uninstall onnxruntime onnxruntime-gpu,")
+
+
+def test_extras(tmp_path: Path) -> None:
+    requires = ("click>=8.1", 'Onnx_IR>=1; extra == "export"', 'torch[x]>=2; extra == "export"', "a.b; extra == 'cpu'")
+    _install(tmp_path, "mllm-edge", "1", requires=requires)
+    _install(tmp_path, "onnx-ir", "1.0")
+    _install(tmp_path, "a-b", "1.0")
+    assert extras([str(tmp_path)]) == {"export": ("torch",), "cpu": ()}
+    (tmp_path / "empty").mkdir()
+    assert extras([str(tmp_path / "empty")]) == {}
+
+
+@pytest.fixture
+def _no_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Import finds no engine unless a test puts one there."""
+
+    class Nothing:
+        def find_spec(self, name: str, path=None, target=None) -> None:
+            if name in ("onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"):
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    for name in ("onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Nothing(), *sys.meta_path])
+
+
+@pytest.mark.usefixtures("_no_engines")
+def test_engines_are_imported_to_be_believed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert engines() == {}
+    runtime, rtx = ModuleType("onnxruntime"), ModuleType("tensorrt_rtx_bindings")
+    runtime.__version__, runtime.get_available_providers = "1.30", lambda: ["AExecutionProvider"]  # type: ignore
+    rtx.__version__ = "1.7.1"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "onnxruntime", runtime)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", rtx)
+    assert engines() == {
+        "onnxruntime": Engine("onnxruntime", "1.30", ("AExecutionProvider",)),
+        "tensorrt_rtx": Engine("tensorrt_rtx_bindings", "1.7.1"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("raise OSError('libnvinfer.so.10: cannot open\\nmore')", "libnvinfer.so.10: cannot open"),
+        ("import missing_here", "No module named 'missing_here'"),
+        ("raise RuntimeError", "RuntimeError"),
+    ],
+)
+def test_an_engine_that_does_not_load(monkeypatch, tmp_path: Path, code: str, words: str) -> None:
+    from mllm_edge.runtime.backends import installed
+
+    (tmp_path / "broken_engine.py").write_text(code + "\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(installed, "_MODULES", {"tensorrt": ("broken_engine",)})
+    assert engines() == {"tensorrt": Engine("broken_engine", problem=words)}
