@@ -18,8 +18,9 @@ from mllm_edge.export.pipeline import export
 from mllm_edge.export.targets import TARGETS
 from mllm_edge.runtime.memory import image_cost
 from mllm_edge.runtime.positions import rope_tables
+from tests.export.test_adapters import train
 from tests.families.parity import PROMPTS, Exported, check_messages, check_parity, export_tiny, make_image
-from tests.tiny import QWEN_TEMPLATE, save_tiny_qwen2_vl
+from tests.tiny import QWEN_TEMPLATE, Names, save_tiny_qwen2_vl
 
 YARN = {
     "rope_type": "yarn",
@@ -186,6 +187,21 @@ def test_export_compares_with_the_source(tmp_path: Path, recipe: str) -> None:
     assert np.isfinite(list(report.parity["errors"].values())).all()
     with VLM.load(tmp_path / "out") as vlm:
         assert vlm.generate("Hi", make_image(50, 40, 0), max_new_tokens=4, ignore_eos=True).metrics.new_tokens == 4
+
+
+@pytest.mark.parametrize("names", ["saved", "hub", "state_dict"])
+def test_adapters_are_merged_on_the_way(tmp_path: Path, names: Names) -> None:
+    model = save_tiny_qwen2_vl(tmp_path / "checkpoint", names=names)
+    adapter = train(model, tmp_path / "adapter", target_modules=["q_proj", "down_proj", "qkv", "fc1"], r=4)
+    report = export(str(tmp_path / "checkpoint"), tmp_path / "out", recipe_name="fp32", adapters=[adapter])
+    assert report.parity["greedy_agreement"] == 1.0
+    export(str(tmp_path / "checkpoint"), tmp_path / "plain", recipe_name="fp32", verify_mode="off")
+    for graph in ("vision_encoder", "decoder"):
+        assert _data(tmp_path / "out", graph) != _data(tmp_path / "plain", graph)
+
+
+def _data(bundle: Path, graph: str) -> bytes:
+    return (bundle / f"{graph}.onnx.data").read_bytes()
 
 
 def test_large_model_is_compared_by_its_first_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
