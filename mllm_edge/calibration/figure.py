@@ -27,7 +27,7 @@ def draw_errors(layers: Errors, path: Path) -> None:
         axes.plot(places, [100 * error for error, _ in found.values()], "o", ms=3, color="C0", label="calibrated")
         axes.set_title(component.replace("_", " "), loc="left", fontsize=9)
         axes.set_ylabel("error of the output, %")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 110 * max(max(errors) for errors in found.values()))
         axes.set_xticks(places, list(found), rotation=90, fontsize=5)
         axes.legend(fontsize=7)
     figure.savefig(path, dpi=120)
