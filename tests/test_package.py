@@ -60,7 +60,7 @@ def test_metadata(metadata: Message) -> None:
     assert metadata["Name"] == "mllm-edge"
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra", [])) == {"cpu", "export", "optimum", "rtx", "test"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"calibrate", "cpu", "export", "optimum", "rtx", "test"}
 
 
 def test_the_base_is_small(metadata: Message) -> None:

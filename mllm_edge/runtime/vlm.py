@@ -102,6 +102,7 @@ class VLM:
         """Release sessions and caches; the object cannot be used afterwards."""
         self._calls += 1
         self._sessions.clear()
+        self.embed.close()
         del self.decoder
 
     def generate(self, prompt: Messages, images: ImageSource | Iterable[ImageSource] = (), **options: Any) -> Result:
