@@ -17,7 +17,6 @@ __all__ = ["add", "add_text_only"]
 
 _EXAMPLE = Path(__file__).parents[1] / "examples" / "sample_vlm"
 _CALIBRATION, _PROOF = 512, 256
-_FIRST = 50_000  # scenes from here on are in no evaluation
 _RESAMPLES = 2000
 _RTN_4, _BEST_4 = Precision("blocks", 4), Precision("blocks", 4, method="awq+gptq")
 
@@ -86,16 +85,10 @@ def add_text_only(report: Report, folder: Path, questions: int) -> None:
 
 def calibration_data(count: int = _CALIBRATION + _PROOF) -> list[dict[str, Any]]:
     """Questions about scenes that no evaluation holds, clean and hard by turns."""
-    scenes = _scenes()
-    items: list[dict[str, Any]] = []
-    index = _FIRST
-    while len(items) < count:
-        scene = scenes.make_scene(("clean", "hard")[index % 2], index)
-        asked = scenes.ask(scene, np.random.default_rng(index))
-        picture = scenes.render(scene)
-        items += [{"images": [picture], "prompt": q.question, "answer": q.answer} for q in asked[:4]]
-        index += 1
-    return items[:count]
+    _scenes()
+    from make_calibration import samples  # type: ignore[import-not-found]
+
+    return [{"images": [picture], "prompt": q.question, "answer": q.answer} for _, picture, q in samples(count)]
 
 
 def _float(folder: Path) -> Path:

@@ -113,7 +113,7 @@ def _calibrate_layers(source: Path, folder: Path, method: Any) -> None:
     for i in range(_LARGE_SAMPLES):
         random = np.random.default_rng(i)
         angles = np.outer(np.arange(_LARGE_TOKENS), 1e4 ** -(np.arange(half) / half)).astype(np.float32)
-        cache = np.zeros((1, model.cache.kv_heads, _LARGE_TOKENS, model.cache.head_dim), np.float32)
+        cache = np.zeros((1, model.cache.heads, _LARGE_TOKENS, model.cache.head_dim), np.float32)
         feeds.add(
             {
                 "inputs_embeds": random.standard_normal((1, _LARGE_TOKENS, model.hidden_size), np.float32) * 0.02,

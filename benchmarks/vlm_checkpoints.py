@@ -23,7 +23,8 @@ def smolvlm_256m(folder: Path) -> None:
     text = _text(576, 1536, 30, 9, 3, 49280, 1e5)
     vision = _vision(768, 3072, 12, 12, 512, 16)
     images = {"size": {"longest_edge": 2048}, "max_image_size": {"longest_edge": 512}}
-    _write(folder, partial(tiny.save_tiny_idefics3, model_type="smolvlm"), text, vision, {"scale_factor": 4}, images)
+    save = partial(tiny.save_tiny_idefics3, model_type="smolvlm")
+    _write(folder, save, text, vision, {"scale_factor": 4}, images, {"image_seq_len": 64})
 
 
 def llava_onevision_like(folder: Path) -> None:
@@ -32,7 +33,8 @@ def llava_onevision_like(folder: Path) -> None:
     vision = {**_vision(1152, 4304, 27, 16, 384, 14), "model_type": "siglip_vision_model"}
     top = {"vision_feature_select_strategy": "full", "vision_feature_layer": -1}
     images = {"size": {"height": 384, "width": 384}}
-    _write(folder, partial(tiny.save_tiny_llava, images="siglip"), text, vision, top, images)
+    processor = {"patch_size": 14, "vision_feature_select_strategy": "full", "num_additional_image_tokens": 0}
+    _write(folder, partial(tiny.save_tiny_llava, images="siglip"), text, vision, top, images, processor)
 
 
 def internvl25_1b(folder: Path) -> None:
@@ -43,8 +45,7 @@ def internvl25_1b(folder: Path) -> None:
     vision = {**_vision(1024, 4096, 24, 16, 448, 14), "attention_bias": True}
     vision |= {"image_size": [448, 448], "patch_size": [14, 14]}
     images = {"size": {"height": 448, "width": 448}, "max_patches": 12}
-    _write(folder, save_tiny_internvl, text, vision, {}, images)
-    (folder / "processor_config.json").write_text(json.dumps({"image_seq_length": 256}), encoding="utf-8")
+    _write(folder, save_tiny_internvl, text, vision, {}, images, {"image_seq_length": 256})
 
 
 def qwen2_vl_2b(folder: Path) -> None:
@@ -53,7 +54,7 @@ def qwen2_vl_2b(folder: Path) -> None:
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
     vision = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14, "hidden_size": 1536}
     images = {"size": {"shortest_edge": 3136, "longest_edge": 12845056}, "patch_size": 14}
-    _write(folder, tiny.save_tiny_qwen2_vl, text, vision, {}, images)
+    _write(folder, tiny.save_tiny_qwen2_vl, text, vision, {}, images, {})
 
 
 GEOMETRIES: Mapping[str, Callable[[Path], None]] = {
@@ -96,6 +97,7 @@ def _write(
     vision: Mapping[str, Any],
     top: Mapping[str, Any],
     images: Mapping[str, Any],
+    processor: Mapping[str, Any],
 ) -> None:
     """A tiny checkpoint's files (its tokenizer knows bytes only), the sizes in them replaced, and weights to match."""
     from transformers import AutoConfig
@@ -116,7 +118,8 @@ def _write(
         elif "image_processor_type" in stated:
             stated = {**stated, **images}
         if stated:
-            path.write_text(json.dumps(stated), encoding="utf-8")
+            more = processor if name == "processor_config.json" else {}
+            path.write_text(json.dumps({**stated, **more}), encoding="utf-8")
 
 
 def write_random(config: Any, folder: Path, seed: int = 0) -> None:

@@ -22,12 +22,14 @@ __all__ = [
     "EmbeddingSpec",
     "FileEntry",
     "GenerationSpec",
+    "GridRope",
     "ImagePrompt",
     "ImageSpec",
     "Manifest",
     "ModelSpec",
     "Normalize",
     "PadToSquare",
+    "Patchify",
     "PositionSpec",
     "Resample",
     "Rescale",
@@ -35,6 +37,7 @@ __all__ = [
     "ResizeLongestEdge",
     "ResizeShortestEdge",
     "ResizeToMultiple",
+    "ResizeToPixels",
     "RopeSpec",
     "SCHEMA_VERSION",
     "SelectTiles",
@@ -155,6 +158,37 @@ class Normalize:
     op: Literal["normalize"] = "normalize"
 
 
+@dataclass(frozen=True)
+class ResizeToPixels:
+    """Stretch so that both sides are multiples of `multiple` px and height · width is between `min_pixels` and
+    `max_pixels`, near the aspect ratio: each side is rounded to the nearest multiple (halves to the even one); where
+    that makes the area too large or too small, the sides are scaled to the bound and rounded down or up instead.
+
+    One side may be `max_ratio` times the other at most.
+    """
+
+    multiple: int
+    min_pixels: int
+    max_pixels: int
+    resample: Resample
+    max_ratio: float
+    op: Literal["resize_to_pixels"] = "resize_to_pixels"
+
+
+@dataclass(frozen=True)
+class Patchify:
+    """Cut into square patches of `patch` px and gather them in cells of `merge` × `merge` neighbours, cell by cell, row
+    by row; the grid is that of the cells. The last of the transforms.
+
+    A patch is [channels, frames, patch, patch], flattened: one place in `frames` equal frames of a film.
+    """
+
+    patch: int
+    merge: int
+    frames: int
+    op: Literal["patchify"] = "patchify"
+
+
 Transform = (
     ResizeLongestEdge
     | ResizeShortestEdge
@@ -166,6 +200,8 @@ Transform = (
     | SelectTiles
     | Rescale
     | Normalize
+    | ResizeToPixels
+    | Patchify
 )
 
 
@@ -173,7 +209,7 @@ Transform = (
 @dataclass(frozen=True)
 class ImagePrompt:
     """How one image becomes text before tokenization. In the templates `{image}` stands for `tokens_per_tile`
-    placeholder tokens, `{row}` and `{col}` for 1-based tile coordinates.
+    placeholder tokens, `{row}` and `{col}` for 1-based tile coordinates. (Cells of patches count as tiles.)
 
     An image with grid (0, 0) becomes `single`; with grid (R, C) it becomes `begin`, then, row by row, C times `tile`
     followed by `row_end`, and at the end `overview`.
@@ -190,14 +226,45 @@ class ImagePrompt:
 
 
 @dataclass(frozen=True)
+class GridRope:
+    """The vision encoder's inputs `cos` and `sin` [cells, merge², dim/2] float32: in each patch the first half of the
+    pairs is turned by its row in the image, the second by its column, both from theta^0 to theta^(4/dim − 1)."""
+
+    theta: float
+    dim: int
+    op: Literal["grid_rope"] = "grid_rope"
+
+
+@dataclass(frozen=True)
 class ImageSpec:
-    """From an RGB image to `pixel_values` [tiles, channels, height, width] float32, and to prompt text."""
+    """From an RGB image to `pixel_values` float32, and to prompt text.
+
+    An image is tiles of one size, `pixel_values` [tiles, channels, height, width]; the vision encoder takes any number
+    of them. Where the last transform is Patchify, it is a grid of cells instead, as many as the image's size asks for,
+    [cells, merge², channels · frames · patch²]; the vision encoder then takes one image at a time, and what `tables`
+    make of its grid. In the prompt a cell is a tile; `height` and `width` are its size in px.
+    """
 
     transforms: tuple[Transform, ...]
     prompt: ImagePrompt
     height: int
     width: int
     channels: int = 3
+    tables: tuple[GridRope, ...] = ()
+
+    @property
+    def cells(self) -> Patchify | None:
+        """How an image becomes cells; None where it becomes tiles."""
+        last = self.transforms[-1] if self.transforms else None
+        return last if isinstance(last, Patchify) else None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one tile's or cell's pixel values."""
+        cells = self.cells
+        if cells is None:
+            return (self.channels, self.height, self.width)
+        return (cells.merge**2, self.channels * cells.frames * cells.patch**2)
 
 
 @dataclass(frozen=True)
@@ -254,6 +321,11 @@ class PositionSpec:
 
     `windows`: how many of the latest positions a token sees, itself included (None: all before it); a layer's mask is
     the graph's input `attention_bias`, or `attention_bias.{k}`. `table` is a .npy file of the bundle.
+
+    `images`: what the positions of an image's tokens follow.
+    sequence        their places, like those of text
+    grid            for ropes with sections: row r and column c of an image's grid, which begins at position p, are at
+                    (p, p + r, p + c); what comes after the image goes on at p + the longer side of the grid
     """
 
     kind: Literal["rope", "learned", "relative_bias", "none"]
@@ -261,6 +333,7 @@ class PositionSpec:
     windows: tuple[int | None, ...] = (None,)
     table: str = ""
     max_distance: int = 0
+    images: Literal["sequence", "grid"] = "sequence"
 
 
 @dataclass(frozen=True)

@@ -60,15 +60,8 @@ def test_metadata(metadata: Message) -> None:
     assert metadata["Name"] == "mllm-edge"
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra", [])) == {
-        "cpu",
-        "export",
-        "jetson",
-        "optimum",
-        "rtx",
-        "tensorrt",
-        "test",
-    }
+    extras = {"calibrate", "cpu", "export", "jetson", "optimum", "rtx", "tensorrt", "test"}
+    assert set(metadata.get_all("Provides-Extra", [])) == extras
 
 
 def test_the_base_is_small(metadata: Message) -> None:

@@ -15,6 +15,9 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLProcessor,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
@@ -22,16 +25,21 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from mllm_edge.export.reference import without_video
 
 __all__ = [
     "LLAVA_TEMPLATE",
+    "QWEN_TEMPLATE",
     "TEMPLATE",
     "Names",
     "make_tokenizer",
     "random_model",
     "save_tiny_idefics3",
     "save_tiny_llava",
+    "save_tiny_qwen2_vl",
 ]
 
 TEMPLATE = (
@@ -50,15 +58,22 @@ _CLASSES: dict[str, tuple[Any, Any]] = {
 
 def make_tokenizer(rows: int = 6, cols: int = 6) -> PreTrainedTokenizerFast:
     """Byte-level BPE without merges (256 byte tokens) and the special tokens of SmolVLM."""
+    tiles = [f"<row_{r}_col_{c}>" for r in range(1, rows + 1) for c in range(1, cols + 1)]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_byte_tokenizer(*_SPECIAL, *tiles),
+        bos_token="<|im_start|>",
+        eos_token="<end_of_utterance>",
+        pad_token="<|im_start|>",
+    )
+
+
+def _byte_tokenizer(*special: str) -> Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    tiles = [f"<row_{r}_col_{c}>" for r in range(1, rows + 1) for c in range(1, cols + 1)]
-    core.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (*_SPECIAL, *tiles)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<|im_start|>", eos_token="<end_of_utterance>", pad_token="<|im_start|>"
-    )
+    core.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    return core
 
 
 def save_tiny_idefics3(
@@ -228,3 +243,108 @@ def _rename(path: Path, rename: Callable[[str], str]) -> None:
     tensors["vision_tower.vision_model.embeddings.position_ids"] = torch.arange(37)[None]
     tensors["language_model.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
     save_file(tensors, path)
+
+
+# ---------------------------------------------------------------- Qwen2-VL
+QWEN_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
+    "{% for content in message['content'] %}{% if content['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ content['text'] }}{% endif %}{% endfor %}"
+    "<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_QWEN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+
+
+def save_tiny_qwen2_vl(
+    folder: Path,
+    *,
+    text: Mapping[str, Any] | None = None,
+    vision: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
+    image_settings: Mapping[str, Any] | None = None,
+    template: str | None = QWEN_TEMPLATE,
+    names: Names = "saved",
+    seed: int = 0,
+    shard_size: str = "5GB",
+) -> Any:
+    """Save a random Qwen2-VL with its processor files to `folder` and return the model in float32.
+
+    The defaults: 8 px patches, cells of 2 × 2, up to 64 cells, 2 + 2 layers, hidden sizes 64 (text) and 48 (tower).
+    """
+    core = _byte_tokenizer(*_QWEN_SPECIAL, "<|image_pad|>", "<|video_pad|>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    model = random_model(
+        Qwen2VLForConditionalGeneration, _qwen2_vl_config(tokenizer, text, vision, config), tokenizer, seed
+    )
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    tower = model.config.vision_config
+    sides = {"patch_size": tower.patch_size, "merge_size": tower.spatial_merge_size}
+    frames = {"temporal_patch_size": tower.temporal_patch_size}
+    bounds = {"min_pixels": 4 * 16**2, "max_pixels": 64 * 16**2}
+    processor = without_video(Qwen2VLProcessor)(
+        Qwen2VLImageProcessorPil(**{**sides, **frames, **bounds, **(image_settings or {})}),
+        tokenizer,
+        chat_template=template,
+    )
+    processor.save_pretrained(folder)
+    if names == "state_dict":
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+    elif names == "hub":
+        _qwen2_vl_as_on_the_hub(folder, processor)
+    return model
+
+
+def _qwen2_vl_config(
+    tokenizer: PreTrainedTokenizerFast,
+    text: Mapping[str, Any] | None,
+    vision: Mapping[str, Any] | None,
+    config: Mapping[str, Any] | None,
+) -> Qwen2VLConfig:
+    ids = {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(token)
+        for name, token in (
+            ("image", "<|image_pad|>"),
+            ("video", "<|video_pad|>"),
+            ("vision_start", "<|vision_start|>"),
+            ("vision_end", "<|vision_end|>"),
+        )
+    }
+    decoder = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 320,
+        "max_position_embeddings": 1024,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+        "bos_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    tower = {"depth": 2, "embed_dim": 48, "num_heads": 4, "mlp_ratio": 2, "patch_size": 8}
+    decoder = {**decoder, **(text or {})}
+    tower = {**tower, "hidden_size": decoder["hidden_size"], **(vision or {})}
+    return Qwen2VLConfig(text_config=decoder, vision_config=tower, **{**ids, **(config or {})})
+
+
+def _qwen2_vl_as_on_the_hub(folder: Path, processor: Qwen2VLProcessor) -> None:
+    """Older forms of files: one flat configuration, `rope_scaling`, bounds as `min_pixels` and `max_pixels`."""
+    config = json.loads((folder / "config.json").read_text())
+    text, tower = config.pop("text_config"), config["vision_config"]
+    rope = text.pop("rope_parameters")
+    for key in ("layer_types", "model_type"):
+        text.pop(key)
+    tower = {key: value for key, value in tower.items() if key not in ("rope_parameters", "model_type", "in_channels")}
+    tower = {**tower, "in_chans": 3, "spatial_patch_size": tower["patch_size"]}
+    scaling = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    flat = {**text, "rope_theta": rope["rope_theta"], "rope_scaling": scaling, "vision_config": tower}
+    (folder / "config.json").write_text(json.dumps({**config, **flat}))
+    stated = json.loads((folder / "processor_config.json").read_text())["image_processor"]
+    size = stated.pop("size")
+    bounds = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+    (folder / "preprocessor_config.json").write_text(json.dumps({**stated, **bounds}))
+    (folder / "processor_config.json").unlink()
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": processor.chat_template}))
+    (folder / "chat_template.jinja").unlink()

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from tests.tiny import save_tiny_idefics3, save_tiny_llava
+from tests.tiny import save_tiny_idefics3, save_tiny_llava, save_tiny_qwen2_vl
 from tests.tiny_internvl import save_tiny_internvl
 
 __all__ = ["SAVE"]
@@ -12,4 +12,5 @@ SAVE: dict[str, Callable[..., Any]] = {
     "idefics3": save_tiny_idefics3,
     "internvl": save_tiny_internvl,
     "llava": save_tiny_llava,
+    "qwen2_vl": save_tiny_qwen2_vl,
 }

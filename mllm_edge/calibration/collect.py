@@ -92,7 +92,7 @@ def continued(positions: np.ndarray | None, tokens: int) -> np.ndarray | None:
 
 def _run(vlm: VLM, recorder: "_Recorder", sample: Sample) -> None:
     prompt = vlm.processor.process(sample.prompt, sample.images)
-    positions = getattr(prompt, "positions", None)
+    positions = prompt.positions
     recorder.decoder = False
     embeds = vlm.prompt_embeds(prompt)
     room = vlm.context_length - len(embeds)

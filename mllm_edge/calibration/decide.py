@@ -7,11 +7,13 @@ import numpy as np
 from mllm_edge.calibration.findings import Findings, LayerFindings
 from mllm_edge.calibration.layers import Group, Layer
 from mllm_edge.calibration.methods import awq, gptq, rtn, smoothquant
-from mllm_edge.calibration.methods.ranges import Range, activation_range
-from mllm_edge.calibration.recipes import Precision, block_size
+from mllm_edge.calibration.methods.ranges import SEARCHED, Range, activation_range
+from mllm_edge.calibration.recipes import FLOAT32, Precision, block_size
 from mllm_edge.calibration.statistics import InputStatistics
 
 __all__ = ["Decision"]
+
+_ALPHAS = (0.2, 0.35, 0.5, 0.65, 0.8)
 
 
 class Decision:
@@ -39,8 +41,9 @@ class Decision:
                 self._row_factors[fold.layer] = 1 / factors
             else:
                 self._findings.add_fold(self._group.layers[0].name, fold.tensors, 1 / factors)
+        where = self._input_range(list(weights.values()), factors)
         for name, weight in weights.items():
-            self._findings.add(self._layer(name, weight, factors))
+            self._findings.add(self._layer(name, weight, factors, where))
 
     def _weight(self, layer: Layer) -> np.ndarray:
         rows = self._row_factors.get(layer.name)
@@ -53,17 +56,49 @@ class Decision:
         if self._group.fold is None or len(precisions) > 1 or self._statistics.rows == 0:
             return None
         if first.method == "smoothquant":
-            return smoothquant.smoothing(weights, self._statistics.channel_max)
+            return self._smoothing(weights, first)
         if first.method.startswith("awq"):
             rounded = lambda weight: _nearest(weight, first)  # noqa: E731
             return awq.scaling(weights, self._statistics.sample, self._statistics.channel_mean, rounded)
         return None
 
-    def _layer(self, name: str, weight: np.ndarray, factors: np.ndarray | None) -> LayerFindings:
+    def _smoothing(self, weights: Sequence[np.ndarray], precision: Precision) -> np.ndarray | None:
+        """SmoothQuant's factors with the exponent that serves the outputs best; None where none does better than 1."""
+        found: list[np.ndarray | None] = [
+            smoothquant.smoothing(weights, self._statistics.channel_max, a) for a in _ALPHAS
+        ]
+        if precision.kind != "int8_static":
+            return found[len(found) // 2]
+        ranges = [activation_range(self._statistics, "minmax", factors) for factors in [None, *found]]
+        errors = [self._error(weights, f, where, precision) for f, where in zip([None, *found], ranges, strict=True)]
+        return [None, *found][int(np.argmin(errors))]
+
+    def _input_range(self, weights: Sequence[np.ndarray], factors: np.ndarray | None) -> Range | None:
+        """What 8 bits represent of the input: of the ways to choose, the one with the smallest error of the outputs."""
+        wanted = [p for p in self._precisions.values() if p.kind == "int8_static"]
+        if not wanted:
+            return None
+        methods = SEARCHED if wanted[0].ranges == "search" else (wanted[0].ranges,)
+        ranges = [activation_range(self._statistics, method, factors) for method in methods]
+        errors = [self._error(weights, factors, where, FLOAT32) for where in ranges] if len(ranges) > 1 else [0.0]
+        return ranges[int(np.argmin(errors))]
+
+    def _error(
+        self, weights: Sequence[np.ndarray], factors: np.ndarray | None, where: Range | None, precision: Precision
+    ) -> float:
+        """Squared error of the outputs for sampled inputs in 8 bits and weights rounded to nearest."""
+        sample, total = self._statistics.sample, 0.0
+        inputs = _rounded_inputs(sample if factors is None else sample / factors, where)
+        for weight in weights:
+            rounded = _nearest(weight if factors is None else weight * factors, precision)
+            total += float(np.square(inputs @ rounded.T - sample @ weight.T).sum(dtype=np.float64))
+        return total
+
+    def _layer(
+        self, name: str, weight: np.ndarray, factors: np.ndarray | None, group_range: Range | None
+    ) -> LayerFindings:
         precision, statistics = self._precisions[name], self._statistics
-        where = None
-        if precision.kind == "int8_static":
-            where = activation_range(statistics, precision.ranges, factors)
+        where = group_range if precision.kind == "int8_static" else None
         scaled = weight if factors is None else weight * factors
         codes, scales, block = self._codes(scaled, precision, factors)
         sample = statistics.sample

@@ -89,7 +89,7 @@ def _pair(a: VLM, b: VLM, sample: Sample) -> tuple[_Run, _Run, np.ndarray | None
 
 def _run(vlm: VLM, sample: Sample, answer: np.ndarray | None) -> _Run:
     prompt = vlm.processor.process(sample.prompt, sample.images)
-    positions = getattr(prompt, "positions", None)
+    positions = prompt.positions
     outputs = _vision(vlm, prompt)
     embeds = vlm.prompt_embeds(prompt)
     most = min(_TOKENS, vlm.context_length - len(embeds))
@@ -108,8 +108,8 @@ def _run(vlm: VLM, sample: Sample, answer: np.ndarray | None) -> _Run:
 def _vision(vlm: VLM, prompt: Any) -> dict[str, np.ndarray]:
     if prompt.pixel_values is None:
         return {}
-    hidden = vlm.component("vision_encoder", {"pixel_values": prompt.pixel_values})["vision_hidden"]
-    return {"vision_encoder": hidden, "connector": vlm.image_features(prompt.pixel_values)}
+    hidden, features = (np.concatenate(parts) for parts in zip(*vlm.vision_runs(prompt), strict=True))
+    return {"vision_encoder": hidden, "connector": features}
 
 
 class _Tally:

@@ -40,14 +40,15 @@ class Precision:
     `largest_block` weights at most).
 
     `method` chooses codes and scales: rtn (the weight alone), or with calibration smoothquant, gptq, awq, awq+gptq
-    (scaled by AWQ, rounded by GPTQ). `ranges` chooses what int8_static represents of the activations.
+    (scaled by AWQ, rounded by GPTQ). `ranges` chooses what int8_static represents of the activations; search takes the
+    way that serves the layer's outputs best.
     """
 
     kind: Kind
     bits: int = 32
     largest_block: int = 128
     method: Method = "rtn"
-    ranges: RangeMethod = "mse"
+    ranges: RangeMethod = "search"
 
     @property
     def needs_data(self) -> bool:
@@ -165,7 +166,7 @@ _KEYS: Mapping[str, tuple[Any, ...]] = {
     "bits": (2, 3, 4, 8),
     "block": _BLOCKS,
     "method": ("rtn", "smoothquant", "gptq", "awq", "awq+gptq"),
-    "ranges": ("minmax", "percentile", "entropy", "mse"),
+    "ranges": ("minmax", "percentile", "entropy", "mse", "search"),
 }
 _EXAMPLE = 'base = "int4", and tables [vision], [connector], [decoder], [head], [[rules]] with ' + ", ".join(_KEYS)
 

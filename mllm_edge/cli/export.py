@@ -4,14 +4,16 @@ import contextlib
 import ctypes
 import shlex
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import click
 
 from mllm_edge.cli.exporter import load_exporter
-from mllm_edge.cli.options import json_option
+from mllm_edge.cli.options import calibration_options, json_option
 from mllm_edge.cli.output import bytes_text, note, print_json, table
 from mllm_edge.cli.progress import stages
+from mllm_edge.cli.proof import proof_summary
 from mllm_edge.cli.signals import interrupted_message, interruptible
 
 __all__ = ["RECIPES", "TARGETS", "command"]
@@ -37,7 +39,13 @@ _STOPPED = interrupted_message("the export") + "; its temporary files are gone"
     help="Where it will run; may be repeated. Others come with the cpu's graphs, the fallback.",
 )
 @click.option("--no-fallback", is_flag=True, help="Leave out the cpu's graphs beside another target's.")
-@click.option("--recipe", type=click.Choice(RECIPES), default="int4", show_default=True, help="Precision.")
+@click.option(
+    "--recipe",
+    default="int4",
+    show_default=True,
+    help=f"Precision: {', '.join(RECIPES)}; with --data also mixed, or a file NAME.toml.",
+)
+@calibration_options(required=False)
 @click.option(
     "--verify",
     type=click.Choice(["auto", "full", "off"]),
@@ -63,6 +71,11 @@ def command(
     targets: tuple[str, ...],
     no_fallback: bool,
     recipe: str,
+    data: str | None,
+    prompt: str | None,
+    held_back: int | None,
+    max_kl: float | None,
+    min_agreement: float | None,
     verify: Any,
     adapters: tuple[str, ...],
     revision: str | None,
@@ -73,31 +86,61 @@ def command(
     """Export MODEL, a checkpoint directory or a hub id like owner/name, to a bundle in the new directory OUT.
 
     The result is compared with the source model; when they disagree, the export fails. A failed or interrupted export
-    leaves OUT as it was.
+    leaves OUT as it was. With --data, weights are calibrated, as the verb quantize does it, and not only rounded.
     """
+    calibration = {"--prompt": prompt, "--held-back": held_back, "--max-kl": max_kl, "--min-agreement": min_agreement}
+    _check(recipe, data, calibration, dry_run)
     began = time.perf_counter()
     _keep_freed_memory()
     with interruptible(_STOPPED) as check, stages(check) as progress:
         progress.stage("loading the exporter")
         pipeline = load_exporter()
-        report = pipeline.export(
-            model,
-            out,
-            targets=targets,
-            fallback=not no_fallback,
-            recipe_name=recipe,
-            verify_mode=verify,
-            force=force,
-            dry_run=dry_run,
-            revision=revision,
-            adapters=adapters,
-            progress=progress,
-        ).as_dict()
+        source: dict[str, Any] = {
+            "targets": targets,
+            "fallback": not no_fallback,
+            "verify_mode": verify,
+            "revision": revision,
+            "adapters": adapters,
+        }
+        if data is None:
+            done = pipeline.export(
+                model, out, recipe_name=recipe, force=force, dry_run=dry_run, progress=progress, **source
+            )
+        else:
+            from mllm_edge.calibration.data import DEFAULT_PROMPT
+            from mllm_edge.export.quantize import FromCheckpoint, Gate, quantize
+
+            done = quantize(
+                model,
+                out,
+                recipe=recipe,
+                data=data,
+                prompt=prompt or DEFAULT_PROMPT,
+                held_back=held_back,
+                gate=Gate(max_kl, min_agreement),
+                checkpoint=FromCheckpoint(**source),
+                force=force,
+                progress=progress,
+            )
+    report = done.as_dict()
     report["seconds"] = time.perf_counter() - began
     if as_json:
         print_json(report)
     else:
-        note(f"\n{_summary(report)}")
+        note(f"\n{_summary(report) if data is None else proof_summary(report)}")
+
+
+def _check(recipe: str, data: str | None, calibration: Mapping[str, Any], dry_run: bool) -> None:
+    """Raise UsageError for options that need --data, or don't go with it."""
+    if data is not None:
+        if dry_run:
+            raise click.UsageError("--dry-run does not calibrate: leave out --data")
+        return
+    for option, value in calibration.items():
+        if value is not None:
+            raise click.UsageError(f"{option} needs --data")
+    if recipe not in RECIPES:
+        raise click.UsageError(f"without --data, --recipe is one of {', '.join(RECIPES)}, not {recipe!r}")
 
 
 def _keep_freed_memory() -> None:

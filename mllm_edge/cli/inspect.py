@@ -89,13 +89,18 @@ def _memory(needs: "Memory") -> str:
 
 
 def _cost(cost: "ImageCost") -> str:
-    rows, cols = cost.grid
-    grid = f" ({rows} x {cols} and the whole)" if rows and cols else ""
-    tiles = f"{cost.tiles} tile{'s' * (cost.tiles > 1)}{grid}"
     return (
-        f"an image of {cost.height} x {cost.width} px: {tiles}, {cost.image_tokens} image tokens, "
+        f"an image of {cost.height} x {cost.width} px: {_tiles(cost)}, {cost.image_tokens} image tokens, "
         f"{cost.prompt_tokens} with markers and template; {cost.left} tokens of the context are left"
     )
+
+
+def _tiles(cost: "ImageCost") -> str:
+    rows, cols = cost.grid
+    if cost.tiles == 1:
+        return f"{rows} x {cols} cells" if rows else "1 tile"
+    whole = " and the whole" if cost.tiles > rows * cols else ""
+    return f"{cost.tiles} tiles ({rows} x {cols}{whole})"
 
 
 def _model(bundle: "Bundle") -> str:
@@ -116,7 +121,9 @@ def _image(bundle: "Bundle") -> str:
     if image is None:
         return "takes none"
     steps = ", ".join(transform.op for transform in image.transforms)
-    return f"tiles of {image.height} x {image.width} px, {image.prompt.tokens_per_tile} tokens each ({steps})"
+    tiles = "tiles" if image.cells is None else "any number of cells"
+    tokens = f"{image.prompt.tokens_per_tile} token{'s' if image.prompt.tokens_per_tile > 1 else ''}"
+    return f"{tiles} of {image.height} x {image.width} px, {tokens} each ({steps})"
 
 
 def _facts(facts: dict[str, str]) -> str:

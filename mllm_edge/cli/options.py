@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import click
 
-__all__ = ["POSITIVE", "json_option", "runtime_options", "sampling_options"]
+__all__ = ["POSITIVE", "calibration_options", "json_option", "runtime_options", "sampling_options"]
 
 POSITIVE = click.IntRange(min=1)
 _COUNT = click.IntRange(min=0)
@@ -46,6 +46,25 @@ def sampling_options(command: _F) -> _F:
 def runtime_options(command: _F) -> _F:
     """How a bundle is opened, by the names that `VLM.load` has for them."""
     return _apply(_RUNTIME, command)
+
+
+def calibration_options(required: bool) -> Callable[[_F], _F]:
+    """Calibration data and what the result must show."""
+    options = (
+        click.option(
+            "--data",
+            required=required,
+            type=click.Path(),
+            help="A folder of images, or a .jsonl file of questions, to calibrate with.",
+        ),
+        click.option("--prompt", help="The question that goes with each image of a folder."),
+        click.option("--held-back", type=POSITIVE, help="Samples kept for the proof; default: a quarter, to 32."),
+        click.option(
+            "--max-kl", type=click.FloatRange(min=0), help="Fail when quantization's mean KL divergence is larger."
+        ),
+        click.option("--min-agreement", type=_FRACTION, help="Fail when fewer likeliest tokens stay the same."),
+    )
+    return lambda command: _apply(options, command)
 
 
 def json_option(help: str) -> Callable[[_F], _F]:

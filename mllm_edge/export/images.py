@@ -11,6 +11,7 @@ __all__ = ["constructor_arguments", "image_settings", "resample_name", "value_tr
 
 # By Pillow's number.
 _RESAMPLE: tuple[Resample, ...] = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+_OWN_FILES = "use this model's own files"
 
 
 def image_settings(source: Source) -> Mapping[str, Any]:
@@ -37,13 +38,21 @@ def resample_name(number: int) -> Resample:
 
 
 def value_transforms(settings: Mapping[str, Any]) -> tuple[Transform, Transform]:
-    """Rescale and Normalize, which every supported processor ends with; raises ConfigError when one is off."""
+    """Rescale and Normalize, which every supported processor ends with; raises ConfigError when one is off, or cannot
+    be applied to three channels."""
     for key in ("do_rescale", "do_normalize"):
         if not settings[key]:
             raise ConfigError(f"preprocessor_config.json: {key} = {settings[key]!r}", "only true is supported")
-    mean, std = (_channels(settings[key]) for key in ("image_mean", "image_std"))
+    mean, std = (_channels(key, settings[key]) for key in ("image_mean", "image_std"))
+    if not all(std):
+        raise ConfigError(f"preprocessor_config.json: image_std = {list(std)} divides by zero", _OWN_FILES)
     return Rescale(float(settings["rescale_factor"])), Normalize(mean, std)
 
 
-def _channels(values: Any) -> tuple[float, ...]:
-    return (float(values),) * 3 if isinstance(values, (int, float)) else tuple(float(v) for v in values)
+def _channels(key: str, values: Any) -> tuple[float, ...]:
+    channels = (values,) * 3 if isinstance(values, (int, float)) else values
+    try:
+        red, green, blue = (float(value) for value in channels)
+    except (TypeError, ValueError):
+        raise ConfigError(f"preprocessor_config.json: {key} = {values!r} is not three numbers", _OWN_FILES) from None
+    return red, green, blue

@@ -32,7 +32,7 @@ from mllm_edge.export.verify import Scope, verify
 from mllm_edge.export.workspace import check_out, check_space, workspace
 from mllm_edge.spec import SCHEMA_VERSION, Component, Manifest, ModelSpec, PositionSpec, Variant, to_json
 
-__all__ = ["TARGETS", "ExportReport", "export"]
+__all__ = ["TARGETS", "ExportReport", "Verify", "export"]
 
 Verify = Literal["auto", "full", "off"]
 _WHOLE_LIMIT = 2_000_000_000  # parameters; larger models are compared by their first layers

@@ -1,10 +1,11 @@
 """From a float bundle (or a checkpoint) and calibration data to a quantized bundle with the proof of what that cost."""
 
 import hashlib
+import importlib.util
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from mllm_edge.calibration.calibrate import calibrate
 from mllm_edge.calibration.collect import Feeds, record
 from mllm_edge.calibration.data import DEFAULT_PROMPT, Sample, load_samples, split
 from mllm_edge.calibration.evaluate import Proof, prove
+from mllm_edge.calibration.figure import draw_errors
 from mllm_edge.calibration.findings import Findings
 from mllm_edge.calibration.layers import Layer, find_layers
 from mllm_edge.calibration.mixed import Candidate, raise_worst, weight_bytes
@@ -24,15 +26,16 @@ from mllm_edge.calibration.recipes import Recipe, calibrated_recipe, check_rules
 from mllm_edge.errors import AccuracyError, BundleError, DataError, ExportError, MllmEdgeError
 from mllm_edge.export.datafile import DataFile
 from mllm_edge.export.graph import save_model
-from mllm_edge.export.pipeline import export
+from mllm_edge.export.pipeline import Verify, export
 from mllm_edge.export.progress import Progress, Silent
 from mllm_edge.export.requantize import requantize
 from mllm_edge.export.workspace import check_out, check_space, workspace
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
-from mllm_edge.spec import Component, Manifest, Variant, to_json
+from mllm_edge.spec import Component, FileEntry, Manifest, Variant, to_json
 
-__all__ = ["Gate", "QuantizeReport", "quantize"]
+__all__ = ["FIGURE", "FromCheckpoint", "Gate", "QuantizeReport", "quantize"]
 
+FIGURE = "accuracy.png"
 _FLOATS = ("float32", "float16")
 _FEWEST = 4  # samples for calibration
 _HELD_BACK = 4  # one of so many samples is held back …
@@ -46,6 +49,17 @@ class Gate:
 
     max_kl: float | None = None
     min_agreement: float | None = None
+
+
+@dataclass(frozen=True)
+class FromCheckpoint:
+    """How a checkpoint becomes the float bundle that is calibrated: options of `pipeline.export`."""
+
+    targets: tuple[str, ...] = ("cpu",)
+    fallback: bool = True
+    verify_mode: Verify = "auto"
+    revision: str | None = None
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,7 +90,7 @@ def quantize(
     prompt: str = DEFAULT_PROMPT,
     held_back: int | None = None,
     gate: Gate | None = None,
-    targets: Sequence[str] = ("cpu",),
+    checkpoint: FromCheckpoint | None = None,
     force: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -85,8 +99,9 @@ def quantize(
 
     `recipe`: a name, a .toml file, or a Recipe. `data` as for `load_samples`, `prompt` for folders of images.
     `held_back` samples (default: a quarter, up to 32) are kept from calibration and prove the result. When `gate` is
-    not met, nothing is written. `targets`: of a checkpoint; a bundle keeps its own. An interrupted calibration leaves
-    `.{out}.calibration` beside `out` and goes on from there when called again in the same way.
+    not met, nothing is written. `checkpoint`: options for a source that has to be exported first; a bundle keeps its
+    targets. An interrupted calibration leaves `.{out}.calibration` beside `out` and goes on from there when called
+    again in the same way.
 
     Raises SourceError, BundleError, DataError, RecipeError, AccuracyError, ExportError; then `out` is as it was.
     """
@@ -95,9 +110,10 @@ def quantize(
     check_out(out, force)
     samples, kept = _samples(data, prompt, held_back)
     work = out.parent / f".{out.name}.calibration"
-    _open_work(work, _key(source, chosen, samples, targets))
+    options = checkpoint or FromCheckpoint()
+    _open_work(work, _key(source, chosen, samples, options))
     try:
-        bundle = _float_bundle(source, work, targets, progress)
+        bundle = _float_bundle(source, work, options, progress)
         _check_images(bundle, samples, chosen)
         check_rules(chosen, {n: [layer.name for layer in _layers(bundle, n)] for n in bundle.manifest.components})
     except MllmEdgeError:
@@ -113,11 +129,22 @@ def quantize(
         proof = prove(bundle.path, folder, kept, threads, progress.advance)
         layers = {name: job.errors(name, found) for name, found in findings.items()}
         _check_gate(gate or Gate(), proof, layers, work)
+        manifest = _with_figure(folder, manifest, layers)
         accuracy = {**proof.as_dict(), "layers": to_json(layers), "calibration_samples": len(samples)}
         write_manifest(folder, replace(manifest, accuracy=accuracy))
     shutil.rmtree(work, ignore_errors=True)
     nbytes = Bundle.load(out).nbytes
     return QuantizeReport(str(source), str(out), chosen.name, len(samples), len(kept), layers, proof, nbytes)
+
+
+def _with_figure(folder: Path, manifest: Manifest, layers: Mapping[str, Mapping[str, tuple[float, float]]]) -> Manifest:
+    """Draw the errors into the bundle, where matplotlib is installed."""
+    if importlib.util.find_spec("matplotlib") is None or not any(layers.values()):
+        return manifest
+    path = folder / FIGURE
+    draw_errors(layers, path)
+    entry = FileEntry(path.stat().st_size, sha256(path))
+    return replace(manifest, files={**manifest.files, FIGURE: entry})
 
 
 def _open_work(work: Path, key: str) -> None:
@@ -129,13 +156,13 @@ def _open_work(work: Path, key: str) -> None:
     note.write_text(key, encoding="utf-8")
 
 
-def _float_bundle(source: str | Path, work: Path, targets: Sequence[str], progress: Progress) -> Bundle:
+def _float_bundle(source: str | Path, work: Path, options: FromCheckpoint, progress: Progress) -> Bundle:
     """The float bundle that `source` is, or that is exported from it; raises BundleError when it is quantized."""
     path = Path(source)
     if not (path / MANIFEST).is_file():
         path = work / "float"
         if not path.exists():
-            export(str(source), path, targets=targets, recipe_name="fp16", progress=progress)
+            export(str(source), path, recipe_name="fp16", progress=progress, **vars(options))
     bundle = Bundle.load(path)
     _check_float(bundle)
     return bundle
@@ -176,7 +203,7 @@ class _Job:
         manifest = self._source.manifest
         rewritten = {v.file for c in manifest.components.values() for v in c.variants}
         for name in manifest.files:
-            if name.removesuffix(".data") not in rewritten and not name.startswith("engines/"):
+            if name.removesuffix(".data") not in rewritten and not name.startswith("engines/") and name != FIGURE:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self._source.listed(name), folder / name)
         hashes: dict[Path, str] = {}
@@ -304,10 +331,10 @@ def _check_gate(gate: Gate, proof: Proof, layers: Mapping[str, Mapping[str, tupl
     )
 
 
-def _key(source: str | Path, recipe: Recipe, samples: list[Sample], targets: Sequence[str]) -> str:
+def _key(source: str | Path, recipe: Recipe, samples: list[Sample], options: FromCheckpoint) -> str:
     """What decides about a calibration: the model, the recipe, the samples."""
     manifest = Path(source) / MANIFEST
-    model = sha256(manifest) if manifest.is_file() else f"{source} {' '.join(targets)}"
+    model = sha256(manifest) if manifest.is_file() else f"{source} {options}"
     digest = hashlib.sha256(model.encode())
     digest.update(json.dumps(to_json(recipe), sort_keys=True).encode())
     for sample in samples:

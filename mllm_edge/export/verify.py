@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mllm_edge.errors import ParityError
+from mllm_edge.export.reference import adapted, forget_prompts, load_reference, quiet_transformers
 from mllm_edge.export.source import Source
 
 __all__ = ["LIMITS", "Parity", "Scope", "source_runner", "verify"]
@@ -123,7 +124,6 @@ class _Reference:
         import torch
 
         from mllm_edge.export.families import family_for
-        from mllm_edge.export.reference import adapted, load_reference, quiet_transformers
 
         torch.manual_seed(_SEED)
         self.torch, self.family = torch, family_for(source)
@@ -136,11 +136,11 @@ class _Reference:
         """Inputs, vision outputs, greedy tokens and the logits they came from."""
         torch = self.torch
         inputs = self.processor(text=text, images=list(images) or None, return_tensors="pt")
+        forget_prompts(self.model)
         found: dict[str, np.ndarray] = {"input_ids": inputs["input_ids"][0].numpy()}
         with torch.no_grad():
             if images:
-                pixel_values = inputs["pixel_values"]
-                found["pixel_values"] = pixel_values.flatten(0, -4).numpy()
+                found["pixel_values"] = inputs["pixel_values"].numpy()
                 hidden, features = self.family.image_features(self.model, inputs)
                 found["vision_hidden"], found["image_features"] = hidden.numpy(), features.numpy()
             found.update(self._greedy(inputs))
@@ -169,12 +169,10 @@ def _compare(reference: _Reference, folder: Path, case: _Case, target: str) -> _
             raise ParityError(f"token ids differ from the source's processor for {case.prompt!r}")
         errors, pixels = {}, 0.0
         if prompt.pixel_values is not None:
-            scale = 255 * float(np.mean(_std(vlm)))
-            pixels = float(np.abs(prompt.pixel_values - expected["pixel_values"]).max()) * scale
-            hidden = vlm.component("vision_encoder", {"pixel_values": prompt.pixel_values})["vision_hidden"]
-            features = vlm.component("connector", {"vision_hidden": hidden})["image_features"]
+            pixels = _grey_levels(vlm, prompt.pixel_values, expected["pixel_values"])
+            hidden, features = (np.concatenate(parts) for parts in zip(*vlm.vision_runs(prompt), strict=True))
             errors["vision_encoder"] = _relative(hidden, expected["vision_hidden"])
-            errors["connector"] = _relative(features.reshape(-1, features.shape[-1]), expected["image_features"])
+            errors["connector"] = _relative(features, expected["image_features"])
         logits = _forced(vlm, prompt, expected["tokens"])
     spread = np.ptp(expected["logits"])
     difference = np.abs(logits - expected["logits"]).max(axis=1) / spread
@@ -183,11 +181,19 @@ def _compare(reference: _Reference, folder: Path, case: _Case, target: str) -> _
     return _Outcome(errors, pixels, agreed, len(logits))
 
 
+def _grey_levels(vlm: Any, ours: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference of pixel values, which the reference may keep in another shape, in grey levels of 255."""
+    if ours.size != expected.size:
+        raise ParityError(f"pixel_values {list(ours.shape)}, but {list(expected.shape)} from the source's processor")
+    scale = 255 * float(np.mean(_std(vlm)))
+    return float(np.abs(ours - expected.reshape(ours.shape)).max()) * scale
+
+
 def _forced(vlm: Any, prompt: Any, tokens: np.ndarray) -> np.ndarray:
     """Logits [steps, V] of prefill and of each step along the reference's tokens."""
     embeds = vlm.prompt_embeds(prompt)
     vlm.decoder.reset(len(embeds) + len(tokens))
-    rows = [vlm.decoder.forward(embeds).copy()]
+    rows = [vlm.decoder.forward(embeds, prompt.positions).copy()]
     for token in tokens[:-1]:
         rows.append(vlm.decoder.forward(vlm.embed(np.array([token]))).copy())
     return np.stack(rows)

@@ -142,11 +142,10 @@ def bundle_outputs(vlm: VLM, case: Case, tokens: np.ndarray | None = None) -> Ou
         raise ContextError(f"{case.description}: {len(prompt.token_ids)} tokens leave no room", "use a shorter prompt")
     hidden = features = None
     if prompt.pixel_values is not None:
-        hidden = vlm.component("vision_encoder", {"pixel_values": prompt.pixel_values})["vision_hidden"]
-        features = vlm.image_features(prompt.pixel_values)
+        hidden, features = (np.concatenate(parts) for parts in zip(*vlm.vision_runs(prompt), strict=True))
     embeds = vlm.prompt_embeds(prompt)
     vlm.decoder.reset(len(embeds) + steps)
-    rows = [vlm.decoder.forward(embeds).copy()]
+    rows = [vlm.decoder.forward(embeds, prompt.positions).copy()]
     while len(rows) < steps:
         token = int(rows[-1].argmax()) if tokens is None else int(tokens[len(rows) - 1])
         rows.append(vlm.decoder.forward(vlm.embed(np.array([token]))).copy())

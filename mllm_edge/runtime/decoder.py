@@ -72,11 +72,12 @@ class Decoder:
     ) -> np.ndarray:
         """Append embeddings [S, H] to the only sequence; logits of the last position, [V] float32.
 
-        `positions` [S], or [3, S] for M-RoPE: by default the places in the sequence, on all axes. `length`: where a
-        prompt comes in chunks, that of the sequence with the whole prompt, for ropes that depend on it. `rows`: the
-        positions within these S to project instead, logits [K, V]. `blocks` [S]: tokens with the same number > 0 see
-        each other in both directions. `extras`: optional inputs of the graph, without the batch axis: `deepstack.{k}`
-        [S, H], `cross_attention_bias` [1, S, N], `cross_attention_rows` [S, 1].
+        `positions` [S], or [3, S] for M-RoPE: by default those that go on behind the highest of the last given ones,
+        or else the places in the sequence, on all axes. `length`: where a prompt comes in chunks, the highest position
+        of the whole prompt + 1, for ropes that depend on it. `rows`: the positions within these S to project instead,
+        logits [K, V]. `blocks` [S]: tokens with the same number > 0 see each other in both directions. `extras`:
+        optional inputs of the graph, without the batch axis: `deepstack.{k}` [S, H], `cross_attention_bias` [1, S, N],
+        `cross_attention_rows` [S, 1].
 
         Raises ContextError when the cache is full, ValueError for positions of another shape; nothing is changed then.
         The array returned is overwritten by the next call.
@@ -99,7 +100,8 @@ class Decoder:
         if len(inputs_embeds) != cache.batch:
             raise ValueError(f"{len(inputs_embeds)} sequences for a cache of {cache.batch}: reset() with that batch")
         counts = np.array([len(e) for e in inputs_embeds])
-        if positions is None and cache.mode == "in_place" and self._contract.takes_batch(cache, counts):
+        alike = positions is None and cache.shifts is None
+        if alike and cache.mode == "in_place" and self._contract.takes_batch(cache, counts):
             return self._step(inputs_embeds, None, None, None, None, None)[:, 0]
         given = positions if positions is not None else (None,) * cache.batch
         results = [
@@ -125,6 +127,8 @@ class Decoder:
         if positions is not None:
             check_positions(self._model.positions.ropes, positions, counts[0])
         cache.advance(counts, self._session, row)
+        if positions is not None or cache.shifts is not None:
+            positions = _follow(cache, positions, row or 0, counts[0])
         step = Step(pasts, max(counts), np.array(counts), positions, length, blocks)
         feeds = self._contract.feeds(step, extras or {})
         feeds |= self._tokens(embeds, step, rows)
@@ -156,3 +160,14 @@ class Decoder:
     def _opened(self) -> KVCache:
         assert self.cache is not None, "reset() comes first"
         return self.cache
+
+
+def _follow(cache: KVCache, positions: np.ndarray | None, row: int, tokens: int) -> np.ndarray:
+    """The positions of the last `tokens` of sequence `row`, given or not; those to come go on behind them."""
+    if cache.shifts is None:
+        cache.shifts = np.zeros(cache.batch, np.int64)
+    end = int(cache.lengths[row])
+    if positions is None:
+        return np.arange(end - tokens, end) + cache.shifts[row]
+    cache.shifts[row] = int(positions.max()) + 1 - end
+    return positions

@@ -1,5 +1,6 @@
 """The decode loop over ids: prefill once, then one token a step."""
 
+import os
 import time
 from collections.abc import Collection, Iterator
 
@@ -37,15 +38,37 @@ def _whole_blocks(blocks: np.ndarray, start: int, end: int) -> int:
 
 
 class Embedder:
-    """Rows of the memory-mapped token embeddings, as float32."""
+    """Rows of the token embeddings [rows, H], as float32.
+
+    A memory-mapped table is read row by row from its file: a page touched in a mapping brings its neighbours along, and
+    they count as memory of this process (65 kB for a row of 3 kB).
+    """
 
     def __init__(self, table: np.ndarray, spec: EmbeddingSpec):
         self._table, self._scale = table, np.float32(spec.scale)
+        mapped = isinstance(table, np.memmap) and table.filename is not None and hasattr(os, "pread")
+        self._file = open(table.filename, "rb") if mapped else None  # type: ignore[attr-defined]  # noqa: SIM115
 
     def __call__(self, token_ids: np.ndarray) -> np.ndarray:
         """Embeddings [S, H] float32 of ids [S]."""
-        rows = self._table[token_ids].astype(np.float32)
+        rows = (self._table[token_ids] if self._file is None else self._read(token_ids)).astype(np.float32)
         return rows if self._scale == 1 else rows * self._scale
+
+    def close(self) -> None:
+        """Close the file; the object cannot be used afterwards."""
+        if self._file is not None:
+            self._file.close()
+
+    def _read(self, token_ids: np.ndarray) -> np.ndarray:
+        assert self._file is not None
+        table, size = self._table, self._table.strides[0]
+        data = bytearray()
+        for i in token_ids.tolist():
+            if not -len(table) <= i < len(table):
+                raise IndexError(f"token {i} of {len(table)}")
+            place = table.offset + (i % len(table)) * size  # type: ignore[attr-defined]
+            data += os.pread(self._file.fileno(), size, place)
+        return np.frombuffer(data, table.dtype).reshape(len(token_ids), table.shape[1])
 
 
 def generate(
@@ -57,19 +80,21 @@ def generate(
     max_new_tokens: int,
     trace: Trace,
     blocks: np.ndarray | None = None,
+    positions: np.ndarray | None = None,
 ) -> Iterator[int]:
     """Yield token ids until a stop id (which is not yielded) or `max_new_tokens`.
 
     `prompt_embeds` [S, H] float32 is appended to what the decoder's cache holds; the cache must have room for
-    S + max_new_tokens − 1 positions. `blocks` [S]: see `Decoder.forward`; a block is never cut. Spans: prefill once,
-    then sample and decode per token.
+    S + max_new_tokens − 1 positions. `blocks` [S] and `positions` [S] or [3, S] are as in `Decoder.forward`; a block is
+    never cut. Spans: prefill once, then sample and decode per token.
     """
     with trace.span("prefill"):
         assert decoder.cache is not None, "reset() comes first"
-        length = decoder.cache.length + len(prompt_embeds)
+        length = decoder.cache.length + len(prompt_embeds) if positions is None else int(positions.max()) + 1
         for piece in chunks(len(prompt_embeds), PREFILL_CHUNK, blocks):
             together = None if blocks is None else blocks[piece]
-            logits = decoder.forward(prompt_embeds[piece], length=length, blocks=together)
+            where = None if positions is None else positions[..., piece]
+            logits = decoder.forward(prompt_embeds[piece], where, length, blocks=together)
     for produced in range(1, max_new_tokens + 1):
         begin = time.perf_counter()
         token = sampler.sample(logits)

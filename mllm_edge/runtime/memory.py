@@ -37,8 +37,9 @@ class Memory:
 
 @dataclass(frozen=True)
 class ImageCost:
-    """What one image takes. `height` and `width` in px, upright; `prompt_tokens` are those of a prompt with the image
-    and no text, markers and template included; `left` of the context."""
+    """What one image takes. `height` and `width` in px, upright; `tiles` that the vision encoder sees, 1 where the
+    `grid` is one of cells; `prompt_tokens` are those of a prompt with the image and no text, markers and template
+    included; `left` of the context."""
 
     height: int
     width: int
@@ -81,17 +82,18 @@ def image_cost(bundle: Bundle, image: ImageSource | tuple[int, int]) -> ImageCos
         picture = Image.new("RGB", (width, height))
     else:
         picture = load_image(image)
-    generation = bundle.generation()
+    model, generation = bundle.manifest.model, bundle.generation()
     template = ChatTemplate.load(bundle.path, generation) if CHAT_TEMPLATE in bundle.manifest.files else None
-    processor = Processor(bundle.manifest.model, Tokenizer.load(bundle.path, generation), template)
+    processor = Processor(model, Tokenizer.load(bundle.path, generation), template)
     prompt = processor.process("", [picture])
+    assert model.image is not None
     assert prompt.pixel_values is not None
     return ImageCost(
         height=picture.height,
         width=picture.width,
-        tiles=len(prompt.pixel_values),
+        tiles=len(prompt.pixel_values) if model.image.cells is None else 1,
         grid=prompt.image_grids[0],
         image_tokens=len(prompt.image_positions),
         prompt_tokens=len(prompt.token_ids),
-        left=bundle.manifest.model.context_length - len(prompt.token_ids),
+        left=model.context_length - len(prompt.token_ids),
     )

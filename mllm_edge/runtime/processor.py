@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from mllm_edge.errors import BundleError, ImageError, PromptError
+from mllm_edge.runtime.grids import grid_positions
 from mllm_edge.runtime.image import ImageSource, load_image
 from mllm_edge.runtime.tokenizer import ChatTemplate, Tokenizer
 from mllm_edge.runtime.transforms import ProcessedImage, apply_transforms, tile_grid
@@ -30,8 +31,9 @@ class Prompt:
     """What the model is run with.
 
     `text`: the rendered prompt, one placeholder per image. `token_ids` [S] int64, placeholders expanded. `pixel_values`
-    [tiles, C, H, W] float32, the tiles of all images in order, or None without images. `image_positions` [N] int64:
-    where in `token_ids` the N rows of the image features go, in order. `image_grids`: (rows, cols) of each image.
+    [tiles, C, H, W] float32, the tiles (or cells, see `ImageSpec`) of all images in order, or None without images.
+    `image_positions` [N] int64: where in `token_ids` the N rows of the image features go, in order. `image_grids`:
+    (rows, cols) of each image. `positions` [3, S] int64 for the decoder; None: the places in the sequence.
     """
 
     text: str
@@ -39,6 +41,7 @@ class Prompt:
     pixel_values: np.ndarray | None
     image_positions: np.ndarray
     image_grids: tuple[tuple[int, int], ...]
+    positions: np.ndarray | None = None
 
 
 class Processor:
@@ -47,6 +50,7 @@ class Processor:
     def __init__(self, spec: ModelSpec, tokenizer: Tokenizer, template: ChatTemplate | None):
         """`template` None: the bundle has no chat template, and only plain strings and raw prompts are accepted."""
         self._image = spec.image
+        self._follows_grids = spec.positions.images == "grid"
         self._tokenizer = tokenizer
         self._template = template
         self._placeholder = spec.image.prompt.token if spec.image else None
@@ -239,10 +243,9 @@ class Processor:
                 if len(sources) == 1:
                     raise
                 raise ImageError(f"image {i + 1} of {len(sources)}: {error.message}", error.fix) from error
-            expected = (spec.channels, spec.height, spec.width)
-            if image.pixel_values.shape[1:] != expected:
+            if image.pixel_values.shape[1:] != spec.shape:
                 raise BundleError(
-                    f"the transforms give tiles of {image.pixel_values.shape[1:]}, the model takes {expected}",
+                    f"the transforms give tiles of {image.pixel_values.shape[1:]}, the model takes {spec.shape}",
                     "export the bundle again",
                 )
             processed.append(image)
@@ -251,19 +254,22 @@ class Processor:
     def _assemble(self, text: str, images: list[ProcessedImage], add_special_tokens: bool | None) -> Prompt:
         grids = tuple((image.rows, image.cols) for image in images)
         token_ids = np.array(self._encode(text, grids, add_special_tokens), np.int64)
-        positions = np.zeros(0, np.int64)
+        where, positions = np.zeros(0, np.int64), None
         if self._image is not None:
-            positions = np.flatnonzero(token_ids == self._image.prompt.token_id)
-            expected = sum(len(image.pixel_values) for image in images) * self._image.prompt.tokens_per_tile
-            if len(positions) != expected:
+            where = np.flatnonzero(token_ids == self._image.prompt.token_id)
+            counts = [len(image.pixel_values) * self._image.prompt.tokens_per_tile for image in images]
+            if len(where) != sum(counts):
                 raise BundleError(
-                    f"the prompt has {len(positions)} image tokens, the images have {expected} features: tokenizer and "
+                    f"the prompt has {len(where)} image tokens, the images have {sum(counts)} features: tokenizer and "
                     f"image prompt disagree about {self._image.prompt.token!r}",
                     "export the bundle again",
                 )
+            if images and self._follows_grids:
+                starts = where[np.cumsum([0, *counts[:-1]])]
+                positions = grid_positions(len(token_ids), starts.tolist(), grids)
         pixels = [image.pixel_values for image in images]
         pixel_values = None if not pixels else pixels[0] if len(pixels) == 1 else np.concatenate(pixels)
-        return Prompt(text, token_ids, pixel_values, positions, grids)
+        return Prompt(text, token_ids, pixel_values, where, grids, positions)
 
 
 def _image_text(prompt: ImagePrompt, rows: int, cols: int) -> str:

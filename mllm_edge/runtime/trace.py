@@ -49,7 +49,8 @@ class Metrics:
     """Measurements of one call, times in seconds.
 
     `ttft` runs from the call to the first token (preprocessing included); `tpot` is the mean time per token after the
-    first; `token_seconds` are the single intervals. Stages not run are 0.
+    first; `token_seconds` are the single intervals. Stages not run are 0. An image of cells (see `ImageSpec`) counts as
+    one of `tiles`.
     """
 
     prompt_tokens: int

@@ -14,11 +14,13 @@ from mllm_edge.spec import (
     CenterCrop,
     Normalize,
     PadToSquare,
+    Patchify,
     Rescale,
     Resize,
     ResizeLongestEdge,
     ResizeShortestEdge,
     ResizeToMultiple,
+    ResizeToPixels,
     SelectTiles,
     SplitTiles,
     Transform,
@@ -44,6 +46,7 @@ class ProcessedImage:
     """`pixel_values` [tiles, channels, height, width] float32, and the grid the image was cut into.
 
     A grid of (0, 0) means one tile. Otherwise there are rows × cols tiles, row by row, then the overview, if any.
+    After Patchify: rows × cols cells, `pixel_values` [cells, merge², channels · frames · patch²].
     """
 
     pixel_values: np.ndarray
@@ -78,7 +81,8 @@ def tile_grid(height: int, width: int, transforms: Sequence[Transform]) -> tuple
 def apply_transforms(image: Image.Image, transforms: Sequence[Transform]) -> ProcessedImage:
     """Apply `transforms` in order to an RGB image (see `load_image`): `pixel_values` [tiles, 3, H, W] float32.
 
-    Resizing works on 8-bit pixels. Rescale and Normalize come last and are exact to float32 rounding.
+    Resizing works on 8-bit pixels. Rescale and Normalize come after it and are exact to float32 rounding. Patchify
+    comes last and gives `pixel_values` another shape (see `ProcessedImage`).
     Raises ImageError when the image's size cannot be processed, BundleError for an impossible order of transforms.
     """
     if image.mode != "RGB":
@@ -86,9 +90,13 @@ def apply_transforms(image: Image.Image, transforms: Sequence[Transform]) -> Pro
     layout, tiles = _Layout(image.height, image.width), [image]
     # 8 bits have 256 values: Rescale and Normalize act on a table of them, and every pixel is looked up once.
     table = np.tile(np.arange(256, dtype=np.float32), (3, 1))
-    on_values = False
+    on_values, cells = False, None
     for transform in transforms:
-        if isinstance(transform, (Rescale, Normalize)):
+        if cells is not None:
+            raise BundleError(f"transform {transform.op!r} comes after patchify", "export the bundle again")
+        if isinstance(transform, Patchify):
+            layout, cells = _layout_after(layout, transform), transform
+        elif isinstance(transform, (Rescale, Normalize)):
             table, on_values = _VALUES[type(transform)](table, transform), True
         elif on_values:
             raise BundleError(f"transform {transform.op!r} comes after rescale or normalize", "export the bundle again")
@@ -96,7 +104,10 @@ def apply_transforms(image: Image.Image, transforms: Sequence[Transform]) -> Pro
             after = _layout_after(layout, transform)
             tiles = _PIXELS.get(type(transform), _resize)(tiles, transform, after)
             layout = after
-    return ProcessedImage(_look_up(tiles, table), layout.rows, layout.cols)
+    pixel_values = _look_up(tiles, table)
+    if cells is not None:
+        pixel_values = _patchify(pixel_values[0], cells, layout)
+    return ProcessedImage(pixel_values, layout.rows, layout.cols)
 
 
 def _layout_after(layout: _Layout, transform: Transform) -> _Layout:
@@ -198,6 +209,37 @@ def _nearest_grid(height: int, width: int, transform: SelectTiles) -> tuple[int,
     return best
 
 
+def _resize_to_pixels_layout(layout: _Layout, transform: ResizeToPixels) -> _Layout:
+    height, width, multiple = layout.height, layout.width, transform.multiple
+    if max(height, width) / min(height, width) > transform.max_ratio:
+        raise ImageError(
+            f"an image of {height}×{width} px: one side is more than {transform.max_ratio:g} times the other",
+            "crop the image to a less extreme aspect ratio",
+        )
+    rows, cols = round(height / multiple), round(width / multiple)
+    area = rows * cols * multiple**2
+    if area > transform.max_pixels:
+        shrink = math.sqrt(height * width / transform.max_pixels)
+        rows, cols = (max(1, math.floor(side / shrink / multiple)) for side in (height, width))
+    elif area < transform.min_pixels:
+        grow = math.sqrt(transform.min_pixels / (height * width))
+        rows, cols = (math.ceil(side * grow / multiple) for side in (height, width))
+    return layout._replace(height=rows * multiple, width=cols * multiple)
+
+
+def _patchify_layout(layout: _Layout, transform: Patchify) -> _Layout:
+    side = transform.patch * transform.merge
+    if layout.rows:
+        raise BundleError("patchify comes after a transform that makes tiles", "export the bundle again")
+    if layout.height % side or layout.width % side:
+        raise ImageError(
+            f"{layout.height}×{layout.width} px cannot be cut into whole cells of {side}×{side} px",
+            "the bundle must resize to a multiple of the cell before it cuts: export it again",
+        )
+    rows, cols = layout.height // side, layout.width // side
+    return _Layout(side, side, rows, cols, rows * cols)
+
+
 _LAYOUTS: dict[type, Callable[[_Layout, Any], _Layout]] = {
     ResizeLongestEdge: _resize_longest_edge_layout,
     ResizeShortestEdge: _resize_shortest_edge_layout,
@@ -207,6 +249,8 @@ _LAYOUTS: dict[type, Callable[[_Layout, Any], _Layout]] = {
     PadToSquare: _pad_to_square_layout,
     SplitTiles: _split_tiles_layout,
     SelectTiles: _select_tiles_layout,
+    ResizeToPixels: _resize_to_pixels_layout,
+    Patchify: _patchify_layout,
 }
 
 
@@ -293,3 +337,12 @@ def _look_up(tiles: list[Image.Image], table: np.ndarray) -> np.ndarray:
             # uint8 indices are always in range; "clip" only spares numpy a buffer.
             np.take(table[channel], pixels[..., channel], out=plane, mode="clip")
     return pixel_values
+
+
+def _patchify(planes: np.ndarray, transform: Patchify, layout: _Layout) -> np.ndarray:
+    """planes [C, height, width] → cells [cells, merge², C · frames · patch²]."""
+    channels, merge, patch = len(planes), transform.merge, transform.patch
+    split = planes.reshape(channels, layout.rows, merge, patch, layout.cols, merge, patch)
+    places = split.transpose(1, 4, 2, 5, 0, 3, 6)[:, :, :, :, :, None]
+    frames = np.broadcast_to(places, (*places.shape[:5], transform.frames, patch, patch))
+    return frames.reshape(layout.tiles, merge**2, -1)

@@ -15,6 +15,7 @@ from mllm_edge.runtime.backend import Backend, open_backend
 from mllm_edge.runtime.components import open_component
 from mllm_edge.runtime.decoder import Decoder
 from mllm_edge.runtime.generate import Embedder, generate
+from mllm_edge.runtime.grids import TILES_PER_RUN, encoder_feeds
 from mllm_edge.runtime.image import ImageSource
 from mllm_edge.runtime.processor import Messages, Processor, Prompt
 from mllm_edge.runtime.sampling import Sampler, SamplingParams
@@ -27,8 +28,6 @@ FinishReason = Literal["stop", "stop_string", "length"]
 
 # The cache grows in steps of this many positions, so that similar prompts share one allocation.
 _CAPACITY_STEP = 256
-# Tiles per run of the vision encoder: more only needs more memory.
-_TILES_PER_RUN = 4
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,8 @@ class VLM:
         self._engine_context = self._sessions["decoder"].limits.get("capacity", self.spec.context_length)
         longest = min(self._engine_context, self.spec.context_length)
         self.context_length = min(max_context or longest, longest)
-        self._tiles = min([_TILES_PER_RUN, *(s.limits.get("tiles", _TILES_PER_RUN) for s in self._sessions.values())])
+        limits = [session.limits.get("tiles", TILES_PER_RUN) for session in self._sessions.values()]
+        self._tiles_per_run = min(TILES_PER_RUN, *limits)
         table = bundle.array(self.spec.positions.table) if self.spec.positions.table else None
         decoder = opened["decoder"]
         self.decoder = Decoder(decoder.session, decoder.variant, self.spec, decoder.backend, table)
@@ -122,6 +122,7 @@ class VLM:
         """Release sessions and caches; the object cannot be used afterwards."""
         self._calls += 1
         self._sessions.clear()
+        self.embed.close()
         del self.decoder
 
     def generate(self, prompt: Messages, images: ImageSource | Iterable[ImageSource] = (), **options: Any) -> Result:
@@ -183,22 +184,28 @@ class VLM:
         types = self._types[name]
         return self._sessions[name].run({key: np.asarray(value, types[key]) for key, value in feeds.items()})
 
-    def image_features(self, pixel_values: np.ndarray, trace: Trace | None = None) -> np.ndarray:
-        """Vision encoder and connector: pixel_values [tiles, C, H, W] → image features [tokens, hidden] float32."""
+    def image_features(self, prompt: Prompt, trace: Trace | None = None) -> np.ndarray:
+        """Vision encoder and connector: the images of a prompt that has some → features [tokens, hidden] float32."""
+        return np.concatenate([features for _, features in self.vision_runs(prompt, trace)])
+
+    def vision_runs(self, prompt: Prompt, trace: Trace | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Of each run that the images of a prompt take: `vision_hidden`, and features [tokens, hidden] float32."""
+        assert self.spec.image is not None
+        assert prompt.pixel_values is not None
         trace = trace or Trace()
-        parts = []
-        for start in range(0, len(pixel_values), self._tiles):
+        runs = encoder_feeds(self.spec.image, prompt.pixel_values, prompt.image_grids, self._tiles_per_run)
+        for feeds in runs:
             with trace.span("vision_encoder"):
-                hidden = self.component("vision_encoder", {"pixel_values": pixel_values[start : start + self._tiles]})
+                hidden = self.component("vision_encoder", feeds)
             with trace.span("connector"):
                 features = self.component("connector", hidden)["image_features"]
-            parts.append(features.reshape(-1, features.shape[-1]).astype(np.float32, copy=False))
-        return np.concatenate(parts)
+            features = features.reshape(-1, features.shape[-1]).astype(np.float32, copy=False)
+            yield hidden["vision_hidden"], features
 
     def prompt_embeds(self, prompt: Prompt, trace: Trace | None = None) -> np.ndarray:
         """Token embeddings of a prompt with the image features in their places, [S, H] float32."""
         trace = trace or Trace()
-        features = None if prompt.pixel_values is None else self.image_features(prompt.pixel_values, trace)
+        features = None if prompt.pixel_values is None else self.image_features(prompt, trace)
         with trace.span("embed"):
             embeds = self.embed(prompt.token_ids)
             if features is not None:
@@ -248,7 +255,10 @@ class VLM:
         times: list[float] = []
         texts: list[str] = []
         tail = ""
-        for token in generate(self.decoder, self.embed, embeds, sampler, stop_ids, max_new_tokens, trace):
+        steps = generate(
+            self.decoder, self.embed, embeds, sampler, stop_ids, max_new_tokens, trace, positions=prompt.positions
+        )
+        for token in steps:
             times.append(time.perf_counter())
             ids.append(token)
             texts.append(stops.push(decoder.push(token)))
@@ -264,8 +274,14 @@ class VLM:
         reason: FinishReason = "length" if len(ids) == max_new_tokens else "stop"
         if stops.matched is not None:
             reason = "stop_string"
-        metrics = _metrics(prompt, trace, times, cache.nbytes)
+        metrics = _metrics(prompt, self._tiles(prompt), trace, times, cache.nbytes)
         yield Chunk(tail, (), Result("".join(texts), tuple(ids), reason, metrics))
+
+    def _tiles(self, prompt: Prompt) -> int:
+        """What the vision encoder sees of a prompt: tiles, or images where they are not cut into tiles."""
+        if prompt.pixel_values is None or self.spec.image is None:
+            return 0
+        return len(prompt.pixel_values) if self.spec.image.cells is None else len(prompt.image_grids)
 
     def _check_current(self, call: int) -> None:
         if call != self._calls:
@@ -275,12 +291,12 @@ class VLM:
             )
 
 
-def _metrics(prompt: Prompt, trace: Trace, times: Sequence[float], kv_cache_bytes: int) -> Metrics:
+def _metrics(prompt: Prompt, tiles: int, trace: Trace, times: Sequence[float], kv_cache_bytes: int) -> Metrics:
     end = time.perf_counter()
     return Metrics(
         prompt_tokens=len(prompt.token_ids),
         image_tokens=len(prompt.image_positions),
-        tiles=0 if prompt.pixel_values is None else len(prompt.pixel_values),
+        tiles=tiles,
         new_tokens=len(times),
         **{name: trace.seconds(name) for name in ("preprocess", "vision_encoder", "connector", "embed", "prefill")},
         ttft=(times[0] if times else end) - trace.origin,

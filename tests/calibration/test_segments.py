@@ -7,10 +7,12 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
+from mllm_edge.bundle import Bundle
 from mllm_edge.calibration.layers import find_groups, find_layers
 from mllm_edge.calibration.segments import Segment, cut, extract
 from mllm_edge.export.pipeline import export
-from tests.tiny import save_tiny_idefics3
+from mllm_edge.runtime.grids import encoder_feeds
+from tests.tiny import save_tiny_idefics3, save_tiny_qwen2_vl
 
 
 @pytest.fixture(scope="module")
@@ -31,17 +33,38 @@ def run(model: ir.Model, folder: Path, feeds: dict[str, np.ndarray]) -> dict[str
     return dict(zip(names, session.run(names, given), strict=True))
 
 
+@pytest.fixture(scope="module")
+def grid_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a model whose vision encoder has several inputs."""
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny_qwen2_vl(folder)
+    out = tmp_path_factory.mktemp("bundle") / "fp32"
+    export(str(folder), out, recipe_name="fp32", verify_mode="off")
+    return out
+
+
+def encoder_inputs(bundle: Path) -> dict[str, np.ndarray]:
+    random, image = np.random.default_rng(0), Bundle.load(bundle).manifest.model.image
+    assert image is not None
+    pixels = random.normal(size=(6, *image.shape)).astype(np.float32)
+    return next(encoder_feeds(image, pixels, [(2, 3)])) if image.cells else {"pixel_values": pixels}
+
+
 @pytest.mark.parametrize("most_bytes", [1, 20_000, 1 << 30])
-def test_pieces_give_the_inputs_of_every_layer(bundle: Path, tmp_path: Path, most_bytes: int) -> None:
+@pytest.mark.parametrize("kind", ["bundle", "grid_bundle"])
+def test_pieces_give_the_inputs_of_every_layer(
+    kind: str, tmp_path: Path, most_bytes: int, request: pytest.FixtureRequest
+) -> None:
+    bundle = request.getfixturevalue(kind)
     model = ir.load(bundle / "vision_encoder.onnx")
     layers = find_layers(model.graph)
     record = [group.x.name or "" for group in find_groups(layers)]
-    pixels = {"pixel_values": np.random.default_rng(0).normal(size=(2, 3, 64, 64)).astype(np.float32)}
-    whole = run(extract(model, Segment((), (), ()), record, {}), tmp_path, pixels)
+    inputs = encoder_inputs(bundle)
+    whole = run(extract(model, Segment((), (), ()), record, {}), tmp_path, inputs)
     segments = cut(model.graph, most_bytes)
     assert [name for s in segments for name in s.layers] == [layer.name for layer in layers]
     assert (len(segments) > 2) == (most_bytes < 1 << 30)
-    values = dict(pixels)
+    values = dict(inputs)
     for segment in segments:
         own = {layer.x.name for layer in layers if layer.name in segment.layers} - values.keys()
         types = {name: ir.DataType.from_numpy(values[name].dtype) for name in segment.needs}

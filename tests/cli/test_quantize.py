@@ -74,3 +74,30 @@ def test_wrong_input_is_told(
     assert result.exit_code != 0
     assert words in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_export_calibrates_with_data(cli: Cli, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["--recipe", "mixed", "--data", str(folder / "images"), "--target", "tensorrt", "--json"]
+    result = cli("export", str(folder / "model"), str(out), *arguments)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["proof"]["samples"] == 2
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["recipe"]["name"] == "mixed"
+    assert [v["target"] for v in manifest["components"]["decoder"]["variants"]] == ["cpu", "tensorrt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--max-kl", "1"], "--max-kl needs --data"),
+        (["--held-back", "1"], "--held-back needs --data"),
+        (["--recipe", "mixed"], "without --data, --recipe is one of fp32, fp16, int8, int4, not 'mixed'"),
+        (["--data", "images", "--dry-run"], "--dry-run does not calibrate"),
+    ],
+)
+def test_options_that_need_data(cli: Cli, folder: Path, tmp_path: Path, arguments: list[str], words: str) -> None:
+    result = cli("export", str(folder / "model"), str(tmp_path / "out"), *arguments)
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -192,6 +192,39 @@ def test_positions_on_three_axes(name: str, dialect: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
+def test_positions_go_on_behind_given_ones(dialect: str, tmp_path: Path) -> None:
+    """Alone, after a snapshot, in a batch of sequences with and without images, and not after the sequence's end."""
+    model = random_model(CONFIGS["qwen2_vl"])
+    save_checkpoint(model, tmp_path)
+    weights = open_weights(tmp_path)
+    decoder = open_decoder(decoder_spec(model.config, weights), weights, dialect, tmp_path)
+    embeddings, places = embeddings_of(model), np.arange(len(IDS))
+    few = np.array([[0] * 6, [0, 0, 0, 1, 1, 1], [0, 1, 2, 0, 1, 2]])
+    positions = np.concatenate([few, np.tile(np.arange(3, 9), (3, 1))], axis=1)
+
+    def reference(ids: list[int], positions: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return model(torch.tensor([ids]), position_ids=torch.tensor(positions)[:, None]).logits[0, -1].numpy()
+
+    decoder.forward(embeddings[IDS[:4]], positions[:, :4])
+    decoder.forward(embeddings[IDS[4:6]], positions[:, 4:6])
+    assert_close(decoder.forward(embeddings[IDS[6:9]]), reference(IDS[:9], positions[:, :9]))
+    assert decoder.cache is not None
+    snapshot = decoder.cache.snapshot()
+    decoder.reset(CAPACITY)
+    plain = np.tile(places, (3, 1))
+    for start, end in [(0, 5), (5, 6)]:
+        assert_close(decoder.forward(embeddings[IDS[start:end]]), reference(IDS[:end], plain[:, :end]))
+    decoder.cache.restore(snapshot)
+    assert_close(decoder.forward(embeddings[IDS[9:10]]), reference(IDS[:10], positions[:, :10]))
+    decoder.reset(CAPACITY, batch=2)
+    decoder.forward_batch([embeddings[IDS[:6]], embeddings[IDS[:5]]], [positions[:, :6], places[:5]])
+    first, second = decoder.forward_batch([embeddings[IDS[6:9]], embeddings[IDS[5:6]]])
+    assert_close(first, reference(IDS[:9], positions[:, :9]))
+    assert_close(second, reference(IDS[:6], plain[:, :6]))
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
 def test_deepstack_features_are_added_behind_their_layers(dialect: str, tmp_path: Path) -> None:
     model = random_model(CONFIGS["qwen3_vl"])
     save_checkpoint(model, tmp_path)

@@ -9,20 +9,22 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from PIL import Image
 
 from mllm_edge.bundle import MANIFEST, Bundle
 from mllm_edge.calibration import calibrate as calibrate_module
 from mllm_edge.calibration.recipes import CALIBRATED, Precision, Recipe
 from mllm_edge.errors import AccuracyError, BundleError, DataError, ExportError, RecipeError
 from mllm_edge.export.pipeline import export
-from mllm_edge.export.quantize import Gate, quantize
+from mllm_edge.export.quantize import FIGURE, FromCheckpoint, Gate, quantize
 from mllm_edge.export.targets import TARGETS
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.backends.tensorrt_build import build, check_network
 from mllm_edge.runtime.vlm import VLM
-from tests.tiny import save_tiny_idefics3, save_tiny_llava
+from tests.export.test_targets import shapes
+from tests.tiny import save_tiny_idefics3, save_tiny_llava, save_tiny_qwen2_vl
 
-SAVE = {"idefics3": save_tiny_idefics3, "llava": save_tiny_llava}
+SAVE = {"idefics3": save_tiny_idefics3, "llava": save_tiny_llava, "qwen2_vl": save_tiny_qwen2_vl}
 
 
 def samples(count: int = 12) -> list[dict[str, Any]]:
@@ -70,6 +72,9 @@ def test_report_and_manifest_hold_the_proof(quantized: Any, float_bundle: Path) 
     assert bundle.manifest.recipe["name"] == name
     assert not (bundle.path.parent / f".{name}.calibration").exists()
     assert set(proof["layers"]["decoder"]) >= {"layers.0.qkv_proj"} or name == "mixed"
+    with Image.open(bundle.path / FIGURE) as figure:
+        assert figure.format == "PNG"
+        assert min(figure.size) > 200
     bundle.verify()
     Bundle.load(float_bundle).verify()
 
@@ -99,11 +104,7 @@ def test_tensorrt_builds_what_was_quantized(quantized: Any, component: str) -> N
         variant = bundle.variant(component, target)
         path = bundle.listed(variant.file)
         check_network(path, 0)
-        profile = {
-            t.name: tuple(tuple(s if isinstance(s, int) else n for s in t.shape) for n in (1, 2, 4))
-            for t in variant.inputs
-        }
-        assert build(path, [profile], ["SM80", "SM86", "SM89", "SM120"]).nbytes > 0  # type: ignore[list-item]
+        assert build(path, [shapes(variant)], ["SM80", "SM86", "SM89", "SM120"]).nbytes > 0
 
 
 def test_int8_graphs_hold_what_each_side_demands(float_bundle: Path, tmp_path: Path) -> None:
@@ -215,7 +216,9 @@ def test_other_data_starts_anew(float_bundle: Path, tmp_path: Path, monkeypatch:
 
 
 def test_checkpoint_is_exported_on_the_way(checkpoint: Path, tmp_path: Path) -> None:
-    report = quantize(str(checkpoint), tmp_path / "out", recipe="int4", data=samples(), targets=("cpu", "tensorrt"))
+    report = quantize(
+        str(checkpoint), tmp_path / "out", recipe="int4", data=samples(), checkpoint=FromCheckpoint(("tensorrt",))
+    )
     bundle = Bundle.load(tmp_path / "out")
     assert {v.target for v in bundle.manifest.components["decoder"].variants} == {"cpu", "tensorrt"}
     assert report.source == str(checkpoint)

@@ -11,10 +11,10 @@ from mllm_edge.errors import BundleError, ExportError
 from mllm_edge.export.pipeline import export
 from mllm_edge.export.targets import TARGETS, forms
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
-from mllm_edge.runtime.backends.tensorrt_build import build, check_network
+from mllm_edge.runtime.backends.tensorrt_build import Range, build, check_network
 from mllm_edge.runtime.vlm import VLM
-from mllm_edge.spec import TensorSpec
-from tests.tiny import save_tiny_idefics3, save_tiny_llava
+from mllm_edge.spec import TensorSpec, Variant
+from tests.tiny import save_tiny_idefics3, save_tiny_llava, save_tiny_qwen2_vl
 from tests.tiny_internvl import save_tiny_internvl, save_tiny_internvl_chat
 
 STANDARD = ("tensorrt", "tensorrt-10.3")
@@ -24,7 +24,11 @@ SAVE = {
     "internvl": save_tiny_internvl,
     "internvl_chat": partial(save_tiny_internvl_chat, internlm2=True, vision=QK_NORM),
     "llava": save_tiny_llava,
+    "qwen2_vl": save_tiny_qwen2_vl,
 }
+# Least, usual and most of an axis, where these are not a few tiles: cells of 2 × 2, of 4 × 6, and as many as the tiny
+# model's largest image has.
+RANGES = {"cells": (4, 24, 64)}
 
 
 @pytest.fixture(scope="module", params=SAVE)
@@ -71,13 +75,17 @@ def test_tensorrt_builds_the_vision_side(exported: Any, component: str, target: 
     variant = bundle.variant(component, target)
     path = bundle.listed(variant.file)
     check_network(path, 0)
-    profile = {t.name: tuple(_shape(t, tiles) for tiles in (1, 2, 4)) for t in variant.inputs}
-    engine = build(path, [profile], ["SM80", "SM86", "SM89", "SM120"])  # type: ignore[list-item]
+    engine = build(path, [shapes(variant)], ["SM80", "SM86", "SM89", "SM120"])
     assert engine.nbytes > 0
 
 
-def _shape(tensor: TensorSpec, tiles: int) -> tuple[int, ...]:
-    return tuple(size if isinstance(size, int) else tiles for size in tensor.shape)
+def shapes(variant: Variant) -> dict[str, Range]:
+    """The smallest, usual and largest shape of each input of a part of the vision side."""
+
+    def shape(tensor: TensorSpec, which: int) -> tuple[int, ...]:
+        return tuple(n if isinstance(n, int) else RANGES.get(n, (1, 2, 4))[which] for n in tensor.shape)
+
+    return {tensor.name: (shape(tensor, 0), shape(tensor, 1), shape(tensor, 2)) for tensor in variant.inputs}
 
 
 def test_without_the_fallback_only_the_target_is_there(checkpoint: Path, tmp_path: Path) -> None:

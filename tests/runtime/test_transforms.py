@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from mllm_edge.errors import BundleError, ImageError
@@ -15,11 +16,13 @@ from mllm_edge.spec import (
     CenterCrop,
     Normalize,
     PadToSquare,
+    Patchify,
     Rescale,
     Resize,
     ResizeLongestEdge,
     ResizeShortestEdge,
     ResizeToMultiple,
+    ResizeToPixels,
     SplitTiles,
 )
 
@@ -176,3 +179,95 @@ def test_transforms_that_cannot_follow_each_other():
         apply_transforms(image, (SplitTiles(16, "nearest"), SplitTiles(8, "nearest")))
     with pytest.raises(BundleError, match="1 means"):
         apply_transforms(image, (Normalize((0.5,), (0.5, 0.5, 0.5)),))
+
+
+# ---------------------------------------------------------------- cells
+def cells_source(patch=4, merge=2, frames=2, least=64, most=4096, **settings):
+    return Qwen2VLImageProcessorPil(
+        patch_size=patch,
+        merge_size=merge,
+        temporal_patch_size=frames,
+        size={"shortest_edge": least, "longest_edge": most},
+        **settings,
+    )
+
+
+def cells_steps(source, resample="bicubic"):
+    side = source.patch_size * source.merge_size
+    resize = ResizeToPixels(side, source.size.shortest_edge, source.size.longest_edge, resample, 200.0)
+    return (resize, *CLIP_VALUES, Patchify(source.patch_size, source.merge_size, source.temporal_patch_size))
+
+
+@pytest.mark.parametrize(
+    "size", [size for size in SIZES if max(size) / min(size) <= 200] + [(1, 200), (5, 1000)], ids=str
+)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"patch": 14, "least": 3136, "most": 50 * 784},
+        {"merge": 1, "frames": 1, "least": 1, "most": 5000},
+        {"merge": 3, "patch": 5, "resample": 2},
+        {"least": 4096, "most": 4096},
+    ],
+    ids=["small", "as published", "single patches", "bilinear", "one area"],
+)
+def test_cells_equal_the_source_library(size, settings):
+    source = cells_source(**settings)
+    steps = cells_steps(source, "bilinear" if "resample" in settings else "bicubic")
+    expected = source.preprocess([picture(*size)], return_tensors="np")
+    actual = apply_transforms(picture(*size), steps)
+    merge = source.merge_size
+    assert [1, actual.rows * merge, actual.cols * merge] == expected["image_grid_thw"][0].tolist()
+    assert tile_grid(*size, steps) == (actual.rows, actual.cols, len(actual.pixel_values))
+    values = 3 * source.temporal_patch_size * source.patch_size**2
+    assert actual.pixel_values.shape == (actual.rows * actual.cols, merge**2, values)
+    assert actual.pixel_values.dtype == np.float32
+    np.testing.assert_array_equal(actual.pixel_values.reshape(-1, values), expected["pixel_values"])
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.integers(1, 6000),
+    st.integers(1, 6000),
+    st.sampled_from([(28, 3136, 12845056), (28, 3136, 1003520), (28, 200704, 401408), (10, 1, 3000), (6, 36, 36)]),
+)
+def test_resizing_to_an_area_equals_the_source_library(height, width, bounds):
+    multiple, least, most = bounds
+    steps = (ResizeToPixels(multiple, least, most, "bicubic", 200.0), Patchify(multiple, 1, 1))
+    if max(height, width) > 200 * min(height, width):
+        with pytest.raises(ImageError, match="more than 200 times"):
+            tile_grid(height, width, steps)
+        return
+    rows, cols = (side // multiple for side in smart_resize(height, width, multiple, least, most))
+    assert tile_grid(height, width, steps) == (rows, cols, rows * cols)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 5), st.integers(1, 3), st.integers(1, 3))
+def test_every_pixel_has_its_place_in_the_cells(height, width, patch, merge, frames):
+    side = patch * merge
+    image = picture(height, width).resize((side * (width // 9 + 1), side * (height // 9 + 1)))
+    done = apply_transforms(image, (Patchify(patch, merge, frames),))
+    cell = done.pixel_values.reshape(done.rows, done.cols, merge, merge, 3, frames, patch, patch)
+    back = cell[:, :, :, :, :, -1].transpose(0, 2, 5, 1, 3, 6, 4).reshape(done.rows * side, done.cols * side, 3)
+    np.testing.assert_array_equal(back, np.asarray(image))
+    np.testing.assert_array_equal(cell[:, :, :, :, :, 0], cell[:, :, :, :, :, -1])
+
+
+def test_sides_beyond_the_limit_are_refused_before_pixels_are_touched():
+    steps = (ResizeToPixels(28, 3136, 100352, "bicubic", 200.0), Patchify(14, 2, 2))
+    for size in [(1, 201), (6000, 29)]:
+        with pytest.raises(ImageError, match=rf"{size[0]}×{size[1]} px: one side is more than 200") as error:
+            tile_grid(*size, steps)
+        assert "aspect ratio" in error.value.fix
+    assert tile_grid(5800, 29, steps)  # 200 times
+
+
+def test_cells_that_cannot_be_cut():
+    with pytest.raises(ImageError, match=r"20×40 px .* 16×16"):
+        apply_transforms(picture(20, 40), (Patchify(8, 2, 1),))
+    with pytest.raises(BundleError, match="makes tiles"):
+        tile_grid(32, 32, (SplitTiles(16, "nearest"), Patchify(8, 2, 1)))
+    with pytest.raises(BundleError, match=r"rescale.* comes after patchify"):
+        apply_transforms(picture(16, 16), (Patchify(8, 2, 1), Rescale(1.0)))

@@ -7,9 +7,11 @@ import numpy as np
 if TYPE_CHECKING:
     from mllm_edge.calibration.statistics import Histogram, InputStatistics
 
-__all__ = ["Range", "activation_range", "entropy_limit", "mse_limit", "percentile_limit"]
+__all__ = ["SEARCHED", "Range", "activation_range", "entropy_limit", "mse_limit", "percentile_limit"]
 
-RangeMethod = Literal["minmax", "percentile", "entropy", "mse"]
+RangeMethod = Literal["minmax", "percentile", "entropy", "mse", "search"]
+# What `search` tries; the caller judges by the outputs.
+SEARCHED: tuple[RangeMethod, ...] = ("minmax", "percentile", "entropy", "mse")
 Range = tuple[float, float]
 _PERCENTILE = 99.99
 _LEVELS = 128  # of one sign

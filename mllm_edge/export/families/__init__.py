@@ -22,6 +22,7 @@ FAMILIES = {
     "internvl": "internvl",
     "internvl_chat": "internvl",
     "llava": "llava",
+    "qwen2_vl": "qwen2_vl",
     "smolvlm": "idefics3",
 }
 

@@ -1,5 +1,6 @@
 """ONNX Runtime on the processor: the backend that always works."""
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 
 from mllm_edge.errors import BackendError
 from mllm_edge.runtime.device import physical_cores
+from mllm_edge.runtime.huge_pages import huge_pages
 from mllm_edge.spec import Variant
 
 __all__ = ["OnnxRuntimeCpu"]
@@ -39,7 +41,10 @@ class OnnxRuntimeCpu:
             # decoder, which runs again within microseconds, gains from threads that stay awake between runs.
             options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
-            return _Session(self._ort, self._ort.InferenceSession(str(path), options, providers=[_PROVIDER]))
+            # Only the decoder reads all its weights for so little arithmetic that page tables matter.
+            with huge_pages() if variant.kv_mode is not None else contextlib.nullcontext():
+                session = self._ort.InferenceSession(str(path), options, providers=[_PROVIDER])
+            return _Session(self._ort, session)
         except Exception as e:  # onnxruntime's exceptions share no base class
             raise BackendError(
                 f"{path}: ONNX Runtime {self._ort.__version__} does not open it: {e}",

@@ -18,7 +18,7 @@ from mllm_edge.runtime.backends.cuda import Cuda
 from mllm_edge.runtime.backends.tensorrt_build import Module, Options, Range, Sizes, build, modules
 from mllm_edge.runtime.doctor import MINIMUM
 from mllm_edge.runtime.generate import PREFILL_CHUNK
-from mllm_edge.spec import Variant
+from mllm_edge.spec import ImageSpec, Variant
 
 __all__ = [
     "FOLDER",
@@ -165,7 +165,13 @@ def make_engine(
     )
     capabilities = [module.capability(device)] if module.builds_ahead else []
     with _writing(path.parent):
-        engine = build(bundle.listed(variant.file), _profiles(variant, limits), capabilities, module, options)
+        engine = build(
+            bundle.listed(variant.file),
+            _profiles(variant, limits, bundle.manifest.model.image),
+            capabilities,
+            module,
+            options,
+        )
     digest = hashlib.sha256(engine.data).hexdigest()
     facts = {"identity": _identity(bundle, variant, module, device), "limits": asdict(limits), "sha256": digest}
     with _writing(path.parent):
@@ -175,11 +181,11 @@ def make_engine(
     return StoredEngine(path, limits)
 
 
-def _profiles(variant: Variant, limits: Limits) -> list[dict[str, Range]]:
+def _profiles(variant: Variant, limits: Limits, image: ImageSpec | None) -> list[dict[str, Range]]:
     """Prefill and decode for a decoder, one for all else: the shapes of every input."""
     if variant.kv_mode is None:
-        most = limits.max_images
-        return [_ranges(variant, {"tiles": (1, min(most, 2), most)})]
+        most, cells = limits.max_images, _most_cells(limits, image)
+        return [_ranges(variant, {"tiles": (1, min(most, 2), most), "cells": (1, min(cells, 256), cells)})]
     longest, most = limits.max_seq, _prefill(limits)
     usual, half = min(256, most), max(1, longest // 2)
     append = variant.kv_mode == "append"
@@ -200,6 +206,12 @@ def _profiles(variant: Variant, limits: Limits) -> list[dict[str, Range]]:
         }
         found.append(_ranges(variant, symbols))
     return found
+
+
+def _most_cells(limits: Limits, image: ImageSpec | None) -> int:
+    """Cells of the largest image that its transforms make and the context takes, for each of them is a token."""
+    areas = [t.max_pixels // t.multiple**2 for t in image.transforms if t.op == "resize_to_pixels"] if image else []
+    return min([limits.max_seq, *areas])
 
 
 def _ranges(variant: Variant, symbols: Mapping[str, Sizes]) -> dict[str, Range]:

@@ -1,0 +1,55 @@
+"""What quantization cost, as text."""
+
+import shlex
+from typing import Any
+
+from mllm_edge.cli.output import bytes_text, milliseconds, table
+
+__all__ = ["proof_summary"]
+
+_WORST = 5  # layers shown
+
+
+def proof_summary(report: dict[str, Any]) -> str:
+    """The report of a quantization, as a dict: the proof, the worst layers, what to do next."""
+    out = shlex.quote(report["out"])
+    ending = (
+        f"wrote {report['out']}: {bytes_text(report['nbytes'])} in {report['seconds']:.1f} s\n"
+        f'next: mllm-edge run {out} "What is in the picture?" --image FILE'
+    )
+    return "\n\n".join(part for part in (_proof(report), _layers(report), ending) if part)
+
+
+def _proof(report: dict[str, Any]) -> str:
+    proof = report["proof"]
+    rows = [
+        [f"{name}: SQNR, cosine", f"{found['sqnr']:.1f} dB, {found['cosine']:.5f}"]
+        for name, found in proof["components"].items()
+    ]
+    rows += [
+        ["KL divergence: mean, worst", f"{proof['kl']:.2g}, {proof['kl_worst']:.2g}"],
+        ["likeliest token agrees", f"{proof['top1']:.2%} of {proof['positions']}"],
+        ["greedy answer repeated", f"{proof['prefix']:.1%}"],
+    ]
+    if proof["exact_match"]:
+        before, after = proof["exact_match"]
+        rows.append(["answers right: float, quantized", f"{before:.1%}, {after:.1%}"])
+    for title, key, text in (
+        ("size", "nbytes", bytes_text),
+        ("prefill ms", "prefill_seconds", milliseconds),
+        ("token ms", "token_seconds", milliseconds),
+    ):
+        before, after = proof[key]
+        rows.append([f"{title}: float, quantized", f"{text(before)}, {text(after)}"])
+    title = f"{report['recipe']}, {report['samples']} samples; proof on {report['held_back']} others"
+    return table([title, ""], rows)
+
+
+def _layers(report: dict[str, Any]) -> str:
+    ranked = sorted(
+        ((errors, f"{c}: {n}") for c, found in report["layers"].items() for n, errors in found.items()), reverse=True
+    )
+    if not ranked:
+        return ""
+    rows = [[name, f"{error:.2%}", f"{nearest:.2%}"] for (error, nearest), name in ranked[:_WORST]]
+    return table(["layers with the largest error", "error", "by rounding"], rows)

@@ -1,0 +1,102 @@
+"""The tower of Qwen2-VL: images of any size as cells of patches, turned by their places, and its merger.
+
+Parameter names follow the checkpoint, so that weights stream in by name.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mllm_edge.export.vision.layers import Linear, activate, attention
+
+__all__ = ["PatchMerger", "QwenVlConfig", "QwenVlTower"]
+
+
+@dataclass(frozen=True)
+class QwenVlConfig:
+    """Sizes of the tower. `patch_values` is the number of values of a flattened patch, `merge` the side of a cell."""
+
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    patch_values: int
+    merge: int
+    norm_eps: float
+    activation: str
+
+
+class QwenVlTower(nn.Module):
+    """One image: pixel_values [cells, merge², patch_values], cos and sin [cells, merge², D/(2·heads)], all float32 →
+    vision_hidden [cells, merge², D]."""
+
+    def __init__(self, config: QwenVlConfig):
+        super().__init__()
+        self.merge = config.merge
+        self.patch_embed = nn.ModuleDict({"proj": Linear(config.patch_values, config.hidden_size, bias=False)})
+        self.blocks = nn.ModuleList([_Block(config) for _ in range(config.layers)])
+
+    def forward(self, pixel_values: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        hidden = self.patch_embed["proj"](pixel_values.flatten(0, 1).unsqueeze(0))
+        # An axis for query and key, one for heads.
+        cos, sin = (table.flatten(0, 1).unsqueeze(1).unsqueeze(1) for table in (cos, sin))
+        for block in self.blocks:
+            hidden = block(hidden, cos, sin)
+        return hidden.reshape(-1, self.merge**2, hidden.shape[-1])
+
+
+class _Block(nn.Module):
+    """Pre-norm transformer layer [1, P, D] → [1, P, D]."""
+
+    def __init__(self, config: QwenVlConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.attn = _Attention(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = _Mlp(config)
+
+    def forward(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        hidden = hidden + self.attn(self.norm1(hidden), cos, sin)
+        return hidden + self.mlp(self.norm2(hidden))
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: QwenVlConfig):
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        # [1, P, 3, heads, size]. Slices, because a split is traced to sequences.
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
+        half = qkv.shape[-1] // 2
+        first, second = qkv[:, :, :2, :, :half], qkv[:, :, :2, :, half:]
+        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        return self.proj(attention(torch.cat([turned, qkv[:, :, 2:]], dim=2).flatten(2), self.heads))
+
+
+class _Mlp(nn.Module):
+    def __init__(self, config: QwenVlConfig):
+        super().__init__()
+        self.activation = config.activation
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(activate(self.activation, self.fc1(x)))
+
+
+class PatchMerger(nn.Module):
+    """vision_hidden [cells, merge², D] → image_features [cells, text_hidden]: two layers over a cell's patches, side by
+    side."""
+
+    def __init__(self, config: QwenVlConfig, text_hidden: int):
+        super().__init__()
+        width = config.merge**2 * config.hidden_size
+        self.ln_q = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = nn.ModuleDict({"0": Linear(width, width), "2": Linear(width, text_hidden)})
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.mlp["2"](activate("gelu", self.mlp["0"](self.ln_q(hidden).flatten(1))))

@@ -1,0 +1,217 @@
+"""Qwen2-VL: parity over a table of tiny configurations, conversations, and the prompt of a checkpoint without a
+template."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from mllm_edge import VLM
+from mllm_edge.bundle import Bundle
+from mllm_edge.cli import main
+from mllm_edge.errors import PromptError
+from mllm_edge.export import pipeline
+from mllm_edge.export.compare import compare_with_source
+from mllm_edge.export.pipeline import export
+from mllm_edge.export.targets import TARGETS
+from mllm_edge.runtime.memory import image_cost
+from mllm_edge.runtime.positions import rope_tables
+from tests.export.test_adapters import train
+from tests.families.parity import PROMPTS, Exported, check_messages, check_parity, export_tiny, make_image
+from tests.tiny import QWEN_TEMPLATE, Names, save_tiny_qwen2_vl
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "mrope_section": [3, 3, 2],
+}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "grouped_query": {},
+    "multi_head_tied": {"text": {"num_key_value_heads": 4}, "config": {"tie_word_embeddings": True}},
+    "multi_query_old_files": {"text": {"num_key_value_heads": 1}, "names": "hub"},
+    "tied_old_files": {"config": {"tie_word_embeddings": True}, "names": "hub"},
+    "state_dict_names": {
+        "names": "state_dict",
+        "text": {"hidden_size": 80, "num_attention_heads": 5, "num_key_value_heads": 5},
+    },
+    "sharded_one_layer": {"shard_size": "200KB", "seed": 3, "vision": {"depth": 1}},
+    "cells_of_one_patch": {"vision": {"spatial_merge_size": 1, "hidden_act": "gelu"}},
+    "cells_of_nine_patches": {"vision": {"spatial_merge_size": 3, "patch_size": 6, "num_heads": 3}},
+    "one_frame": {"vision": {"temporal_patch_size": 1, "mlp_ratio": 4, "hidden_act": "gelu_pytorch_tanh"}},
+    "one_cell_at_least": {"image_settings": {"min_pixels": 1, "max_pixels": 6 * 16**2}},
+    "all_images_alike": {"image_settings": {"min_pixels": 40 * 16**2, "max_pixels": 40 * 16**2, "resample": 2}},
+    "other_theta": {
+        "vision": {"rope_parameters": {"rope_type": "axial", "rope_theta": 50.0}},
+        "text": {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 2, 2]}},
+    },
+    "yarn": {"text": {"rope_parameters": YARN}},
+    "windowed": {"text": {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}},
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return export_tiny(tmp_path_factory.mktemp(request.param), save_tiny_qwen2_vl, **CONFIGS[request.param])
+
+
+@pytest.mark.parametrize("case", PROMPTS)
+def test_parity(exported: Exported, case: str) -> None:
+    check_parity(exported, case)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return export_tiny(tmp_path_factory.mktemp("plain"), save_tiny_qwen2_vl)
+
+
+def says(role: str, *parts: str | None) -> dict[str, Any]:
+    """A message; None is an image."""
+    return {"role": role, "content": [{"type": "text", "text": p} if p else {"type": "image"} for p in parts]}
+
+
+CONVERSATIONS = {
+    "images_in_different_turns": (
+        [
+            says("system", "Be brief."),
+            says("user", "What is this?", None),
+            says("assistant", "A cup."),
+            says("user", None, "And this, beside", None, "?"),
+        ],
+        [(40, 90), (131, 17), (64, 64)],
+    ),
+    "image_after_a_long_turn": (
+        [says("user", "x" * 150), says("assistant", "y" * 90), says("user", None)],
+        [(30, 200)],
+    ),
+    "images_side_by_side": ([says("user", None, None, None, None)], [(16, 16), (90, 20), (20, 90), (200, 201)]),
+    "text_after_all": ([says("user", None, "z" * 200)], [(61, 77)]),
+    "no_image": ([says("user", "Hello."), says("assistant", "Hello."), says("user", "Well?")], []),
+}
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_conversations(plain: Exported, name: str) -> None:
+    messages, sizes = CONVERSATIONS[name]
+    check_messages(plain, messages, sizes)
+
+
+def test_a_prompt_fed_in_pieces_gives_the_same_answer(plain: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [make_image(100, 150, 0), make_image(70, 30, 1)]
+    with VLM.load(plain.bundle) as vlm:
+        whole = vlm.generate("Compare.", images, max_new_tokens=16)
+        monkeypatch.setattr("mllm_edge.runtime.generate.PREFILL_CHUNK", 7)  # cuts images in the middle
+        assert vlm.generate("Compare.", images, max_new_tokens=16).token_ids == whole.token_ids
+
+
+def test_text_alone_is_turned_as_by_a_plain_rope(plain: Exported) -> None:
+    with VLM.load(plain.bundle) as vlm:
+        rope = vlm.spec.positions.ropes[0]
+        alone, asked = vlm.generate("Hello.", max_new_tokens=8), vlm.processor.process("Hello.")
+        assert asked.positions is None
+        # After an image the cache's rows are others; a prompt of text finds them as they were.
+        vlm.generate("Hello.", make_image(90, 60, 0), max_new_tokens=8)
+        assert vlm.generate("Hello.", max_new_tokens=8).token_ids == alone.token_ids
+        places = np.arange(50)
+        np.testing.assert_array_equal(rope_tables(rope, places), rope_tables(rope, np.stack([places] * 3)))
+
+
+def test_image_markers_in_a_text_are_refused(plain: Exported) -> None:
+    with VLM.load(plain.bundle) as vlm, pytest.raises(PromptError, match="image_pad"):
+        vlm.generate("What is <|image_pad|>?", make_image(40, 40, 0))
+
+
+def test_raw_prompts_take_one_placeholder_per_image(plain: Exported) -> None:
+    with VLM.load(plain.bundle) as vlm:
+        images = [make_image(40, 40, 0), make_image(20, 60, 1)]
+        prompt = vlm.processor.process_text("<|image_pad|><|image_pad|>?", images)  # nothing between them
+        counts = [rows * cols for rows, cols in prompt.image_grids]
+        assert len(prompt.image_positions) == sum(counts)
+        rows, cols = prompt.image_grids[0]
+        second = prompt.positions[:, counts[0]]
+        np.testing.assert_array_equal(second, [max(rows, cols)] * 3)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_compare_with_the_checkpoint(plain: Exported, target: str) -> None:
+    found = compare_with_source(plain.checkpoint, plain.bundle, target=target)
+    assert found.greedy_agreement == 1
+    assert set(found.errors) == {"vision_encoder", "connector", "prefill_logits", "decode_logits"}
+    assert max(found.errors.values()) <= 1e-3
+
+
+def test_cost_of_an_image_is_that_of_a_call(plain: Exported) -> None:
+    image = make_image(50, 130, 0)
+    cost = image_cost(Bundle.load(plain.bundle), image)
+    with VLM.load(plain.bundle) as vlm:
+        metrics = vlm.generate("", image, max_new_tokens=1).metrics
+    assert (cost.tiles, cost.image_tokens, cost.prompt_tokens) == (1, metrics.image_tokens, metrics.prompt_tokens)
+    assert (cost.tiles, cost.grid) == (metrics.tiles, (3, 8))
+    result = CliRunner().invoke(main, ["inspect", str(plain.bundle), "--image-size", "50x130"])
+    assert "an image of 50 x 130 px: 3 x 8 cells, 24 image tokens" in result.output
+
+
+def test_prompt_of_a_checkpoint_without_a_template(tmp_path: Path) -> None:
+    bare = export_tiny(tmp_path, save_tiny_qwen2_vl, template=None)
+    with VLM.load(bare.bundle) as vlm:
+        text = vlm.processor.process("What is it?", [make_image(40, 50, 0)]).text
+        assert text == (
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+            "<|vision_start|><|image_pad|><|vision_end|>What is it?<|im_end|>\n<|im_start|>assistant\n"
+        )
+    for messages, sizes in CONVERSATIONS.values():
+        check_messages(bare, messages, sizes)
+
+
+def test_own_template_renders_as_the_checkpoints(plain: Exported, tmp_path: Path) -> None:
+    from mllm_edge.export.families.qwen2_vl import _TEMPLATE
+    from mllm_edge.runtime.tokenizer import ChatTemplate
+
+    own, stored = (ChatTemplate(template, {}) for template in (_TEMPLATE, QWEN_TEMPLATE))
+    for messages, _ in CONVERSATIONS.values():
+        for prompt in (messages, [{"role": "user", "content": "Hello."}]):
+            for opens in (True, False):
+                assert own.render(prompt, opens) == stored.render(prompt, opens)
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "fp16", "int8", "int4"])
+def test_export_compares_with_the_source(tmp_path: Path, recipe: str) -> None:
+    save_tiny_qwen2_vl(tmp_path / "checkpoint")
+    report = export(str(tmp_path / "checkpoint"), tmp_path / "out", recipe_name=recipe)
+    assert report.parity["samples"] == 3
+    assert report.parity["pixel_values"] <= 1.0
+    assert np.isfinite(list(report.parity["errors"].values())).all()
+    with VLM.load(tmp_path / "out") as vlm:
+        assert vlm.generate("Hi", make_image(50, 40, 0), max_new_tokens=4, ignore_eos=True).metrics.new_tokens == 4
+
+
+@pytest.mark.parametrize("names", ["saved", "hub", "state_dict"])
+def test_adapters_are_merged_on_the_way(tmp_path: Path, names: Names) -> None:
+    model = save_tiny_qwen2_vl(tmp_path / "checkpoint", names=names)
+    adapter = train(model, tmp_path / "adapter", target_modules=["q_proj", "down_proj", "qkv", "fc1"], r=4)
+    report = export(str(tmp_path / "checkpoint"), tmp_path / "out", recipe_name="fp32", adapters=[adapter])
+    assert report.parity["greedy_agreement"] == 1.0
+    export(str(tmp_path / "checkpoint"), tmp_path / "plain", recipe_name="fp32", verify_mode="off")
+    for graph in ("vision_encoder", "decoder"):
+        assert _data(tmp_path / "out", graph) != _data(tmp_path / "plain", graph)
+
+
+def _data(bundle: Path, graph: str) -> bytes:
+    return (bundle / f"{graph}.onnx.data").read_bytes()
+
+
+def test_large_model_is_compared_by_its_first_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny_qwen2_vl(tmp_path / "checkpoint", text={"num_hidden_layers": 3}, names="hub")
+    monkeypatch.setattr(pipeline, "_WHOLE_LIMIT", 1000)
+    report = export(str(tmp_path / "checkpoint"), tmp_path / "out", recipe_name="fp32")
+    assert report.parity["scope"] == "decoder: first 2 layers and head"
+    assert report.parity["greedy_agreement"] == 1.0
+
+
+def test_sharded_configuration_has_several_files(tmp_path: Path) -> None:
+    save_tiny_qwen2_vl(tmp_path, **CONFIGS["sharded_one_layer"])
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1

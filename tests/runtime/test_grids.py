@@ -1,0 +1,96 @@
+"""What follows an image's grid, against transformers: the tower's rotary tables and the positions of a prompt."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import Qwen2VLConfig
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel, Qwen2VLVisionRotaryEmbedding
+from transformers.vision_utils import get_vision_position_ids
+
+from mllm_edge.runtime.grids import encoder_feeds, grid_positions, grid_rope_tables
+from mllm_edge.spec import GridRope, ImagePrompt, ImageSpec, Patchify
+
+IMAGE = 9
+grids = st.tuples(st.integers(1, 9), st.integers(1, 9))
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (1, 7), (9, 2), (40, 60)])
+@pytest.mark.parametrize("merge", [1, 2, 3])
+@pytest.mark.parametrize(("dim", "theta"), [(4, 1e4), (12, 50.0), (80, 1e4)])
+def test_rotary_tables_equal_transformers(rows: int, cols: int, merge: int, dim: int, theta: float) -> None:
+    rope = {"rope_type": "axial", "rope_theta": theta}
+    config = Qwen2VLVisionConfig(embed_dim=2 * dim, num_heads=2, rope_parameters=rope)
+    places = get_vision_position_ids(torch.tensor([[1, rows * merge, cols * merge]]), merge)
+    expected = Qwen2VLVisionRotaryEmbedding(config)(torch.zeros(1), places)
+    for ours, theirs in zip(grid_rope_tables(GridRope(theta, dim), rows, cols, merge), expected, strict=True):
+        assert ours.dtype == np.float32
+        assert ours.shape == (rows * cols, merge**2, dim // 2)
+        assert np.abs(ours.reshape(-1, dim // 2) - theirs[:, : dim // 2].numpy()).max() <= 2e-7 + 2**-22 * 60 * merge
+
+
+class _Positions:
+    """The part of transformers' model that makes positions, without its weights."""
+
+    get_rope_index = Qwen2VLModel.get_rope_index
+    get_vision_position_ids = Qwen2VLModel.get_vision_position_ids
+
+    def __init__(self, merge: int):
+        self.config = Qwen2VLConfig(vision_config={"spatial_merge_size": merge})
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 12), grids), max_size=5), st.integers(0, 12), st.sampled_from([1, 2, 3]))
+def test_positions_equal_transformers(images: list[Any], after: int, merge: int) -> None:
+    """Images of any grids, with text before each (transformers needs some between two) and after the last."""
+    kinds: list[int] = []
+    starts = []
+    for before, (rows, cols) in images:
+        kinds += [0] * before
+        starts.append(len(kinds))
+        kinds += [1] * (rows * cols)
+    kinds += [0] * (after if images else after + 1)
+    patches = torch.tensor([[1, rows * merge, cols * merge] for _, (rows, cols) in images])
+    expected, shift = _Positions(merge).get_rope_index(torch.tensor([kinds]), torch.tensor([kinds]), patches)
+    ours = grid_positions(len(kinds), starts, [grid for _, grid in images])
+    assert ours.dtype == np.int64
+    np.testing.assert_array_equal(ours, expected[:, 0].numpy())
+    assert ours.max() + 1 - len(kinds) == shift.item()  # what the decoder goes on with
+
+
+def test_images_side_by_side() -> None:
+    positions = grid_positions(8, [0, 6], [(2, 3), (1, 1)])
+    assert positions.tolist() == [[0] * 6 + [3, 4], [0, 0, 0, 1, 1, 1, 3, 4], [0, 1, 2, 0, 1, 2, 3, 4]]
+
+
+def test_positions_of_text() -> None:
+    assert grid_positions(3, [], []).tolist() == [[0, 1, 2]] * 3
+    assert grid_positions(0, [], []).shape == (3, 0)
+
+
+PROMPT = ImagePrompt("<image>", IMAGE, 1, "{image}")
+
+
+def test_one_run_per_image_of_cells() -> None:
+    cells = ImageSpec((Patchify(4, 2, 1),), PROMPT, 8, 8, tables=(GridRope(1e4, 8),))
+    assert cells.shape == (4, 3 * 16)
+    pixel_values = np.arange(10 * 4 * 48, dtype=np.float32).reshape(10, 4, 48)
+    runs = list(encoder_feeds(cells, pixel_values, [(2, 3), (1, 4)]))
+    assert [sorted(feeds) for feeds in runs] == [["cos", "pixel_values", "sin"]] * 2
+    np.testing.assert_array_equal(runs[0]["pixel_values"], pixel_values[:6])
+    np.testing.assert_array_equal(runs[1]["pixel_values"], pixel_values[6:])
+    np.testing.assert_array_equal(runs[1]["cos"], grid_rope_tables(GridRope(1e4, 8), 1, 4, 2)[0])
+
+
+def test_some_tiles_per_run() -> None:
+    tiles = ImageSpec((), PROMPT, 2, 2)
+    assert tiles.shape == (3, 2, 2)
+    pixel_values = np.arange(9 * 12, dtype=np.float32).reshape(9, 3, 2, 2)
+    runs = list(encoder_feeds(tiles, pixel_values, [(2, 2), (1, 3)]))
+    assert all(list(feeds) == ["pixel_values"] for feeds in runs)
+    np.testing.assert_array_equal(np.concatenate([feeds["pixel_values"] for feeds in runs]), pixel_values)
+    assert max(len(feeds["pixel_values"]) for feeds in runs) == 4
