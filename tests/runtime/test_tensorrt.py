@@ -20,10 +20,14 @@ from mllm_edge.runtime.backends.tensorrt_engines import FOLDER, Limits, find_eng
 from mllm_edge.runtime.decoder import Decoder
 from mllm_edge.runtime.vlm import VLM
 from tests.runtime.tensorrt_stand_in import StandIn, install
-from tests.tiny import save_tiny_idefics3, save_tiny_llava
+from tests.tiny import save_tiny_idefics3, save_tiny_llava, save_tiny_qwen2_vl
 
 TARGETS = ("tensorrt", "tensorrt-10.3")
-SAVE: dict[str, Callable[..., Any]] = {"idefics3": save_tiny_idefics3, "llava": save_tiny_llava}
+SAVE: dict[str, Callable[..., Any]] = {
+    "idefics3": save_tiny_idefics3,
+    "llava": save_tiny_llava,
+    "qwen2_vl": save_tiny_qwen2_vl,
+}
 IMAGES = [np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8) for seed, size in enumerate([(50, 90, 3)])]
 # Prompts of unequal lengths, one after the other, so that memory grows and is used again.
 QUESTIONS: list[tuple[str, list[np.ndarray]]] = [
