@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from mllm_edge.cli.exporter import load_exporter
-from mllm_edge.cli.options import calibration_options, json_option
+from mllm_edge.cli.options import RecipeName, calibration_options, json_option
 from mllm_edge.cli.output import bytes_text, note, print_json, table
 from mllm_edge.cli.progress import stages
 from mllm_edge.cli.proof import proof_summary
@@ -41,6 +41,7 @@ _STOPPED = interrupted_message("the export") + "; its temporary files are gone"
 @click.option("--no-fallback", is_flag=True, help="Leave out the cpu's graphs beside another target's.")
 @click.option(
     "--recipe",
+    type=RecipeName((*RECIPES, "mixed")),
     default="int4",
     show_default=True,
     help=f"Precision: {', '.join(RECIPES)}; with --data also mixed, or a file NAME.toml.",

@@ -1,11 +1,12 @@
 """Options that several verbs have, alike in all of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
-__all__ = ["POSITIVE", "calibration_options", "json_option", "runtime_options", "sampling_options"]
+__all__ = ["POSITIVE", "RecipeName", "calibration_options", "json_option", "runtime_options", "sampling_options"]
 
 POSITIVE = click.IntRange(min=1)
 _COUNT = click.IntRange(min=0)
@@ -46,6 +47,19 @@ def sampling_options(command: _F) -> _F:
 def runtime_options(command: _F) -> _F:
     """How a bundle is opened, by the names that `VLM.load` has for them."""
     return _apply(_RUNTIME, command)
+
+
+class RecipeName(click.ParamType):
+    """A recipe's name, or a .toml file: what it means is decided where the exporter is; the names complete."""
+
+    name = "recipe"
+
+    def __init__(self, names: Sequence[str]):
+        self._names = names
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """The names that begin so."""
+        return [CompletionItem(name) for name in self._names if name.startswith(incomplete)]
 
 
 def calibration_options(required: bool) -> Callable[[_F], _F]:

@@ -6,7 +6,7 @@ import click
 
 from mllm_edge.cli.export import TARGETS
 from mllm_edge.cli.exporter import load_exporter
-from mllm_edge.cli.options import calibration_options, json_option
+from mllm_edge.cli.options import RecipeName, calibration_options, json_option
 from mllm_edge.cli.output import note, print_json
 from mllm_edge.cli.progress import stages
 from mllm_edge.cli.proof import proof_summary
@@ -22,7 +22,11 @@ _STOPPED = interrupted_message("the quantization") + "; the same command goes on
 @click.argument("source")
 @click.argument("out", type=click.Path())
 @click.option(
-    "--recipe", default="int4", show_default=True, help=f"Precision: {', '.join(RECIPES)}, or a file NAME.toml."
+    "--recipe",
+    type=RecipeName(RECIPES),
+    default="int4",
+    show_default=True,
+    help=f"Precision: {', '.join(RECIPES)}, or a file NAME.toml.",
 )
 @calibration_options(required=True)
 @click.option(

@@ -87,7 +87,8 @@ def component(model: Any, path: Path, dialect: str) -> Callable[..., dict[str, n
 def encode(spec: EncoderSpec, weights: Weights, dialect: str, folder: Path, embeds: np.ndarray) -> np.ndarray:
     """The text encoder's last hidden states [1, S, H] for embeddings [S, H]."""
     with DataFile(folder / "encoder.onnx.data") as data:
-        run = component(build_text_encoder(spec, weights, RECIPES["fp32"], data, dialect), folder / "e.onnx", dialect)
+        graph = build_text_encoder(spec, weights, RECIPES["fp32"], data, dialect)
+    run = component(graph, folder / "e.onnx", dialect)
     relative = None
     assert spec.table is not None
     table = weights.read(spec.table.tensor)[spec.table.skip :]
@@ -103,8 +104,8 @@ def look(
 ) -> dict[str, np.ndarray]:
     """Cross-attention keys and values for features [1, N, F]."""
     with DataFile(folder / "cross.onnx.data") as data:
-        run = component(build_cross_kv(spec, weights, RECIPES["fp32"], data, dialect), folder / "c.onnx", dialect)
-    return run(encoder_hidden_states=features)
+        graph = build_cross_kv(spec, weights, RECIPES["fp32"], data, dialect)
+    return component(graph, folder / "c.onnx", dialect)(encoder_hidden_states=features)
 
 
 @pytest.fixture(scope="module", params=PAIRS)
