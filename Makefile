@@ -29,7 +29,7 @@ demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py demo-bundle
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
