@@ -1,0 +1,66 @@
+"""Prompts of unequal length, with and without images, as one batch: each gets the logits that it gets alone."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mllm_edge.bundle import Bundle
+from mllm_edge.export.families import FAMILIES
+from mllm_edge.export.pipeline import export
+from mllm_edge.export.targets import TARGETS
+from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
+from mllm_edge.runtime.vlm import VLM
+from tests.tiny_families import SAVE
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module", params=sorted(set(FAMILIES.values())))
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp(request.param)
+    SAVE[request.param](folder / "model")
+    export(str(folder / "model"), folder / "out", targets=tuple(TARGETS), recipe_name="fp32", verify_mode="off")
+    return Bundle.load(folder / "out")
+
+
+def prompts(vlm: VLM) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    """Embeddings [S, H] and positions of three prompts: an odd image, text alone, two images of unequal size."""
+    random = np.random.default_rng(0)
+    images = [random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((50, 71), (64, 33), (40, 96))]
+    asked: list[tuple[str, list[Any]]] = [("What?", images[:1]), ("Hello there.", []), ("Same or not?", images[1:])]
+    found = []
+    for text, shown in asked:
+        prompt = vlm.processor.process(text, shown)
+        found.append((vlm.prompt_embeds(prompt), prompt.positions))
+    return found
+
+
+def alone(vlm: VLM, embeds: np.ndarray, positions: np.ndarray | None) -> tuple[np.ndarray, list[int]]:
+    """Logits [1 + STEPS, V] along the greedy tokens of one prompt, and these tokens."""
+    vlm.decoder.reset(len(embeds) + STEPS)
+    rows, tokens = [vlm.decoder.forward(embeds, positions).copy()], []
+    for _ in range(STEPS):
+        tokens.append(int(rows[-1].argmax()))
+        rows.append(vlm.decoder.forward(vlm.embed(np.array(tokens[-1:]))).copy())
+    return np.stack(rows), tokens
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_ragged_batch(bundle: Bundle, target: str) -> None:
+    with VLM(bundle, OnnxRuntimeCpu(target=target)) as vlm:
+        asked = prompts(vlm)
+        lengths = [len(embeds) for embeds, _ in asked]
+        assert len(set(lengths)) == 3
+        expected = [alone(vlm, *prompt) for prompt in asked]
+        vlm.decoder.reset(max(lengths) + STEPS, batch=3)
+        positions = None
+        if any(where is not None for _, where in asked):
+            positions = [np.arange(len(e)) if where is None else where for e, where in asked]
+        rows = [vlm.decoder.forward_batch([embeds for embeds, _ in asked], positions).copy()]
+        for step in range(STEPS):
+            tokens = [vlm.embed(np.array([chosen[step]])) for _, chosen in expected]
+            rows.append(vlm.decoder.forward_batch(tokens).copy())
+    for i, (logits, _) in enumerate(expected):
+        batched = np.stack([row[i] for row in rows])
+        assert np.abs(batched - logits).max() <= 1e-4 * np.ptp(logits)
