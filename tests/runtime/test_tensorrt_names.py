@@ -9,9 +9,9 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-import pytest
+import tensorrt_rtx_bindings
 
-trt: Any = pytest.importorskip("tensorrt_rtx_bindings")
+trt: Any = tensorrt_rtx_bindings
 
 FOLDER = Path(__file__).parents[2] / "mllm_edge" / "runtime" / "backends"
 FILES = [FOLDER / name for name in ("tensorrt.py", "tensorrt_build.py", "tensorrt_engines.py")]
