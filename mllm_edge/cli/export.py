@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from mllm_edge.cli.exporter import load_exporter
-from mllm_edge.cli.options import RecipeName, calibration_options, json_option
+from mllm_edge.cli.options import TARGETS, RecipeName, calibration_options, json_option, target_option
 from mllm_edge.cli.output import bytes_text, note, print_json, table
 from mllm_edge.cli.progress import stages
 from mllm_edge.cli.proof import proof_summary
@@ -19,7 +19,6 @@ from mllm_edge.cli.signals import interrupted_message, interruptible
 __all__ = ["RECIPES", "TARGETS", "command"]
 
 # Repeated here so that the help needs no export extra; a test compares them with the exporter's own.
-TARGETS = ("cpu", "tensorrt", "tensorrt-10.3")
 RECIPES = ("fp32", "fp16", "int8", "int4")
 # mallopt's names for the size from which an allocation is mapped, and for how much freed memory is kept.
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
@@ -29,15 +28,7 @@ _STOPPED = interrupted_message("the export") + "; its temporary files are gone"
 @click.command("export", short_help="Export a checkpoint to a bundle.")
 @click.argument("model")
 @click.argument("out", type=click.Path())
-@click.option(
-    "--target",
-    "targets",
-    type=click.Choice(TARGETS),
-    multiple=True,
-    default=("cpu",),
-    show_default="cpu",
-    help="Where it will run; may be repeated. Others come with the cpu's graphs, the fallback.",
-)
+@target_option("Where it will run; may be repeated. Others come with the cpu's graphs, the fallback.")
 @click.option("--no-fallback", is_flag=True, help="Leave out the cpu's graphs beside another target's.")
 @click.option(
     "--recipe",

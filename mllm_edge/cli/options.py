@@ -6,8 +6,19 @@ from typing import Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-__all__ = ["POSITIVE", "RecipeName", "calibration_options", "json_option", "runtime_options", "sampling_options"]
+__all__ = [
+    "TARGETS",
+    "POSITIVE",
+    "RecipeName",
+    "calibration_options",
+    "json_option",
+    "runtime_options",
+    "sampling_options",
+    "target_option",
+]
 
+# Repeated here so that the help needs no export extra; a test compares them with the exporter's own.
+TARGETS = ("cpu", "tensorrt", "tensorrt-10.3")
 POSITIVE = click.IntRange(min=1)
 _COUNT = click.IntRange(min=0)
 _FRACTION = click.FloatRange(0, 1)
@@ -79,6 +90,19 @@ def calibration_options(required: bool) -> Callable[[_F], _F]:
         click.option("--min-agreement", type=_FRACTION, help="Fail when fewer likeliest tokens stay the same."),
     )
     return lambda command: _apply(options, command)
+
+
+def target_option(help: str) -> Callable[[_F], _F]:
+    """`--target`, which the verbs have that write graphs."""
+    return click.option(
+        "--target",
+        "targets",
+        type=click.Choice(TARGETS),
+        multiple=True,
+        default=("cpu",),
+        show_default="cpu",
+        help=help,
+    )
 
 
 def json_option(help: str) -> Callable[[_F], _F]:

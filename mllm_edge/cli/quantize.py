@@ -4,9 +4,8 @@ import time
 
 import click
 
-from mllm_edge.cli.export import TARGETS
 from mllm_edge.cli.exporter import load_exporter
-from mllm_edge.cli.options import RecipeName, calibration_options, json_option
+from mllm_edge.cli.options import RecipeName, calibration_options, json_option, target_option
 from mllm_edge.cli.output import note, print_json
 from mllm_edge.cli.progress import stages
 from mllm_edge.cli.proof import proof_summary
@@ -29,15 +28,7 @@ _STOPPED = interrupted_message("the quantization") + "; the same command goes on
     help=f"Precision: {', '.join(RECIPES)}, or a file NAME.toml.",
 )
 @calibration_options(required=True)
-@click.option(
-    "--target",
-    "targets",
-    type=click.Choice(TARGETS),
-    multiple=True,
-    default=("cpu",),
-    show_default="cpu",
-    help="Where it will run, when SOURCE is a checkpoint; may be repeated.",
-)
+@target_option("Where it will run, when SOURCE is a checkpoint; may be repeated.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads inside one operator; default: physical cores.")
 @click.option("--force", is_flag=True, help="Replace the bundle in OUT.")
 @json_option("Print the report as JSON.")
