@@ -1,8 +1,12 @@
-"""TensorRT for RTX engines of real decoder geometries, built ahead of time on this machine.
+"""What TensorRT for RTX builds, ahead of time on this machine: every family's parts, and decoders of real geometries.
 
-python -m benchmarks.tensorrt_builds [--geometry S M] [--json F]
+python -m benchmarks.tensorrt_builds [--family NAME ...] [--geometry S M] [--json F]
 
-Each build runs in a process of its own, so that its peak memory is its own.
+Each engine is built in a process of its own, so that its peak memory is its own, and for all GPU generations at once.
+A generation is `built`, `impossible` (its hardware has not what the graph needs; TensorRT's refusal is what is checked)
+or `failed`. There is no FP8 form of the weights: no recipe asks for it, and no row does. Without --family and
+--geometry everything is built; with one of them, only what it names. Needs the tests' tiny checkpoints: run it in a
+checkout.
 """
 
 import argparse
@@ -10,6 +14,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,66 +23,143 @@ from benchmarks.report import Report
 
 __all__ = ["main"]
 
-CAPACITY = 2048
-RECIPES = {"fp16": ["SM75", "SM86", "SM89", "SM120"], "int4": ["SM80", "SM86", "SM89", "SM120"]}
+CAPABILITIES = ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121")
+TARGETS = ("tensorrt", "tensorrt-10.3")
+RECIPES = ("fp16", "int8", "int4")
+MAX_SEQ = 128  # of the tiny models
+CAPACITY = 2048  # of real geometries
 DIALECTS = ("opset24", "opset17")
 # A decode profile fixed at one token would make TensorRT keep the weights twice.
 PROFILES = ((1, 256, 1024), (1, 1, 8))
 MOST_BEYOND_WEIGHTS = 64
 # float16 weights of M are 3.1 GB; a little above that still means one copy.
 LARGEST_M_FP16 = 3.3e9
+_HERE = "benchmarks.tensorrt_builds"
 
 
 def main() -> None:
+    from tests.tiny_families import SAVE
+
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--geometry", nargs="+", choices=GEOMETRIES, default=["S"])
+    parser.add_argument("--family", nargs="+", choices=SAVE)
+    parser.add_argument("--geometry", nargs="+", choices=GEOMETRIES)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--part", nargs=3, metavar=("BUNDLE", "COMPONENT", "TARGET"), help=argparse.SUPPRESS)
     parser.add_argument("--one", nargs=4, metavar=("GEOMETRY", "DIALECT", "RECIPE", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(_build_one(*options.one)))
+    if options.part or options.one:
+        print(json.dumps(_build_part(*options.part) if options.part else _build_one(*options.one)))
         return
+    everything = not options.family and not options.geometry
     report = Report("TensorRT for RTX builds")
-    for name in options.geometry:
-        with tempfile.TemporaryDirectory(prefix="mllm-edge-") as folder:
-            write_checkpoint(GEOMETRIES[name], Path(folder))
-            report.rows += [_row(name, dialect, recipe, folder) for dialect in DIALECTS for recipe in RECIPES]
+    report.rows += _family_rows(list(SAVE) if everything else options.family or [])
+    report.rows += _geometry_rows(list(GEOMETRIES) if everything else options.geometry or [])
     _check(report)
     report.print()
     if options.json:
         report.write(options.json)
 
 
-def _row(geometry: str, dialect: str, recipe: str, folder: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.tensorrt_builds", "--one", geometry, dialect, recipe, folder]
-    done = subprocess.run(command, capture_output=True, text=True)
+def _family_rows(families: Iterable[str]) -> Iterable[dict[str, Any]]:
+    from mllm_edge.bundle import Bundle
+    from mllm_edge.export.pipeline import export
+    from tests.tiny_families import SAVE
+
+    for family in families:
+        for recipe in RECIPES:
+            with tempfile.TemporaryDirectory(prefix="mllm-edge-") as name:
+                folder = Path(name)
+                SAVE[family](folder / "checkpoint")
+                bundle = folder / "bundle"
+                export(
+                    str(folder / "checkpoint"),
+                    bundle,
+                    targets=TARGETS,
+                    fallback=False,
+                    recipe_name=recipe,
+                    verify_mode="off",
+                )
+                for target in TARGETS:
+                    for component in Bundle.load(bundle).manifest.components:
+                        found = _child("--part", bundle, component, target)
+                        yield {"model": f"{family} {component}", "recipe": recipe, **found}
+
+
+def _geometry_rows(names: Iterable[str]) -> Iterable[dict[str, Any]]:
+    for name in names:
+        with tempfile.TemporaryDirectory(prefix="mllm-edge-") as folder:
+            write_checkpoint(GEOMETRIES[name], Path(folder))
+            for dialect in DIALECTS:
+                for recipe in ("fp16", "int4"):
+                    found = _child("--one", name, dialect, recipe, folder)
+                    yield {"model": f"{name} decoder", "recipe": recipe, **found}
+
+
+def _child(*arguments: Any) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, "-m", _HERE, *map(str, arguments)], capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{geometry} {dialect} {recipe}: the build failed\n{done.stderr}")
+        raise SystemExit(f"{' '.join(map(str, arguments))}: the build's process ended\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def _build_part(folder: str, component: str, target: str) -> dict[str, Any]:
+    """A component of a bundle, as `mllm-edge build` builds it."""
+    from mllm_edge.bundle import Bundle
+    from mllm_edge.runtime.backends.tensorrt_engines import Limits, build_inputs
+
+    bundle = Bundle.load(folder)
+    variant = bundle.variant(component, target)
+    profiles, options = build_inputs(bundle, variant, Limits(MAX_SEQ))
+    path = bundle.listed(variant.file)
+    return {"dialect": variant.dialect, **_build(path, profiles, options, variant.precision.startswith("int4"))}
 
 
 def _build_one(name: str, dialect: str, recipe: str, folder: str) -> dict[str, Any]:
     from mllm_edge.export.graph import tensor_specs
-    from mllm_edge.runtime.backends.tensorrt_build import build, check_network, shape_ranges
-    from mllm_edge.runtime.device import peak_rss
+    from mllm_edge.runtime.backends.tensorrt_build import Options, shape_ranges
 
     geometry = GEOMETRIES[name]
     path, model = _write_graph(geometry, dialect, recipe, Path(folder))
-    found = check_network(path, 2 * geometry.layers if dialect == "opset24" else 0)
     inputs = tensor_specs(model.graph.inputs)
     profiles = [shape_ranges(inputs, new, (1, 512, CAPACITY - new[2])) for new in PROFILES]
-    engine = build(path, profiles, RECIPES[recipe])
-    weights = path.with_name(f"{path.name}.data").stat().st_size
-    return {
-        "geometry": name,
-        "dialect": dialect,
-        "recipe": recipe,
-        "seconds": round(engine.seconds, 1),
-        "weights MB": round(weights / 1e6),
-        "engine MB": round(engine.nbytes / 1e6),
+    options = Options(cache_updates=2 * geometry.layers if dialect == "opset24" else 0)
+    return {"dialect": dialect, **_build(path, profiles, options, recipe == "int4")}
+
+
+def _build(path: Path, profiles: list[Any], options: Any, has_int4: bool) -> dict[str, Any]:
+    """One engine for all generations that can have it; where that fails, one for each."""
+    from mllm_edge.errors import BackendError
+    from mllm_edge.runtime.backends.tensorrt_build import build
+    from mllm_edge.runtime.device import peak_rss
+
+    impossible = ["SM75"] if has_int4 else []  # 4-bit weights need Ampere
+    able = [name for name in CAPABILITIES if name not in impossible]
+    verdicts, why, engine = dict.fromkeys(able, "built"), "", None
+    try:
+        engine = build(path, profiles, able, options=options)
+    except BackendError as e:
+        why = e.message
+        for name in able:
+            verdicts[name] = "built" if _builds(path, profiles, name, options) else "failed"
+    facts = {
+        "seconds": round(engine.seconds, 1) if engine else None,
+        "weights MB": round(path.with_name(f"{path.name}.data").stat().st_size / 1e6, 2),
+        "engine MB": round(engine.nbytes / 1e6, 2) if engine else None,
         "peak MB": round(peak_rss() / 1e6),
-        "cache updates": found.cache_updates,
     }
+    for name in impossible:
+        verdicts[name] = "built" if _builds(path, profiles, name, options) else "impossible"
+    return {**{name: verdicts[name] for name in CAPABILITIES}, **facts, "why": why}
+
+
+def _builds(path: Path, profiles: list[Any], capability: str, options: Any) -> bool:
+    from mllm_edge.errors import BackendError
+    from mllm_edge.runtime.backends.tensorrt_build import build
+
+    try:
+        return build(path, profiles, [capability], options=options).nbytes > 0
+    except BackendError:
+        return False
 
 
 def _write_graph(geometry: Geometry, dialect: str, recipe: str, folder: Path) -> tuple[Path, Any]:
@@ -103,11 +185,16 @@ def _write_graph(geometry: Geometry, dialect: str, recipe: str, folder: Path) ->
 
 def _check(report: Report) -> None:
     for row in report.rows:
-        name = f"{row['geometry']} {row['dialect']} {row['recipe']}"
-        # Kernels for four generations take some 15 to 40 MB; a second copy of any weight would show.
+        name = f"{row['model']} {row['dialect']} {row['recipe']}"
+        report.at_most(f"{name}: failed", sum(row[c] == "failed" for c in CAPABILITIES), 0)
+        if row["model"] not in ("S decoder", "M decoder") or row["engine MB"] is None:
+            continue
+        # Kernels for all generations take some 15 to 60 MB; a second copy of any weight would show.
         report.at_most(f"{name}: engine beyond weights, MB", row["engine MB"] - row["weights MB"], MOST_BEYOND_WEIGHTS)
-        if row["geometry"] == "M" and row["recipe"] == "fp16":
+        if row["model"] == "M decoder" and row["recipe"] == "fp16":
             report.at_most(f"{name}: engine bytes", row["engine MB"] * 1e6, LARGEST_M_FP16)
+        if row["model"] == "M decoder" and row["recipe"] == "int4":
+            report.at_least(f"{name}: built for SM86", row["SM86"] == "built", 1)
 
 
 if __name__ == "__main__":

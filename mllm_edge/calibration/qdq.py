@@ -2,10 +2,11 @@
 
 `linear` picks the form from a Precision and from what the graph may hold. Forms for the `contrib` dialect (ONNX
 Runtime's own operators): float MatMul, half-precision weights cast on load, DynamicQuantizeMatMul and
-MatMulIntegerToFloat (uint8 activations: signed ones are many times slower there), MatMulNBits (blocks). For the
-standard dialects: MatMul in the graph's float type, and MatMul over DequantizeLinear of int8 weights per output channel
-or int4 weights in blocks, activations as QuantizeLinear → DequantizeLinear (all symmetric, positive scales, zero points
-0, as TensorRT demands).
+MatMulIntegerToFloat (uint8 activations: signed ones are many times slower there), MatMulNBits (blocks); in half
+precision, for CUDA, whose kernels quantize no activations, MatMul and MatMulNBits alone. For the standard dialects:
+MatMul in the graph's float type, and MatMul over DequantizeLinear of int8 weights per output channel or int4 weights in
+blocks, activations as QuantizeLinear → DequantizeLinear (all symmetric, positive scales, zero points 0, as TensorRT
+demands).
 """
 
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from mllm_edge.calibration.recipes import Precision, block_size
 if TYPE_CHECKING:
     from mllm_edge.export.graph import GraphBuilder
 
-__all__ = ["Linear", "Rounding", "linear", "pack_blocks", "quantized_input", "to_float", "to_half"]
+__all__ = ["Linear", "Rounding", "keeps_activations", "linear", "pack_blocks", "quantized_input", "to_float", "to_half"]
 
 _MICROSOFT = "com.microsoft"
 _FLOAT, _HALF, _UINT8, _INT8 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.UINT8, ir.DataType.INT8
@@ -67,11 +68,18 @@ def quantized_input(graph: "GraphBuilder", x: ir.Value, name: str, where: Range)
     return codes if graph.contrib else graph.node("DequantizeLinear", [codes, scale, zero], f"{name}.int8")
 
 
+def keeps_activations(graph: "GraphBuilder") -> bool:
+    """Whether activations stay as they are whatever a recipe says: `contrib` in half precision is the form for CUDA,
+    which has no kernels of DynamicQuantizeMatMul and MatMulIntegerToFloat. Weights in 8 bits save memory all the same.
+    """
+    return graph.contrib and graph.float_type != _FLOAT
+
+
 def linear(graph: "GraphBuilder", x: ir.Value, layer: Linear, precision: Precision) -> ir.Value:
     """Append `layer` applied to x [..., in] in the graph's float type; returns [..., out] in that type."""
-    if not graph.contrib:
+    if not graph.contrib or (keeps_activations(graph) and precision.kind in ("float32", "float16")):
         return _standard(graph, x, layer, precision)
-    if precision.kind == "blocks":
+    if precision.kind == "blocks" or keeps_activations(graph):
         return _blocks(graph, x, layer, precision)
     if precision.kind == "int8_static":
         return _int8_static(graph, layer)
@@ -211,12 +219,20 @@ def _blocks(graph: "GraphBuilder", x: ir.Value, layer: Linear, precision: Precis
     packed = graph.weight(
         f"{layer.name}.weight", _UINT8, (rows, blocks, block * bits // 8), lambda: pack_blocks(quantized()[0], bits)
     )
-    scales = graph.weight(f"{layer.name}.scale", _FLOAT, (rows, blocks), lambda: quantized()[1])
-    inputs = [x, packed, scales, None, None, _bias(graph, layer)]
-    # accuracy_level 4 quantizes activations to int8 per block: the only level with fast CPU kernels.
-    return graph.node(
-        "MatMulNBits", inputs, layer.name, _MICROSOFT, K=row, N=rows, bits=bits, block_size=block, accuracy_level=4
+    name, kind, bias = layer.name, graph.float_type, _bias(graph, layer)
+    scales = graph.weight(
+        f"{name}.scale", kind, (rows, blocks), lambda: to_float(f"{name}.scale", quantized()[1], kind)
     )
+    shape = {"K": row, "N": rows, "bits": bits, "block_size": block}
+    if not keeps_activations(graph):
+        inputs = [x, packed, scales, None, None, bias]
+        # accuracy_level 4 quantizes activations to int8 per block: the only level with fast CPU kernels.
+        return graph.node("MatMulNBits", inputs, name, _MICROSOFT, **shape, accuracy_level=4)
+    if bias is None:
+        return graph.node("MatMulNBits", [x, packed, scales], name, _MICROSOFT, **shape)
+    # CUDA's kernel adds no bias.
+    product = graph.node("MatMulNBits", [x, packed, scales], f"{name}.matmul", _MICROSOFT, **shape)
+    return graph.node("Add", [product, bias], name)
 
 
 class _Once:

@@ -24,7 +24,7 @@ def command(ctx: click.Context, as_json: bool) -> None:
     A target works when this version runs its bundles on this machine. The exit code is 0 when at least one works.
     """
     from mllm_edge.runtime.backends.installed import engines, extras, wheels
-    from mllm_edge.runtime.doctor import diagnose, wheel_problems
+    from mllm_edge.runtime.doctor import best_target, diagnose, machine_problems, precisions, wheel_problems
     from mllm_edge.runtime.machine import read_machine
 
     machine, found, brought = read_machine(Path("/"), shutil.which("nvidia-smi")), engines(), wheels()
@@ -36,8 +36,10 @@ def command(ctx: click.Context, as_json: bool) -> None:
         "machine": dataclasses.asdict(machine),
         "engines": {name: dataclasses.asdict(engine) for name, engine in found.items()},
         "wheels": brought,
-        "problems": [dataclasses.asdict(problem) for problem in wheel_problems(brought)],
+        "precisions": {gpu.name: precisions(gpu.compute_capability) for gpu in machine.gpus},
+        "problems": [dataclasses.asdict(p) for p in (*machine_problems(machine), *wheel_problems(brought))],
         "targets": {t.name: {**dataclasses.asdict(t), "works": t.works} for t in targets},
+        "use": best_target(targets),
     }
     if as_json:
         print_json(report)
@@ -48,14 +50,16 @@ def command(ctx: click.Context, as_json: bool) -> None:
 
 
 def _text(report: dict[str, Any]) -> str:
-    lines = [f"{name:<15}{value}" for name, value in (_machine(report) | _software(report)).items() if value]
+    lines = [f"{name:<16}{value}" for name, value in (_machine(report) | _software(report)).items() if value]
     for problem in report["problems"]:
         lines += [f"problem: {problem['what']}", f"  fix: {problem['fix']}"]
     lines.append("")
     for name, target in report["targets"].items():
-        lines.append(f"{name:<15}{_verdict(target)}")
+        lines.append(f"{name:<16}{_verdict(target)}")
         for problem in target["problems"]:
             lines += [f"  {problem['what']}", f"    fix: {problem['fix']}"]
+    if report["use"]:
+        lines += ["", f"{'use':<16}mllm-edge export --target {report['use']}"]
     return "\n".join(lines)
 
 
@@ -67,11 +71,22 @@ def _machine(report: dict[str, Any]) -> dict[str, str]:
         "board": m["board"] + (f", L4T {m['l4t']}, JetPack {m['jetpack'] or '?'}" if m["l4t"] else ""),
         "processor": f"{m['cpu'] or m['architecture']}{cores}",
         "features": ", ".join(m["features"]),
-        "memory": f"{bytes_text(m['memory'])}, {bytes_text(m['memory_free'])} free" if m["memory"] else "",
+        "memory": _memory(m),
         "disk": f"{bytes_text(m['disk_free'])} free",
+        "power mode": m["power"]["name"] if m["power"] else "",
         "driver": m["driver"],
+        "CUDA": m["cuda"],
         "GPU": "; ".join(_gpu(gpu) for gpu in m["gpus"]),
+        "precisions": "; ".join(", ".join(found) for found in report["precisions"].values()),
+        "system TensorRT": m["tensorrt"],
     }
+
+
+def _memory(machine: dict[str, Any]) -> str:
+    if not machine["memory"]:
+        return ""
+    shared = ", shared with the GPU" if machine["unified"] else ""
+    return f"{bytes_text(machine['memory'])}, {bytes_text(machine['memory_free'])} free{shared}"
 
 
 def _gpu(gpu: dict[str, Any]) -> str:

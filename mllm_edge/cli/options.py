@@ -18,7 +18,7 @@ __all__ = [
 ]
 
 # Repeated here so that the help needs no export extra; a test compares them with the exporter's own.
-TARGETS = ("cpu", "tensorrt", "tensorrt-10.3")
+TARGETS = ("cpu", "cuda", "tensorrt", "tensorrt-10.3")
 POSITIVE = click.IntRange(min=1)
 _COUNT = click.IntRange(min=0)
 _FRACTION = click.FloatRange(0, 1)
@@ -44,9 +44,7 @@ _SAMPLING = (
 _RUNTIME = (
     click.option("--threads", type=POSITIVE, help="Threads inside one operator; default: physical cores."),
     click.option("--max-context", type=POSITIVE, help="Most tokens of prompt and answer together."),
-    click.option(
-        "--backend", type=click.Choice(["auto", "cpu", "tensorrt", "tensorrt-10.3"]), default="auto", show_default=True
-    ),
+    click.option("--backend", type=click.Choice(["auto", *TARGETS]), default="auto", show_default=True),
 )
 
 

@@ -1,8 +1,10 @@
-"""What a standard-dialect graph may hold, checked before it ships.
+"""What a graph for a GPU may hold, checked before it ships.
 
 TensorRT's ONNX parser accepts two things that it then gets wrong without an error (seen in TensorRT for RTX 1.7): it
 drops `nonpad_kv_seqlen`, and it reads `is_causal` as aligned to the upper left, which is not what a cache needs. Such a
-graph builds, runs and is wrong. Others it refuses on the device, after minutes. Both are found here, by reading.
+graph builds, runs and is wrong. Others it refuses on the device, after minutes. Both are found here, by reading. ONNX
+Runtime moves a node without a CUDA kernel to the processor without a word, with copies of its inputs and outputs at
+each run: that is found here, too.
 """
 
 import json
@@ -13,7 +15,7 @@ import onnx_ir as ir
 
 from mllm_edge.errors import ExportError
 
-__all__ = ["check_graph", "tensorrt_10_3_operators"]
+__all__ = ["check_cuda_graph", "check_graph", "tensorrt_10_3_operators"]
 
 # Standard operators newer than the table of TensorRT 10.3, which TensorRT ≥ 10.15 has as layers of its own.
 _OPSET24 = {"Attention", "RMSNormalization", "RotaryEmbedding", "TensorScatter"}
@@ -27,6 +29,42 @@ def tensorrt_10_3_operators() -> frozenset[str]:
     """Operators of the default domain that TensorRT 10.3 documents as supported; the file names its source."""
     text = files("mllm_edge.export").joinpath("tensorrt_10_3.json").read_text(encoding="utf-8")
     return frozenset(json.loads(text)["operators"])
+
+
+# ONNX Runtime makes an initializer of the one and a Cast of the other when it loads a graph.
+_RESOLVED = {"Constant", "CastLike"}
+
+
+@cache
+def _cuda_kernels() -> tuple[frozenset[str], dict[str, dict[str, str]]]:
+    """Operators that ONNX Runtime has half-precision CUDA kernels of, and operator → index → the input's name for
+    inputs that these kernels refuse; the file names its source."""
+    known = json.loads(files("mllm_edge.export").joinpath("onnxruntime_cuda.json").read_text(encoding="utf-8"))
+    return frozenset(known["operators"]), known["refused_inputs"]
+
+
+def check_cuda_graph(model: ir.Model) -> None:
+    """Raise ExportError when a half-precision graph of the contrib dialect holds what ONNX Runtime has no CUDA kernel
+    for."""
+    operators, refused = _cuda_kernels()
+    for node in model.graph:
+        name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+        if name in _RESOLVED:
+            continue
+        if name not in operators:
+            raise _no_kernel(node, name)
+        for index, part in refused.get(node.op_type, {}).items():
+            if len(node.inputs) > int(index) and node.inputs[int(index)] is not None:
+                raise _no_kernel(node, f"{name} with {part}")
+        if node.op_type == "GroupQueryAttention" and "causal" in node.attributes:
+            raise _no_kernel(node, f"{name} with causal = 0")
+
+
+def _no_kernel(node: ir.Node, what: str) -> ExportError:
+    return ExportError(
+        f"target cuda: node {node.name} is {what}, which ONNX Runtime has no half-precision CUDA kernel for",
+        "export for --target tensorrt, or tensorrt-10.3 for an older TensorRT",
+    )
 
 
 def check_graph(model: ir.Model, dialect: str) -> None:

@@ -9,10 +9,10 @@ import onnx_ir as ir
 from mllm_edge.calibration.findings import Findings, LayerFindings
 from mllm_edge.calibration.layers import Group, Layer, find_groups, find_layers
 from mllm_edge.calibration.methods import rtn
-from mllm_edge.calibration.qdq import Linear, linear, quantized_input, to_float
+from mllm_edge.calibration.qdq import Linear, keeps_activations, linear, quantized_input, to_float
 from mllm_edge.calibration.recipes import Precision
 from mllm_edge.export.datafile import DataSink
-from mllm_edge.export.gate import check_graph
+from mllm_edge.export.gate import check_cuda_graph, check_graph
 from mllm_edge.export.graph import GraphBuilder
 
 __all__ = ["requantize"]
@@ -31,7 +31,7 @@ def requantize(
     graph = model.graph
     layers = find_layers(graph)
     groups = find_groups(layers)
-    float_type = _float_type(graph, dialect)
+    float_type = _float_type(graph)
     _write_others(graph, layers, findings, data)
     opset = graph.opset_imports[""]
     new = lambda: GraphBuilder(graph.name or "", opset, data, float_type, contrib=dialect == "contrib")  # noqa: E731
@@ -49,14 +49,14 @@ def requantize(
     graph.opset_imports[""] = opset
     if dialect == "contrib":
         graph.opset_imports["com.microsoft"] = 1
+        if float_type != ir.DataType.FLOAT:
+            check_cuda_graph(model)
     else:
         check_graph(model, dialect)
     return model
 
 
-def _float_type(graph: ir.Graph, dialect: str) -> ir.DataType:
-    if dialect == "contrib":
-        return ir.DataType.FLOAT
+def _float_type(graph: ir.Graph) -> ir.DataType:
     return next(value.dtype for value in graph.inputs if value.dtype in _FLOATS)
 
 
@@ -90,7 +90,7 @@ def _quantize_input(
 ) -> ir.Value | None:
     """The group's input in 8 bits, once for all of its layers that take it so."""
     takers = [layer for layer in group.layers if precision(layer.name).kind == "int8_static"]
-    if not takers:
+    if not takers or keeps_activations(builder):
         return None
     first = found[takers[0].name]
     assert first is not None

@@ -15,7 +15,12 @@ __all__ = ["TARGETS", "Form", "forms"]
 Dialect = Literal["contrib", "opset24", "opset17"]
 _FLOAT, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 
-TARGETS: Mapping[str, Dialect] = {"cpu": "contrib", "tensorrt": "opset24", "tensorrt-10.3": "opset17"}
+TARGETS: Mapping[str, Dialect] = {
+    "cpu": "contrib",
+    "cuda": "contrib",
+    "tensorrt": "opset24",
+    "tensorrt-10.3": "opset17",
+}
 _MINIMUM = {"contrib": contrib.MINIMUM, "opset24": opset24.MINIMUM, "opset17": opset17.MINIMUM}
 _FALLBACK = "cpu"
 
@@ -48,7 +53,7 @@ class Form:
 def forms(targets: Sequence[str], recipe: str, fallback: bool = True) -> tuple[Form, ...]:
     """The forms that `targets` ask for, the CPU's first: it is added unless `fallback` is False.
 
-    Raises ExportError for an unknown target, or none.
+    Raises ExportError for an unknown target, or none, and for cuda in float32.
     """
     for target in targets:
         if target not in TARGETS:
@@ -56,5 +61,10 @@ def forms(targets: Sequence[str], recipe: str, fallback: bool = True) -> tuple[F
     wanted = [target for target in TARGETS if target in targets or (fallback and target == _FALLBACK)]
     if not wanted:
         raise ExportError("no target is named", f"known targets: {', '.join(TARGETS)}")
+    if "cuda" in wanted and recipe == "fp32":
+        raise ExportError(
+            "target cuda has no float32 form: ONNX Runtime's CUDA kernel of GroupQueryAttention takes half precision",
+            "--recipe fp16, int8 or int4",
+        )
     half = _FLOAT if recipe == "fp32" else _HALF
     return tuple(Form(target, _FLOAT if target == _FALLBACK else half) for target in wanted)

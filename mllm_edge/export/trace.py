@@ -12,7 +12,7 @@ from mllm_edge.calibration.qdq import Linear, linear, to_float
 from mllm_edge.calibration.recipes import Precision
 from mllm_edge.export.datafile import DataSink
 from mllm_edge.export.decoder.dialects import standard
-from mllm_edge.export.gate import check_graph
+from mllm_edge.export.gate import check_cuda_graph, check_graph
 from mllm_edge.export.graph import MICROSOFT, GraphBuilder
 from mllm_edge.export.plan import TracedComponent
 from mllm_edge.export.safetensors import Weights
@@ -100,6 +100,8 @@ def lower(
     graph.opset_imports[""] = opset
     if dialect == "contrib":
         graph.opset_imports[MICROSOFT] = 1
+        if float_type != _FLOAT:
+            check_cuda_graph(model)
     else:
         check_graph(model, dialect)
     graph.name = component.name

@@ -13,7 +13,7 @@ from mllm_edge.spec import Variant
 __all__ = ["BACKENDS", "TENSORRT", "Backend", "Buffer", "Session", "open_backend"]
 
 TENSORRT = ("tensorrt", "tensorrt-10.3")
-BACKENDS = ("auto", "cpu", *TENSORRT)
+BACKENDS = ("auto", "cpu", "cuda", *TENSORRT)
 
 
 class Buffer(Protocol):
@@ -45,7 +45,8 @@ class Session(Protocol):
         ...
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run with arrays in and new arrays out; unbound outputs only. What is fed stays bound."""
+        """Run with arrays in and new arrays out; unbound outputs only. What is fed stays bound, and its contents are
+        read at each run, unless the array is read-only: then it is taken to stay as it is until another is given."""
         ...
 
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
@@ -78,8 +79,8 @@ def open_backend(
     notice: Callable[[str], None] = lambda text: None,
 ) -> Backend:
     """The backend called `name`; `auto` takes TensorRT where this machine and the decoder of `bundle` are made for it,
-    else the processor, which always works. That one executes the graphs made for `target`: other targets' serve
-    comparisons.
+    else ONNX Runtime's CUDA provider likewise, else the processor, which always works. That one executes the graphs
+    made for `target`: other targets' serve comparisons.
 
     `max_seq`: tokens that a sequence must be able to have. `notice` is told about what takes long. Raises BackendError
     for an unknown name or a runtime that is not installed.
@@ -90,6 +91,10 @@ def open_backend(
         from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 
         return OnnxRuntimeCpu(threads, target)
+    if name == "cuda":
+        from mllm_edge.runtime.backends.onnxruntime_cuda import OnnxRuntimeCuda
+
+        return OnnxRuntimeCuda()
     if name in TENSORRT:
         from mllm_edge.runtime.backends.tensorrt import TensorRT
 
@@ -98,11 +103,16 @@ def open_backend(
 
 
 def _best(bundle: Bundle) -> str:
-    """The first TensorRT target that the decoder has and this machine executes; cpu where there is none."""
+    """The first target of the GPU that the decoder has and this machine executes; cpu where there is none."""
     targets = [variant.target for variant in bundle.manifest.components["decoder"].variants]
-    wanted = [target for target in TENSORRT if target in targets]
-    if not wanted:
-        return "cpu"
-    from mllm_edge.runtime.backends.tensorrt_engines import usable
+    if any(target in targets for target in TENSORRT):
+        from mllm_edge.runtime.backends.tensorrt_engines import usable
 
-    return next((target for target in wanted if usable(target)), "cpu")
+        for target in TENSORRT:
+            if target in targets and usable(target):
+                return target
+    if "cuda" in targets:
+        from mllm_edge.runtime.backends import onnxruntime_cuda
+
+        return "cuda" if onnxruntime_cuda.usable() else "cpu"
+    return "cpu"

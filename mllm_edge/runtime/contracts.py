@@ -69,7 +69,7 @@ class _Shared:
         self._defaults: tuple[tuple[int, int], dict[str, np.ndarray]] = ((0, 0), {})
 
     def reset(self, capacity: int) -> None:
-        self._ropes = [RotaryTable(spec, capacity) for spec in self._specs]
+        self._ropes = [RotaryTable(spec, capacity, self._dtype) for spec in self._specs]
 
     def cross(self, cross_kv: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
         names = [name for name in self._inputs if name.startswith("cross.")]
@@ -79,6 +79,7 @@ class _Shared:
             found = {name: np.zeros((1, *_sizes(self._inputs[name], 1)), self._dtype) for name in names}
         else:
             found = {name: np.ascontiguousarray(cross_kv[name], self._dtype) for name in names}
+        found = {name: _fixed(array) for name, array in found.items()}
         self._features = next(iter(found.values())).shape[2] if found else 1
         self._defaults = ((0, 0), {})
         return found
@@ -157,7 +158,7 @@ class _Contrib(_Shared):
         self._total[...] = int((step.pasts + step.counts).max())
         if self.place(step) or fresh:
             for k, rope in enumerate(self._ropes):
-                feeds |= {_numbered("cos", k): rope.cos, _numbered("sin", k): rope.sin}
+                feeds |= {_numbered("cos", k): _fixed(rope.cos), _numbered("sin", k): _fixed(rope.sin)}
         return feeds | self.biases(step) | self.optional(step, extras)
 
 
@@ -178,10 +179,17 @@ class _Standard(_Shared):
         for k, rope in enumerate(self._ropes):
             for name, table in (("cos", rope.cos), ("sin", rope.sin)):
                 rows = np.stack([table[past : past + step.tokens] for past in step.pasts])
-                feeds[_numbered(name, k)] = rows.astype(self._dtype, copy=False)
+                feeds[_numbered(name, k)] = rows
         if self._writes:
             feeds["write_indices"] = step.pasts
         return feeds | self.optional(step, extras)
+
+
+def _fixed(array: np.ndarray) -> np.ndarray:
+    """A view that tells the session: the contents stay until another array is given."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
 
 
 def _numbered(name: str, index: int) -> str:

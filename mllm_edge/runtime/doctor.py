@@ -1,16 +1,28 @@
 """Which targets work on this machine, and what stands in the way of the others."""
 
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from mllm_edge.runtime.backends.installed import Engine, version_numbers
 from mllm_edge.runtime.machine import Machine
 
-__all__ = ["EXPORTED", "MINIMUM", "RUNNABLE", "Problem", "Target", "diagnose", "wheel_problems"]
+__all__ = [
+    "EXPORTED",
+    "MINIMUM",
+    "RUNNABLE",
+    "Problem",
+    "Target",
+    "best_target",
+    "diagnose",
+    "machine_problems",
+    "precisions",
+    "wheel_problems",
+]
 
 # The targets that this version writes graphs for, and those that its backends execute.
-EXPORTED = ("cpu", "tensorrt", "tensorrt-10.3")
-RUNNABLE = ("cpu", "tensorrt", "tensorrt-10.3")
+EXPORTED = ("cpu", "cuda", "tensorrt", "tensorrt-10.3")
+RUNNABLE = ("cpu", "cuda", "tensorrt", "tensorrt-10.3")
 # Target → engine → its lowest version; one engine is enough. Repeated here because a device has no exporter.
 MINIMUM: Mapping[str, Mapping[str, str]] = {
     "cpu": {"onnxruntime": "1.23"},
@@ -18,6 +30,10 @@ MINIMUM: Mapping[str, Mapping[str, str]] = {
     "tensorrt": {"tensorrt": "10.15", "tensorrt_rtx": "1.2"},
     "tensorrt-10.3": {"tensorrt": "10.3", "tensorrt_rtx": "1.0"},
 }
+# The fastest first.
+_PREFERRED = ("tensorrt", "tensorrt-10.3", "cuda", "cpu")
+# The oldest compute capability whose kernels TensorRT has for each.
+_PRECISIONS = {"fp16": (7, 5), "int8": (7, 5), "int4": (8, 0), "fp8": (8, 9)}
 _NAMES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT for RTX"}
 
 
@@ -56,6 +72,27 @@ def diagnose(
         "tensorrt-10.3": [*_gpu(machine), *_tensorrt(machine, engines, "tensorrt-10.3"), *_bindings(machine, engines)],
     }
     return tuple(Target(name, name in EXPORTED, name in runnable, tuple(problems)) for name, problems in found.items())
+
+
+def best_target(targets: Collection[Target]) -> str:
+    """The one to export for and to run here; "" when none works."""
+    working = {target.name for target in targets if target.works}
+    return next((name for name in _PREFERRED if name in working), "")
+
+
+def precisions(compute_capability: str) -> tuple[str, ...]:
+    """What a GPU computes in or reads weights in; empty where its capability ("8.7") is not known."""
+    version = version_numbers(compute_capability)
+    return tuple(name for name, oldest in _PRECISIONS.items() if version >= oldest)
+
+
+def machine_problems(machine: Machine) -> list[Problem]:
+    """What makes this machine slower than it is."""
+    power = machine.power
+    if power is None or power.name == power.fastest:
+        return []
+    what = f"power mode {power.name} limits the clocks; {power.fastest} does not"
+    return [Problem(what, f"sudo nvpmodel -m {power.number} && sudo jetson_clocks")]
 
 
 def wheel_problems(wheels: Mapping[str, Collection[str]]) -> list[Problem]:
@@ -109,11 +146,28 @@ def _tensorrt(machine: Machine, engines: Mapping[str, Engine], target: str) -> l
     if machine.l4t:  # TensorRT for RTX is not made for Jetson
         minimum.pop("tensorrt_rtx")
     found = [name for name in minimum if name in engines]
+    if not found and machine.tensorrt:
+        system = Engine("tensorrt", machine.tensorrt)
+        return [_too_old(machine, system, _NAMES["tensorrt"], minimum["tensorrt"], target) or _unseen(machine)]
     if not found:
         install = "sudo apt install nvidia-jetpack" if machine.l4t else 'pip install tensorrt, or "mllm-edge[rtx]"'
         return [Problem("TensorRT is not installed", install)]
     problems = [_too_old(machine, engines[name], _NAMES[name], minimum[name], target) for name in found]
     return [] if None in problems else [problem for problem in problems if problem]
+
+
+def _unseen(machine: Machine) -> Problem:
+    """TensorRT belongs to the system, and virtual environments do not look there unless they are told to."""
+    here, seen = "{}.{}".format(*sys.version_info), machine.tensorrt_python
+    if not seen:
+        what = f"TensorRT {machine.tensorrt} is installed, but not its Python module"
+        return Problem(what, "sudo apt install python3-libnvinfer")
+    which = "3" if "3" in seen or here in seen else max(seen, key=version_numbers)
+    return Problem(
+        f"TensorRT {machine.tensorrt} is installed for the system's Python {', '.join(seen)}, and not visible here "
+        f"(Python {here})",
+        f"make the environment with python{which} -m venv --system-site-packages, and install mllm-edge there",
+    )
 
 
 def _bindings(machine: Machine, engines: Mapping[str, Engine]) -> list[Problem]:

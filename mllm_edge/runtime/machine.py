@@ -1,14 +1,15 @@
 """What hardware this is, from files below a root: processor, memory, board, NVIDIA GPUs."""
 
 import csv
+import json
 import platform
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-__all__ = ["Gpu", "Machine", "read_machine"]
+__all__ = ["Gpu", "Machine", "PowerMode", "read_machine"]
 
 # What the CPU kernels make use of.
 _FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm")
@@ -20,7 +21,10 @@ _CORES = {
     0xD0B: "Cortex-A76",
     0xD0C: "Neoverse-N1",
     0xD42: "Cortex-A78AE",
+    0xD83: "Neoverse-V3AE",
 }
+# Jetson → compute capability.
+_BOARDS = {"Orin": "8.7", "Thor": "11.0"}
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,19 @@ class Gpu:
 
 
 @dataclass(frozen=True)
+class PowerMode:
+    """A Jetson's power mode in use, and the one without a limit; its `number` is nvpmodel's."""
+
+    name: str
+    fastest: str
+    number: int
+
+
+@dataclass(frozen=True)
 class Machine:
-    """Sizes in bytes, 0 and "" for what the system does not tell. `jetpack`: the major version, on a Jetson."""
+    """Sizes in bytes, 0 and "" for what the system does not tell. `jetpack`: the major version, on a Jetson. `unified`:
+    the GPU uses the processor's memory. `tensorrt`: the version of the system's own TensorRT, and `tensorrt_python` the
+    versions of Python that see it."""
 
     architecture: str
     cpu: str
@@ -49,6 +64,11 @@ class Machine:
     jetpack: str
     driver: str
     gpus: tuple[Gpu, ...]
+    unified: bool = False
+    cuda: str = ""
+    power: PowerMode | None = None
+    tensorrt: str = ""
+    tensorrt_python: tuple[str, ...] = ()
 
 
 def read_machine(root: Path = Path("/"), nvidia_smi: str | None = None, architecture: str = "") -> Machine:
@@ -62,8 +82,10 @@ def read_machine(root: Path = Path("/"), nvidia_smi: str | None = None, architec
     l4t = _l4t(_text(root / "etc/nv_tegra_release"))
     driver, gpus = _nvidia(root, nvidia_smi)
     board = _text(root / "proc/device-tree/model").strip("\0 \n")
-    if l4t and not gpus:
-        gpus = (Gpu(f"integrated, {board}", compute_capability="8.7" if "Orin" in board else ""),)
+    if l4t:
+        # nvidia-smi is missing on older boards, and tells little on others.
+        gpus = gpus or (Gpu(f"integrated, {board}"),)
+        gpus = tuple(replace(gpu, compute_capability=gpu.compute_capability or _capability(board)) for gpu in gpus)
     return Machine(
         architecture=architecture or platform.machine(),
         cpu=_cpu_name(fields),
@@ -78,6 +100,11 @@ def read_machine(root: Path = Path("/"), nvidia_smi: str | None = None, architec
         jetpack={"35": "5", "36": "6", "38": "7", "39": "7"}.get(l4t.partition(".")[0], ""),
         driver=driver,
         gpus=gpus,
+        unified=bool(l4t) or any("GB10" in gpu.name for gpu in gpus),
+        cuda=_cuda(_text(root / "usr/local/cuda/version.json")),
+        power=_power(root) if l4t else None,
+        tensorrt=_tensorrt(root),
+        tensorrt_python=_tensorrt_python(root),
     )
 
 
@@ -104,11 +131,52 @@ def _l4t(text: str) -> str:
     return f"{match[1]}.{match[2]}" if match else ""
 
 
+def _capability(board: str) -> str:
+    return next((capability for name, capability in _BOARDS.items() if name in board), "")
+
+
+def _cuda(text: str) -> str:
+    """The toolkit's version, from its version.json."""
+    try:
+        return str(json.loads(text)["cuda"]["version"])
+    except (ValueError, KeyError, TypeError):
+        return ""
+
+
+def _power(root: Path) -> PowerMode | None:
+    """nvpmodel keeps the mode's number in one file and all modes' names in another."""
+    number = re.search(r"pmode:(\d+)", _text(root / "var/lib/nvpmodel/status"))
+    rows = re.findall(r"<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)", _text(root / "etc/nvpmodel.conf"))
+    names = {int(i): name for i, name in rows}
+    fastest = next((i for i, name in names.items() if "MAXN" in name), None)
+    if number is None or int(number[1]) not in names or fastest is None:
+        return None
+    return PowerMode(names[int(number[1])], names[fastest], fastest)
+
+
+def _tensorrt(root: Path) -> str:
+    """The version in the name of the library: libnvinfer.so.10.3.0."""
+    names = [path.name for path in root.glob("usr/lib/*-linux-gnu/libnvinfer.so.*.*")]
+    return max((name.split(".so.")[1] for name in names), default="", key=_numbers)
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in version.split(".") if number.isdigit()]
+
+
+def _tensorrt_python(root: Path) -> tuple[str, ...]:
+    folders = root.glob("usr/lib/python3*/dist-packages/tensorrt/__init__.py")
+    return tuple(sorted(path.parts[-4].removeprefix("python") for path in folders))
+
+
 def _nvidia(root: Path, program: str | None) -> tuple[str, tuple[Gpu, ...]]:
     """Driver version and GPUs; the program knows more than the files do."""
     asked = _ask(program) if program else []
     if asked:
-        gpus = [Gpu(name, int(float(mib) * 2**20) if _is_number(mib) else 0, cc) for name, _, mib, cc in asked]
+        gpus = [
+            Gpu(name, int(float(mib) * 2**20) if _is_number(mib) else 0, cc if _is_number(cc) else "")
+            for name, _, mib, cc in asked
+        ]
         return asked[0][1], tuple(gpus)
     match = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)\s", _text(root / "proc/driver/nvidia/version"))
     texts = [_text(path) for path in sorted(root.glob("proc/driver/nvidia/gpus/*/information"))]

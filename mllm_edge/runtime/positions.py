@@ -5,6 +5,7 @@ The kinds are those of transformers' `modeling_rope_utils`, whose results they r
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -61,7 +62,7 @@ def check_positions(ropes: Sequence[RopeSpec], positions: np.ndarray, tokens: in
 
 
 class RotaryTable:
-    """`cos` and `sin` [capacity, dim/2] float32: a row per place in the cache, for the token that is written there.
+    """`cos` and `sin` [capacity, dim/2] of `dtype`: a row per place in the cache, for the token that is written there.
 
     Rows of a kind that does not depend on the sequence's length are made once. Else each step writes the rows of its
     own tokens, with frequencies for the length reached by then; this is what transformers does. Keys that are cached
@@ -71,9 +72,9 @@ class RotaryTable:
     whole sequence when `generate` crosses the limit; forward does not, nor does this.)
     """
 
-    def __init__(self, rope: RopeSpec, capacity: int):
+    def __init__(self, rope: RopeSpec, capacity: int, dtype: Any = np.float32):
         self._rope = rope
-        self.cos, self.sin = rope_tables(rope, np.arange(capacity))
+        self.cos, self.sin = (table.astype(dtype, copy=False) for table in rope_tables(rope, np.arange(capacity)))
         self._fixed = not rope.depends_on_length
 
     def place(self, past: int, tokens: int, positions: np.ndarray | None = None, length: int | None = None) -> bool:

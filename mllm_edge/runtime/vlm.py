@@ -100,10 +100,10 @@ class VLM:
     ) -> "VLM":
         """Open the bundle in directory `path`.
 
-        `backend`: auto, cpu, tensorrt or tensorrt-10.3; auto takes TensorRT where the bundle and this machine are made
-        for it. `threads`: inside one operator, default physical cores. `max_context`: a lower bound on memory than the
-        model's own context length. `notice` is told when engines have to be built first, and when a component runs on
-        the processor because TensorRT refuses it. Raises BundleError, BackendError.
+        `backend`: auto, cpu, cuda, tensorrt or tensorrt-10.3; auto takes the GPU where the bundle and this machine are
+        made for it. `threads`: inside one operator, default physical cores. `max_context`: a lower bound on memory than
+        the model's own context length. `notice` is told when engines have to be built first, and when a component runs
+        on the processor because the GPU's engine refuses it. Raises BundleError, BackendError.
         """
         if max_context is not None and max_context < 1:
             raise ValueError(f"max_context must be positive, not {max_context}")
@@ -179,10 +179,18 @@ class VLM:
         """Prompt tokens, image tokens included, for images of these (height, width); nothing is run."""
         return self.processor.count_tokens(prompt, image_sizes)
 
-    def component(self, name: str, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run one component by itself (all but the decoder), its inputs cast to the graph's types."""
+    def component(self, name: str, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Run one component by itself (all but the decoder), its inputs cast to the graph's types.
+
+        On TensorRT an input may lie in CUDA memory already: an array with `__cuda_array_interface__` is read where it
+        lies, and must have the graph's type.
+        """
         types = self._types[name]
-        return self._sessions[name].run({key: np.asarray(value, types[key]) for key, value in feeds.items()})
+        inputs = {
+            key: value if hasattr(value, "__cuda_array_interface__") else np.asarray(value, types[key])
+            for key, value in feeds.items()
+        }
+        return self._sessions[name].run(inputs)
 
     def image_features(self, prompt: Prompt, trace: Trace | None = None) -> np.ndarray:
         """Vision encoder and connector: the images of a prompt that has some → features [tokens, hidden] float32."""

@@ -11,10 +11,10 @@ import pytest
 from click.testing import Result
 
 from mllm_edge.export.pipeline import export
-from mllm_edge.export.targets import TARGETS
 from mllm_edge.export.verify import LIMITS
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.compare import TOLERANCES, Outputs, summarize, synthetic_cases
+from tests.tiny_families import FLOAT32_TARGETS
 
 Cli = Callable[..., Result]
 
@@ -31,11 +31,11 @@ def coarse(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def everywhere(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model for all targets, at fp32."""
     out = tmp_path_factory.mktemp("everywhere") / "bundle"
-    export(str(tiny_checkpoint), out, targets=tuple(TARGETS), recipe_name="fp32", verify_mode="off")
+    export(str(tiny_checkpoint), out, targets=FLOAT32_TARGETS, recipe_name="fp32", verify_mode="off")
     return out
 
 
-@pytest.mark.parametrize("target", [name for name in TARGETS if name != "cpu"])
+@pytest.mark.parametrize("target", [name for name in FLOAT32_TARGETS if name != "cpu"])
 @pytest.mark.parametrize("with_source", [False, True])
 def test_a_named_target(
     cli: Cli, everywhere: Path, tiny_checkpoint: Path, target: str, with_source: bool, monkeypatch

@@ -38,12 +38,13 @@ def test_text(cli: Cli, here: Callable[..., None]) -> None:
     result = cli("doctor")
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert f"{'cpu':<15}works" in lines
-    assert f"{'tensorrt':<15}does not work here" in lines
-    assert f"{'cuda':<15}not in this version, whatever is installed" in lines
-    assert f"{'extras':<15}cpu, export (lacks torch, onnx)" in lines
-    assert f"{'board':<15}Example Board, L4T 36.4.3, JetPack 6" in lines
-    assert f"{'onnxruntime':<15}1.23.0 (CPUExecutionProvider)" in lines
+    assert f"{'cpu':<16}works" in lines
+    assert f"{'tensorrt':<16}does not work here" in lines
+    assert f"{'cuda':<16}does not work here" in lines
+    assert lines[-1] == f"{'use':<16}mllm-edge export --target cpu"
+    assert f"{'extras':<16}cpu, export (lacks torch, onnx)" in lines
+    assert f"{'board':<16}Example Board, L4T 36.4.3, JetPack 6" in lines
+    assert f"{'onnxruntime':<16}1.23.0 (CPUExecutionProvider)" in lines
     assert "  no NVIDIA GPU is visible" in lines
     assert any(line.startswith("problem: ") and "overwrite each other" in line for line in lines)
 
@@ -57,7 +58,7 @@ def test_a_gpu_tensorrt_and_cuda_bindings_make_a_target_work(cli: Cli, here: Cal
     here(found | {"cuda": Engine("cuda.bindings", "12.6")}, gpus=gpus)
     result = cli("doctor")
     assert result.exit_code == 0
-    assert f"{'tensorrt-10.3':<15}works" in result.stdout.splitlines()
+    assert f"{'tensorrt-10.3':<16}works" in result.stdout.splitlines()
     assert "Example GPU, 8.59 GB, compute capability 8.7" in result.stdout
 
 
@@ -75,7 +76,8 @@ def test_json_and_exit_code(cli: Cli, here: Callable[..., None], engines: dict[s
     }
     assert data["targets"]["tensorrt"]["exported"]
     assert data["targets"]["tensorrt"]["runs"]
-    assert not data["targets"]["cuda"]["runs"]
+    assert data["targets"]["cuda"]["runs"]
+    assert data["use"] == ("cpu" if code == 0 else "")
     assert data["machine"]["board"] == "Example Board"
     assert bool(data["targets"]["cpu"]["problems"]) == bool(code)
 

@@ -5,6 +5,7 @@ experts excepted, whose choice of experts may tip: only where it does not). Engi
 Ampere, Ada and Blackwell; nothing is executed.
 """
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import onnx_ir as ir
 import pytest
 
 from mllm_edge.calibration.recipes import RECIPES
-from mllm_edge.export.datafile import DataFile
+from mllm_edge.errors import ExportError
+from mllm_edge.export.datafile import DataFile, DryFile
 from mllm_edge.export.decoder.build import build_cross_kv, build_decoder, build_text_encoder
 from mllm_edge.export.decoder.spec import DecoderSpec
 from mllm_edge.export.graph import save_model, tensor_specs
@@ -71,6 +73,14 @@ def test_engines_build(source: tuple[DecoderSpec, Weights], dialect: str, tmp_pa
     with DataFile(tmp_path / "d.data") as data:
         graph = build_decoder(*source, RECIPES["fp16"], data, dialect, HALF, CAPACITY)
     assert build_engine(graph, tmp_path, 2 * source[0].cached if dialect == "opset24" else 0) > 10_000
+
+
+@pytest.mark.parametrize("recipe", ["fp16", "int8", "int4"])
+def test_every_operator_has_a_cuda_kernel(source: tuple[DecoderSpec, Weights], recipe: str) -> None:
+    """Which the builder checks; a mask that is more than causal or windowed has none."""
+    refused = pytest.raises(ExportError, match="GroupQueryAttention with attention_bias")
+    with refused if source[0].blocks else nullcontext():
+        build_decoder(*source, RECIPES[recipe], DryFile(), "contrib", HALF)
 
 
 def test_half_precision_on_the_cpu(source: tuple[DecoderSpec, Weights], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The gate of standard-dialect graphs: the static check, and TensorRT for RTX as a witness."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from mllm_edge.export.datafile import DataFile, DryFile
 from mllm_edge.export.decoder.build import build_decoder
 from mllm_edge.export.decoder.llama import llama_spec
 from mllm_edge.export.decoder.spec import DecoderSpec
-from mllm_edge.export.gate import check_graph, tensorrt_10_3_operators
+from mllm_edge.export.gate import check_cuda_graph, check_graph, tensorrt_10_3_operators
 from mllm_edge.export.graph import save_model, tensor_specs
 from mllm_edge.export.safetensors import Weights, open_weights
 from mllm_edge.export.source import ConfigReader
@@ -150,9 +151,29 @@ def test_opset17_imports_19_and_21_for_int4(source: tuple[DecoderSpec, Weights])
         assert model.opset_imports == {"": opset}
 
 
-def test_contrib_refuses_half_precision_hidden_states(source: tuple[DecoderSpec, Weights]) -> None:
-    with pytest.raises(ExportError, match="FLOAT16"):
-        build_decoder(*source, RECIPES["fp16"], DryFile(), "contrib", HALF)
+def test_contrib_refuses_what_no_provider_has(source: tuple[DecoderSpec, Weights]) -> None:
+    with pytest.raises(ExportError, match="BFLOAT16"):
+        build_decoder(*source, RECIPES["fp16"], DryFile(), "contrib", ir.DataType.BFLOAT16)
+    with pytest.raises(ExportError, match="their sums in FLOAT\n"):
+        build_decoder(*source, RECIPES["fp16"], DryFile(), "contrib", HALF, residual_type=ir.DataType.FLOAT)
+
+
+def test_operators_without_cuda_kernels_are_named(source: tuple[DecoderSpec, Weights]) -> None:
+    """What the CPU's graphs hold, CUDA does not have: a bias in a product, 8-bit activations, a mask in attention."""
+    for recipe in ("fp16", "int8", "int4"):
+        check_cuda_graph(build_decoder(*source, RECIPES[recipe], DryFile(), "contrib", HALF))
+    quantized = replace(RECIPES["int8"], decoder=RECIPES["int8"].vision)
+    with pytest.raises(ExportError, match=r"is com\.microsoft\.DynamicQuantizeMatMul, which .* no half-precision CUDA"):
+        check_cuda_graph(build_decoder(*source, quantized, DryFile(), "contrib"))
+    spec, weights = source
+    with pytest.raises(ExportError, match=r"GroupQueryAttention with attention_bias"):
+        build_decoder(replace(spec, blocks=True), weights, RECIPES["fp16"], DryFile(), "contrib", HALF)
+    graph = build_decoder(*source, RECIPES["int4"], DryFile(), "contrib")
+    node = next(node for node in graph.graph if node.op_type == "MatMulNBits")
+    node.resize_inputs(6)
+    node.replace_input_with(5, node.inputs[2])
+    with pytest.raises(ExportError, match=r"MatMulNBits with bias"):
+        check_cuda_graph(graph)
 
 
 def test_what_tensorrt_misreads_is_refused(tmp_path: Path) -> None:

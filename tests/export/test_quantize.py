@@ -23,6 +23,7 @@ from mllm_edge.runtime.backends.tensorrt_build import build, check_network
 from mllm_edge.runtime.vlm import VLM
 from tests.export.test_targets import shapes
 from tests.tiny import save_tiny_idefics3, save_tiny_llava, save_tiny_qwen2_vl
+from tests.tiny_families import FLOAT32_TARGETS
 
 SAVE = {"idefics3": save_tiny_idefics3, "llava": save_tiny_llava, "qwen2_vl": save_tiny_qwen2_vl}
 
@@ -95,6 +96,7 @@ def test_targets_answer_alike(quantized: Any) -> None:
     # 8 bits beside weights in blocks, make `cpu` the odd one out.
     assert np.abs(logits["tensorrt"] - logits["tensorrt-10.3"]).max() <= 0.05 * spread
     assert np.abs(logits["tensorrt"] - logits["cpu"]).max() <= 0.15 * spread
+    assert np.abs(logits["cuda"] - logits["cpu"]).max() <= 0.15 * spread
 
 
 @pytest.mark.parametrize("component", ["vision_encoder", "connector"])
@@ -113,6 +115,8 @@ def test_int8_graphs_hold_what_each_side_demands(float_bundle: Path, tmp_path: P
     kinds = {t: _operators(bundle, "decoder", t) for t in TARGETS}
     assert kinds["cpu"]["MatMulIntegerToFloat"] > 0
     assert kinds["cpu"]["MatMul"] == 0
+    # CUDA has no kernels for activations in 8 bits: weights alone, in blocks.
+    assert kinds["cuda"] == {"MatMul": 0, "MatMulIntegerToFloat": 0}
     for target in ("tensorrt", "tensorrt-10.3"):
         graph = ir.load(bundle.listed(bundle.variant("decoder", target).file)).graph
         zeros = [v for n, v in graph.initializers.items() if n.endswith(".input.zero")]
@@ -130,12 +134,12 @@ def _operators(bundle: Bundle, component: str, target: str) -> Mapping[str, int]
 
 def test_factors_alone_change_nothing(checkpoint: Path, tmp_path: Path) -> None:
     """Weights stay float, only scaled: what was folded into norms and neighbours cancels in every target."""
-    export(str(checkpoint), tmp_path / "fp32", targets=tuple(TARGETS), recipe_name="fp32", verify_mode="off")
+    export(str(checkpoint), tmp_path / "fp32", targets=FLOAT32_TARGETS, recipe_name="fp32", verify_mode="off")
     part = Precision("float32", method="smoothquant")
     recipe = Recipe("factors", part, part, part, part)
     quantize(tmp_path / "fp32", tmp_path / "out", recipe=recipe, data=samples())
     changed = 0
-    for target in TARGETS:
+    for target in FLOAT32_TARGETS:
         logits = []
         for name in ("fp32", "out"):
             bundle = Bundle.load(tmp_path / name)
@@ -147,7 +151,7 @@ def test_factors_alone_change_nothing(checkpoint: Path, tmp_path: Path) -> None:
         assert np.abs(logits[0] - logits[1]).max() <= 1e-3 * np.ptp(logits[0])
         weights = [_initializer(tmp_path / n, "decoder", target, "layers.0.up_proj.weight") for n in ("fp32", "out")]
         changed += not np.allclose(*weights, rtol=0.05)
-    assert changed == len(TARGETS)
+    assert changed == len(FLOAT32_TARGETS)
 
 
 def _initializer(folder: Path, component: str, target: str, name: str) -> np.ndarray:

@@ -57,7 +57,9 @@ def test_every_form_agrees_with_the_source(exported: Any) -> None:
 def test_variants_state_what_they_are(exported: Any) -> None:
     report, bundle = exported
     for name, component in bundle.manifest.components.items():
-        assert [(v.target, v.dialect) for v in component.variants] == list(TARGETS.items())
+        assert [(v.target, v.dialect) for v in component.variants] == [
+            (target, TARGETS[target]) for target in ("cpu", *STANDARD)
+        ]
         assert [v.file for v in component.variants] == [f"{name}{s}.onnx" for s in ("", ".tensorrt", ".tensorrt-10.3")]
         for variant in component.variants[1:]:
             assert {t.dtype for t in variant.inputs} <= {"float16", "int64"}
@@ -106,7 +108,9 @@ def test_without_the_fallback_only_the_target_is_there(checkpoint: Path, tmp_pat
 
 
 def test_forms() -> None:
-    assert [form.target for form in forms(["tensorrt-10.3", "tensorrt"], "int4")] == list(TARGETS)
+    assert [form.target for form in forms(["tensorrt-10.3", "tensorrt"], "int4")] == ["cpu", *STANDARD]
+    assert [form.target for form in forms(list(TARGETS), "int4")] == list(TARGETS)
+    assert [form.float_type.name for form in forms(["cuda"], "int8")] == ["FLOAT", "FLOAT16"]
     assert [form.float_type.name for form in forms(["tensorrt"], "fp16")] == ["FLOAT", "FLOAT16"]
     assert [form.float_type.name for form in forms(["tensorrt"], "fp32", fallback=False)] == ["FLOAT"]
     with pytest.raises(ExportError, match="unknown target 'gpu'"):

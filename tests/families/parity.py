@@ -18,9 +18,9 @@ from mllm_edge.bundle import Bundle
 from mllm_edge.export.families import family_for
 from mllm_edge.export.pipeline import export
 from mllm_edge.export.source import open_source
-from mllm_edge.export.targets import TARGETS
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.processor import Prompt
+from tests.tiny_families import FLOAT32_TARGETS
 
 __all__ = ["PROMPTS", "Exported", "check_messages", "check_parity", "export_tiny", "make_image"]
 
@@ -45,7 +45,9 @@ class Exported:
 def export_tiny(folder: Path, save: Callable[..., Any], **config: Any) -> Exported:
     """Save a tiny checkpoint with `save` under `folder` and export it."""
     model = save(folder / "checkpoint", **config)
-    export(str(folder / "checkpoint"), folder / "bundle", targets=tuple(TARGETS), recipe_name="fp32", verify_mode="off")
+    export(
+        str(folder / "checkpoint"), folder / "bundle", targets=FLOAT32_TARGETS, recipe_name="fp32", verify_mode="off"
+    )
     return Exported(folder / "checkpoint", folder / "bundle", model)
 
 
@@ -82,7 +84,7 @@ def check_messages(
         features = family.image_features(model, inputs) if images else None
         steps = _reference_steps(model, inputs)
     asked = messages if prompt is None else prompt
-    for target in TARGETS:
+    for target in FLOAT32_TARGETS:
         with VLM(Bundle.load(exported.bundle), OnnxRuntimeCpu(target=target)) as vlm:
             ours = vlm.processor.process(asked, images)
             assert ours.token_ids.tolist() == inputs["input_ids"][0].tolist()

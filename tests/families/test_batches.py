@@ -8,10 +8,9 @@ import pytest
 from mllm_edge.bundle import Bundle
 from mllm_edge.export.families import FAMILIES
 from mllm_edge.export.pipeline import export
-from mllm_edge.export.targets import TARGETS
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.vlm import VLM
-from tests.tiny_families import SAVE
+from tests.tiny_families import FLOAT32_TARGETS, SAVE
 
 STEPS = 4
 
@@ -20,7 +19,7 @@ STEPS = 4
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp(request.param)
     SAVE[request.param](folder / "model")
-    export(str(folder / "model"), folder / "out", targets=tuple(TARGETS), recipe_name="fp32", verify_mode="off")
+    export(str(folder / "model"), folder / "out", targets=FLOAT32_TARGETS, recipe_name="fp32", verify_mode="off")
     return Bundle.load(folder / "out")
 
 
@@ -46,7 +45,7 @@ def alone(vlm: VLM, embeds: np.ndarray, positions: np.ndarray | None) -> tuple[n
     return np.stack(rows), tokens
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", FLOAT32_TARGETS)
 def test_ragged_batch(bundle: Bundle, target: str) -> None:
     with VLM(bundle, OnnxRuntimeCpu(target=target)) as vlm:
         asked = prompts(vlm)

@@ -15,12 +15,12 @@ from mllm_edge.errors import PromptError
 from mllm_edge.export import pipeline
 from mllm_edge.export.compare import compare_with_source
 from mllm_edge.export.pipeline import export
-from mllm_edge.export.targets import TARGETS
 from mllm_edge.runtime.memory import image_cost
 from mllm_edge.runtime.positions import rope_tables
 from tests.export.test_adapters import train
 from tests.families.parity import PROMPTS, Exported, check_messages, check_parity, export_tiny, make_image
 from tests.tiny import QWEN_TEMPLATE, Names, save_tiny_qwen2_vl
+from tests.tiny_families import FLOAT32_TARGETS
 
 YARN = {
     "rope_type": "yarn",
@@ -136,7 +136,7 @@ def test_raw_prompts_take_one_placeholder_per_image(plain: Exported) -> None:
         np.testing.assert_array_equal(second, [max(rows, cols)] * 3)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", FLOAT32_TARGETS)
 def test_compare_with_the_checkpoint(plain: Exported, target: str) -> None:
     found = compare_with_source(plain.checkpoint, plain.bundle, target=target)
     assert found.greedy_agreement == 1

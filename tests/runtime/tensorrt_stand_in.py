@@ -9,6 +9,7 @@ copies while a graph is recorded.
 import base64
 import ctypes
 import enum
+import hashlib
 import json
 import sys
 from collections import Counter
@@ -32,7 +33,8 @@ _STREAM, _ALIGNMENT = 77, 256
 
 class StandIn:
     """The made-up machine. `counts`: builds, runs, records, replays; `refuse`: what a build logs before it fails, for
-    graphs whose path contains the key; `trouble`: a number to return from a CUDA function, by name."""
+    graphs whose path contains the key; `trouble`: a number to return from a CUDA function, by name; `spoil`: what an
+    output is multiplied by."""
 
     def __init__(self, version: str, capability: tuple[int, int], gpus: int = 1, rtx: bool = False) -> None:
         self.version, self.capability, self.gpus, self.rtx = version, capability, gpus, rtx
@@ -42,6 +44,7 @@ class StandIn:
         self.refuse: dict[str, str] = {}
         self.trouble: dict[str, int] = {}
         self.workspaces: list[int] = []
+        self.spoil: dict[str, Any] = {}
         self.recording: list[Callable[[], bool]] | None = None
 
     def view(self, address: int, nbytes: int) -> np.ndarray | None:
@@ -131,7 +134,7 @@ class _Calls:
         return (0,)
 
     def cudaStreamSynchronize(self, stream: int) -> tuple:
-        assert stream == _STREAM
+        self._machine.counts[f"waits for stream {stream}"] += 1
         return (_CAPTURING if self._machine.recording is not None else 0,)
 
     def cudaMemGetInfo(self) -> tuple:
@@ -172,6 +175,7 @@ class _Calls:
         if any(self._machine.view(address, nbytes) is None for address in device):
             return (_BAD_ADDRESS,)
         self._machine.counts["bytes copied on the device"] += nbytes if kind == 3 else 0
+        self._machine.counts["bytes uploaded"] += nbytes if kind == 1 else 0
         ctypes.memmove(target, source, nbytes)
         return (0,)
 
@@ -424,6 +428,7 @@ def _tensorrt(machine: StandIn) -> ModuleType:
         "TensorLocation": _Location,
     }
     if machine.rtx:
+        names["IRuntimeCache"] = _RuntimeCache
         names["ComputeCapability"] = enum.IntEnum("ComputeCapability", ["CURRENT", "SM86", "SM89"])
     for name, value in names.items():
         setattr(trt, name, value)
@@ -458,10 +463,44 @@ class _Location(enum.IntEnum):
     HOST = 1
 
 
+class _RuntimeCache:
+    """Kernels by the hash of their engine; `counts`: caches that were taken and refused."""
+
+    def __init__(self, machine: StandIn):
+        self._machine, self.kernels = machine, set()  # type: StandIn, set[str]
+
+    def deserialize(self, data: bytes) -> bool:
+        begin = f"{self._machine.version}:".encode()
+        good = data.startswith(begin)
+        self._machine.counts["caches taken" if good else "caches refused"] += 1
+        if good:
+            self.kernels = set(data[len(begin) :].decode().split(","))
+        return good
+
+    def serialize(self) -> bytes:
+        return f"{self._machine.version}:{','.join(sorted(self.kernels))}".encode()
+
+
+class _RuntimeConfig:
+    def __init__(self, machine: StandIn):
+        self._machine, self.cache, self.strategy = machine, None, None  # type: StandIn, _RuntimeCache | None, Any
+
+    def create_runtime_cache(self) -> _RuntimeCache:
+        return _RuntimeCache(self._machine)
+
+    def set_runtime_cache(self, cache: _RuntimeCache) -> bool:
+        self.cache = cache
+        return True
+
+    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+        self.strategy = strategy
+
+
 class _Engine:
     def __init__(self, machine: StandIn, log: _Logger, plan: dict[str, Any]):
         self.machine, self.log, self.profiles = machine, log, plan["profiles"]
         data = base64.b64decode(plan["model"])
+        self.key = hashlib.sha256(data).hexdigest()[:8]
         network = _Network()
         network.load(data, "")
         self.inputs, self.outputs = {t.name: t for t in network.inputs}, {t.name: t for t in network.outputs}
@@ -491,9 +530,17 @@ class _Engine:
     def get_aliased_input_tensor(self, name: str) -> str | None:
         return self.aliases.get(name)
 
-    def create_execution_context(self, strategy: Any) -> "_Context":
-        assert strategy.name == "USER_MANAGED"
+    def create_execution_context(self, how: Any) -> "_Context":
+        """`how`: a strategy, or a runtime configuration that has it."""
+        if isinstance(how, _RuntimeConfig):
+            assert how.cache is not None
+            how.cache.kernels |= {self.key}
+            how = how.strategy
+        assert how.name == "USER_MANAGED"
         return _Context(self)
+
+    def create_runtime_config(self) -> "_RuntimeConfig":
+        return _RuntimeConfig(self.machine)
 
 
 class _Context:
@@ -552,7 +599,7 @@ class _Context:
             if self._addresses[name] != self._addresses[past]:
                 return self._fail(f"{name} is not where {past} is")
         for name, result in zip(targets, self._engine.session.run(list(targets), feeds), strict=True):
-            targets[name][...] = result  # type: ignore[index]
+            targets[name][...] = result * self._machine.spoil.get(name, 1)  # type: ignore[index]
         return True
 
     def _view(self, name: str, tensor: _Tensor) -> np.ndarray | None:

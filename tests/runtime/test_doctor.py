@@ -11,8 +11,19 @@ from mllm_edge.errors import BackendError
 from mllm_edge.export.targets import TARGETS, forms
 from mllm_edge.runtime.backend import BACKENDS, open_backend
 from mllm_edge.runtime.backends.installed import Engine, engines, extras, wheels
-from mllm_edge.runtime.doctor import EXPORTED, MINIMUM, RUNNABLE, Target, diagnose, wheel_problems
-from mllm_edge.runtime.machine import Gpu, Machine
+from mllm_edge.runtime.doctor import (
+    EXPORTED,
+    MINIMUM,
+    RUNNABLE,
+    Target,
+    best_target,
+    diagnose,
+    machine_problems,
+    precisions,
+    wheel_problems,
+)
+from mllm_edge.runtime.machine import Gpu, Machine, read_machine
+from tests.runtime.machines import MACHINES
 from tests.runtime.tensorrt_stand_in import install
 
 GPU = Gpu("NVIDIA Example", 8 << 30, "8.9")
@@ -41,10 +52,10 @@ def _works(machine: Machine, found: Mapping[str, Engine]) -> set[str]:
 
 def test_runnable_targets_are_those_of_the_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch)
-    assert {open_backend(name).target for name in BACKENDS} == set(RUNNABLE)
-    for name in set(ALL) - set(RUNNABLE):
-        with pytest.raises(BackendError, match="unknown backend"):
-            open_backend(name)
+    monkeypatch.setattr("mllm_edge.runtime.backends.onnxruntime_cuda.OnnxRuntimeCuda.__init__", lambda self: None)
+    assert {open_backend(name).target for name in BACKENDS} == set(RUNNABLE) == set(ALL)
+    with pytest.raises(BackendError, match="unknown backend"):
+        open_backend("gpu")
 
 
 def test_tensorrt_needs_the_bindings() -> None:
@@ -61,8 +72,8 @@ def test_tensorrt_needs_the_bindings() -> None:
 def test_versions_are_those_of_the_dialects() -> None:
     """Another target's graphs load in ONNX Runtime's CPU provider too, but that is not the engine they are made for."""
     assert set(EXPORTED) == set(TARGETS)
-    for form in forms(tuple(TARGETS), "fp16"):
-        engines = {k: v for k, v in form.minimum.items() if form.target == "cpu" or k != "onnxruntime"}
+    for form in forms(tuple(TARGETS), "int4"):
+        engines = {k: v for k, v in form.minimum.items() if form.dialect == "contrib" or k != "onnxruntime"}
         assert engines == MINIMUM[form.target]
 
 
@@ -105,7 +116,7 @@ def test_only_what_this_version_runs_works() -> None:
     targets = diagnose(_machine(), everything)
     assert not any(target.problems for target in targets)
     assert {target.name for target in targets if target.works} == set(RUNNABLE)
-    assert {target.name for target in targets if target.exported} == {"cpu", *TENSORRT}
+    assert {target.name for target in targets if target.exported} == set(ALL)
 
 
 def test_every_problem_has_a_fix() -> None:
@@ -217,3 +228,63 @@ def test_an_engine_that_does_not_load(monkeypatch, tmp_path: Path, code: str, wo
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(installed, "_MODULES", {"tensorrt": ("broken_engine",)})
     assert engines() == {"tensorrt": Engine("broken_engine", problem=words)}
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "best"),
+    [
+        ("orin nano", _engine("tensorrt", "10.3.0"), "tensorrt-10.3"),
+        ("agx orin", _engine("onnxruntime", "1.23", "CPU", "CUDA"), "cuda"),
+        ("thor", _engine("tensorrt", "10.13.3"), "tensorrt-10.3"),
+        ("thor", _engine("tensorrt", "10.15"), "tensorrt"),
+        ("desktop", _engine("onnxruntime", "1.23", "CPU") | _engine("tensorrt_rtx", "1.7"), "tensorrt"),
+        ("desktop", _engine("onnxruntime", "1.23", "CPU"), "cpu"),
+        ("desktop", {}, ""),
+    ],
+)
+def test_the_target_to_use(tmp_path: Path, name: str, found: dict[str, Engine], best: str) -> None:
+    machine = _read(tmp_path, name)
+    assert best_target(diagnose(machine, BINDINGS | found)) == best
+
+
+def _read(folder: Path, name: str) -> Machine:
+    tree = MACHINES[name]
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\necho '{tree.smi}'\n", encoding="utf-8")
+    program.chmod(0o755)
+    return read_machine(tree.write(folder / "root"), str(program) if tree.smi else None, tree.architecture)
+
+
+def test_tensorrt_that_this_environment_does_not_see(tmp_path: Path) -> None:
+    for name, words, fix in (
+        ("orin nano", "TensorRT 10.3.0 is installed for the system's Python 3.10, and not", "python3.10 -m venv"),
+        ("thor", "TensorRT 10.13.3 is installed for the system's Python 3.12", "--system-site-packages"),
+        ("agx orin", "TensorRT 10.3.0 is installed, but not its Python module", "sudo apt install python3-libnvinfer"),
+        ("desktop", "TensorRT is not installed", "pip install"),
+    ):
+        (folder := tmp_path / name).mkdir()
+        newer, older = diagnose(_read(folder, name), BINDINGS)[2:]
+        (problem,) = older.problems
+        assert words in problem.what
+        assert fix in problem.fix
+        # One that is too old for a target is of no use there, seen or not.
+        (problem,) = newer.problems
+        assert ("is older than 10.15" in problem.what) == (name != "desktop")
+
+
+def test_the_power_mode(tmp_path: Path) -> None:
+    for name, fix in (
+        ("orin nano", ["sudo nvpmodel -m 2 && sudo jetson_clocks"]),
+        ("thor", ["sudo nvpmodel -m 0 && sudo jetson_clocks"]),
+        ("agx orin", []),
+        ("desktop", []),
+    ):
+        (folder := tmp_path / name).mkdir()
+        assert [problem.fix for problem in machine_problems(_read(folder, name))] == fix
+
+
+def test_precisions() -> None:
+    assert precisions("8.7") == ("fp16", "int8", "int4")
+    assert precisions("7.5") == ("fp16", "int8")
+    assert precisions("11.0") == precisions("12.1") == ("fp16", "int8", "int4", "fp8")
+    assert precisions("5.3") == precisions("") == ()

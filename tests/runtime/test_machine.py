@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mllm_edge.runtime.machine import Gpu, read_machine
+from mllm_edge.runtime.machine import Gpu, PowerMode, read_machine
+from tests.runtime.machines import MACHINES
 
 DESKTOP = """processor\t: 0
 model name\t: Example CPU 9000
@@ -97,3 +98,75 @@ def test_a_system_that_tells_nothing(tmp_path: Path) -> None:
     machine = read_machine(tmp_path)
     assert machine.architecture
     assert (machine.cpu, machine.cores, machine.threads, machine.memory, machine.features) == ("", 0, 0, 0, ())
+
+
+ORIN_NANO = "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "orin nano",
+            {
+                "jetpack": "6",
+                "unified": True,
+                "cuda": "12.6.68",
+                "power": PowerMode("25W", "MAXN_SUPER", 2),
+                "tensorrt": "10.3.0",
+                "tensorrt_python": ("3.10",),
+                "gpus": (Gpu(f"integrated, {ORIN_NANO}", compute_capability="8.7"),),
+            },
+        ),
+        (
+            "agx orin",
+            {
+                "jetpack": "6",
+                "unified": True,
+                "power": PowerMode("MAXN", "MAXN", 0),
+                "tensorrt": "10.3.0",
+                "tensorrt_python": (),
+                "gpus": (Gpu("Orin (nvgpu)", compute_capability="8.7"),),
+                "driver": "540.4.0",
+            },
+        ),
+        (
+            "thor",
+            {
+                "jetpack": "7",
+                "unified": True,
+                "cuda": "13.0.0",
+                "cpu": "Neoverse-V3AE",
+                "power": PowerMode("120W", "MAXN", 0),
+                "tensorrt": "10.13.3",
+                "tensorrt_python": ("3.12",),
+                "gpus": (Gpu("NVIDIA Thor", compute_capability="11.0"),),
+            },
+        ),
+        (
+            "desktop",
+            {
+                "jetpack": "",
+                "unified": False,
+                "cuda": "",
+                "power": None,
+                "tensorrt": "",
+                "tensorrt_python": (),
+                "gpus": (Gpu("NVIDIA Example 3", 12 << 30, "8.6"),),
+                "memory_free": 20_000_000 * 1024,
+            },
+        ),
+    ],
+)
+def test_whole_machines(tmp_path: Path, name: str, expected: dict[str, object]) -> None:
+    tree = MACHINES[name]
+    program = _program(tmp_path, f"echo '{tree.smi}'") if tree.smi else None
+    machine = read_machine(tree.write(tmp_path / "root"), program, tree.architecture)
+    assert {key: getattr(machine, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize("file", ["etc/nvpmodel.conf", "var/lib/nvpmodel/status"])
+def test_a_power_mode_that_is_not_told(tmp_path: Path, file: str) -> None:
+    root = MACHINES["thor"].write(tmp_path)
+    (root / file).write_text("pmode:0009")
+    assert read_machine(root).power is None

@@ -1,6 +1,7 @@
 """The TensorRT backend on a stand-in for TensorRT and CUDA: answers equal those of ONNX Runtime on the same graphs."""
 
 import shutil
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -116,6 +117,31 @@ def test_tensorrt_for_rtx(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert not list((bundle / FOLDER).glob("timings*"))
 
 
+def test_kernels_that_tensorrt_for_rtx_compiles_are_kept(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = install(monkeypatch, "1.7.1", (8, 6), rtx=True)
+    with load(bundle, "tensorrt")[0] as vlm:
+        expected = answers(vlm)
+    caches = sorted((bundle / FOLDER).glob("*.engine.cache"))
+    assert len(caches) == 3
+    assert machine.counts["caches taken"] == machine.counts["caches refused"] == 0
+    written = [cache.read_bytes() for cache in caches]
+    times = [cache.stat().st_mtime_ns for cache in caches]
+    with load(bundle, "tensorrt")[0] as vlm:
+        assert answers(vlm) == expected
+    assert machine.counts["caches taken"] == 3
+    assert [cache.stat().st_mtime_ns for cache in caches] == times, "nothing new"
+    caches[0].write_bytes(b"damaged")
+    with load(bundle, "tensorrt")[0] as vlm:
+        assert answers(vlm) == expected
+    assert machine.counts["caches refused"] == 1
+    assert [cache.read_bytes() for cache in caches] == written
+
+
+def test_tensorrt_itself_has_no_such_kernels(machine: StandIn, bundle: Path) -> None:
+    load(bundle, "tensorrt")[0].close()
+    assert not list((bundle / FOLDER).glob("*.engine.cache"))
+
+
 def test_a_gpu_that_tensorrt_for_rtx_does_not_know(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, "1.7.1", (9, 0), rtx=True)
     assert open_backend("auto", bundle=Bundle.load(bundle)).name == "cpu"
@@ -212,10 +238,46 @@ def test_memory_of_other_libraries_is_used_where_it_lies(machine: StandIn, bundl
     found = session.run({"pixel_values": Lent(buffer)})  # type: ignore[dict-item]
     assert np.array_equal(found["vision_hidden"], expected)
     assert machine.allocated() == before
+    for stream, waits in ((None, 0), (1, 0), (5, 1)):
+        session.run({"pixel_values": Lent(buffer, stream=stream)})  # type: ignore[dict-item]
+        assert machine.counts[f"waits for stream {stream}"] == waits
+    with load(bundle, "tensorrt")[0] as vlm:
+        found = vlm.component("vision_encoder", {"pixel_values": Lent(buffer)})
+        assert np.array_equal(found["vision_hidden"], expected)
     with pytest.raises(BackendError, match="pixel_values is float32, not float16"):
         session.run({"pixel_values": Lent(buffer, typestr="<f4")})  # type: ignore[dict-item]
     with pytest.raises(BackendError, match="pixel_values is not C-contiguous"):
         session.run({"pixel_values": Lent(buffer, strides=(2, 4, 8, 16))})  # type: ignore[dict-item]
+
+
+def test_what_cannot_change_is_uploaded_once(machine: StandIn, bundle: Path) -> None:
+    """Cross-attention's keys and values, for one; see `Session.run`."""
+    opened = Bundle.load(bundle)
+    variant = opened.variant("vision_encoder", "tensorrt")
+    session = open_backend("tensorrt").open(opened.listed(variant.file), variant)
+    pixels = np.random.default_rng(0).standard_normal((1, 3, 64, 64)).astype(np.float16)
+
+    def run(array: np.ndarray) -> tuple[int, np.ndarray]:
+        before = machine.counts["bytes uploaded"]
+        result = session.run({"pixel_values": array})["vision_hidden"]
+        return machine.counts["bytes uploaded"] - before, result
+
+    def fixed() -> np.ndarray:
+        view = pixels.view()
+        view.flags.writeable = False
+        return view
+
+    assert [run(pixels)[0] for _ in range(2)] == [pixels.nbytes] * 2
+    view = fixed()
+    first = [run(view) for _ in range(2)]
+    assert [uploaded for uploaded, _ in first] == [pixels.nbytes, 0]
+    assert np.array_equal(first[0][1], first[1][1])
+    pixels *= -1
+    uploaded, changed = run(fixed())
+    assert uploaded == pixels.nbytes
+    assert np.array_equal(changed, run(pixels)[1])
+    assert not np.array_equal(changed, first[0][1])
+    assert run(view)[0] == pixels.nbytes
 
 
 # ---------------------------------------------------------------- limits
@@ -251,6 +313,16 @@ def test_tiles_come_in_runs_that_the_engine_takes(machine: StandIn, bundle: Path
         with pytest.raises(BackendError, match=r"pixel_values is \[3, 3, 64, 64\], its engine takes") as caught:
             vlm.component("vision_encoder", {"pixel_values": np.zeros((3, 3, 64, 64))})
         assert "--max-images" in caught.value.fix
+
+
+def test_more_sequences_than_the_engine_takes(machine: StandIn, bundle: Path) -> None:
+    opened = Bundle.load(bundle)
+    variant, chosen = opened.variant("decoder", "tensorrt"), open_backend("tensorrt")
+    decoder = Decoder(chosen.open(opened.listed(variant.file), variant), variant, opened.manifest.model, chosen)
+    decoder.reset(32, batch=2)
+    with pytest.raises(BackendError, match="its engine takes") as caught:
+        decoder.forward_batch([np.zeros((3, opened.manifest.model.hidden_size), np.float32)] * 2)
+    assert "--max-batch" in caught.value.fix
 
 
 # ---------------------------------------------------------------- engines that are not good
@@ -376,6 +448,15 @@ def test_no_gpu(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
         assert vlm.backend.name == "cpu"
 
 
+def test_no_tensorrt(machine: StandIn, monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(BackendError, match=r"needs TensorRT ≥ 10.15 or .*, here is no TensorRT") as caught:
+        VLM.load(bundle, backend="tensorrt")
+    assert "mllm-edge doctor" in caught.value.fix
+    with VLM.load(bundle) as vlm:
+        assert vlm.backend.name == "cpu"
+
+
 def test_tensorrt_that_is_too_old(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
     install(monkeypatch, "10.3.0")
     with pytest.raises(BackendError, match=r"needs TensorRT ≥ 10.15 or .*, here is TensorRT 10.3.0"):
@@ -388,7 +469,7 @@ def test_tensorrt_that_is_too_old(monkeypatch: pytest.MonkeyPatch, bundle: Path)
 
 def test_without_the_bindings(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
     install(monkeypatch)
-    monkeypatch.setitem(__import__("sys").modules, "cuda.bindings", None)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(BackendError, match="cuda-bindings are not installed") as caught:
         open_backend("tensorrt")
     assert "pip install" in caught.value.fix

@@ -14,10 +14,11 @@ import tensorrt_rtx_bindings
 trt: Any = tensorrt_rtx_bindings
 
 FOLDER = Path(__file__).parents[2] / "mllm_edge" / "runtime" / "backends"
-FILES = [FOLDER / name for name in ("tensorrt.py", "tensorrt_build.py", "tensorrt_engines.py")]
+FILES = [FOLDER / name for name in ("tensorrt.py", "tensorrt_build.py", "tensorrt_contexts.py", "tensorrt_engines.py")]
 # What the backend calls an object of TensorRT → the class it is of.
 OBJECTS = {
     "builder": trt.Builder,
+    "runtime_cache": trt.IRuntimeCache,
     "config": trt.IBuilderConfig,
     "engine": trt.ICudaEngine,
     "_context": trt.IExecutionContext,
@@ -26,12 +27,26 @@ OBJECTS = {
     "parser": trt.OnnxParser,
     "profile": trt.IOptimizationProfile,
     "runtime": trt.Runtime,
+    "runtime_config": trt.IRuntimeConfig,
     "tensor": trt.ITensor,
     "attention": trt.IAttention,
 }
 # Names that the backend's own objects have, which are called alike.
 OWN = {
-    "engine": {"data", "problem", "version", "module", "log", "trt", "engine", "check", "ranges", "inputs", "open"},
+    "engine": {
+        "contexts",
+        "data",
+        "problem",
+        "version",
+        "module",
+        "log",
+        "trt",
+        "engine",
+        "check",
+        "ranges",
+        "inputs",
+        "open",
+    },
     "tensor": {"name", "dtype", "shape"},
     "layer": {"__class__", "attention"},
     "runtime": set(),
@@ -105,6 +120,8 @@ def test_the_stand_in_invents_nothing() -> None:
         "_Network": trt.INetworkDefinition,
         "_Parser": trt.OnnxParser,
         "_Profile": trt.IOptimizationProfile,
+        "_RuntimeCache": trt.IRuntimeCache,
+        "_RuntimeConfig": trt.IRuntimeConfig,
     }
     for name, real in pairs.items():
         methods = {node.name for node in classes[name].body if isinstance(node, ast.FunctionDef)}

@@ -15,7 +15,7 @@ from mllm_edge.export.decoder.dialects.opset17 import Opset17
 from mllm_edge.export.decoder.dialects.opset24 import Opset24
 from mllm_edge.export.decoder.layers import Layers, Stream
 from mllm_edge.export.decoder.spec import CrossSpec, DecoderSpec, EncoderSpec
-from mllm_edge.export.gate import check_graph
+from mllm_edge.export.gate import check_cuda_graph, check_graph
 from mllm_edge.export.safetensors import Weights
 
 __all__ = ["DIALECTS", "build_cross_kv", "build_decoder", "build_text_encoder"]
@@ -163,4 +163,6 @@ def _finish(ops: Dialect, dialect: str) -> ir.Model:
     model = ops.graph.model()
     if not ops.graph.contrib:
         check_graph(model, dialect)
+    elif ops.graph.float_type != _FLOAT:
+        check_cuda_graph(model)
     return model

@@ -1,18 +1,19 @@
 """ONNX Runtime on the processor: the backend that always works."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mllm_edge.errors import BackendError
+from mllm_edge.runtime.backends.installed import version_numbers
 from mllm_edge.runtime.device import physical_cores
 from mllm_edge.runtime.huge_pages import huge_pages
 from mllm_edge.spec import Variant
 
-__all__ = ["OnnxRuntimeCpu"]
+__all__ = ["OnnxRuntimeCpu", "import_onnxruntime", "open_graph", "run_bound"]
 
 _PROVIDER = "CPUExecutionProvider"
 
@@ -20,48 +21,30 @@ _PROVIDER = "CPUExecutionProvider"
 class OnnxRuntimeCpu:
     """Sessions share the process; `threads` (default: physical cores) work inside one operator.
 
-    Another `target` than cpu runs the graphs made for it, where they have only standard operators: right, but several
-    times slower. It serves comparisons.
+    Another `target` than cpu runs the graphs made for it: right, but several times slower. It serves comparisons.
     """
 
     name = "cpu"
 
     def __init__(self, threads: int | None = None, target: str = "cpu"):
-        self._ort, self.target = _import(), target
+        self._ort, self.target = import_onnxruntime('pip install "mllm-edge[cpu]"'), target
         self.threads = threads or physical_cores()
 
     def open(self, path: Path, variant: Variant) -> "_Session":
         """Open a graph; raises BackendError with ONNX Runtime's own reason."""
-        self._check_version(path, variant)
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self.threads
-        options.log_severity_level = 3
         if variant.kv_mode is None:
             # Threads that wait for work spin, and would take the cores from the component that runs next. Only the
             # decoder, which runs again within microseconds, gains from threads that stay awake between runs.
             options.add_session_config_entry("session.force_spinning_stop", "1")
-        try:
-            # Only the decoder reads all its weights for so little arithmetic that page tables matter.
-            with huge_pages() if variant.kv_mode is not None else contextlib.nullcontext():
-                session = self._ort.InferenceSession(str(path), options, providers=[_PROVIDER])
-            return _Session(self._ort, session)
-        except Exception as e:  # onnxruntime's exceptions share no base class
-            raise BackendError(
-                f"{path}: ONNX Runtime {self._ort.__version__} does not open it: {e}",
-                "check the bundle with `mllm-edge inspect --verify`, or export it again",
-            ) from e
+        # Only the decoder reads all its weights for so little arithmetic that page tables matter.
+        with huge_pages() if variant.kv_mode is not None else contextlib.nullcontext():
+            return _Session(self._ort, open_graph(self._ort, path, variant, options, [_PROVIDER]))
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> "_Buffer":
         """Zeroed host memory."""
         return _Buffer(np.zeros(shape, dtype))
-
-    def _check_version(self, path: Path, variant: Variant) -> None:
-        minimum = variant.minimum.get("onnxruntime", "0")
-        if _version(self._ort.__version__) < _version(minimum):
-            raise BackendError(
-                f"{path}: needs ONNX Runtime {minimum}, here is {self._ort.__version__}",
-                "pip install --upgrade onnxruntime",
-            )
 
 
 class _Buffer:
@@ -106,15 +89,7 @@ class _Session:
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         for name, array in feeds.items():
             self._binding.bind_ortvalue_input(name, self._value(name, array))
-        free = [name for name in self._outputs if name not in self._bound_outputs]
-        for name in free:
-            self._binding.bind_output(name, "cpu")
-        try:
-            self._session.run_with_iobinding(self._binding)
-        except Exception as e:  # onnxruntime's exceptions share no base class
-            raise BackendError(f"ONNX Runtime failed to run the graph: {e}") from e
-        values = dict(zip(self._outputs, self._binding.get_outputs(), strict=False)) if free else {}
-        return {name: values[name].numpy() for name in free}
+        return run_bound(self._session, self._binding, self._outputs, self._bound_outputs)
 
     def _value(self, name: str, value: Any) -> Any:
         array = value.array if isinstance(value, _Buffer) else np.asarray(value, order="C")
@@ -127,13 +102,41 @@ def _prefix(axis: int, length: int) -> tuple[slice, ...]:
     return (slice(None),) * axis + (slice(length),)
 
 
-def _import() -> Any:
+def import_onnxruntime(install: str) -> Any:
+    """ONNX Runtime's module; raises BackendError with the command that installs it."""
     try:
         import onnxruntime
     except ImportError as e:
-        raise BackendError(f"ONNX Runtime is not installed ({e})", 'pip install "mllm-edge[cpu]"') from e
+        raise BackendError(f"ONNX Runtime is not installed ({e})", install) from e
     return onnxruntime
 
 
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split("+")[0].split(".")[:3] if part.isdigit())
+def open_graph(ort: Any, path: Path, variant: Variant, options: Any, providers: Sequence[Any]) -> Any:
+    """ONNX Runtime's session of a graph; raises BackendError when it is too old, or with its own reason."""
+    minimum = variant.minimum.get("onnxruntime", "0")
+    if version_numbers(ort.__version__) < version_numbers(minimum):
+        raise BackendError(
+            f"{path}: needs ONNX Runtime {minimum}, here is {ort.__version__}",
+            "pip install --upgrade onnxruntime",
+        )
+    options.log_severity_level = 3
+    try:
+        return ort.InferenceSession(str(path), options, providers=providers)
+    except Exception as e:  # onnxruntime's exceptions share no base class
+        raise BackendError(
+            f"{path}: ONNX Runtime {ort.__version__} does not open it: {e}",
+            "check the bundle with `mllm-edge inspect --verify`, or export it again",
+        ) from e
+
+
+def run_bound(session: Any, binding: Any, outputs: Sequence[str], bound: Collection[str]) -> dict[str, np.ndarray]:
+    """Run what is bound; `outputs` that are not among those `bound` come as new arrays."""
+    free = [name for name in outputs if name not in bound]
+    for name in free:
+        binding.bind_output(name, "cpu")
+    try:
+        session.run_with_iobinding(binding)
+    except Exception as e:  # onnxruntime's exceptions share no base class
+        raise BackendError(f"ONNX Runtime failed to run the graph: {e}") from e
+    values = dict(zip(outputs, binding.get_outputs(), strict=False)) if free else {}
+    return {name: values[name].numpy() for name in free}

@@ -14,6 +14,7 @@ from mllm_edge.bundle import Bundle
 from mllm_edge.errors import BackendError
 from mllm_edge.runtime.backends.cuda import Cuda, Graph, Memory, Pinned
 from mllm_edge.runtime.backends.tensorrt_build import Module, logger, modules
+from mllm_edge.runtime.backends.tensorrt_contexts import Contexts
 from mllm_edge.runtime.backends.tensorrt_engines import (
     StoredEngine,
     build_workspace,
@@ -35,6 +36,8 @@ GRAPHS = "MLLM_EDGE_CUDA_GRAPHS"
 _SPAN = 64
 # What TensorRT demands of every address.
 _ALIGNMENT = 256
+# The stream of `__cuda_array_interface__` that CUDA's other streams wait for.
+_LEGACY_STREAM = 1
 
 
 class TensorRT:
@@ -151,6 +154,7 @@ class _Engine:
     log: Any
     runtime: Any
     engine: Any
+    contexts: Contexts
 
     @classmethod
     def open(cls, module: Module, path: Path) -> "_Engine | None":
@@ -159,7 +163,10 @@ class _Engine:
         runtime = module.trt.Runtime(log)
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             engine = runtime.deserialize_cuda_engine(data)
-        return None if engine is None else cls(module.trt, log, runtime, engine)
+        if engine is None:
+            return None
+        contexts = Contexts(module.trt, engine, path.with_name(f"{path.name}.cache"))
+        return cls(module.trt, log, runtime, engine, contexts)
 
     @property
     def inputs(self) -> list[str]:
@@ -207,6 +214,7 @@ class _Session:
         self._contexts: dict[int, _Context] = {}
         self._graphs = graphs and variant.kv_mode is not None
         self._fed: dict[str, Any] = {}
+        self._uploaded: dict[str, np.ndarray] = {}
         self._targets: dict[str, Any] = {}
         self._memory: dict[str, Memory] = {}
         self._pinned: dict[str, Pinned] = {}
@@ -272,8 +280,10 @@ class _Session:
         memory = self._room(name, value.nbytes)
         if isinstance(value, _Buffer):
             self._cuda.copy(memory.address, value.address, value.nbytes)
-        else:
+            self._uploaded.pop(name, None)
+        elif value.flags.writeable or self._uploaded.get(name) is not value:
             self._cuda.upload(memory.address, value)
+            self._uploaded[name] = value
         return memory.address
 
     def _output(self, tensor: TensorSpec, shape: tuple[int, ...]) -> int:
@@ -319,8 +329,7 @@ class _Context:
 
     def __init__(self, cuda: Cuda, engine: _Engine, profile: int, work: Memory, graphs: bool):
         self._cuda, self._engine, self._graphs = cuda, engine, graphs
-        strategy = engine.trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        self._context = engine.engine.create_execution_context(strategy)
+        self._context = engine.contexts.make()
         if self._context is None:
             raise BackendError(f"TensorRT makes no execution context: {engine.log.errors[-1:]}")
         self._context.set_device_memory(work.address, work.nbytes)
@@ -381,6 +390,9 @@ def _lent(cuda: Cuda, name: str, interface: Mapping[str, Any]) -> _Buffer:
     strides = interface.get("strides")
     if strides is not None and tuple(strides) != np.empty(buffer.shape, buffer.dtype).strides:
         raise BackendError(f"input {name} is not C-contiguous", "make it contiguous first")
+    stream = interface.get("stream")
+    if stream not in (None, _LEGACY_STREAM):  # with which ours keeps order by itself
+        cuda.call("cudaStreamSynchronize", stream)
     return buffer
 
 

@@ -88,14 +88,14 @@ class NetworkReport:
 
 @dataclass(frozen=True)
 class Engine:
-    """A serialized engine and what it took: seconds, bytes."""
+    """A serialized engine, where TensorRT put it, and the seconds it took."""
 
-    data: bytes
+    data: memoryview
     seconds: float
 
     @property
     def nbytes(self) -> int:
-        return len(self.data)
+        return self.data.nbytes
 
 
 def inspect_network(path: Path) -> NetworkReport:
@@ -231,7 +231,8 @@ def build(
         raise _no_engine(path, parsed)
     if timings is not None and options.timing_cache is not None:
         options.timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
-    return Engine(bytes(data), time.perf_counter() - begin)
+    # Not copied: an engine is as large as its weights, of which the network still holds one copy.
+    return Engine(memoryview(data), time.perf_counter() - begin)
 
 
 def _no_engine(path: Path, parsed: "_Parsed") -> BackendError:

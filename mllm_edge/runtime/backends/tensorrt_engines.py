@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from mllm_edge.bundle import Bundle, sha256
@@ -24,6 +24,7 @@ __all__ = [
     "FOLDER",
     "Limits",
     "StoredEngine",
+    "build_inputs",
     "build_workspace",
     "builders",
     "building_memory",
@@ -139,6 +140,15 @@ def find_engine(bundle: Bundle, variant: Variant, module: Module, device: str) -
         return None
 
 
+def build_inputs(bundle: Bundle, variant: Variant, limits: Limits) -> tuple[list[dict[str, Range]], Options]:
+    """Profiles, and what has to be known about the caches, to `build` the engine of a variant with."""
+    if variant.kv_mode != "in_place":
+        options = Options(cache_updates=0)
+    else:
+        options = Options({"capacity": limits.max_seq}, 2 * bundle.manifest.model.cache.layers)
+    return _profiles(variant, limits, bundle.manifest.model.image), options
+
+
 def make_engine(
     bundle: Bundle,
     variant: Variant,
@@ -155,23 +165,12 @@ def make_engine(
     path = _path(bundle, variant, module, device)
     with _writing(path.parent):
         path.parent.mkdir(exist_ok=True)
-    in_place = variant.kv_mode == "in_place"
-    options = Options(
-        sizes={"capacity": limits.max_seq} if in_place else None,
-        cache_updates=2 * bundle.manifest.model.cache.layers if in_place else 0,
-        workspace=workspace,
-        timing_cache=None if module.builds_ahead else path.parent / f"timings-{_engine_of(module)}-{device}.cache",
-        progress=progress,
-    )
+    profiles, sizes = build_inputs(bundle, variant, limits)
+    timings = None if module.builds_ahead else path.parent / f"timings-{_engine_of(module)}-{device}.cache"
+    options = replace(sizes, workspace=workspace, timing_cache=timings, progress=progress)
     capabilities = [module.capability(device)] if module.builds_ahead else []
     with _writing(path.parent):
-        engine = build(
-            bundle.listed(variant.file),
-            _profiles(variant, limits, bundle.manifest.model.image),
-            capabilities,
-            module,
-            options,
-        )
+        engine = build(bundle.listed(variant.file), profiles, capabilities, module, options)
     digest = hashlib.sha256(engine.data).hexdigest()
     facts = {"identity": _identity(bundle, variant, module, device), "limits": asdict(limits), "sha256": digest}
     with _writing(path.parent):
@@ -261,7 +260,7 @@ def _writing(folder: Path) -> Iterator[None]:
         raise BackendError(f"{folder}: engines cannot be stored here: {e.strerror}", fix) from e
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes | memoryview) -> None:
     """Whole or not at all."""
     part = path.with_name(f"{path.name}.part")
     part.write_bytes(data)

@@ -1,10 +1,12 @@
 """The `contrib` dialect: ONNX Runtime's own fused operators, the fastest form on its CPU and CUDA providers.
 
-inputs   inputs_embeds [B, S, H] f32; logits_indices [B, K] i64; seqlens_k [B] i32 (past + S − 1);
-         total_sequence_length [] i32 (past + S); cos, sin [P, R/2] f32 (a row per position, P ≥ past + S);
-         past_key_values.N.key / .value [B, Hkv, C, D] f32;
-         attention_bias [B, 1 or heads, S, L] f32 only where the mask is not plainly causal or windowed
-outputs  logits [B, K, V] f32; present.N.key / .value [B, Hkv, C, D], the same buffers as the past
+inputs   inputs_embeds [B, S, H] T; logits_indices [B, K] i64; seqlens_k [B] i32 (past + S − 1);
+         total_sequence_length [] i32 (past + S); cos, sin [P, R/2] T (a row per position, P ≥ past + S);
+         past_key_values.N.key / .value [B, Hkv, C, D] T;
+         attention_bias [B, 1 or heads, S, L] T only where the mask is not plainly causal or windowed
+outputs  logits [B, K, V] f32; present.N.key / .value [B, Hkv, C, D] T, the same buffers as the past
+
+T is f32 for the CPU and f16 for CUDA, whose kernels take no bias in GroupQueryAttention and in MatMulNBits.
 """
 
 from typing import Literal
@@ -23,7 +25,7 @@ __all__ = ["MINIMUM", "MINIMUM_BLOCKS", "Contrib"]
 MINIMUM = {"onnxruntime": "1.23"}
 # GroupQueryAttention's attribute `causal`, which masks with blocks need.
 MINIMUM_BLOCKS = {"onnxruntime": "1.31"}
-_FLOAT, _INT32 = ir.DataType.FLOAT, ir.DataType.INT32
+_FLOAT, _HALF, _INT32 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT32
 
 
 class Contrib:
@@ -35,28 +37,29 @@ class Contrib:
     def __init__(
         self, name: str, data: DataSink, float_type: ir.DataType = _FLOAT, residual_type: ir.DataType | None = None
     ):
-        if float_type != _FLOAT or residual_type not in (None, _FLOAT):
+        if float_type not in (_FLOAT, _HALF) or residual_type not in (None, float_type):
+            sums = (residual_type or float_type).name
             raise ExportError(
-                f"dialect contrib: hidden states in {float_type.name} have no kernels on the CPU",
-                "use float32 here (weights may be half), or dialect opset24 or opset17 on a GPU",
+                f"dialect contrib: hidden states in {float_type.name} and their sums in {sums}",
+                "both are float32 here, or both float16 for CUDA; or use dialect opset24 or opset17",
             )
-        self.graph = GraphBuilder(name, 17, data, contrib=True)
-        self.residual_type = _FLOAT
+        self.graph = GraphBuilder(name, 17, data, float_type, contrib=True)
+        self.residual_type = float_type
         self._present: list[tuple[ir.Value, ir.Value]] = []
 
     def decoder_inputs(self, spec: DecoderSpec, capacity: int | None) -> None:
         _check(spec)
-        self._spec, graph = spec, self.graph
+        self._spec, graph, kind = spec, self.graph, self.graph.float_type
         self._seqlens = graph.input("seqlens_k", _INT32, ("batch",))
         self._total = graph.input("total_sequence_length", _INT32, ())
         self._ropes = [
-            [graph.input(standard.numbered(part, k), _FLOAT, ("positions", rope.dim // 2)) for part in ("cos", "sin")]
+            [graph.input(standard.numbered(part, k), kind, ("positions", rope.dim // 2)) for part in ("cos", "sin")]
             for k, rope in enumerate(spec.ropes)
         ]
         from_host = spec.blocks or spec.heads_in_bias > 1
-        self._biases = standard.bias_inputs(graph, spec, _FLOAT, "batch") if from_host else []
+        self._biases = standard.bias_inputs(graph, spec, kind, "batch") if from_host else []
         self._cache = ("batch", spec.attention.kv_heads, capacity or "capacity", spec.attention.head_dim)
-        self._past = standard.cache_inputs(graph, spec, _FLOAT, self._cache)
+        self._past = standard.cache_inputs(graph, spec, kind, self._cache)
 
     def norm(self, name: str, norm: Norm, hidden: ir.Value, residual: ir.Value | None) -> tuple[ir.Value, ir.Value]:
         if residual is None:
@@ -127,7 +130,7 @@ class Contrib:
 
     def decoder_outputs(self, logits: ir.Value) -> None:
         standard.logits_output(self.graph, self._spec, logits)
-        standard.cache_outputs(self.graph, self._present, _FLOAT, self._cache)
+        standard.cache_outputs(self.graph, self._present, self.graph.float_type, self._cache)
 
     def _norm(self, name: str, norm: Norm, x: ir.Value) -> ir.Value:
         op = {"rms": "SimplifiedLayerNormalization", "layer": "LayerNormalization"}[norm.spec.kind]

@@ -1,0 +1,155 @@
+"""The CUDA backend with ONNX Runtime's processor in the place of the GPU: the same code but for the kernels."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from mllm_edge.bundle import Bundle
+from mllm_edge.errors import BackendError, ExportError
+from mllm_edge.export.pipeline import export
+from mllm_edge.runtime.backend import open_backend
+from mllm_edge.runtime.backends import onnxruntime_cuda
+from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
+from mllm_edge.runtime.backends.onnxruntime_cuda import OnnxRuntimeCuda
+from mllm_edge.runtime.decoder import Decoder
+from mllm_edge.runtime.vlm import VLM
+from tests.runtime.test_tensorrt import answers
+from tests.tiny_families import SAVE
+
+HALF = np.dtype("float16")
+
+
+@pytest.fixture(scope="module", params=SAVE)
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A family's checkpoint; bundles are written beside it."""
+    folder = tmp_path_factory.mktemp(request.param)
+    SAVE[request.param](folder / "checkpoint")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("single")
+    SAVE["idefics3"](folder / "checkpoint")
+    export(str(folder / "checkpoint"), folder / "bundle", targets=["cuda"], recipe_name="int4", verify_mode="off")
+    return folder / "bundle"
+
+
+def gpu() -> OnnxRuntimeCuda:
+    return OnnxRuntimeCuda("CPUExecutionProvider", "cpu")
+
+
+@pytest.mark.parametrize("recipe", ["fp16", "int8", "int4"])
+def test_answers_are_those_of_the_processor(exported: Path, recipe: str) -> None:
+    """The graphs agree with the source model as well, which the export checks."""
+    report = export(str(exported / "checkpoint"), exported / recipe, targets=["cuda"], recipe_name=recipe)
+    assert report.targets == ("cpu", "cuda")
+    bundle = Bundle.load(exported / recipe)
+    for component in bundle.manifest.components:
+        variant = bundle.variant(component, "cuda")
+        assert {np.dtype(t.dtype) for t in variant.inputs} <= {HALF, np.dtype("int32"), np.dtype("int64")}
+        operators = _operators(bundle.listed(variant.file))
+        assert operators.isdisjoint({"DynamicQuantizeMatMul", "MatMulIntegerToFloat"})
+        assert ("MatMulNBits" in operators) == (recipe != "fp16")
+    with VLM(bundle, OnnxRuntimeCpu(target="cuda")) as vlm:
+        expected = answers(vlm)
+    with VLM(bundle, gpu()) as vlm:
+        assert vlm.decoder.reset(64).buffer(0, "key").nbytes == _half_cache(bundle)
+        assert answers(vlm) == expected
+        assert answers(vlm) == expected
+
+
+def _operators(path: Path) -> set[str]:
+    import onnx
+
+    return {node.op_type for node in onnx.load(path, load_external_data=False).graph.node}
+
+
+def _half_cache(bundle: Bundle) -> int:
+    cache = bundle.manifest.model.cache
+    return cache.heads * 64 * cache.head_dim * 2
+
+
+def test_batches_and_snapshots(single: Path) -> None:
+    bundle = Bundle.load(single)
+    variant = bundle.variant("decoder", "cuda")
+    rng = np.random.default_rng(0)
+    prompts = [rng.standard_normal((n, bundle.manifest.model.hidden_size)).astype(np.float32) for n in (7, 4)]
+    token = [p[:1] for p in prompts]
+    found = []
+    for chosen in (gpu(), OnnxRuntimeCpu(target="cuda")):
+        decoder = Decoder(chosen.open(bundle.listed(variant.file), variant), variant, bundle.manifest.model, chosen)
+        cache = decoder.reset(32, batch=2)
+        rows = [decoder.forward_batch(prompts).copy()]
+        kept = cache.snapshot()
+        rows.append(decoder.forward_batch(token).copy())
+        cache.restore(kept)
+        rows.append(decoder.forward_batch(token).copy())
+        assert np.array_equal(rows[1], rows[2])
+        # One sequence after the other: each is bound as a part of the buffers.
+        rows.append(decoder.forward_batch(prompts).copy())
+        found.append(rows)
+    for mine, theirs in zip(*found, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_a_part_is_written_and_read_by_itself() -> None:
+    buffer = gpu().allocate((1, 4, 3), "float16")
+    part = buffer.part(1, 1, 3)
+    assert part.nbytes == 2 * 3 * 2
+    part.write(1, np.ones((1, 2, 3), HALF))
+    assert np.array_equal(buffer.read(1, 4)[0, :, 0], [0, 1, 1, 0])
+    assert part.read(1, 1).shape == (1, 1, 3)
+
+
+def test_without_the_provider() -> None:
+    assert "CUDAExecutionProvider" not in onnxruntime.get_available_providers()
+    with pytest.raises(BackendError, match="has no CUDAExecutionProvider") as caught:
+        open_backend("cuda")
+    assert "pip install onnxruntime-gpu" in caught.value.fix
+
+
+@pytest.fixture
+def _unusable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime with the provider, which falls back to the processor when it finds no GPU."""
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
+    opened = onnxruntime.InferenceSession
+
+    def open_on_the_processor(path: str, options: Any, providers: list[Any]) -> Any:
+        return opened(path, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", open_on_the_processor)
+
+
+@pytest.mark.usefixtures("_unusable")
+def test_a_gpu_that_cannot_be_used(single: Path) -> None:
+    notices: list[str] = []
+    with VLM.load(single, backend="cuda", notice=notices.append) as vlm:
+        found = answers(vlm)
+    assert len(notices) == 3
+    assert all("runs on the processor instead of cuda" in n and "cannot use it here" in n for n in notices)
+    with VLM.load(single, backend="cpu") as vlm:
+        assert answers(vlm) == found
+
+
+@pytest.mark.usefixtures("_unusable")
+def test_auto(single: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = Bundle.load(single)
+    machine = onnxruntime_cuda.read_machine
+    assert open_backend("auto", bundle=bundle).name == ("cuda" if machine(Path("/")).gpus else "cpu")
+    with_gpu = lambda *_: type("Machine", (), {"gpus": ("one",)})()  # noqa: E731
+    monkeypatch.setattr(onnxruntime_cuda, "read_machine", with_gpu)
+    assert open_backend("auto", bundle=bundle).name == "cuda"
+    assert open_backend("auto", bundle=Bundle.load(tiny_bundle)).name == "cpu"
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    assert open_backend("auto", bundle=bundle).name == "cpu"
+
+
+def test_float32_is_refused(exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="GroupQueryAttention takes half precision"):
+        export(str(exported / "checkpoint"), tmp_path / "out", targets=["cuda"], recipe_name="fp32")
