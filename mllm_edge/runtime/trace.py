@@ -7,7 +7,23 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-__all__ = ["Metrics", "Span", "Trace"]
+__all__ = ["LOAD_STAGES", "STAGES", "Metrics", "Span", "Trace"]
+
+# In the order they run; none lies in another, and together they are the call, but for the glue between them. The last
+# three take turns, once a token; the first token's sampling is a stage of its own.
+STAGES = (
+    "preprocess",
+    "vision_encoder",
+    "connector",
+    "embed",
+    "allocate",
+    "prefill",
+    "first_token",
+    "decode",
+    "sample",
+    "detokenize",
+)
+LOAD_STAGES = ("backend", "open")
 
 
 @dataclass(frozen=True)
@@ -21,7 +37,7 @@ class Span:
 
 @dataclass
 class Trace:
-    """Collects spans. Stages in order: preprocess, vision_encoder, connector, embed, prefill, sample, decode, …"""
+    """Collects spans, those of a call by the names in STAGES."""
 
     spans: list[Span] = field(default_factory=list)
     origin: float = field(default_factory=time.perf_counter)
@@ -48,9 +64,9 @@ class Trace:
 class Metrics:
     """Measurements of one call, times in seconds.
 
-    `ttft` runs from the call to the first token (preprocessing included); `tpot` is the mean time per token after the
-    first; `token_seconds` are the single intervals. Stages not run are 0. An image of cells (see `ImageSpec`) counts as
-    one of `tiles`.
+    The stages are STAGES, each one's whole time (`allocate`: the cache), 0 where not run. `ttft` runs from the call to
+    the first token (preprocessing included); `tpot` is the mean time per token after the first; `token_seconds` are the
+    single intervals. An image of cells (see `ImageSpec`) counts as one of `tiles`.
     """
 
     prompt_tokens: int
@@ -61,7 +77,12 @@ class Metrics:
     vision_encoder: float
     connector: float
     embed: float
+    allocate: float
     prefill: float
+    first_token: float
+    decode: float
+    sample: float
+    detokenize: float
     ttft: float
     total: float
     token_seconds: tuple[float, ...]
