@@ -1,11 +1,14 @@
 """Profiles as people read them: tables on a terminal."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from mllm_edge.cli.output import bytes_text, milliseconds, table
-from mllm_edge.runtime.profiling.environment import Environment
-from mllm_edge.runtime.profiling.measure import Profile, Setting
-from mllm_edge.runtime.profiling.statistics import PERCENTILES, Distribution, samples_needed
+
+if TYPE_CHECKING:
+    from mllm_edge.runtime.profiling.environment import Environment
+    from mllm_edge.runtime.profiling.measure import Profile, Setting
+    from mllm_edge.runtime.profiling.statistics import Distribution
 
 __all__ = ["NAMES", "report", "sweep_report"]
 
@@ -27,12 +30,12 @@ NAMES = {
 }
 
 
-def report(result: Profile) -> str:
+def report(result: "Profile") -> str:
     """One profile: setting, stages, the load and the first call, memory."""
     return "\n\n".join([_setting(result), _stages(result), _figures(result), _memory(result)])
 
 
-def sweep_report(profiles: Sequence[Profile]) -> str:
+def sweep_report(profiles: "Sequence[Profile]") -> str:
     """Several profiles: a row for each point."""
     keys = list(profiles[0].point)
     header = [", ".join(keys), "prompt tokens", "TTFT ms", "vision ms", "prefill ms", "TPOT ms", "tok/s", "call ms"]
@@ -42,7 +45,7 @@ def sweep_report(profiles: Sequence[Profile]) -> str:
     return "\n\n".join([*parts, *dict.fromkeys(_noise(p) for p in noisy[:1])])
 
 
-def _sweep_row(p: Profile, keys: Sequence[str]) -> list[str]:
+def _sweep_row(p: "Profile", keys: Sequence[str]) -> list[str]:
     stages = p.stages
     vision = sum(stages[name].median for name in ("vision_encoder", "connector") if name in stages)
     return [
@@ -59,7 +62,7 @@ def _sweep_row(p: Profile, keys: Sequence[str]) -> list[str]:
     ]
 
 
-def _setting(result: Profile) -> str:
+def _setting(result: "Profile") -> str:
     s, b = result.setting, result.bundle
     images = f" ({s.image_tokens} of {s.tiles} image tiles)" if s.image_tokens else ""
     return "\n".join(
@@ -73,11 +76,11 @@ def _setting(result: Profile) -> str:
     )
 
 
-def _calls(s: Setting) -> str:
+def _calls(s: "Setting") -> str:
     return f"1 cold call, {s.warmup} warm-up calls, {s.iterations} counted calls"
 
 
-def _machine(machine: Environment) -> str:
+def _machine(machine: "Environment") -> str:
     clocks = dict.fromkeys(f"{c.governor} {_ghz(c.current_hz)} of {_ghz(c.maximum_hz)} GHz" for c in machine.clocks)
     load = f", load {machine.load_average[0]:.1f}" if machine.load_average else ""
     return f"{machine.processor}, {machine.cores} cores; clocks: {', '.join(clocks) or 'not told by the system'}{load}"
@@ -87,7 +90,9 @@ def _ghz(hz: float | None) -> str:
     return "?" if hz is None else f"{hz / 1e9:.1f}"
 
 
-def _stages(result: Profile) -> str:
+def _stages(result: "Profile") -> str:
+    from mllm_edge.runtime.profiling.statistics import PERCENTILES, samples_needed
+
     measured = {**result.stages, "ttft": result.ttft, "total": result.total}
     if result.tpot:
         measured["tpot"] = result.tpot
@@ -112,12 +117,12 @@ def _share(share: float, name: str) -> str:
     return "" if name in ("ttft", "tpot", "total") else f"{share:.1%}"
 
 
-def _row(d: Distribution, names: list[str]) -> list[str]:
+def _row(d: "Distribution", names: list[str]) -> list[str]:
     percentiles = [milliseconds(d.percentiles[n]) if n in d.percentiles else "" for n in names]
     return [milliseconds(d.median), *percentiles, milliseconds(d.minimum), milliseconds(d.maximum)]
 
 
-def _noise(result: Profile) -> str:
+def _noise(result: "Profile") -> str:
     n = result.noise
     if n.spread is None:
         return "one call tells nothing about noise; raise --iterations"
@@ -126,7 +131,7 @@ def _noise(result: Profile) -> str:
     return f"this machine is noisy: {figure}" if n.noisy else f"quiet: {figure}"
 
 
-def _figures(result: Profile) -> str:
+def _figures(result: "Profile") -> str:
     cold = result.cold
     rows = []
     if result.tokens_per_second:
@@ -142,7 +147,7 @@ def _figures(result: Profile) -> str:
     return "\n".join(f"{name:<13}{value}" for name, value in rows)
 
 
-def _memory(result: Profile) -> str:
+def _memory(result: "Profile") -> str:
     m = result.memory
     rows = [
         ["peak memory", f"{bytes_text(m.peak)}, predicted {bytes_text(m.predicted.total)} ({m.error_percent:+.0f}%)"],

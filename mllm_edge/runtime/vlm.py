@@ -267,14 +267,15 @@ class VLM:
         )
         for token in steps:
             times.append(time.perf_counter())
-            ids.append(token)
             with trace.span("detokenize"):
+                ids.append(token)
                 texts.append(stops.push(decoder.push(token)))
+                chunk = Chunk(texts[-1], (token,))
             if stops.matched is not None:
                 tail = texts[-1]
                 break
-            if texts[-1]:
-                yield Chunk(texts[-1], (token,))
+            if chunk.text:
+                yield chunk
                 self._check_current(call)
         else:
             with trace.span("detokenize"):

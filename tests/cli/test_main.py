@@ -30,7 +30,17 @@ def test_overview_lists_every_verb_with_its_own_summary(cli: Cli) -> None:
 
 def test_every_module_of_a_verb_is_listed() -> None:
     folder = Path(importlib.import_module("mllm_edge.cli").__file__ or "").parent
-    helpers = {"__init__", "exporter", "options", "output", "progress", "signals", "proof"}
+    helpers = {
+        "__init__",
+        "exporter",
+        "options",
+        "output",
+        "progress",
+        "signals",
+        "proof",
+        "profile_diff",
+        "profile_report",
+    }
     assert {path.stem for path in folder.glob("*.py")} - helpers == set(VERBS)
 
 

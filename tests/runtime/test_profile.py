@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -164,7 +165,7 @@ def test_the_stages_do_not_overlap_and_are_within_the_call(result: Profile) -> N
     for (_, trace), call in zip(result.traces[-3:], result.calls, strict=True):
         spans = sorted(trace.spans, key=lambda span: span.start)
         assert {span.name for span in spans} == set(STAGES)
-        for before, after in zip(spans, spans[1:], strict=False):
+        for before, after in itertools.pairwise(spans):
             assert before.start + before.seconds <= after.start
         assert sum(call.stages.values()) == pytest.approx(sum(span.seconds for span in spans))
         assert sum(call.stages.values()) <= call.total

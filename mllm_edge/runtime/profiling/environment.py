@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mllm_edge import __version__
+import mllm_edge
 from mllm_edge.runtime.device import physical_cores, processor_name
 from mllm_edge.runtime.machine import read_machine
 
@@ -82,7 +82,7 @@ def read_clocks(root: Path = Path("/")) -> tuple[Clock, ...]:
 
 def versions(backend: str) -> dict[str, str]:
     """Of this package, Python, numpy and the backend's engine, by their names."""
-    found = {"mllm-edge": __version__, "python": platform.python_version(), "numpy": np.__version__}
+    found = {"mllm-edge": mllm_edge.__version__, "python": platform.python_version(), "numpy": np.__version__}
     for name in _ENGINES.get(backend, ()):
         try:
             return {**found, name: metadata.version(name)}
