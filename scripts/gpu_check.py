@@ -32,7 +32,7 @@ from mllm_edge.runtime.backends.installed import engines
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.compare import Outputs, bundle_outputs, summarize, synthetic_cases
 from mllm_edge.runtime.machine import read_machine
-from mllm_edge.runtime.profile import synthetic_image
+from mllm_edge.runtime.profiling.measure import synthetic_image
 from mllm_edge.runtime.vlm import VLM
 
 SAMPLE = Path(__file__).parents[1] / "examples" / "sample_vlm" / "model"

@@ -51,7 +51,8 @@ def test_holds_every_module_and_nothing_else(wheel: Path) -> None:
     info = f"mllm_edge-{__version__}.dist-info/"
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "mllm_edge").rglob("*.py")}
     tables = ("onnxruntime_cuda", "tensorrt_10_3", "tokenizer_corpus")
-    data = {"mllm_edge/py.typed", *(f"mllm_edge/export/{name}.json" for name in tables)}
+    data = {"mllm_edge/py.typed", "mllm_edge/runtime/profiling/profile.schema.json"}
+    data |= {f"mllm_edge/export/{name}.json" for name in tables}
     data.add("optimum/commands/register/register_mllm_edge.py")
     assert {n for n in names if not n.startswith(info)} == modules | data
     assert f"{info}licenses/LICENSE" in names

@@ -105,6 +105,7 @@ def test_the_reference_has_every_verb_and_option(verb: str) -> None:
 
 def test_the_reference_has_no_option_that_is_none() -> None:
     commands = [importlib.import_module(f"mllm_edge.cli.{verb}").command for verb in VERBS]
+    commands.append(importlib.import_module("mllm_edge.cli.profile").diff)
     options = {flag for command in commands for p in command.params for flag in p.opts} | {"--help", "--debug"}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", REFERENCE.read_text(encoding="utf-8")))
     assert named - options == set()

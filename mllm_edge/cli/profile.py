@@ -1,65 +1,95 @@
-"""`mllm-edge profile`: how fast and how large a bundle is on this machine."""
+"""`mllm-edge profile`: where the time and the memory of a bundle go on this machine."""
 
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from mllm_edge.cli.options import POSITIVE, json_option, runtime_options
-from mllm_edge.cli.output import bytes_text, milliseconds, note, print_json, table, write_answer
+from mllm_edge.cli.options import POSITIVE, runtime_options
+from mllm_edge.cli.output import note, print_json, write_answer
+from mllm_edge.cli.profile_diff import diff
 from mllm_edge.cli.progress import stages
 
 if TYPE_CHECKING:
-    from mllm_edge.runtime.profile import Distribution, Profile
+    from mllm_edge.runtime.profiling.measure import Profile
 
-__all__ = ["command"]
+__all__ = ["command", "diff"]
 
-_NAMES = {
-    "preprocess": "preprocess",
-    "vision_encoder": "vision encoder",
-    "connector": "connector",
-    "embed": "embed",
-    "prefill": "prefill",
-    "ttft": "TTFT",
-    "tpot": "TPOT",
-    "total": "whole call",
-}
+_STDOUT = "-"
 
 
-@click.command("profile", short_help="Measure latency, throughput and memory.")
-@click.argument("bundle", type=click.Path())
+class _Profile(click.Command):
+    """The measurement, but for `profile diff …`, which is a command of its own."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        if args[:1] == ["diff"]:
+            return diff.make_context(f"{info_name} diff", args[1:], parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)
+
+
+@click.command("profile", cls=_Profile, short_help="Measure latency, throughput and memory.")
+@click.argument("bundles", nargs=-1, required=True, type=click.Path(), metavar="BUNDLE...")
 @click.option(
     "--image", "images", multiple=True, metavar="FILE", help="An image; repeatable. Default: a synthetic one."
 )
 @click.option("--prompt", default="Describe the image.", show_default=True)
-@click.option("-n", "--new-tokens", type=POSITIVE, default=32, show_default=True, help="Tokens of every answer.")
+@click.option("-n", "--new-tokens", type=POSITIVE, default=128, show_default=True, help="Tokens of every answer.")
 @click.option("--warmup", type=click.IntRange(min=0), default=2, show_default=True, help="Calls that are not counted.")
 @click.option("--iterations", type=POSITIVE, default=10, show_default=True, help="Calls that are counted.")
+@click.option("--sweep", "sweeps", multiple=True, metavar="KEY=A,B", help="Measure for each value; repeatable.")
 @runtime_options
-@json_option("Print all measurements as JSON.")
+@click.option(
+    "--json",
+    "json_file",
+    is_flag=False,
+    flag_value=_STDOUT,
+    type=click.Path(),
+    help="Write all measurements as JSON; without a file, to standard output instead of the tables.",
+)
+@click.option("--csv", "csv_file", type=click.Path(), help="Write the seconds of every stage and call.")
+@click.option("--trace", "trace_file", type=click.Path(), help="Write the spans for chrome://tracing and Perfetto.")
 def command(
-    bundle: str,
+    bundles: tuple[str, ...],
     images: tuple[str, ...],
     prompt: str,
     new_tokens: int,
     warmup: int,
     iterations: int,
+    sweeps: tuple[str, ...],
     threads: int | None,
     max_context: int | None,
     backend: str,
-    as_json: bool,
+    json_file: str | None,
+    csv_file: str | None,
+    trace_file: str | None,
 ) -> None:
-    """Repeat one greedy call on BUNDLE and show where its time goes.
+    """Repeat one greedy call on BUNDLE and show where its time and memory go.
 
-    The answer always has as many tokens as asked for: the model's own end is ignored.
+    The answer always has as many tokens as asked for: the model's own end is ignored. The first call after the load is
+    shown apart. Several bundles, or --sweep, measure one after the other; keys are prompt, images, size, new, threads
+    and bundle.
+
+    `mllm-edge profile diff A.json B.json` compares two measurements; a bundle in a folder called diff is ./diff.
     """
-    from mllm_edge.runtime.profile import profile
+    from mllm_edge.runtime.profiling import files
+    from mllm_edge.runtime.profiling.sweep import parse_sweep, points, run_sweep, sweep_dict
 
+    try:
+        sweep = parse_sweep(sweeps, bundles)
+    except ValueError as e:
+        raise click.BadParameter(str(e), param_hint="--sweep") from None
+    wanted = [file for file in (json_file, csv_file, trace_file) if file and file != _STDOUT]
+    files.check_places(wanted)
     with stages() as progress:
-        progress.stage("profiling", warmup + iterations)
-        result = profile(
-            bundle,
+        progress.stage("profiling", len(points(sweep)) * (1 + warmup + iterations))
+        profiles = run_sweep(
+            bundles[0],
             prompt,
             images,
+            sweep,
             new_tokens=new_tokens,
             warmup=warmup,
             iterations=iterations,
@@ -69,54 +99,20 @@ def command(
             progress=progress.advance,
             notice=note,
         )
-    if as_json:
-        print_json(result.as_dict())
+    data = sweep_dict(sweep, profiles) if sweep else profiles[0].as_dict()
+    if csv_file:
+        files.write_whole(csv_file, files.csv_text(profiles))
+    if trace_file:
+        files.write_whole(trace_file, json.dumps(files.chrome_trace(profiles)))
+    if json_file and json_file != _STDOUT:
+        files.write_whole(json_file, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    if json_file == _STDOUT:
+        print_json(data)
     else:
-        write_answer(_report(result) + "\n")
+        write_answer(_answer(profiles) + "\n")
 
 
-def _report(result: "Profile") -> str:
-    return "\n\n".join([_setting(result), _stages(result), _figures(result)])
+def _answer(profiles: "Sequence[Profile]") -> str:
+    from mllm_edge.cli.profile_report import report, sweep_report
 
-
-def _setting(result: "Profile") -> str:
-    images = f" ({result.image_tokens} of {result.tiles} image tiles)" if result.image_tokens else ""
-    return "\n".join(
-        [
-            f"{result.bundle} on {result.machine}, {result.threads} threads, {result.backend}",
-            f"{result.prompt_tokens} prompt tokens{images} + {result.new_tokens} new; image: {result.image}",
-            f"{result.warmup} warm-up calls, {result.iterations} counted calls",
-        ]
-    )
-
-
-def _stages(result: "Profile") -> str:
-    from mllm_edge.runtime.profile import PERCENTILES, samples_needed
-
-    measured = {**result.stages, **({"tpot": result.tpot} if result.tpot else {})}
-    shown = {title: measured[name] for name, title in _NAMES.items() if name in measured}
-    names = sorted({name for d in shown.values() for name in d.percentiles}, key=lambda name: int(name[1:]))
-    header = ["ms", "median", *names, "min", "max", "samples"]
-    text = table(header, [[title, *_row(d, names)] for title, d in shown.items()])
-    omitted = [p for p in PERCENTILES if any(f"p{p}" not in d.percentiles for d in shown.values())]
-    if omitted:
-        needs = ", ".join(f"p{p} {samples_needed(p)}" for p in omitted)
-        text += f"\nleft out where samples are too few (needed: {needs}); raise --iterations"
-    return text
-
-
-def _row(d: "Distribution", names: list[str]) -> list[str]:
-    percentiles = [milliseconds(d.percentiles[n]) if n in d.percentiles else "" for n in names]
-    return [milliseconds(d.median), *percentiles, milliseconds(d.minimum), milliseconds(d.maximum), str(d.count)]
-
-
-def _figures(result: "Profile") -> str:
-    rows = [
-        ["load", f"{result.load_seconds:.2f} s"],
-        ["peak memory", bytes_text(result.peak_rss)],
-        ["KV cache", bytes_text(result.kv_cache_bytes)],
-        ["bundle", bytes_text(result.bundle_bytes)],
-    ]
-    if result.tokens_per_second:
-        rows.insert(0, ["decode rate", f"{result.tokens_per_second:.1f} tok/s"])
-    return "\n".join(f"{name:<13}{value}" for name, value in rows)
+    return sweep_report(profiles) if profiles[0].point else report(profiles[0])

@@ -1,7 +1,6 @@
 """The decode loop over ids: prefill once, then one token a step."""
 
 import os
-import time
 from collections.abc import Collection, Iterator
 
 import numpy as np
@@ -86,7 +85,7 @@ def generate(
 
     `prompt_embeds` [S, H] float32 is appended to what the decoder's cache holds; the cache must have room for
     S + max_new_tokens − 1 positions. `blocks` [S] and `positions` [S] or [3, S] are as in `Decoder.forward`; a block is
-    never cut. Spans: prefill once, then sample and decode per token.
+    never cut. Spans: prefill, first_token, then decode and sample per token.
     """
     with trace.span("prefill"):
         assert decoder.cache is not None, "reset() comes first"
@@ -96,13 +95,11 @@ def generate(
             where = None if positions is None else positions[..., piece]
             logits = decoder.forward(prompt_embeds[piece], where, length, blocks=together)
     for produced in range(1, max_new_tokens + 1):
-        begin = time.perf_counter()
-        token = sampler.sample(logits)
-        trace.add("sample", begin, time.perf_counter())
+        with trace.span("first_token" if produced == 1 else "sample"):
+            token = sampler.sample(logits)
         if token in stop_ids:
             return
         yield token
         if produced < max_new_tokens:
-            begin = time.perf_counter()
-            logits = decoder.forward(embed(np.array([token])))
-            trace.add("decode", begin, time.perf_counter())
+            with trace.span("decode"):
+                logits = decoder.forward(embed(np.array([token])))

@@ -1,17 +1,32 @@
 """Spans around every stage, and the metrics of one call made of them."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Metrics", "Span", "Trace"]
+__all__ = ["LOAD_STAGES", "STAGES", "Metrics", "Span", "Trace"]
+
+# In the order they run; none lies in another, and together they are the call, but for the glue between them. The last
+# three take turns, once a token; the first token's sampling is a stage of its own.
+STAGES = (
+    "preprocess",
+    "vision_encoder",
+    "connector",
+    "embed",
+    "allocate",
+    "prefill",
+    "first_token",
+    "decode",
+    "sample",
+    "detokenize",
+)
+LOAD_STAGES = ("backend", "open")
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """One timed stage; `start` and `seconds` by the monotonic clock, `start` counted from the trace's beginning."""
 
     name: str
@@ -19,21 +34,31 @@ class Span:
     seconds: float
 
 
+class _Running:
+    """A span that has begun. A class, for a generator takes twice as long, and several run per token."""
+
+    __slots__ = ("_begin", "_name", "_trace")
+
+    def __init__(self, trace: "Trace", name: str):
+        self._trace, self._name = trace, name
+
+    def __enter__(self) -> None:
+        self._begin = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._trace.add(self._name, self._begin, time.perf_counter())
+
+
 @dataclass
 class Trace:
-    """Collects spans. Stages in order: preprocess, vision_encoder, connector, embed, prefill, sample, decode, …"""
+    """Collects spans, those of a call by the names in STAGES."""
 
     spans: list[Span] = field(default_factory=list)
     origin: float = field(default_factory=time.perf_counter)
 
-    @contextmanager
-    def span(self, name: str) -> Iterator[None]:
+    def span(self, name: str) -> AbstractContextManager[None]:
         """Time the body of a `with` statement."""
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add(name, begin, time.perf_counter())
+        return _Running(self, name)
 
     def add(self, name: str, begin: float, end: float) -> None:
         """Record a span between two readings of `time.perf_counter`."""
@@ -48,9 +73,9 @@ class Trace:
 class Metrics:
     """Measurements of one call, times in seconds.
 
-    `ttft` runs from the call to the first token (preprocessing included); `tpot` is the mean time per token after the
-    first; `token_seconds` are the single intervals. Stages not run are 0. An image of cells (see `ImageSpec`) counts as
-    one of `tiles`.
+    The stages are STAGES, each one's whole time (`allocate`: the cache), 0 where not run. `ttft` runs from the call to
+    the first token (preprocessing included); `tpot` is the mean time per token after the first; `token_seconds` are the
+    single intervals. An image of cells (see `ImageSpec`) counts as one of `tiles`.
     """
 
     prompt_tokens: int
@@ -61,7 +86,12 @@ class Metrics:
     vision_encoder: float
     connector: float
     embed: float
+    allocate: float
     prefill: float
+    first_token: float
+    decode: float
+    sample: float
+    detokenize: float
     ttft: float
     total: float
     token_seconds: tuple[float, ...]

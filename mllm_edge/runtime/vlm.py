@@ -20,7 +20,7 @@ from mllm_edge.runtime.image import ImageSource
 from mllm_edge.runtime.processor import Messages, Processor, Prompt
 from mllm_edge.runtime.sampling import Sampler, SamplingParams
 from mllm_edge.runtime.tokenizer import ChatTemplate, StopStrings, StreamDecoder, Tokenizer
-from mllm_edge.runtime.trace import Metrics, Trace
+from mllm_edge.runtime.trace import STAGES, Metrics, Trace
 
 __all__ = ["VLM", "Chunk", "Result"]
 
@@ -97,20 +97,25 @@ class VLM:
         threads: int | None = None,
         max_context: int | None = None,
         notice: Callable[[str], None] = warnings.warn,
+        trace: Trace | None = None,
     ) -> "VLM":
         """Open the bundle in directory `path`.
 
         `backend`: auto, cpu, cuda, tensorrt or tensorrt-10.3; auto takes the GPU where the bundle and this machine are
         made for it. `threads`: inside one operator, default physical cores. `max_context`: a lower bound on memory than
         the model's own context length. `notice` is told when engines have to be built first, and when a component runs
-        on the processor because the GPU's engine refuses it. Raises BundleError, BackendError.
+        on the processor because the GPU's engine refuses it. `trace` gets the spans backend (the engine is chosen and
+        imported) and open. Raises BundleError, BackendError.
         """
         if max_context is not None and max_context < 1:
             raise ValueError(f"max_context must be positive, not {max_context}")
         bundle = Bundle.load(path)
         max_seq = None if max_context is None else min(max_context, bundle.manifest.model.context_length)
-        chosen = open_backend(backend, threads, bundle=bundle, max_seq=max_seq, notice=notice)
-        return cls(bundle, chosen, max_context, threads, notice)
+        trace = trace or Trace()
+        with trace.span("backend"):
+            chosen = open_backend(backend, threads, bundle=bundle, max_seq=max_seq, notice=notice)
+        with trace.span("open"):
+            return cls(bundle, chosen, max_context, threads, notice)
 
     def __enter__(self) -> "VLM":
         return self
@@ -150,19 +155,20 @@ class VLM:
         stop: str | Sequence[str] = (),
         raw: bool = False,
         ignore_eos: bool = False,
+        trace: Trace | None = None,
     ) -> Iterator[Chunk]:
         """Answer piece by piece. Arguments are checked and the prompt is processed before the first piece is asked for.
 
         `prompt`: a question, or messages in chat format. `images`: paths, bytes, PIL images or arrays [H, W, 3] RGB.
         `temperature` 0 is greedy. `stop`: strings that end the answer and are not part of it. `raw`: the prompt is
         rendered already, with one image placeholder per image. `ignore_eos`: go on after the model's end, for
-        measurements of one length.
+        measurements of one length. `trace` gets the call's spans; it must be new.
 
         Raises PromptError, ImageError, ContextError (too many tokens), ValueError (an option out of range).
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be positive, not {max_new_tokens}")
-        trace = Trace()
+        trace = trace or Trace()
         params = SamplingParams(
             temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty, presence_penalty, seed
         )
@@ -257,7 +263,8 @@ class VLM:
         capacity = min(-(-tokens // _CAPACITY_STEP) * _CAPACITY_STEP, self.context_length)
         embeds = self.prompt_embeds(prompt, trace)
         self._check_current(call)
-        cache = self.decoder.reset(capacity)
+        with trace.span("allocate"):
+            cache = self.decoder.reset(capacity)
         decoder = StreamDecoder(self.tokenizer)
         ids: list[int] = []
         times: list[float] = []
@@ -268,16 +275,19 @@ class VLM:
         )
         for token in steps:
             times.append(time.perf_counter())
-            ids.append(token)
-            texts.append(stops.push(decoder.push(token)))
+            with trace.span("detokenize"):
+                ids.append(token)
+                texts.append(stops.push(decoder.push(token)))
+                chunk = Chunk(texts[-1], (token,))
             if stops.matched is not None:
                 tail = texts[-1]
                 break
-            if texts[-1]:
-                yield Chunk(texts[-1], (token,))
+            if chunk.text:
+                yield chunk
                 self._check_current(call)
         else:
-            tail = stops.push(decoder.flush()) + stops.flush()
+            with trace.span("detokenize"):
+                tail = stops.push(decoder.flush()) + stops.flush()
             texts.append(tail)
         reason: FinishReason = "length" if len(ids) == max_new_tokens else "stop"
         if stops.matched is not None:
@@ -306,7 +316,7 @@ def _metrics(prompt: Prompt, tiles: int, trace: Trace, times: Sequence[float], k
         image_tokens=len(prompt.image_positions),
         tiles=tiles,
         new_tokens=len(times),
-        **{name: trace.seconds(name) for name in ("preprocess", "vision_encoder", "connector", "embed", "prefill")},
+        **{name: trace.seconds(name) for name in STAGES},
         ttft=(times[0] if times else end) - trace.origin,
         total=end - trace.origin,
         token_seconds=tuple(np.diff(times).tolist()),

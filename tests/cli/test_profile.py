@@ -1,5 +1,6 @@
-"""`mllm-edge profile`."""
+"""`mllm-edge profile` and `mllm-edge profile diff`."""
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,21 +16,82 @@ def test_table(cli: Cli, tiny_bundle: Path) -> None:
     assert result.exit_code == 0, result.stderr
     for word in ("vision encoder", "prefill", "TTFT", "TPOT", "tok/s", "load", "peak memory", "KV cache", "bundle"):
         assert word in result.stdout
+    for word in ("first token", "detokenize", "jitter", "first call", "predicted", "the stages make", "clocks: "):
+        assert word in result.stdout
     assert "synthetic, 640 x 480 px, seed 0" in result.stdout
     assert "1 threads" in result.stdout
     assert "p99 100" in result.stdout  # left out: three calls are too few
+    assert "bound 10%" in result.stdout
     assert result.stderr == "profiling\n"
 
 
-def test_json(cli: Cli, tiny_bundle: Path, image_file: Path) -> None:
+def test_one_call_tells_nothing_about_noise(cli: Cli, tiny_bundle: Path) -> None:
+    result = cli("profile", tiny_bundle, "-n", "1", "--warmup", "0", "--iterations", "1")
+    assert "one call tells nothing about noise" in result.stdout
+    assert "TPOT" not in result.stdout
+
+
+def test_json_on_standard_output(cli: Cli, tiny_bundle: Path, image_file: Path) -> None:
     result = cli("profile", tiny_bundle, "--image", image_file, "--prompt", "Hi", "--json", *SMALL)
     data = json.loads(result.stdout)
-    assert data["image"] == str(image_file)
-    assert data["iterations"] == data["stages"]["ttft"]["count"] == 3
-    assert data["new_tokens"] == 5
+    assert data["setting"]["images"] == str(image_file)
+    assert data["setting"]["iterations"] == data["ttft"]["count"] == 3
+    assert data["setting"]["new_tokens"] == 5
     assert data["tpot"]["count"] == 3 * 4
-    assert data["stages"]["ttft"]["percentiles"] == {}
+    assert data["ttft"]["percentiles"] == {}
     assert set(data["tpot"]["percentiles"]) == {"p10", "p90"}
+
+
+def test_files_and_diff(cli: Cli, tiny_bundle: Path, tmp_path: Path) -> None:
+    a, b, rows, trace = (tmp_path / name for name in ("a.json", "b.json", "a.csv", "a.trace.json"))
+    result = cli("profile", tiny_bundle, "--json", a, "--csv", rows, "--trace", trace, *SMALL)
+    assert "TTFT" in result.stdout  # the table is printed, too
+    assert len(list(csv.DictReader(rows.open()))) > 3
+    assert json.loads(trace.read_text())["traceEvents"]
+    data = json.loads(a.read_text())
+    for figure in (*data["stages"].values(), data["ttft"], data["tpot"], data["total"]):
+        figure["spread"] = 0.01
+    a.write_text(json.dumps(data))
+    data["stages"]["prefill"]["median"] *= 1.5
+    data["setting"]["threads"] = 7
+    b.write_text(json.dumps(data))
+    shown = cli("profile", "diff", a, b)
+    assert shown.exit_code == 0
+    assert next(line for line in shown.stdout.splitlines() if line.startswith("prefill")).endswith("more")
+    assert "different threads: 1 and 7" in shown.stderr
+    assert cli("profile", "diff", a, b, "--fail-above", "60%").exit_code == 0
+    failed = cli("profile", "diff", a, b, "--fail-above", "10%")
+    assert failed.exit_code == 1
+    assert "error: grew by more than 10%: prefill (+50.0%)" in failed.stderr
+    assert cli("profile", "diff", b, a, "--fail-above", "10").exit_code == 0
+    changes = json.loads(cli("profile", "diff", a, b, "--json").stdout)[0]["changes"]
+    assert [c["name"] for c in changes if c["beyond_noise"]] == ["prefill"]
+    assert cli("profile", "diff", a, b, "--fail-above", "much").exit_code == 2
+    assert cli("profile", "diff", a).exit_code == 2
+    assert "A B" in cli("profile", "diff", "--help").stdout
+
+
+def test_a_bundle_called_diff(cli: Cli, tiny_bundle: Path, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "diff").symlink_to(tiny_bundle)
+    monkeypatch.chdir(tmp_path)
+    assert "TTFT" in cli("profile", "./diff", *SMALL).stdout
+
+
+def test_sweep(cli: Cli, tiny_bundle: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    result = cli("profile", tiny_bundle, "--sweep", "new=2,3", "--sweep", "threads=1", "--json", file, *SMALL)
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert [line.split("  ")[0] for line in lines if line.startswith(("2, 1", "3, 1"))] == ["2, 1", "3, 1"]
+    data = json.loads(file.read_text())
+    assert data["sweep"] == {"new": [2, 3], "threads": [1]}
+    assert [p["setting"]["new_tokens"] for p in data["profiles"]] == [2, 3]
+
+
+def test_several_bundles(cli: Cli, tiny_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "b").symlink_to(tiny_bundle)
+    data = json.loads(cli("profile", tiny_bundle, tmp_path / "b", "--json", "-", *SMALL).stdout)
+    assert [p["point"]["bundle"] for p in data["profiles"]] == [str(tiny_bundle), str(tmp_path / "b")]
 
 
 def test_bad_input(cli: Cli, tiny_bundle: Path, tmp_path: Path) -> None:
@@ -37,3 +99,10 @@ def test_bad_input(cli: Cli, tiny_bundle: Path, tmp_path: Path) -> None:
     absent = cli("profile", tiny_bundle, "--image", tmp_path / "absent.png")
     assert absent.exit_code == 1
     assert "absent.png" in absent.stderr
+    unknown = cli("profile", tiny_bundle, "--sweep", "zzz=1")
+    assert unknown.exit_code == 2
+    assert "prompt, images, size, new, threads, bundle" in unknown.stderr
+    assert "no speculation" in cli("profile", tiny_bundle, "--sweep", "speculation=on,off").stderr
+    place = cli("profile", tmp_path / "no bundle", "--csv", tmp_path / "absent" / "a.csv")
+    assert "absent does not exist" in place.stderr  # before anything is measured
+    assert cli("profile").exit_code == 2

@@ -1,17 +1,76 @@
-"""The profiler: statistics that admit what they cannot know, and calls of equal length."""
+"""The profiler: stages that are the call, statistics that admit what they cannot know, and files as the schema says."""
 
+import csv
+import io
+import itertools
+import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mllm_edge import VLM
-from mllm_edge.errors import BundleError
-from mllm_edge.runtime.profile import PERCENTILES, Distribution, profile, samples_needed, synthetic_image
+from mllm_edge.bundle import Bundle
+from mllm_edge.errors import BundleError, ImageError, MllmEdgeError
+from mllm_edge.runtime.profiling import files, memory
+from mllm_edge.runtime.profiling.environment import Clock, read_clocks, read_environment, versions
+from mllm_edge.runtime.profiling.measure import Profile, profile, synthetic_image
+from mllm_edge.runtime.profiling.statistics import PERCENTILES, Distribution, jitter, noise, samples_needed
+from mllm_edge.runtime.profiling.sweep import KEYS, parse_sweep, points, prompt_of, run_sweep, sweep_dict
+from mllm_edge.runtime.tokenizer import Tokenizer
+from mllm_edge.runtime.trace import LOAD_STAGES, STAGES
 
 
-def test_distribution_of_one_sample_has_no_percentiles() -> None:
-    assert Distribution.of([3.0]) == Distribution(1, 3.0, 3.0, 3.0, {})
+def check_schema(value: Any, schema: Mapping[str, Any], root: Mapping[str, Any], where: str = "$") -> None:
+    """The part of JSON Schema that the profile's schema uses; raises AssertionError that names the place."""
+    known = {"type", "properties", "required", "additionalProperties", "items", "anyOf", "oneOf", "enum", "const"}
+    assert set(schema) <= known | {"$ref", "$defs", "$schema", "title", "description"}, f"{where}: {set(schema)}"
+    if "$ref" in schema:
+        return check_schema(value, root["$defs"][schema["$ref"].removeprefix("#/$defs/")], root, where)
+    for choices in (schema[word] for word in ("anyOf", "oneOf") if word in schema):
+        errors = [_error(value, choice, root, where) for choice in choices]
+        assert errors.count(None) >= 1, f"{where}: {errors}"
+    if "const" in schema:
+        assert value == schema["const"], where
+    if "enum" in schema:
+        assert value in schema["enum"], where
+    types = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None)}
+    types |= {"integer": int, "number": (int, float)}  # type: ignore[dict-item]
+    if "type" in schema:
+        names = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+        assert any(isinstance(value, types[name]) for name in names), f"{where}: {value!r} is no {names}"
+        assert not (isinstance(value, bool) and "boolean" not in names), where
+    if isinstance(value, dict):
+        assert set(schema.get("required", ())) <= set(value), f"{where}: {set(schema['required']) - set(value)}"
+        for key, entry in value.items():
+            inner = schema.get("properties", {}).get(key, schema.get("additionalProperties", {}))
+            assert inner is not False, f"{where}.{key}"
+            check_schema(entry, inner, root, f"{where}.{key}")
+    if isinstance(value, list):
+        for n, entry in enumerate(value):
+            check_schema(entry, schema.get("items", {}), root, f"{where}[{n}]")
+
+
+def _error(value: Any, schema: Mapping[str, Any], root: Mapping[str, Any], where: str) -> str | None:
+    try:
+        check_schema(value, schema, root, where)
+    except AssertionError as e:
+        return str(e)
+    return None
+
+
+@pytest.fixture(scope="module")
+def result(tiny_bundle: Path) -> Profile:
+    return profile(tiny_bundle, "Hi", new_tokens=6, warmup=1, iterations=3)
+
+
+# ---------------------------------------------------------------- statistics
+def test_distribution_of_one_sample_has_no_percentiles_and_no_spread() -> None:
+    assert Distribution.of([3.0]) == Distribution(1, 3.0, 3.0, 3.0, {}, None, 0)
 
 
 @pytest.mark.parametrize("percentile", PERCENTILES)
@@ -24,9 +83,64 @@ def test_percentiles_need_enough_samples(percentile: int) -> None:
 
 
 def test_samples_needed() -> None:
-    assert [samples_needed(p) for p in PERCENTILES] == [10, 10, 20, 100]
+    assert [samples_needed(p) for p in PERCENTILES] == [10, 10, 100]
 
 
+def test_spread_is_of_the_percentiles_or_of_all_where_they_are_too_few() -> None:
+    assert Distribution.of([1.0, 2.0, 4.0]).spread == pytest.approx(1.5)
+    many = Distribution.of([float(n) for n in range(101)] + [1e6])
+    assert many.spread == pytest.approx((many.percentiles["p90"] - many.percentiles["p10"]) / many.median)
+
+
+def test_outliers_lie_three_interquartile_ranges_outside() -> None:
+    assert Distribution.of([1.0, 2.0, 3.0, 4.0, 5.0, 10.0]).outliers == 0
+    assert Distribution.of([1.0, 2.0, 3.0, 4.0, 5.0, 13.0, -9.0, 3.0]).outliers == 2
+
+
+def test_jitter_is_between_neighbours_of_one_call() -> None:
+    found = jitter([[1.0, 3.0, 1.0], [7.0]])
+    assert found is not None
+    assert (found.seconds, found.relative) == (2.0, 1.0)
+    assert jitter([[1.0], []]) is None
+    assert jitter([]) is None
+
+
+def test_noise_is_the_larger_spread() -> None:
+    quiet, loud = [1.0, 1.01, 1.02], [1.0, 1.2, 1.1]
+    assert (noise(quiet, loud).name, noise(quiet, loud).noisy) == ("tpot", True)
+    assert (noise(quiet, []).name, noise(quiet, []).noisy) == ("total", False)
+    assert noise([1.0], [1.0]).spread is None
+    assert not noise([1.0], [1.0]).noisy
+
+
+# ---------------------------------------------------------------- environment
+def test_clocks_are_read_from_sysfs(tmp_path: Path) -> None:
+    for number, cpus, current in (("10", "2 3", "1500000"), ("2", "0 1", "")):
+        folder = tmp_path / "sys/devices/system/cpu/cpufreq" / f"policy{number}"
+        folder.mkdir(parents=True)
+        for name, text in {
+            "affected_cpus": cpus,
+            "scaling_governor": "schedutil",
+            "scaling_min_freq": "800000",
+            "scaling_max_freq": "2000000",
+            "scaling_cur_freq": current,
+        }.items():
+            (folder / name).write_text(f"{text}\n")
+    assert read_clocks(tmp_path) == (
+        Clock((0, 1), "schedutil", 8e8, 2e9, None),
+        Clock((2, 3), "schedutil", 8e8, 2e9, 1.5e9),
+    )
+    assert read_clocks(tmp_path / "nowhere") == ()
+
+
+def test_environment_and_versions() -> None:
+    machine = read_environment()
+    assert machine.cores > 0
+    assert machine.affinity is None or len(machine.affinity) == len(os.sched_getaffinity(0))
+    assert {"mllm-edge", "python", "numpy", "onnxruntime"} <= set(versions("cpu"))
+
+
+# ---------------------------------------------------------------- measurement
 def test_synthetic_image_is_always_the_same() -> None:
     first, second = (np.asarray(synthetic_image()) for _ in range(2))
     assert first.shape == (480, 640, 3)
@@ -36,15 +150,35 @@ def test_synthetic_image_is_always_the_same() -> None:
 def test_every_call_has_the_tokens_asked_for(tiny_bundle: Path) -> None:
     calls: list[int] = []
     result = profile(tiny_bundle, "Hi", new_tokens=12, warmup=1, iterations=4, progress=calls.append)
-    assert calls == [1] * 5
-    assert result.new_tokens == 12
+    assert calls == [1] * 6  # the cold one, too
+    assert result.setting.new_tokens == 12
     assert result.tpot is not None
     assert result.tpot.count == 4 * 11
-    assert set(result.stages) == {"preprocess", "vision_encoder", "connector", "embed", "prefill", "ttft", "total"}
+    assert tuple(result.stages) == STAGES
     assert all(d.count == 4 and 0 < d.minimum <= d.median <= d.maximum for d in result.stages.values())
-    assert result.tiles > 0
-    for nbytes in (result.kv_cache_bytes, result.peak_rss, result.bundle_bytes):
-        assert nbytes > 0
+    assert result.setting.tiles > 0
+    assert [title for title, _ in result.traces] == ["load", "cold", "warm-up 1", *(f"call {n}" for n in (1, 2, 3, 4))]
+
+
+def test_the_stages_do_not_overlap_and_are_within_the_call(result: Profile) -> None:
+    assert 0 < result.coverage <= 1
+    for (_, trace), call in zip(result.traces[-3:], result.calls, strict=True):
+        spans = sorted(trace.spans, key=lambda span: span.start)
+        assert {span.name for span in spans} == set(STAGES)
+        for before, after in itertools.pairwise(spans):
+            assert before.start + before.seconds <= after.start
+        assert sum(call.stages.values()) == pytest.approx(sum(span.seconds for span in spans))
+        assert sum(call.stages.values()) <= call.total
+        counts = {name: sum(span.name == name for span in spans) for name in ("first_token", "decode", "sample")}
+        assert counts == {"first_token": 1, "decode": 5, "sample": 5}
+
+
+def test_the_first_call_is_apart(result: Profile) -> None:
+    assert set(result.cold.stages) == set(STAGES)
+    assert set(result.load_stages) == set(LOAD_STAGES)
+    assert result.load == pytest.approx(sum(result.load_stages.values()))
+    assert result.cold not in result.calls
+    assert len(result.calls) == 3
 
 
 def test_the_models_end_is_ignored(tiny_bundle: Path) -> None:
@@ -57,18 +191,173 @@ def test_the_models_end_is_ignored(tiny_bundle: Path) -> None:
 
 def test_one_token_has_no_intervals(tiny_bundle: Path) -> None:
     result = profile(tiny_bundle, "Hi", new_tokens=1, warmup=0, iterations=1)
-    assert result.tpot is None
+    data = result.as_dict()
     assert result.tokens_per_second == 0
-    assert result.as_dict()["tpot"] is None
+    assert data["tpot"] is None
+    assert data["jitter"] is None
+    assert data["noise"]["spread"] is None
+    assert "decode" not in data["stages"]
+    check_schema(data, files.schema(), files.schema())
 
 
 def test_given_images_are_used(tiny_bundle: Path) -> None:
-    images = [np.zeros((64, 64, 3), np.uint8)] * 2
+    images = [np.zeros((64, 48, 3), np.uint8)] * 2
     one, two = (profile(tiny_bundle, "Hi", images[:n], new_tokens=2, warmup=0, iterations=1) for n in (1, 2))
-    assert (one.image, two.image) == ("ndarray", "ndarray, ndarray")
-    assert two.tiles == 2 * one.tiles
+    assert (one.setting.images, two.setting.images) == ("ndarray", "ndarray, ndarray")
+    assert two.setting.image_sizes == ((48, 64), (48, 64))
+    assert two.setting.tiles == 2 * one.setting.tiles
 
 
 def test_not_a_bundle(tmp_path: Path) -> None:
     with pytest.raises(BundleError):
         profile(tmp_path, "Hi")
+
+
+def test_an_unreadable_image_is_found_before_the_load(tmp_path: Path) -> None:
+    with pytest.raises(ImageError):
+        profile(tmp_path, "Hi", [str(tmp_path / "absent.png")])
+
+
+# ---------------------------------------------------------------- memory
+def test_memory_adds_up(result: Profile, tiny_bundle: Path) -> None:
+    m = result.memory
+    assert m.base + sum(m.weights.values()) + m.kv_cache + m.rest == m.peak
+    assert set(m.weights) == {"vision_encoder", "connector", "decoder"}
+    assert m.predicted.kv_cache == m.kv_cache
+    predicted = m.predicted
+    assert predicted.total == m.base + predicted.weights + predicted.kv_cache + predicted.activations
+    assert m.error_percent == pytest.approx(100 * (predicted.total - m.peak) / m.peak)
+    assert predicted.activations == memory.predict_activations(
+        Bundle.load(tiny_bundle), "cpu", result.setting.prompt_tokens
+    )
+    assert "GPU memory: no GPU is in use" in m.notes
+    if memory.can_watch():
+        assert m.stages is not None
+        assert tuple(m.stages) == (*LOAD_STAGES, *STAGES)
+        assert max(m.stages.values()) <= m.peak
+
+
+@pytest.mark.skipif(not memory.can_watch(), reason="the system does not tell a process's peak anew")
+def test_a_watched_stage_has_its_own_peak() -> None:
+    trace = memory.WatchedTrace()
+    with trace.span("large"):
+        block = np.ones(40_000_000, np.uint8)
+        del block
+    with trace.span("small"):
+        pass
+    assert trace.peaks["large"] - trace.peaks["small"] > 30_000_000
+
+
+def test_where_peaks_cannot_be_read_it_is_said(tiny_bundle: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(memory, "_CLEAR", tmp_path / "absent" / "clear_refs")
+    result = profile(tiny_bundle, "Hi", new_tokens=2, warmup=0, iterations=1)
+    assert result.memory.stages is None
+    assert any("peak of each stage" in text for text in result.memory.notes)
+    check_schema(result.as_dict(), files.schema(), files.schema())
+
+
+# ---------------------------------------------------------------- files
+def test_the_json_form_is_as_the_schema_says(result: Profile) -> None:
+    data = json.loads(json.dumps(result.as_dict(), allow_nan=False))
+    check_schema(data, files.schema(), files.schema())
+    with pytest.raises(AssertionError):
+        check_schema({**data, "load": 1}, files.schema(), files.schema())
+    del data["memory"]["base"]
+    with pytest.raises(AssertionError):
+        check_schema(data, files.schema(), files.schema())
+
+
+def test_csv_has_a_row_for_each_stage_and_call(result: Profile) -> None:
+    rows = list(csv.DictReader(io.StringIO(files.csv_text([result]))))
+    assert len(rows) == 4 * (len(STAGES) + 2) + 2
+    found = {(row["call"], row["stage"]): float(row["seconds"]) for row in rows}
+    assert found["2", "prefill"] == result.calls[1].stages["prefill"]
+    assert found["cold", "total"] == result.cold.total
+
+
+def test_chrome_trace_has_the_spans_of_every_call(result: Profile) -> None:
+    data = json.loads(json.dumps(files.chrome_trace([result])))
+    spans = [event for event in data["traceEvents"] if event["ph"] == "X"]
+    assert len(spans) == sum(len(trace.spans) + 1 for _, trace in result.traces)
+    assert min(event["ts"] for event in spans) == 0
+    last = [event for event in spans if event["cat"] == "call 3" and event["name"] == "prefill"]
+    assert last[0]["dur"] == pytest.approx(1e6 * result.calls[2].stages["prefill"])
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch) -> None:
+    place = tmp_path / "a.json"
+    files.write_whole(place, "old")
+
+    def fail(*_: object) -> None:
+        raise OSError("full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="full"):
+        files.write_whole(place, "new")
+    assert place.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [place]
+
+
+def test_bad_places_are_named(tmp_path: Path) -> None:
+    files.check_places([tmp_path / "a.json", tmp_path / "b.csv"])
+    for paths, words in (
+        ([tmp_path], "is a folder"),
+        ([tmp_path / "absent" / "a.json"], "absent does not exist"),
+        ([tmp_path / "a", tmp_path / "." / "a"], "named twice"),
+    ):
+        with pytest.raises(MllmEdgeError, match=words):
+            files.check_places(paths)
+
+
+# ---------------------------------------------------------------- sweeps
+def test_points_are_all_combinations() -> None:
+    sweep = parse_sweep(["new=2,4", "size=64x48"], ["a", "b"])
+    assert sweep == {"new": [2, 4], "size": ["64x48"], "bundle": ["a", "b"]}
+    assert points(sweep)[1] == {"new": 2, "size": "64x48", "bundle": "b"}
+    assert len(points(sweep)) == 4
+    assert points({}) == [{}]
+
+
+@pytest.mark.parametrize(
+    ("texts", "words"),
+    [
+        (["speculation=on,off"], "no speculation"),
+        (["zzz=1"], ", ".join(KEYS)),
+        (["new=0"], "new=0"),
+        (["new="], "new="),
+        (["size=64"], "WIDTHxHEIGHT"),
+        (["new=1", "new=2"], "given twice"),
+        (["new=1,1"], "same value twice"),
+        (["bundle=a"], "named twice"),
+    ],
+)
+def test_bad_sweeps_are_refused_by_name(texts: list[str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        parse_sweep(texts, ["a", "b"])
+
+
+def test_a_prompt_of_so_many_tokens(tiny_bundle: Path) -> None:
+    tokenizer = Tokenizer.load(tiny_bundle, Bundle.load(tiny_bundle).generation())
+    for tokens in (1, 7, 50):
+        text = prompt_of(tiny_bundle, "What is it?", tokens)
+        assert len(tokenizer.encode(text, add_special_tokens=False)) == tokens
+
+
+def test_a_sweep_measures_what_its_points_say(tiny_bundle: Path) -> None:
+    sweep = parse_sweep(["images=1,2", "size=64x32", "new=2,3", "prompt=9"], [str(tiny_bundle)])
+    found = run_sweep(tiny_bundle, "Hi", (), sweep, warmup=0, iterations=1, threads=1)
+    assert [(len(p.setting.image_sizes), p.setting.new_tokens) for p in found] == [(1, 2), (1, 3), (2, 2), (2, 3)]
+    assert all(size == (64, 32) for p in found for size in p.setting.image_sizes)
+    assert found[2].setting.images == "synthetic, 64 x 32 px, seed 0, synthetic, 64 x 32 px, seed 0"
+    data = json.loads(json.dumps(sweep_dict(sweep, found)))
+    check_schema(data, files.schema(), files.schema())
+    assert data["profiles"][3]["point"] == {"images": 2, "size": "64x32", "new": 3, "prompt": 9}
+    header = files.csv_text(found).splitlines()[0]
+    assert header == "bundle,call,stage,seconds,images,size,new,prompt"
+
+
+def test_given_images_are_resized_in_a_sweep(tiny_bundle: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (50, 40)).save(picture)
+    found = run_sweep(tiny_bundle, "Hi", [str(picture)], {"size": ["20x30"]}, new_tokens=1, warmup=0, iterations=1)
+    assert found[0].setting.images == f"{picture} at 20 x 30 px"

@@ -1,0 +1,131 @@
+"""What `mllm-edge profile` says, held against itself and against a stopwatch of one's own.
+
+python -m benchmarks.profiler [--only NAME …] [--json F] [--folder DIR] [--iterations N] [-n N]
+"""
+
+import argparse
+import contextlib
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import in_process
+from benchmarks.report import Report
+from benchmarks.vlm_checkpoints import smolvlm_256m
+
+__all__ = ["main"]
+
+_SAMPLE = Path(__file__).parents[1] / "examples" / "sample_vlm" / "model"
+_PROMPT = "What is in the picture?"
+_PERCENT = {"stages_sum": 3.0, "profiling_overhead": 2.0, "independent_stopwatch": 3.0}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=_MODELS, default=list(_MODELS))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--folder", type=Path, help="where the temporary folder goes (1 GB)")
+    parser.add_argument("--iterations", type=int, default=10)
+    parser.add_argument("-n", "--new-tokens", type=int, default=128)
+    options = parser.parse_args()
+    report = Report("The profiler: two profiles, and calls timed from outside; per cent")
+    for name in options.only:
+        with tempfile.TemporaryDirectory(prefix="mllm-edge-", dir=options.folder) as folder:
+            bundle = Path(folder) / "bundle"
+            in_process(_MODELS[name], bundle)
+            row = in_process(_measure, bundle, options.iterations, options.new_tokens).result
+        report.rows.append({"model": name, **row})
+        for check, limit in _PERCENT.items():
+            report.at_most(f"{name}: {check} %", row[f"{check} %"], limit)
+        report.at_most(f"{name}: two_runs_agree, difference of totals %", row["two runs %"], row["their spread %"])
+    report.print()
+    if options.json:
+        report.write(options.json)
+
+
+def _sample(bundle: Path) -> None:
+    from mllm_edge.export.pipeline import export
+
+    export(str(_SAMPLE), bundle, recipe_name="int4", verify_mode="off")
+
+
+def _smolvlm(bundle: Path) -> None:
+    from mllm_edge.export.pipeline import export
+
+    checkpoint = bundle.with_name("checkpoint")
+    smolvlm_256m(checkpoint)
+    export(str(checkpoint), bundle, recipe_name="int4", verify_mode="off")
+
+
+_MODELS: dict[str, Callable[[Path], None]] = {"sample model": _sample, "SmolVLM-256M": _smolvlm}
+
+
+def _measure(bundle: Path, iterations: int, tokens: int) -> dict[str, Any]:
+    from mllm_edge.runtime.profiling.measure import profile
+    from mllm_edge.runtime.vlm import VLM
+
+    first, second = (profile(bundle, _PROMPT, new_tokens=tokens, iterations=iterations) for _ in range(2))
+    with VLM.load(bundle) as vlm:
+        rate = _stopwatch(vlm, tokens, iterations)
+        overhead = _overhead(vlm, tokens, iterations)
+    a, b = first.total, second.total
+    said = statistics.mean([first.tokens_per_second, second.tokens_per_second])
+    return {
+        "total ms": 1000 * a.median,
+        "profile tok/s": said,
+        "stopwatch tok/s": rate,
+        "stages_sum %": 100 * max(1 - first.coverage, 1 - second.coverage),
+        "two runs %": 100 * abs(a.median - b.median) / min(a.median, b.median),
+        "their spread %": 100 * math.hypot(a.spread or 0.0, b.spread or 0.0) / 2,
+        "profiling_overhead %": overhead,
+        "independent_stopwatch %": 100 * abs(said / rate - 1),
+    }
+
+
+def _stopwatch(vlm: Any, tokens: int, iterations: int) -> float:
+    """Tokens per second of `vlm.stream` from its first piece of text to its end, the median of calls.
+
+    Every token is spelt as a letter, for random weights choose tokens without a text, and no piece would come.
+    """
+    from mllm_edge.runtime.profiling.measure import synthetic_image
+    from mllm_edge.runtime.tokenizer import StreamDecoder
+
+    vlm.tokenizer.token = lambda token_id: "a"
+    rates = []
+    for _ in range(1 + iterations):
+        begin = 0.0
+        ids: tuple[int, ...] = ()
+        for chunk in vlm.stream(_PROMPT, [synthetic_image()], max_new_tokens=tokens, ignore_eos=True):
+            begin = begin or time.perf_counter()
+            ids = chunk.result.token_ids if chunk.result else ()
+        seconds = time.perf_counter() - begin
+        text = StreamDecoder(vlm.tokenizer)
+        silent = next(n for n, token in enumerate(ids) if text.push(token))  # tokens before the first text
+        rates.append((len(ids) - silent - 1) / seconds)
+    return statistics.median(rates[1:])
+
+
+def _overhead(vlm: Any, tokens: int, iterations: int) -> float:
+    """By how many per cent the time per token is longer with spans than without, calls of both taking turns."""
+    from mllm_edge.runtime.trace import Trace
+
+    class Silent(Trace):
+        def span(self, name: str) -> AbstractContextManager[None]:
+            return contextlib.nullcontext()
+
+    seconds: dict[type[Trace], list[float]] = {Silent: [], Trace: []}
+    for _ in range(1 + 2 * iterations):
+        for kind, found in seconds.items():
+            options: dict[str, Any] = {"max_new_tokens": tokens, "ignore_eos": True, "trace": kind()}
+            found.append(statistics.median(vlm.generate("Hello.", **options).metrics.token_seconds))
+    without, with_spans = (statistics.median(found[1:]) for found in seconds.values())
+    return 100 * (with_spans / without - 1)
+
+
+if __name__ == "__main__":
+    main()

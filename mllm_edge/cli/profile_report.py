@@ -1,0 +1,167 @@
+"""Profiles as people read them: tables on a terminal."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mllm_edge.cli.output import bytes_text, milliseconds, table
+
+if TYPE_CHECKING:
+    from mllm_edge.runtime.profiling.environment import Environment
+    from mllm_edge.runtime.profiling.measure import Profile, Setting
+    from mllm_edge.runtime.profiling.statistics import Distribution
+
+__all__ = ["NAMES", "report", "sweep_report"]
+
+# The stages, then what is made of several.
+NAMES = {
+    "preprocess": "preprocess",
+    "vision_encoder": "vision encoder",
+    "connector": "connector",
+    "embed": "embed",
+    "allocate": "allocate cache",
+    "prefill": "prefill",
+    "first_token": "first token",
+    "decode": "decode",
+    "sample": "sample",
+    "detokenize": "detokenize",
+    "ttft": "TTFT",
+    "tpot": "TPOT",
+    "total": "whole call",
+}
+
+
+def report(result: "Profile") -> str:
+    """One profile: setting, stages, the load and the first call, memory."""
+    return "\n\n".join([_setting(result), _stages(result), _figures(result), _memory(result)])
+
+
+def sweep_report(profiles: "Sequence[Profile]") -> str:
+    """Several profiles: a row for each point."""
+    keys = list(profiles[0].point)
+    header = [", ".join(keys), "prompt tokens", "TTFT ms", "vision ms", "prefill ms", "TPOT ms", "tok/s", "call ms"]
+    rows = [_sweep_row(p, keys) for p in profiles]
+    parts = [_machine(profiles[0].machine), table([*header, "peak memory", "spread"], rows)]
+    noisy = [p for p in profiles if p.noise.noisy]
+    return "\n\n".join([*parts, *dict.fromkeys(_noise(p) for p in noisy[:1])])
+
+
+def _sweep_row(p: "Profile", keys: Sequence[str]) -> list[str]:
+    stages = p.stages
+    vision = sum(stages[name].median for name in ("vision_encoder", "connector") if name in stages)
+    return [
+        ", ".join(str(p.point[key]) for key in keys),
+        str(p.setting.prompt_tokens),
+        milliseconds(p.ttft.median),
+        milliseconds(vision) if vision else "",
+        milliseconds(stages["prefill"].median),
+        milliseconds(p.tpot.median) if p.tpot else "",
+        f"{p.tokens_per_second:.1f}" if p.tpot else "",
+        milliseconds(p.total.median),
+        bytes_text(p.memory.peak),
+        "" if p.noise.spread is None else f"{p.noise.spread:.1%}",
+    ]
+
+
+def _setting(result: "Profile") -> str:
+    s, b = result.setting, result.bundle
+    images = f" ({s.image_tokens} of {s.tiles} image tiles)" if s.image_tokens else ""
+    return "\n".join(
+        [
+            f"{b.path} ({b.recipe}), {s.threads} threads, {s.backend}",
+            _machine(result.machine),
+            ", ".join(f"{name} {version}" for name, version in result.versions.items()),
+            f"{s.prompt_tokens} prompt tokens{images} + {s.new_tokens} new; image: {s.images}",
+            _calls(s),
+        ]
+    )
+
+
+def _calls(s: "Setting") -> str:
+    return f"1 cold call, {s.warmup} warm-up calls, {s.iterations} counted calls"
+
+
+def _machine(machine: "Environment") -> str:
+    clocks = dict.fromkeys(f"{c.governor} {_ghz(c.current_hz)} of {_ghz(c.maximum_hz)} GHz" for c in machine.clocks)
+    load = f", load {machine.load_average[0]:.1f}" if machine.load_average else ""
+    return f"{machine.processor}, {machine.cores} cores; clocks: {', '.join(clocks) or 'not told by the system'}{load}"
+
+
+def _ghz(hz: float | None) -> str:
+    return "?" if hz is None else f"{hz / 1e9:.1f}"
+
+
+def _stages(result: "Profile") -> str:
+    from mllm_edge.runtime.profiling.statistics import PERCENTILES, samples_needed
+
+    measured = {**result.stages, "ttft": result.ttft, "total": result.total}
+    if result.tpot:
+        measured["tpot"] = result.tpot
+    shown = {title: (name, measured[name]) for name, title in NAMES.items() if name in measured}
+    names = [f"p{p}" for p in PERCENTILES if any(f"p{p}" in d.percentiles for _, d in shown.values())]
+    total = result.total.median
+    header = ["ms", "median", *names, "min", "max", "share", "outliers", "samples"]
+    rows = [
+        [title, *_row(d, names), _share(d.median / total, name), str(d.outliers), str(d.count)]
+        for title, (name, d) in shown.items()
+    ]
+    lines = [table(header, rows), f"the stages make {result.coverage:.1%} of the call"]
+    omitted = [p for p in PERCENTILES if any(f"p{p}" not in d.percentiles for _, d in shown.values())]
+    if omitted:
+        needs = ", ".join(f"p{p} {samples_needed(p)}" for p in omitted)
+        lines.append(f"left out where samples are too few (needed: {needs}); raise --iterations")
+    return "\n".join([*lines, _noise(result)])
+
+
+def _share(share: float, name: str) -> str:
+    """Of stages only: TTFT and the like are made of them."""
+    return "" if name in ("ttft", "tpot", "total") else f"{share:.1%}"
+
+
+def _row(d: "Distribution", names: list[str]) -> list[str]:
+    percentiles = [milliseconds(d.percentiles[n]) if n in d.percentiles else "" for n in names]
+    return [milliseconds(d.median), *percentiles, milliseconds(d.minimum), milliseconds(d.maximum)]
+
+
+def _noise(result: "Profile") -> str:
+    n = result.noise
+    if n.spread is None:
+        return "one call tells nothing about noise; raise --iterations"
+    what = {"total": "whole calls", "tpot": "time per token"}[n.name]
+    figure = f"the calls' {what} spread by {n.spread:.1%} of the median, bound {n.bound:.0%}"
+    return f"this machine is noisy: {figure}" if n.noisy else f"quiet: {figure}"
+
+
+def _figures(result: "Profile") -> str:
+    cold = result.cold
+    rows = []
+    if result.tokens_per_second:
+        rows.append(["decode rate", f"{result.tokens_per_second:.1f} tok/s"])
+    if result.jitter:
+        share = f"{result.jitter.relative:.1%} of an interval"
+        rows.append(["jitter", f"{milliseconds(result.jitter.seconds)} ms from token to token, {share}"])
+    parts = ", ".join(f"{name} {milliseconds(seconds)}" for name, seconds in result.load_stages.items())
+    rows.append(["load", f"{milliseconds(result.load)} ms ({parts})"])
+    rows.append(["first call", f"TTFT {milliseconds(cold.ttft)} ms, whole {milliseconds(cold.total)} ms"])
+    stages = ", ".join(f"{NAMES[name]} {milliseconds(seconds)}" for name, seconds in cold.stages.items())
+    rows.append(["", stages])
+    return "\n".join(f"{name:<13}{value}" for name, value in rows)
+
+
+def _memory(result: "Profile") -> str:
+    m = result.memory
+    rows = [
+        ["peak memory", f"{bytes_text(m.peak)}, predicted {bytes_text(m.predicted.total)} ({m.error_percent:+.0f}%)"],
+        ["base", f"{bytes_text(m.base)} (Python and the engine's library)"],
+        ["weights", f"{bytes_text(sum(m.weights.values()))} (+ {bytes_text(m.mapped)} read from disk row by row)"],
+        ["KV cache", bytes_text(m.kv_cache)],
+        ["rest", f"{bytes_text(m.rest)} (arenas, packed weights)"],
+        ["bundle", bytes_text(result.bundle.nbytes)],
+    ]
+    if m.gpu is not None:
+        rows.insert(1, ["GPU memory", f"{bytes_text(m.gpu)} in use, by all processes"])
+    lines = [f"{name:<13}{value}" for name, value in rows]
+    if m.stages is not None:
+        lines.append(
+            "peak while it ran: " + ", ".join(f"{NAMES.get(n, n)} {bytes_text(b)}" for n, b in m.stages.items())
+        )
+    return "\n".join([*lines, *m.notes])

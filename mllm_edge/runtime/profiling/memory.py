@@ -1,0 +1,163 @@
+"""Memory: the peak while each stage ran, and what the bundle alone predicts.
+
+Linux keeps a process's peak resident size and lets the process forget it (5 in /proc/self/clear_refs); elsewhere only
+the peak of the whole process is known.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from mllm_edge.bundle import Bundle
+from mllm_edge.runtime.backend import Backend
+from mllm_edge.runtime.device import peak_rss
+from mllm_edge.runtime.generate import PREFILL_CHUNK
+from mllm_edge.runtime.grids import TILES_PER_RUN
+from mllm_edge.runtime.memory import memory
+from mllm_edge.runtime.trace import Trace
+from mllm_edge.spec import Variant
+
+__all__ = ["MemoryUse", "Predicted", "WatchedTrace", "can_watch", "gpu_memory", "measured", "predict_activations"]
+
+_CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+# Values that live at once in a layer, in tensors as large as its input: residual, norm, q, k, v, and a feed-forward
+# part of four times the width.
+_LIVE = 9
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Bytes, from the bundle alone: `weights` of all components as stored, the `kv_cache` for its whole capacity,
+    `activations` of the largest run of each component (an engine keeps that memory), and with the base the `total`."""
+
+    weights: int
+    kv_cache: int
+    activations: int
+    total: int
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Bytes. `base`: resident once the engine's library was imported; `peak`: of the whole process; `stages`: the peak
+    while each ran, in the load and the first call, None where the system does not tell; `weights` by component, as
+    stored; `mapped` files are read row by row; `rest` = peak − base − weights − kv_cache: the engine's arenas and its
+    packed copies of weights. `gpu`: device memory in use after the last call, by all processes, None without a GPU.
+    `notes`: what could not be measured, and why.
+    """
+
+    base: int
+    peak: int
+    stages: Mapping[str, int] | None
+    weights: Mapping[str, int]
+    mapped: int
+    kv_cache: int
+    gpu: int | None
+    predicted: Predicted
+    notes: tuple[str, ...]
+
+    @property
+    def rest(self) -> int:
+        """What neither the base nor the bundle's files nor the cache explain."""
+        return self.peak - self.base - sum(self.weights.values()) - self.kv_cache
+
+    @property
+    def error_percent(self) -> float:
+        """The prediction's, of the peak."""
+        return 100.0 * (self.predicted.total - self.peak) / self.peak if self.peak else 0.0
+
+
+class WatchedTrace(Trace):
+    """A trace that also keeps the process's peak resident size while each span ran, in `peaks`, bytes.
+
+    Watching takes some 50 µs a span: for calls whose times are not counted.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peaks: dict[str, int] = {}
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """Time the body and watch it."""
+        _forget_peak()
+        with super().span(name):
+            yield
+        self.peaks[name] = max(self.peaks.get(name, 0), _peak())
+
+
+def can_watch() -> bool:
+    """Whether this system tells and forgets a process's peak."""
+    try:
+        _forget_peak()
+        return _peak() > 0
+    except OSError:
+        return False
+
+
+def gpu_memory(backend: Backend) -> int | None:
+    """Bytes of device memory in use, by all processes; None where the backend uses no GPU or cannot tell."""
+    used = getattr(backend, "memory_used", None)
+    return None if used is None else int(used())
+
+
+def measured(
+    bundle: Bundle,
+    target: str,
+    prompt_tokens: int,
+    kv_cache: int,
+    capacity: int,
+    peaks: Mapping[str, int] | None,
+    before: int,
+    gpu: int | None,
+) -> MemoryUse:
+    """The measurement beside the prediction for a cache of `capacity` tokens. `peaks`: those of the spans of the load
+    and the first call; `before`: resident bytes before the load, where there are no peaks."""
+    bytes_of = next(m for m in memory(bundle, capacity) if m.target == target)
+    base = peaks["backend"] if peaks is not None else before
+    weights = sum(bytes_of.weights.values())
+    activations = predict_activations(bundle, target, prompt_tokens)
+    total = base + weights + bytes_of.kv_cache + activations
+    notes = [] if peaks is not None else ["peak of each stage: this system does not tell a process's peak anew"]
+    notes += [] if gpu is not None else ["GPU memory: no GPU is in use"]
+    return MemoryUse(
+        base=base,
+        peak=max([peak_rss(), *(peaks or {}).values()]),
+        stages=peaks,
+        weights=bytes_of.weights,
+        mapped=bytes_of.mapped,
+        kv_cache=kv_cache,
+        gpu=gpu,
+        predicted=Predicted(weights, bytes_of.kv_cache, activations, total),
+        notes=tuple(notes),
+    )
+
+
+def predict_activations(bundle: Bundle, target: str, prompt_tokens: int) -> int:
+    """Bytes that the largest run of each component works in: its inputs and outputs as its variant states them, times
+    the values that live at once. An attention that keeps all its scores takes more."""
+    return sum(
+        _run_bytes(bundle, name, bundle.variant(name, target), prompt_tokens) for name in bundle.manifest.components
+    )
+
+
+def _run_bytes(bundle: Bundle, name: str, variant: Variant, prompt_tokens: int) -> int:
+    """The widest tensor of a run, so many times as values live at once, and the logits."""
+    model = bundle.manifest.model
+    if name == "decoder":
+        rows = min(prompt_tokens, PREFILL_CHUNK)
+        return 4 * (_LIVE * rows * model.hidden_size + model.vocab_size)
+    sizes = [math.prod(d if isinstance(d, int) else TILES_PER_RUN for d in t.shape) for t in variant.outputs]
+    return 4 * _LIVE * max(sizes)
+
+
+def _forget_peak() -> None:
+    _CLEAR.write_text("5")
+
+
+def _peak() -> int:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
+    return 0
