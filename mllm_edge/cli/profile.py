@@ -40,6 +40,8 @@ class _Profile(click.Command):
 @click.option("--warmup", type=click.IntRange(min=0), default=2, show_default=True, help="Calls that are not counted.")
 @click.option("--iterations", type=POSITIVE, default=10, show_default=True, help="Calls that are counted.")
 @click.option("--sweep", "sweeps", multiple=True, metavar="KEY=A,B", help="Measure for each value; repeatable.")
+@click.option("--ops", "operators", is_flag=True, help="Show the operators that take longest, on the processor.")
+@click.option("--power", is_flag=True, help="Measure watts, joules and heat, where this machine has sensors.")
 @runtime_options
 @click.option(
     "--json",
@@ -59,6 +61,8 @@ def command(
     warmup: int,
     iterations: int,
     sweeps: tuple[str, ...],
+    operators: bool,
+    power: bool,
     threads: int | None,
     max_context: int | None,
     backend: str,
@@ -96,6 +100,8 @@ def command(
             threads=threads,
             max_context=max_context,
             backend=backend,
+            operators=operators,
+            power=power,
             progress=progress.advance,
             notice=note,
         )

@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING
 from mllm_edge.cli.output import bytes_text, milliseconds, table
 
 if TYPE_CHECKING:
+    from mllm_edge.runtime.operators import Operator
+    from mllm_edge.runtime.power import PowerReading
     from mllm_edge.runtime.profiling.environment import Environment
     from mllm_edge.runtime.profiling.measure import Profile, Setting
     from mllm_edge.runtime.profiling.statistics import Distribution
 
 __all__ = ["NAMES", "report", "sweep_report"]
 
+_LONGEST = 5
 # The stages, then what is made of several.
 NAMES = {
     "preprocess": "preprocess",
@@ -31,8 +34,13 @@ NAMES = {
 
 
 def report(result: "Profile") -> str:
-    """One profile: setting, stages, the load and the first call, memory."""
-    return "\n\n".join([_setting(result), _stages(result), _figures(result), _memory(result)])
+    """One profile: setting, stages, the load and the first call, memory, and what else was measured."""
+    parts = [_setting(result), _stages(result), _figures(result), _memory(result)]
+    if result.operators is not None:
+        parts.append(_operators(result.operators))
+    if result.power is not None:
+        parts.append(_power(result.power))
+    return "\n\n".join(parts)
 
 
 def sweep_report(profiles: "Sequence[Profile]") -> str:
@@ -165,3 +173,42 @@ def _memory(result: "Profile") -> str:
             "peak while it ran: " + ", ".join(f"{NAMES.get(n, n)} {bytes_text(b)}" for n, b in m.stages.items())
         )
     return "\n".join([*lines, *m.notes])
+
+
+def _operators(operators: "Sequence[Operator]") -> str:
+    """The longest kinds and layers of every stage."""
+    from mllm_edge.runtime.operators import by_kind, by_layer, top
+
+    kinds = [[NAMES[o.stage], o.kind, str(o.calls), *_time(o)] for o in top(by_kind(operators), _LONGEST)]
+    layers = [[NAMES[o.stage], _layer(o), str(o.calls), *_time(o)] for o in top(by_layer(operators), _LONGEST)]
+    return "\n".join(
+        [
+            table(["stage", "operator", "runs", "ms", "share"], kinds),
+            "",
+            table(["stage", "layer", "runs", "ms", "share"], layers),
+            f"the {_LONGEST} longest of each stage in a call with ONNX Runtime's profiler, which slows small ones down",
+        ]
+    )
+
+
+def _time(operator: "Operator") -> list[str]:
+    return [milliseconds(operator.seconds), f"{operator.share:.1%}"]
+
+
+def _layer(operator: "Operator") -> str:
+    return "outside of layers" if operator.layer is None else str(operator.layer)
+
+
+def _power(power: "PowerReading") -> str:
+    rows = [[name, f"{rail.watts:.2f}", f"{rail.joules:.2f}"] for name, rail in power.rails.items()]
+    lines = [table(["rail", "W", "J"], rows)] if rows else []
+    if power.joules_per_token is not None:
+        image = f", {power.joules_per_image:.2f} J an image" if power.joules_per_image is not None else ""
+        lines.append(
+            f"{power.joules_per_token:.3f} J a token{image}, by {' + '.join(power.total)}, idle power included"
+        )
+    heat = ", ".join(f"{zone} {h.start:.0f} to {h.peak:.0f} °C" for zone, h in power.temperatures.items())
+    lines += [heat] if heat else []
+    if power.throttled is not None:
+        lines.append("the machine throttled" if power.throttled else "no throttling")
+    return "\n".join([*lines, *power.absent])

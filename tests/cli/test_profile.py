@@ -25,6 +25,15 @@ def test_table(cli: Cli, tiny_bundle: Path) -> None:
     assert result.stderr == "profiling\n"
 
 
+def test_operators_and_power(cli: Cli, tiny_bundle: Path) -> None:
+    result = cli("profile", tiny_bundle, "--ops", "--power", *SMALL)
+    assert result.exit_code == 0, result.stderr
+    for word in ("GroupQueryAttention", "outside of layers", "longest of each stage"):
+        assert word in result.stdout
+    # Sensors are read or missed, never passed over.
+    assert "J a token" in result.stdout or "hwmon" in result.stdout
+
+
 def test_one_call_tells_nothing_about_noise(cli: Cli, tiny_bundle: Path) -> None:
     result = cli("profile", tiny_bundle, "-n", "1", "--warmup", "0", "--iterations", "1")
     assert "one call tells nothing about noise" in result.stdout

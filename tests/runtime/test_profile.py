@@ -15,7 +15,7 @@ from PIL import Image
 
 from mllm_edge import VLM
 from mllm_edge.bundle import Bundle
-from mllm_edge.errors import BundleError, ImageError, MllmEdgeError
+from mllm_edge.errors import BackendError, BundleError, ImageError, MllmEdgeError
 from mllm_edge.runtime.profiling import files, memory
 from mllm_edge.runtime.profiling.environment import Clock, read_clocks, read_environment, versions
 from mllm_edge.runtime.profiling.measure import Profile, profile, synthetic_image
@@ -265,6 +265,31 @@ def test_the_json_form_is_as_the_schema_says(result: Profile) -> None:
     del data["memory"]["base"]
     with pytest.raises(AssertionError):
         check_schema(data, files.schema(), files.schema())
+
+
+def test_operators_and_power_are_measured_when_asked(tiny_bundle: Path, result: Profile) -> None:
+    assert result.operators is result.power is None
+    found = profile(tiny_bundle, "Hi", new_tokens=3, warmup=0, iterations=2, operators=True, power=True)
+    assert found.operators is not None
+    assert {o.stage for o in found.operators} == {"vision_encoder", "connector", "prefill", "decode"}
+    assert found.power is not None
+    assert found.power.seconds >= sum(call.total for call in found.calls)
+    data = json.loads(json.dumps(found.as_dict(), allow_nan=False))
+    check_schema(data, files.schema(), files.schema())
+    assert len(data["operators"]) == len(found.operators)
+
+
+def test_operators_are_told_on_the_processor_alone(tiny_bundle: Path, monkeypatch) -> None:
+    load = VLM.load
+
+    def load_elsewhere(path: Path, **options: Any) -> VLM:
+        vlm = load(path, **options)
+        vlm.backend.target = vlm.backend.name = "cuda"
+        return vlm
+
+    monkeypatch.setattr(VLM, "load", load_elsewhere)
+    with pytest.raises(BackendError, match="not on cuda"):
+        profile(tiny_bundle, "Hi", operators=True)
 
 
 def test_csv_has_a_row_for_each_stage_and_call(result: Profile) -> None:

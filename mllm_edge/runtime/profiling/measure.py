@@ -1,9 +1,10 @@
 """Repeat one call and summarize where its time and memory go: the figures are those that every call reports."""
 
+import contextlib
 import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ import numpy as np
 from PIL import Image
 
 from mllm_edge.bundle import MANIFEST
+from mllm_edge.errors import BackendError
 from mllm_edge.runtime.device import peak_rss
 from mllm_edge.runtime.image import ImageSource, load_image
+from mllm_edge.runtime.operators import Operator, profile_operators
+from mllm_edge.runtime.power import PowerMeter, PowerReading
 from mllm_edge.runtime.processor import Messages
 from mllm_edge.runtime.profiling.environment import Environment, read_environment, versions
 from mllm_edge.runtime.profiling.memory import MemoryUse, WatchedTrace, can_watch, gpu_memory, measured
@@ -26,6 +30,7 @@ __all__ = ["TITLE", "VERSION", "BundleInfo", "Call", "Profile", "Setting", "prof
 VERSION = 1  # of the JSON form, see profile.schema.json
 TITLE = "mllm_edge.title"  # what an image is, in the `info` of a picture made here
 _SIZE, _SEED = (640, 480), 0
+_OPERATOR_TOKENS = 32  # enough for a mean; the profiler holds a million events
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,8 @@ class Profile:
     backend (the engine is chosen and imported) and open (tokenizer, sessions). `stages` are those that ran, in order:
     each is its whole time in a call, and together they are the call, of which they make `coverage`. `tpot` is over all
     intervals between tokens, None when every answer had one token. `point`: what is special about it in a sweep.
-    `traces` have the spans of the load and of every call, with their titles.
+    `traces` have the spans of the load and of every call, with their titles. `power` is that of the counted calls;
+    `operators` those of another call. Both are None where they were not asked for.
     """
 
     created: str
@@ -96,6 +102,8 @@ class Profile:
     memory: MemoryUse
     traces: tuple[tuple[str, Trace], ...] = ()
     point: Mapping[str, str | int] = field(default_factory=dict)
+    power: PowerReading | None = None
+    operators: tuple[Operator, ...] | None = None
 
     @property
     def stages(self) -> dict[str, Distribution]:
@@ -164,6 +172,8 @@ class Profile:
             "noise": {**asdict(self.noise), "noisy": self.noise.noisy},
             "memory": memory,
             "calls": [asdict(call) for call in self.calls],
+            **({} if self.operators is None else {"operators": [asdict(o) for o in self.operators]}),
+            **({} if self.power is None else {"power": self.power.as_dict()}),
         }
         plain: dict[str, Any] = _plain(data)
         return plain
@@ -183,6 +193,8 @@ def profile(
     backend: str = "auto",
     threads: int | None = None,
     max_context: int | None = None,
+    power: bool = False,
+    operators: bool = False,
     progress: Callable[[int], None] = lambda calls: None,
     notice: Callable[[str], None] = warnings.warn,
 ) -> Profile:
@@ -190,9 +202,11 @@ def profile(
 
     The first call is the cold one, whose memory is watched; the last `iterations` are counted. The model's end is
     ignored, so that all answers have one length (the context can still cut them short). A model that takes images and
-    is given none gets `synthetic_image()`. `progress(1)` is called after each call; `notice` as in `VLM.load`.
+    is given none gets `synthetic_image()`. `power` measures what the counted calls draw, and `operators` where another
+    call's time goes, on the processor. `progress(1)` is called after each call; `notice` as in `VLM.load`.
 
-    Raises what `VLM.load` and `VLM.stream` raise, and ImageError for an image that cannot be read, before the load.
+    Raises what `VLM.load` and `VLM.stream` raise, ImageError for an image that cannot be read, before the load, and
+    BackendError when operators are asked of another backend than cpu.
     """
     given = list(images)
     sizes = [load_image(image).size for image in given]
@@ -202,14 +216,22 @@ def profile(
     with VLM.load(path, trace=loading, **options) as vlm:
         if not given and vlm.spec.image is not None:
             given, sizes = [synthetic_image()], [_SIZE]
+        if operators and vlm.backend.target != "cpu":
+            raise BackendError(f"operators are told on the processor alone, not on {vlm.backend.name}", "--backend cpu")
         titles = ["cold", *(f"warm-up {n + 1}" for n in range(warmup)), *(f"call {n + 1}" for n in range(iterations))]
         traces: list[Trace] = []
         calls: list[Metrics] = []
-        for title in titles:
-            traces.append(WatchedTrace() if watch and title == "cold" else Trace())
-            result = vlm.generate(prompt, given, max_new_tokens=new_tokens, ignore_eos=True, trace=traces[-1])
-            calls.append(result.metrics)
-            progress(1)
+        meter = PowerMeter()
+        with contextlib.ExitStack() as counted:
+            for n, title in enumerate(titles):
+                if power and n == 1 + warmup:
+                    counted.enter_context(meter)
+                traces.append(WatchedTrace() if watch and title == "cold" else Trace())
+                result = vlm.generate(prompt, given, max_new_tokens=new_tokens, ignore_eos=True, trace=traces[-1])
+                calls.append(result.metrics)
+                progress(1)
+        tokens = sum(call.new_tokens for call in calls[1 + warmup :])
+        reading = meter.reading(tokens, len(given) * iterations) if power else None
         peaks = {n: peak for t in (loading, traces[0]) if isinstance(t, WatchedTrace) for n, peak in t.peaks.items()}
         peaks = {name: peaks[name] for name in (*LOAD_STAGES, *STAGES) if name in peaks}
         cache = vlm.decoder.cache
@@ -225,7 +247,7 @@ def profile(
             before,
             gpu_memory(vlm.backend),
         )
-        return Profile(
+        found = Profile(
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             bundle=_bundle_info(vlm, target),
             versions=versions(vlm.backend.name),
@@ -249,7 +271,12 @@ def profile(
             calls=tuple(Call.of(call) for call in calls[1 + warmup :]),
             memory=memory,
             traces=tuple(zip(["load", *titles], [loading, *traces], strict=True)),
+            power=reading,
         )
+    if not operators:
+        return found
+    listed = profile_operators(path, prompt, given, new_tokens=min(new_tokens, _OPERATOR_TOKENS), threads=threads)
+    return replace(found, operators=listed)
 
 
 def synthetic_image(width: int = _SIZE[0], height: int = _SIZE[1]) -> Image.Image:

@@ -120,7 +120,8 @@ def measured(
     activations = predict_activations(bundle, target, prompt_tokens)
     total = base + weights + bytes_of.kv_cache + activations
     notes = [] if peaks is not None else ["peak of each stage: this system does not tell a process's peak anew"]
-    notes += [] if gpu is not None else ["GPU memory: no GPU is in use"]
+    if gpu is None:
+        notes.append("GPU memory: no GPU is in use" if target == "cpu" else f"GPU memory: not told on target {target}")
     return MemoryUse(
         base=base,
         peak=max([peak_rss(), *(peaks or {}).values()]),
