@@ -1,7 +1,7 @@
 """Power and heat, from made-up system files and a clock that the tests turn.
 
-The trees of the boards are not recordings. Names and units are those of NVIDIA's Jetson Linux developer guide and the
-kernel's documentation of ina3221 and ina238 (Orin), and of what users of Thor report; the numbers are invented.
+The trees of the boards are not recordings. Rails are named as in the kernel's device trees (Orin) and as users report
+them (Thor, Nano), units are those of the kernel's documentation of ina3221 and ina238; the numbers are invented.
 """
 
 import ctypes
