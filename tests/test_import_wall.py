@@ -17,10 +17,12 @@ RUNTIME_LIBRARIES = {"PIL", "jinja2", "numpy", "tokenizers"}
 ENGINES = {"cuda", "onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"}
 FORBIDDEN = (
     "huggingface_hub",
+    "matplotlib",
     "ml_dtypes",
     "mllm_edge.calibration",
     "mllm_edge.cli",
     "mllm_edge.export",
+    "mllm_edge.report",
     "onnx",
     "onnx_ir",
     "onnxscript",

@@ -51,7 +51,8 @@ def test_holds_every_module_and_nothing_else(wheel: Path) -> None:
     info = f"mllm_edge-{__version__}.dist-info/"
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "mllm_edge").rglob("*.py")}
     tables = ("onnxruntime_cuda", "tensorrt_10_3", "tokenizer_corpus")
-    data = {"mllm_edge/py.typed", "mllm_edge/runtime/profiling/profile.schema.json"}
+    others = ("py.typed", "report/report.html", "runtime/profiling/profile.schema.json")
+    data = {f"mllm_edge/{name}" for name in others}
     data |= {f"mllm_edge/export/{name}.json" for name in tables}
     data.add("optimum/commands/register/register_mllm_edge.py")
     assert {n for n in names if not n.startswith(info)} == modules | data
@@ -62,7 +63,7 @@ def test_metadata(metadata: Message) -> None:
     assert metadata["Name"] == "mllm-edge"
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
-    extras = {"calibrate", "cpu", "export", "jetson", "optimum", "rtx", "tensorrt", "test"}
+    extras = {"calibrate", "cpu", "export", "jetson", "optimum", "report", "rtx", "tensorrt", "test"}
     assert set(metadata.get_all("Provides-Extra", [])) == extras
 
 

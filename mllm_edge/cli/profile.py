@@ -52,6 +52,7 @@ class _Profile(click.Command):
     help="Write all measurements as JSON; without a file, to standard output instead of the tables.",
 )
 @click.option("--csv", "csv_file", type=click.Path(), help="Write the seconds of every stage and call.")
+@click.option("--html", "html_file", type=click.Path(), help="Write tables and charts as a page that opens offline.")
 @click.option("--trace", "trace_file", type=click.Path(), help="Write the spans for chrome://tracing and Perfetto.")
 def command(
     bundles: tuple[str, ...],
@@ -68,6 +69,7 @@ def command(
     backend: str,
     json_file: str | None,
     csv_file: str | None,
+    html_file: str | None,
     trace_file: str | None,
 ) -> None:
     """Repeat one greedy call on BUNDLE and show where its time and memory go.
@@ -85,8 +87,13 @@ def command(
         sweep = parse_sweep(sweeps, bundles)
     except ValueError as e:
         raise click.BadParameter(str(e), param_hint="--sweep") from None
-    wanted = [file for file in (json_file, csv_file, trace_file) if file and file != _STDOUT]
+    wanted = [file for file in (json_file, csv_file, html_file, trace_file) if file and file != _STDOUT]
     files.check_places(wanted)
+    if html_file:
+        from mllm_edge.report.charts import require
+        from mllm_edge.report.html import write_html
+
+        require()
     with stages() as progress:
         progress.stage("profiling", len(points(sweep)) * (1 + warmup + iterations))
         profiles = run_sweep(
@@ -108,6 +115,8 @@ def command(
     data = sweep_dict(sweep, profiles) if sweep else profiles[0].as_dict()
     if csv_file:
         files.write_whole(csv_file, files.csv_text(profiles))
+    if html_file:
+        write_html([p.as_dict() for p in profiles], html_file)
     if trace_file:
         files.write_whole(trace_file, json.dumps(files.chrome_trace(profiles)))
     if json_file and json_file != _STDOUT:

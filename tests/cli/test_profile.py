@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,16 @@ def test_operators_and_power(cli: Cli, tiny_bundle: Path) -> None:
         assert word in result.stdout
     # Sensors are read or missed, never passed over.
     assert "J a token" in result.stdout or "hwmon" in result.stdout
+
+
+def test_page(cli: Cli, tiny_bundle: Path, tmp_path: Path, monkeypatch) -> None:
+    page = tmp_path / "page.html"
+    assert cli("profile", tiny_bundle, "--html", page, *SMALL).exit_code == 0
+    assert "<svg" in page.read_text(encoding="utf-8")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    refused = cli("profile", tmp_path / "no bundle", "--html", page)  # before anything is measured
+    assert refused.exit_code == 1
+    assert "mllm-edge[report]" in refused.stderr
 
 
 def test_one_call_tells_nothing_about_noise(cli: Cli, tiny_bundle: Path) -> None:
