@@ -1,12 +1,12 @@
 """Numbers for symbolic dimensions in a serialized ONNX graph, without the onnx package, which a device lacks.
 
-Protocol buffers are nested records of numbered fields; only the records on the way to a dimension are rewritten, all
-other bytes are copied.
+Only the records on the way to a dimension are rewritten, all other bytes are copied.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from mllm_edge.errors import BackendError
+from mllm_edge.runtime.protobuf import BYTES, VARINT, fields, varint
 
 __all__ = ["fix_dimensions"]
 
@@ -14,7 +14,6 @@ __all__ = ["fix_dimensions"]
 # → TypeProto.Tensor.shape → TensorShapeProto.dim
 _PATH = ((7,), (11, 12, 13), (2,), (1,), (2,), (1,))
 _DIM_VALUE, _DIM_PARAM = 1, 2
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 def fix_dimensions(model: bytes, sizes: Mapping[str, int]) -> bytes:
@@ -29,10 +28,10 @@ def _rewrite(message: bytes, path: tuple[tuple[int, ...], ...], sizes: Mapping[s
     if not path:
         return _dimension(message, sizes)
     parts = []
-    for number, kind, whole, content in _fields(message):
-        if kind == _BYTES and number in path[0]:
+    for number, kind, whole, content in fields(message):
+        if kind == BYTES and number in path[0]:
             inner = _rewrite(message[content], path[1:], sizes)
-            parts.append(_varint(number << 3 | _BYTES) + _varint(len(inner)) + inner)
+            parts.append(varint(number << 3 | BYTES) + varint(len(inner)) + inner)
         else:
             parts.append(message[whole])
     return b"".join(parts)
@@ -41,52 +40,11 @@ def _rewrite(message: bytes, path: tuple[tuple[int, ...], ...], sizes: Mapping[s
 def _dimension(message: bytes, sizes: Mapping[str, int]) -> bytes:
     """A dimension whose symbol has a size: the size, and what else it says."""
     kept, size = [], None
-    for number, kind, whole, content in _fields(message):
-        if number == _DIM_PARAM and kind == _BYTES:
+    for number, kind, whole, content in fields(message):
+        if number == _DIM_PARAM and kind == BYTES:
             size = sizes.get(message[content].decode("utf-8"))
             if size is not None:
                 continue
         kept.append(message[whole])
-    value = [] if size is None else [_varint(_DIM_VALUE << 3 | _VARINT) + _varint(size)]
+    value = [] if size is None else [varint(_DIM_VALUE << 3 | VARINT) + varint(size)]
     return b"".join(value + kept)
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, int, slice, slice]]:
-    """Number, wire type, the whole field and its content, one field after the other."""
-    position = 0
-    while position < len(message):
-        begin = position
-        key, position = _read_varint(message, position)
-        kind, content = key & 7, position
-        if kind == _VARINT:
-            _, position = _read_varint(message, position)
-        elif kind == _BYTES:
-            length, content = _read_varint(message, position)
-            position = content + length
-        elif kind in (_FIXED64, _FIXED32):
-            position += 8 if kind == _FIXED64 else 4
-        else:
-            raise ValueError(f"wire type {kind} at byte {begin}")
-        if position > len(message):
-            raise ValueError(f"a field at byte {begin} ends behind its record")
-        yield key >> 3, kind, slice(begin, position), slice(content, position)
-
-
-def _read_varint(message: bytes, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = message[position]
-        value |= (byte & 0x7F) << shift
-        position += 1
-        if byte < 0x80:
-            return value, position
-        shift += 7
-
-
-def _varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
