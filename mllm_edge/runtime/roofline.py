@@ -238,11 +238,12 @@ def _advice(stage: str, bound: str, percent: float, variants: Mapping[str, Varia
         return "far from the limit: time goes into small operators, threads or waiting; look at --ops and --threads"
     near = "near the limit" if percent >= _NEAR else "within reach of the limit"
     if bound == "memory":
-        if "4" in precision:
-            return f"{near} with 4-bit weights: little left to gain, stop here or take a smaller model"
-        return f"{near} of reading {precision} weights: quantize to make it faster"
+        if "int4" in precision:
+            return f"{near} of reading 4-bit weights: nothing left to gain but by a smaller model: stop"
+        return f"{near} of reading {precision} weights: quantize to fewer bits"
+    if stage == "decode":
+        return f"{near} of arithmetic: nothing left to gain but by a smaller model: stop"
     if stage == "prefill":
-        return f"{near} of arithmetic: shorten the prompt or shrink the image, which makes it fewer tokens"
-    return f"{near} of arithmetic: shrink the image or send fewer tiles" + (
-        "" if precision.startswith("int") else ", or quantize to int8"
-    )
+        return f"{near} of arithmetic: shorten the prompt, or shrink the image, which makes it fewer tokens"
+    quantize = "" if precision.startswith("int") else ", or quantize to int8"
+    return f"{near} of arithmetic: shrink the image or send fewer tiles{quantize}"

@@ -1,7 +1,7 @@
 """The machine's limits and what stages reach of them."""
 
 import json
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -101,18 +101,65 @@ def test_what_a_decode_step_reads_and_computes(tiny_bundle: Path) -> None:
     assert decode.flops == 2 * matrices + cache.layers * 4 * heads * cache.head_dim * 50
 
 
+MEMORY, ARITHMETIC = MachineLimits(1.0, {"float32": 1e30}), MachineLimits(1e30, {"float32": 1.0})
+
+
 @pytest.mark.parametrize(
-    ("limits", "share", "words"),
+    ("stage", "limits", "share", "precision", "words"),
     [
-        (MachineLimits(1.0, {"float32": 1e30}), 0.9, "quantize"),
-        (MachineLimits(1e30, {"float32": 1.0}), 0.9, "shrink the image"),
-        (MachineLimits(1.0, {"float32": 1e30}), 0.1, "far from the limit"),
+        ("decode", MEMORY, 0.9, "float32", "near the limit of reading float32 weights: quantize"),
+        ("decode", MEMORY, 0.6, "int8_blocks", "within reach of the limit of reading int8_blocks weights: quantize"),
+        ("decode", MEMORY, 0.9, "int4_blocks", "stop"),
+        ("decode", ARITHMETIC, 0.9, "float32", "stop"),
+        ("prefill", ARITHMETIC, 0.9, "float32", "shorten the prompt"),
+        ("vision_encoder", ARITHMETIC, 0.9, "float32", "shrink the image or send fewer tiles, or quantize to int8"),
+        ("vision_encoder", ARITHMETIC, 0.9, "int8_dynamic", "send fewer tiles"),
+        ("vision_encoder", ARITHMETIC, 0.1, "int8_dynamic", "far from the limit"),
     ],
 )
-def test_advice(tiny_bundle: Path, limits: MachineLimits, share: float, words: str) -> None:
+def test_advice(tiny_bundle: Path, stage: str, limits: MachineLimits, share: float, precision: str, words: str) -> None:
     bundle = Bundle.load(tiny_bundle)
-    once = roofline(bundle, variants(bundle), {"prefill": 1.0}, WORK, limits)[0]
-    seconds: Mapping[str, float] = {"prefill": once.percent_of_limit / 100 / share}
-    roof = roofline(bundle, variants(bundle), seconds, WORK, limits)[0]
+    forms = {name: replace(variant, precision=precision) for name, variant in variants(bundle).items()}
+    (once,) = roofline(bundle, forms, {stage: 1.0}, WORK, limits)
+    (roof,) = roofline(bundle, forms, {stage: once.percent_of_limit / 100 / share}, WORK, limits)
     assert roof.percent_of_limit == pytest.approx(100 * share)
     assert words in roof.advice
+    assert ("quantize" in roof.advice) == ("quantize" in words)
+
+
+def test_what_a_tower_of_tiles_computes(tiny_bundle: Path) -> None:
+    # Each of two tiles: every matrix once a patch, and attention of all patches with each other.
+    bundle = Bundle.load(tiny_bundle)
+    (roof,) = roofline(bundle, variants(bundle), {"vision_encoder": 1.0}, WORK, MachineLimits(1e9, {"float32": 1e9}))
+    (output,) = bundle.variant("vision_encoder", "cpu").outputs
+    patches, width = (int(size) for size in output.shape[1:])
+    graph = onnx.load(tiny_bundle / "vision_encoder.onnx", load_external_data=False).graph
+    multiplied = {n.input[1] for n in graph.node if n.op_type in ("MatMul", "Gemm", "Conv")}
+    matrices = sum(int(np.prod(i.dims)) for i in graph.initializer if i.name in multiplied)
+    layers = sum(n.op_type == "MultiHeadAttention" for n in graph.node)
+    assert layers > 0
+    assert roof.flops == 2 * (2 * matrices * patches + layers * 4 * width * patches**2)
+
+
+def test_an_image_of_cells_is_one_sequence(tmp_path: Path) -> None:
+    from mllm_edge.export.pipeline import export
+    from tests.tiny import save_tiny_qwen2_vl
+
+    save_tiny_qwen2_vl(tmp_path / "model")
+    export(str(tmp_path / "model"), tmp_path / "bundle", recipe_name="fp32")
+    bundle = Bundle.load(tmp_path / "bundle")
+    assert bundle.manifest.model.image is not None
+    assert bundle.manifest.model.image.cells is not None
+    limits = MachineLimits(1e9, {"float32": 1e9})
+    flops = {}
+    for cells, images in ((10, 1), (20, 1), (20, 2)):
+        work = Workload(prompt_tokens=40, image_tokens=cells, new_tokens=4, tiles=cells, images=images)
+        (roof,) = roofline(bundle, variants(bundle), {"vision_encoder": 1.0}, work, limits)
+        flops[cells, images] = roof.flops
+    patches = 10 * bundle.manifest.model.image.cells.merge**2
+    graph = onnx.load(tmp_path / "bundle" / "vision_encoder.onnx", load_external_data=False).graph
+    layers = sum(n.op_type in ("MultiHeadAttention", "Attention") for n in graph.node)
+    (output,) = bundle.variant("vision_encoder", "cpu").outputs
+    # Two images cost twice one; as a single larger image, each half also looks at the other.
+    assert flops[20, 2] == 2 * flops[10, 1]
+    assert flops[20, 1] - flops[20, 2] == layers * 4 * int(output.shape[-1]) * 2 * patches**2
