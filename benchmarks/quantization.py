@@ -31,16 +31,22 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--folder", type=Path, help="where the temporary folder goes (12 GB)")
     options = parser.parse_args()
-    checks = Report("Calibrated quantization: checks")
+    reports: dict[str, Report] = {}
+
+    def keep() -> None:
+        """Write what there is, so that a run that is stopped loses nothing."""
+        if options.json:
+            whole = Report("Calibrated quantization")
+            whole.rows = [{"part": name, **row} for name, report in reports.items() for row in report.rows]
+            whole.checks = [check for report in reports.values() for check in report.checks]
+            whole.write(options.json)
+
     with tempfile.TemporaryDirectory(prefix="mllm-edge-", dir=options.folder) as folder:
         for name in options.only:
-            report = Report(f"Calibrated quantization: {name}")
+            report = reports[name] = Report(f"Calibrated quantization: {name}", on_row=keep)
             PARTS[name](report, Path(folder), options.questions)
             report.print()
-            checks.rows += [{"part": name, **row} for row in report.rows]
-            checks.checks += report.checks
-    if options.json:
-        checks.write(options.json)
+            keep()
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def add(report: Report, folder: Path, questions: int) -> None:
             reference["gptq"].append(errors["gptq"] / errors["plain gptq"])
             reference["hqq"].append(errors["gptq"] / errors["onnxruntime hqq"])
             reference["awq"].append(errors["awq"] / errors["plain awq"])
-            report.rows.append({"outliers": f"×{boost}", "seed": seed, **errors})
+            report.row({"outliers": f"×{boost}", "seed": seed, **errors})
     for name, values in gains.items():
         report.at_least(f"outliers_{name}: error of rounding over error", min(values), 2.0)
     for name, values in reference.items():

@@ -50,13 +50,13 @@ def add(report: Report, folder: Path, questions: int) -> None:
     asked = list(_questions("hard", questions))
     truth = _answers(source, asked)
     half = _nbytes(source)
-    report.rows.append(_row("float", truth, truth, None, half, half))
+    report.row(_row("float", truth, truth, None, half, half))
     rows = {}
     for name, recipe in RECIPES.items():
         out = folder / name.replace(" ", "-").replace(",", "")
         proof = quantize(source, out, recipe=recipe, data=data, held_back=_PROOF).proof
         rows[name] = _row(name, truth, _answers(out, asked), proof, _nbytes(out), half)
-        report.rows.append(rows[name])
+        report.row(rows[name])
     lost = {name: -float(row["points"]) for name, row in rows.items()}
     report.at_most("sample_int8: points lost", lost["int8"], 0.5)
     report.at_most("sample_int4: points lost, tower too", lost["int4 tower too"], 1.0)
@@ -78,7 +78,7 @@ def add_text_only(report: Report, folder: Path, questions: int) -> None:
             recipe = _decoder(name, bits, "awq+gptq")
             quantize(source, out, recipe=recipe, data=samples, held_back=_PROOF)
             proof = _proof(source, out, data)
-            report.rows.append({"decoder": f"int{bits}", "calibrated on": name, "KL": proof.kl, "top-1": proof.top1})
+            report.row({"decoder": f"int{bits}", "calibrated on": name, "KL": proof.kl, "top-1": proof.top1})
         ratio = report.rows[-1]["KL"] / report.rows[-2]["KL"]
         report.at_least(f"text_only: int{bits}, KL over that with images", ratio, 0.0)
 

@@ -46,7 +46,7 @@ def add_vision(report: Report, folder: Path, questions: int) -> None:
             cosines.append(float(a @ b / np.sqrt((a @ a) * (b @ b))))
     medians = [1000 * statistics.median(times) for times in seconds]
     ratio = statistics.median(a / b for a, b in zip(*seconds, strict=True))
-    report.rows.append({"SigLIP-B/16, 512 px": "ms", "fp32": medians[0], "int8": medians[1], "cosine": min(cosines)})
+    report.row({"SigLIP-B/16, 512 px": "ms", "fp32": medians[0], "int8": medians[1], "cosine": min(cosines)})
     report.at_least("vision_int8_speed: fp32 over int8", ratio, 2.0)
     report.at_least("vision_int8_cosine: the worst image", min(cosines), 0.995)
 
@@ -56,7 +56,7 @@ def add_cost(report: Report, folder: Path, questions: int) -> None:
     source = _smolvlm(folder, "fp16")
     done = in_process(_calibrate, source, folder / "cost", _COST_SAMPLES)
     minutes = done.seconds / 60
-    report.rows.append({"SmolVLM-256M": "int4", "samples": _COST_SAMPLES, "minutes": minutes, "peak GB": done.peak})
+    report.row({"SmolVLM-256M": "int4", "samples": _COST_SAMPLES, "minutes": minutes, "peak GB": done.peak})
     report.at_most("calibration_cost: minutes", minutes, 10)
     report.at_most("calibration_cost: peak RSS, GB", done.peak, 3)
 
@@ -68,7 +68,7 @@ def add_large(report: Report, folder: Path, questions: int) -> None:
     for method in ("awq", "gptq"):
         done = in_process(_calibrate_layers, folder / "llava-fp16", folder / method, method)
         hours = done.seconds * _ALL_LAYERS / _LARGE_LAYERS / 3600
-        report.rows.append({"7B layers": method, "seconds": done.seconds, "peak GB": done.peak, "hours for 32": hours})
+        report.row({"7B layers": method, "seconds": done.seconds, "peak GB": done.peak, "hours for 32": hours})
         report.at_most(f"large_model: {method}, peak RSS, GB", done.peak, 8)
 
 

@@ -1,7 +1,7 @@
 """The one form in which benchmarks report: a table for people, JSON for machines."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,17 @@ class Check:
 
 @dataclass
 class Report:
-    """Rows of figures and the checks made on them."""
+    """Rows of figures and the checks made on them; `on_row` is called after each row."""
 
     title: str
     rows: list[dict[str, Any]] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
+    on_row: Callable[[], None] = lambda: None
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Add a row that took long enough to be kept at once."""
+        self.rows.append(row)
+        self.on_row()
 
     def at_most(self, name: str, value: float, target: float) -> None:
         """Check value ≤ target."""

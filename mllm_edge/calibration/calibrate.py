@@ -36,11 +36,12 @@ def calibrate(
     folder: Path,
     begin: Progress = lambda runs: None,
     progress: Progress = lambda runs: None,
+    cache: bool = False,
 ) -> Findings:
     """Run the float graph of a component over `feeds`, piece by piece, and find what its layers' precisions ask for.
 
-    `precision(layer name)` as the recipe says. `begin` gets the number of runs, and `progress(1)` follows each. Raises
-    DataError when an activation is not finite.
+    `precision(layer name)` as the recipe says; `cache`: the range of keys and values, too. `begin` gets the number of
+    runs, and `progress(1)` follows each. Raises DataError when an activation is not finite.
     """
     model = ir.load(graph_file)
     findings = Findings(folder / "layers")
@@ -55,13 +56,22 @@ def calibrate(
         if state.done(number):
             progress(len(feeds))
             continue
-        statistics = state.run(model, number, segment, wanted, precision)
+        caches = _caches(model.graph, segment) if cache else []
+        statistics, peaks = state.run(model, number, segment, wanted, precision, caches)
         row_factors: dict[str, np.ndarray] = {}
         # From the last to the first: a layer's rows may take the factors of the group behind it.
         for group in reversed(wanted):
             Decision(group, statistics[group.x.name or ""], precision, row_factors, findings).make()
+        for name, found in peaks.items():
+            findings.add_cache(name, found)
         state.finish(number)
     return findings
+
+
+def _caches(graph: ir.Graph, segment: Segment) -> list[str]:
+    """The new keys and values that a piece makes."""
+    made = {v.name for node in list(graph)[segment.start : segment.stop] for v in node.outputs}
+    return [v.name for v in graph.outputs if v.name and v.name in made and v.name.startswith("present.")]
 
 
 class _State:
@@ -83,19 +93,27 @@ class _State:
             path.unlink()
 
     def run(
-        self, model: ir.Model, number: int, segment: Segment, groups: Sequence[Group], precision: Any
-    ) -> dict[str, InputStatistics]:
-        """Statistics of the groups' inputs, by the input's name; what passes to the next piece is left on disk."""
+        self,
+        model: ir.Model,
+        number: int,
+        segment: Segment,
+        groups: Sequence[Group],
+        precision: Any,
+        caches: Sequence[str],
+    ) -> tuple[dict[str, InputStatistics], dict[str, np.ndarray]]:
+        """Statistics of the groups' inputs and the largest magnitudes [heads, D] of the `caches`, by name; what passes
+        to the next piece is left on disk."""
         statistics = {
             group.x.name or "": InputStatistics(
                 group.width, any("gptq" in precision(layer.name).method for layer in group.layers)
             )
             for group in groups
         }
-        if not statistics and not segment.gives:
+        peaks: dict[str, np.ndarray] = {}
+        if not statistics and not segment.gives and not caches:
             self._progress(len(self._feeds))
-            return {}
-        session = self._open(model, number, segment, list(statistics))
+            return statistics, peaks
+        session = self._open(model, number, segment, [*statistics, *caches])
         own = [v.name or "" for v in model.graph.inputs]
         for i in range(len(self._feeds)):
             passed = self._passed(number - 1, i)
@@ -109,11 +127,20 @@ class _State:
                     raise DataError(
                         f"{self._graph_file}: {name}: {e} in run {i}", "use a recipe that keeps this part in float32"
                     ) from e
+            for name in caches:
+                found_peaks = self._peaks(outputs[name], tokens=inputs["inputs_embeds"].shape[1])
+                peaks[name] = np.maximum(peaks.get(name, found_peaks), found_peaks)
             if segment.gives:
                 passing = {n: outputs[n] if n in outputs else inputs[n] for n in segment.gives}
                 save_arrays(self._folder / f"passing-{number}-{i}.npz", passing)
             self._progress(1)
-        return statistics
+        return statistics, peaks
+
+    def _peaks(self, rows: np.ndarray, tokens: int) -> np.ndarray:
+        """Largest magnitudes [heads, D] of the first `tokens` keys or values."""
+        in_place = self._variant.kv_mode == "in_place"
+        new = rows[:, :, :tokens] if in_place else rows[:, :tokens]
+        return np.abs(new).max(axis=(0, 2) if in_place else (0, 1)).astype(np.float32)
 
     def _open(self, model: ir.Model, number: int, segment: Segment, record: Sequence[str]) -> Any:
         """A session of the piece, or None: values that it is given it need not compute."""

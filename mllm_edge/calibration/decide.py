@@ -67,7 +67,7 @@ class Decision:
         found: list[np.ndarray | None] = [
             smoothquant.smoothing(weights, self._statistics.channel_max, a) for a in _ALPHAS
         ]
-        if precision.kind != "int8_static":
+        if not precision.is_static:
             return found[len(found) // 2]
         ranges = [activation_range(self._statistics, "minmax", factors) for factors in [None, *found]]
         errors = [self._error(weights, f, where, precision) for f, where in zip([None, *found], ranges, strict=True)]
@@ -75,7 +75,7 @@ class Decision:
 
     def _input_range(self, weights: Sequence[np.ndarray], factors: np.ndarray | None) -> Range | None:
         """What 8 bits represent of the input: of the ways to choose, the one with the smallest error of the outputs."""
-        wanted = [p for p in self._precisions.values() if p.kind == "int8_static"]
+        wanted = [p for p in self._precisions.values() if p.is_static]
         if not wanted:
             return None
         methods = SEARCHED if wanted[0].ranges == "search" else (wanted[0].ranges,)
@@ -98,11 +98,11 @@ class Decision:
         self, name: str, weight: np.ndarray, factors: np.ndarray | None, group_range: Range | None
     ) -> LayerFindings:
         precision, statistics = self._precisions[name], self._statistics
-        where = group_range if precision.kind == "int8_static" else None
+        where = group_range if precision.is_static else None
         scaled = weight if factors is None else weight * factors
         codes, scales, block = self._codes(scaled, precision, factors)
         sample = statistics.sample
-        chosen = _dequantized(codes, scales, block) if codes is not None else scaled
+        chosen = _dequantized(codes, scales, block) if codes is not None else _nearest(scaled, precision)
         inputs = sample if factors is None else sample / factors
         exact = sample @ weight.T
         nearest = _rounded_inputs(sample, activation_range(statistics, "minmax") if where else None)
@@ -123,10 +123,10 @@ class Decision:
         self, weight: np.ndarray, precision: Precision, factors: np.ndarray | None
     ) -> tuple[np.ndarray | None, np.ndarray | None, int | None]:
         """(codes, scales, block); None for weights that stay float."""
-        if precision.kind in ("float32", "float16"):
+        if precision.kind in ("float32", "float16", "fp8"):
             return None, None, None
         row = weight.shape[1]
-        block = block_size(row, precision.largest_block) if precision.kind == "blocks" else None
+        block = block_size(row, precision.largest_block) if precision.in_blocks else None
         whole = block is None or row % block == 0
         if "gptq" in precision.method and self._statistics.rows and whole:
             gram = self._statistics.gram
@@ -161,8 +161,11 @@ def _nearest(weight: np.ndarray, precision: Precision) -> np.ndarray:
     """The weight as rounding to nearest would leave it."""
     if precision.kind in ("float32", "float16"):
         return weight
+    if precision.kind == "fp8":
+        codes, scales = rtn.quantize_fp8(weight)
+        return codes.astype(np.float32) * scales[:, None]
     rows, row = weight.shape
-    block = block_size(row, precision.largest_block) if precision.kind == "blocks" else row
+    block = block_size(row, precision.largest_block) if precision.in_blocks else row
     if row % block:
         return weight
     grouped = weight.reshape(-1, block)

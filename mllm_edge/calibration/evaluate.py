@@ -13,7 +13,7 @@ from mllm_edge.calibration.data import Sample
 from mllm_edge.runtime.vlm import VLM
 from mllm_edge.spec import to_json
 
-__all__ = ["Distance", "Proof", "prove"]
+__all__ = ["Distance", "Proof", "divergence", "prove"]
 
 _TOKENS = 32
 _POSITIONS = 8  # of the answer that are reported one by one
@@ -128,7 +128,7 @@ class _Tally:
         for name, x in a.outputs.items():
             sums = self._powers.setdefault(name, np.zeros(4))
             sums += _powers(x, b.outputs[name])
-        self._kl.append(_divergence(a.logits, b.logits))
+        self._kl.append(divergence(a.logits, b.logits))
         self._same.append(a.logits.argmax(axis=1) == b.logits.argmax(axis=1))
         self._prefix.append(_prefix(a.greedy, b.greedy))
         if sample.answer is not None:
@@ -170,7 +170,7 @@ def _distance(sums: np.ndarray) -> Distance:
     return Distance(sqnr=min(sqnr, 200.0), cosine=float(product / max(np.sqrt(signal * other), 1e-30)))
 
 
-def _divergence(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def divergence(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """KL(a ‖ b) of each row's distribution, in nats."""
     p, q = _log_softmax(a), _log_softmax(b)
     return (np.exp(p) * (p - q)).sum(axis=1)

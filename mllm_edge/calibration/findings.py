@@ -36,6 +36,17 @@ class LayerFindings:
     error: float
     nearest_error: float
 
+    def replaced(self) -> np.ndarray | None:
+        """The weight [out, in] float32 that does what calibration chose with inputs and outputs as they were, without
+        factors; None where the weight is rounded when the graph is written."""
+        if self.codes is None or self.scales is None:
+            return None
+        columns = self.codes.shape[1]
+        spread = self.scales if self.block is None else np.repeat(self.scales, self.block, axis=1)[:, :columns]
+        weight = (self.codes * spread).astype(np.float32)
+        weight = weight if self.factors is None else weight / self.factors
+        return weight if self.row_factors is None else weight / self.row_factors[:, None]
+
     def quantize_blocks(
         self, weight: np.ndarray, bits: int, block: int, positive_scales: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -44,7 +55,7 @@ class LayerFindings:
             return rtn.quantize_blocks(weight, bits, block, positive_scales)
         rows, row = self.codes.shape
         padded = np.pad(self.codes, ((0, 0), (0, -row % block))).reshape(rows, -1, block)
-        return (padded + (1 << (bits - 1))).astype(np.uint8), self.scales
+        return (padded.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8), self.scales
 
     def quantize_channels(self, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """See `qdq.Rounding`."""
@@ -99,9 +110,22 @@ class Findings:
         """Keep that norms' `tensors` are multiplied by `factors` for the group that starts with layer `name`."""
         save_arrays(self.folder / f"{name}.fold.npz", {"tensors": np.array(tensors), "factors": factors})
 
+    def add_cache(self, name: str, peaks: np.ndarray) -> None:
+        """Keep the largest magnitudes [heads, D] of a layer's new keys or values, called `present.{layer}.{part}`."""
+        save_arrays(self.folder / f"{name}.cache.npz", {"peaks": peaks})
+
+    def cache(self) -> dict[str, np.ndarray]:
+        """`present.{layer}.{part}` → the largest magnitudes, where the cache was recorded."""
+        found = {}
+        for path in self.folder.glob("*.cache.npz"):
+            with np.load(path) as data:
+                found[path.name.removesuffix(".cache.npz")] = data["peaks"]
+        return found
+
     def errors(self) -> dict[str, tuple[float, float]]:
         """Layer → (its error, the error of rounding to nearest)."""
-        found = (self.layer(p.stem) for p in sorted(self.folder.glob("*.npz")) if not p.stem.endswith(".fold"))
+        others = (".cache", ".fold")
+        found = (self.layer(p.stem) for p in sorted(self.folder.glob("*.npz")) if not p.stem.endswith(others))
         return {f.name: (f.error, f.nearest_error) for f in found if f is not None}
 
 

@@ -1,4 +1,4 @@
-"""Mixed precision: the layers whose rounding hurts most keep more bits, as many as a size allows."""
+"""Mixed precision: what costs most to round keeps more bits, as much of it as a size allows or an accuracy demands."""
 
 import math
 from collections.abc import Sequence
@@ -6,37 +6,46 @@ from dataclasses import dataclass, replace
 
 from mllm_edge.calibration.recipes import Precision, Recipe, Rule, block_size, precision_of
 
-__all__ = ["Candidate", "raise_worst", "weight_bytes"]
+__all__ = ["Candidate", "by_loss", "by_size", "ranked", "weight_bytes"]
 
 _SCALE_BYTES = 4
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layer with weight [out, in] and its measured relative error, ‖ŷ − y‖/‖y‖ for sampled inputs."""
+    """Layers (name → weight [out, in]) that share an input, and what rounding them alone costs: the divergence of the
+    next token's distribution in nats, or another measure where that one was not taken."""
 
     component: str
-    layer: str
-    shape: tuple[int, int]
-    error: float
+    layers: tuple[tuple[str, tuple[int, int]], ...]
+    loss: float
 
 
-def raise_worst(recipe: Recipe, room: float, candidates: Sequence[Candidate]) -> Recipe:
-    """`recipe` with a rule for each layer that gets its `raised` precision: those with the most squared error per byte
-    that it costs to be rid of it, while all candidates together take at most `room` bytes."""
-    raised = recipe.raised
-    assert raised is not None, "the recipe raises nothing"
-    held = sum(weight_bytes(c.shape, precision_of(recipe, c.component, c.layer)) for c in candidates)
+def ranked(recipe: Recipe, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates by what a byte spent on their `raised` precision saves, most first."""
+    return sorted(candidates, key=lambda c: c.loss / max(_cost(recipe, c), 1.0), reverse=True)
 
-    def cost(c: Candidate) -> float:
-        return weight_bytes(c.shape, raised) - weight_bytes(c.shape, precision_of(recipe, c.component, c.layer))
 
-    rules = []
-    for candidate in sorted(candidates, key=lambda c: c.error**2 / max(cost(c), 1.0), reverse=True):
-        if held + cost(candidate) <= room:
-            held += cost(candidate)
-            rules.append(Rule(candidate.component, candidate.layer, raised))
-    return replace(recipe, rules=recipe.rules + tuple(rules))
+def by_size(recipe: Recipe, room: float, order: Sequence[Candidate]) -> Recipe:
+    """`recipe` with its `raised` precision for the first in `order`, while all together take at most `room` bytes."""
+    held, chosen = sum(_bytes(recipe, candidate) for candidate in order), []
+    for candidate in order:
+        if held + _cost(recipe, candidate) <= room:
+            held += _cost(recipe, candidate)
+            chosen.append(candidate)
+    return _raise(recipe, chosen)
+
+
+def by_loss(recipe: Recipe, most: float, order: Sequence[Candidate]) -> tuple[Recipe, float]:
+    """`recipe` with its `raised` precision for the first in `order`, until the losses of the others sum to at most
+    `most`; and that sum. Errors of different layers hardly correlate: their divergences add up."""
+    left, chosen = sum(candidate.loss for candidate in order), []
+    for candidate in order:
+        if left <= most:
+            break
+        left -= candidate.loss
+        chosen.append(candidate)
+    return _raise(recipe, chosen), max(left, 0.0) if len(chosen) < len(order) else 0.0
 
 
 def weight_bytes(shape: tuple[int, int], precision: Precision) -> float:
@@ -44,7 +53,23 @@ def weight_bytes(shape: tuple[int, int], precision: Precision) -> float:
     rows, row = shape
     if precision.kind in ("float32", "float16"):
         return rows * row * precision.bits / 8
-    if precision.kind != "blocks":
+    if not precision.in_blocks:
         return rows * (row + _SCALE_BYTES)
     block = block_size(row, precision.largest_block)
     return rows * math.ceil(row / block) * (block * max(precision.bits, 4) / 8 + _SCALE_BYTES)
+
+
+def _raise(recipe: Recipe, chosen: Sequence[Candidate]) -> Recipe:
+    assert recipe.raised is not None, "the recipe raises nothing"
+    rules = (Rule(c.component, name, recipe.raised) for c in chosen for name, _ in c.layers)
+    return replace(recipe, rules=(*recipe.rules, *rules))
+
+
+def _bytes(recipe: Recipe, candidate: Candidate) -> float:
+    return sum(weight_bytes(shape, precision_of(recipe, candidate.component, name)) for name, shape in candidate.layers)
+
+
+def _cost(recipe: Recipe, candidate: Candidate) -> float:
+    """Bytes more in the `raised` precision."""
+    assert recipe.raised is not None, "the recipe raises nothing"
+    return sum(weight_bytes(shape, recipe.raised) for _, shape in candidate.layers) - _bytes(recipe, candidate)

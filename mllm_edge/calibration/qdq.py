@@ -6,7 +6,7 @@ MatMulIntegerToFloat (uint8 activations: signed ones are many times slower there
 precision, for CUDA, whose kernels quantize no activations, MatMul and MatMulNBits alone. For the standard dialects:
 MatMul in the graph's float type, and MatMul over DequantizeLinear of int8 weights per output channel or int4 weights in
 blocks, activations as QuantizeLinear → DequantizeLinear (all symmetric, positive scales, zero points 0, as TensorRT
-demands).
+demands); float8 e4m3 in the place of int8 for fp8.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ __all__ = ["Linear", "Rounding", "keeps_activations", "linear", "pack_blocks", "
 
 _MICROSOFT = "com.microsoft"
 _FLOAT, _HALF, _UINT8, _INT8 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.UINT8, ir.DataType.INT8
-_INT4 = ir.DataType.INT4
+_INT4, _FP8 = ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN
 
 
 class Rounding(Protocol):
@@ -49,7 +49,7 @@ class Rounding(Protocol):
 class Linear:
     """y = x · weightᵀ + bias. `weight` and `bias` return float32 arrays [out, in] and [out] when called.
 
-    `quantized`: x as `quantized_input` made it, for int8_static, and `input_range` the range it was made for.
+    `quantized`: x as `quantized_input` made it, for static precisions, and `input_range` the range it was made for.
     """
 
     name: str
@@ -61,9 +61,9 @@ class Linear:
     input_range: Range | None = None
 
 
-def quantized_input(graph: "GraphBuilder", x: ir.Value, name: str, where: Range) -> ir.Value:
-    """x in 8 bits over the range `where`: uint8 codes in `contrib`, else what int8 codes stand for."""
-    scale, zero = _activation_scale(graph, name, where)
+def quantized_input(graph: "GraphBuilder", x: ir.Value, name: str, where: Range, fp8: bool = False) -> ir.Value:
+    """x in 8 bits over the range `where`: uint8 codes in `contrib`, else what int8 (or float8) codes stand for."""
+    scale, zero = _activation_scale(graph, name, where, fp8)
     codes = graph.node("QuantizeLinear", [x, scale, zero], f"{name}.codes")
     return codes if graph.contrib else graph.node("DequantizeLinear", [codes, scale, zero], f"{name}.int8")
 
@@ -79,9 +79,9 @@ def linear(graph: "GraphBuilder", x: ir.Value, layer: Linear, precision: Precisi
     """Append `layer` applied to x [..., in] in the graph's float type; returns [..., out] in that type."""
     if not graph.contrib or (keeps_activations(graph) and precision.kind in ("float32", "float16")):
         return _standard(graph, x, layer, precision)
-    if precision.kind == "blocks" or keeps_activations(graph):
+    if precision.in_blocks or keeps_activations(graph):
         return _blocks(graph, x, layer, precision)
-    if precision.kind == "int8_static":
+    if precision.is_static:
         return _int8_static(graph, layer)
     if precision.kind == "int8_dynamic":
         return _int8_dynamic(graph, x, layer)
@@ -116,8 +116,15 @@ def _matmul(graph: "GraphBuilder", x: ir.Value, weight: ir.Value, layer: Linear)
 def _standard(graph: "GraphBuilder", x: ir.Value, layer: Linear, precision: Precision) -> ir.Value:
     rows, row = layer.shape
     name, kind = f"{layer.name}.weight", graph.float_type
+    if precision.kind == "float16" and kind == _FLOAT:
+        return _float(graph, x, layer, half=True)
     if precision.kind in ("float32", "float16"):
         weight = graph.weight(name, kind, (row, rows), lambda: to_float(name, layer.weight().T, kind))
+    elif precision.kind == "fp8":
+        floats = _Once(lambda: rtn.quantize_fp8(layer.weight()))
+        codes = graph.weight(name, _FP8, (row, rows), lambda: floats()[0].T)
+        scales = graph.weight(f"{name}.scale", kind, (rows,), lambda: to_float(name, floats()[1], kind))
+        weight = graph.node("DequantizeLinear", [codes, scales], f"{name}.float", axis=1)
     elif precision.bits == 8:
         # TensorRT has no int8 blocks: one scale per output channel.
         channels = _Once(lambda: layer.rounding.quantize_channels(layer.weight()))
@@ -193,12 +200,14 @@ def _int8_weight(graph: "GraphBuilder", layer: Linear) -> tuple[ir.Value, ir.Val
     return codes, scales, graph.constant("zero.int8", np.array(0, np.int8))
 
 
-def _activation_scale(graph: "GraphBuilder", name: str, where: Range) -> tuple[ir.Value, ir.Value]:
+def _activation_scale(graph: "GraphBuilder", name: str, where: Range, fp8: bool = False) -> tuple[ir.Value, ir.Value]:
     """Scale and zero point of activations: the whole range in `contrib`, else symmetric."""
     low, high = where
     if graph.contrib:
         scale = (high - low) / 255
         zero = np.array(round(-low / scale), np.uint8)
+    elif fp8:
+        scale, zero = max(-low, high) / rtn.FP8_MAX, np.array(0, ml_dtypes.float8_e4m3fn)
     else:
         scale, zero = max(-low, high) / 127, np.array(0, np.int8)
     kind = graph.float_type.numpy()

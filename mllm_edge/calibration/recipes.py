@@ -25,7 +25,7 @@ __all__ = [
     "recipe",
 ]
 
-Kind = Literal["float32", "float16", "int8_dynamic", "int8_static", "blocks"]
+Kind = Literal["float32", "float16", "int8_dynamic", "int8_static", "fp8", "blocks", "w4a8"]
 Method = Literal["rtn", "smoothquant", "gptq", "awq", "awq+gptq"]
 _BLOCKS = (128, 64, 32)
 
@@ -36,8 +36,10 @@ class Precision:
 
     `kind` float32 | float16 (stored in half, computed in float32 where the CPU has no half kernels) | int8_dynamic
     (8-bit weight per output channel, activations quantized at run time; TensorRT keeps them in half) | int8_static (the
-    same weight, activations quantized with a range from calibration) | blocks (`bits` per weight with one scale per
-    `largest_block` weights at most).
+    same weight, activations quantized with a range from calibration) | fp8 (as int8_static, in float8 e4m3, for
+    TensorRT on GPUs from compute capability 8.9; the CPU's graphs are int8_static then) | blocks (`bits` per weight
+    with one scale per `largest_block` weights at most) | w4a8 (blocks of 4 bits, activations in 8 bits with a range
+    from calibration; the CPU's kernels for blocks quantize activations anyway).
 
     `method` chooses codes and scales: rtn (the weight alone), or with calibration smoothquant, gptq, awq, awq+gptq
     (scaled by AWQ, rounded by GPTQ). `ranges` chooses what int8_static represents of the activations; search takes the
@@ -53,16 +55,28 @@ class Precision:
     @property
     def needs_data(self) -> bool:
         """Whether it cannot do without calibration."""
-        return self.kind == "int8_static" or self.method != "rtn"
+        return self.is_static or self.method != "rtn"
+
+    @property
+    def is_static(self) -> bool:
+        """Whether activations are quantized with a range from calibration."""
+        return self.kind in ("int8_static", "fp8", "w4a8")
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether weights have a scale for each block of a row."""
+        return self.kind in ("blocks", "w4a8")
 
 
 FLOAT32 = Precision("float32")
 FLOAT16 = Precision("float16", 16)
 INT8_DYNAMIC = Precision("int8_dynamic", 8)
 INT8_STATIC = Precision("int8_static", 8, method="smoothquant")
+FP8 = Precision("fp8", 8, method="smoothquant", ranges="minmax")
 BLOCKS_8 = Precision("blocks", 8)
 BLOCKS_4 = Precision("blocks", 4)
 CALIBRATED_4 = Precision("blocks", 4, method="awq+gptq")
+W4A8 = Precision("w4a8", 4, method="awq+gptq")
 # A 4-bit head makes small models repeat themselves; its block is 64 (CPU kernels).
 HEAD_8 = Precision("blocks", 8, 64)
 
@@ -82,7 +96,8 @@ class Recipe:
     the `rules` that match a layer the last one counts.
 
     `raised`: what the layers with the largest errors get instead, as many as the bundle stays under `size` with, a part
-    of what it was in half precision.
+    of what it was in half precision. `kv`: how the decoder's cache holds keys and values; int8 has ranges from
+    calibration.
     """
 
     name: str
@@ -93,6 +108,7 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     raised: Precision | None = None
     size: float = 1.0
+    kv: Literal["float", "int8"] = "float"
 
 
 RECIPES = {
@@ -105,6 +121,8 @@ RECIPES = {
 CALIBRATED = {
     "int8": Recipe("int8", INT8_STATIC, INT8_STATIC, INT8_STATIC, HEAD_8),
     "int4": Recipe("int4", INT8_STATIC, INT8_STATIC, CALIBRATED_4, HEAD_8),
+    "fp8": Recipe("fp8", FP8, FP8, FP8, HEAD_8),
+    "w4a8": Recipe("w4a8", INT8_STATIC, INT8_STATIC, W4A8, HEAD_8),
     "mixed": Recipe("mixed", CALIBRATED_4, CALIBRATED_4, CALIBRATED_4, HEAD_8, raised=BLOCKS_8, size=0.4),
 }
 
@@ -161,14 +179,18 @@ def block_size(row: int, largest: int) -> int:
 
 # ---------------------------------------------------------------- TOML
 _PARTS = ("vision", "connector", "decoder", "head")
+_CACHES = ("float", "int8")
 _KEYS: Mapping[str, tuple[Any, ...]] = {
-    "kind": ("float32", "float16", "int8", "int8_dynamic", "blocks"),
+    "kind": ("float32", "float16", "int8", "int8_dynamic", "fp8", "blocks", "w4a8"),
     "bits": (2, 3, 4, 8),
     "block": _BLOCKS,
     "method": ("rtn", "smoothquant", "gptq", "awq", "awq+gptq"),
     "ranges": ("minmax", "percentile", "entropy", "mse", "search"),
 }
-_EXAMPLE = 'base = "int4", and tables [vision], [connector], [decoder], [head], [[rules]] with ' + ", ".join(_KEYS)
+_EXAMPLE = (
+    'base = "int4", kv = "int8", and tables [vision], [connector], [decoder], [head], [[rules]] with '
+    + ", ".join(_KEYS)
+)
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -181,7 +203,7 @@ def read_recipe(path: Path) -> Recipe:
         raise RecipeError(f"{path}: {e.strerror}", "--recipe takes a name or a .toml file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise RecipeError(f"{path}: {e}", f"a recipe holds {_EXAMPLE}") from None
-    unknown = sorted(set(data) - {"name", "base", "size", "rules", *_PARTS})
+    unknown = sorted(set(data) - {"name", "base", "size", "kv", "rules", *_PARTS})
     if unknown:
         raise RecipeError(f"{path}: unknown key {unknown[0]!r}", f"a recipe holds {_EXAMPLE}")
     base = calibrated_recipe(str(data.get("base", "int4")))
@@ -190,9 +212,13 @@ def read_recipe(path: Path) -> Recipe:
         raise RecipeError(
             f"{path}: size = {size!r}", "size is a part of the half-precision bundle: 0.4, for base = mixed"
         )
+    kv = data.get("kv", base.kv)
+    if kv not in _CACHES:
+        raise RecipeError(f"{path}: kv = {kv!r}", f"kv, the decoder's cache, is one of {', '.join(_CACHES)}")
     parts = {part: _precision(f"{path}: [{part}]", data.get(part, {}), getattr(base, part)) for part in _PARTS}
     rules = tuple(_rule(f"{path}: [[rules]] {i}", rule) for i, rule in enumerate(data.get("rules", []), 1))
-    return replace(base, name=str(data.get("name", path.stem)), **parts, rules=base.rules + rules, size=float(size))
+    name = str(data.get("name", path.stem))
+    return replace(base, name=name, **parts, rules=base.rules + rules, size=float(size), kv=kv)
 
 
 def _rule(where: str, data: Any) -> Rule:
@@ -213,7 +239,7 @@ def _precision(where: str, data: Any, base: Precision) -> Precision:
             raise RecipeError(f"{where}: {key} = {value!r}", f"{key} is one of {', '.join(map(str, _KEYS[key]))}")
     kind = {"int8": "int8_static"}.get(data.get("kind", base.kind), data.get("kind", base.kind))
     if kind != base.kind:
-        defaults = (FLOAT32, FLOAT16, INT8_DYNAMIC, INT8_STATIC, CALIBRATED_4)
+        defaults = (FLOAT32, FLOAT16, INT8_DYNAMIC, INT8_STATIC, FP8, CALIBRATED_4, W4A8)
         base = next(precision for precision in defaults if precision.kind == kind)
     return replace(
         base,

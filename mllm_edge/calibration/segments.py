@@ -17,11 +17,13 @@ _MOST_PASSING = 2
 @dataclass(frozen=True)
 class Segment:
     """A piece of a graph. `needs`: values that earlier pieces give; `gives`: those that later ones need; `layers`: the
-    names of its linear layers."""
+    names of its linear layers; `start` to `stop`: the places of its nodes."""
 
     needs: tuple[str, ...]
     gives: tuple[str, ...]
     layers: tuple[str, ...]
+    start: int = 0
+    stop: int = 0
 
 
 def cut(graph: ir.Graph, most_bytes: int) -> list[Segment]:
@@ -45,6 +47,8 @@ def cut(graph: ir.Graph, most_bytes: int) -> list[Segment]:
             needs=passing[start - 1] if start else (),
             gives=passing[stop - 1] if stop < len(nodes) else (),
             layers=tuple(owners[node] for node in nodes[start:stop] if node in owners),
+            start=start,
+            stop=stop,
         )
         for start, stop in itertools.pairwise(bounds)
     ]

@@ -13,7 +13,7 @@ from mllm_edge.cli.exporter import load_exporter
 from mllm_edge.cli.options import TARGETS, RecipeName, calibration_options, json_option, target_option
 from mllm_edge.cli.output import bytes_text, note, print_json, table
 from mllm_edge.cli.progress import stages
-from mllm_edge.cli.proof import proof_summary
+from mllm_edge.cli.proof import float32_operators, proof_summary
 from mllm_edge.cli.signals import interrupted_message, interruptible
 
 __all__ = ["RECIPES", "TARGETS", "command"]
@@ -154,8 +154,8 @@ def _summary(report: dict[str, Any]) -> str:
         parts += [_parity(parity) for parity in report["parity"].get("targets", {}).values()]
     elif not report["dry_run"]:
         parts.append("not compared with the source model (--verify off)")
-    parts.append(_ending(report))
-    return "\n\n".join(parts)
+    parts += [float32_operators(report), _ending(report)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _ending(report: dict[str, Any]) -> str:

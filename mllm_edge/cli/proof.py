@@ -5,7 +5,7 @@ from typing import Any
 
 from mllm_edge.cli.output import bytes_text, milliseconds, table
 
-__all__ = ["proof_summary"]
+__all__ = ["float32_operators", "proof_summary"]
 
 _WORST = 5  # layers shown
 
@@ -17,7 +17,18 @@ def proof_summary(report: dict[str, Any]) -> str:
         f"wrote {report['out']}: {bytes_text(report['nbytes'])} in {report['seconds']:.1f} s\n"
         f'next: mllm-edge run {out} "What is in the picture?" --image FILE'
     )
-    return "\n\n".join(part for part in (_proof(report), _layers(report), ending) if part)
+    return "\n\n".join(part for part in (_proof(report), _layers(report), float32_operators(report), ending) if part)
+
+
+def float32_operators(report: dict[str, Any]) -> str:
+    """The operators that compute in float32 where half precision would overflow, by graph; empty without any."""
+    lines = []
+    for file, found in report["float32_operators"].items():
+        largest = sorted(found.items(), key=lambda item: item[1], reverse=True)
+        names = ", ".join(f"{name} ({peak:.2g})" for name, peak in largest[:_WORST])
+        more = f" and {len(found) - _WORST} more" if len(found) > _WORST else ""
+        lines.append(f"{file}: in float32, where half precision would overflow: {names}{more}")
+    return "\n".join(lines)
 
 
 def _proof(report: dict[str, Any]) -> str:

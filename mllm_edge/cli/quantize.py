@@ -13,7 +13,7 @@ from mllm_edge.cli.signals import interrupted_message, interruptible
 
 __all__ = ["RECIPES", "command"]
 
-RECIPES = ("int8", "int4", "mixed", "fp16")
+RECIPES = ("int8", "int4", "mixed", "fp8", "w4a8", "fp16")
 _STOPPED = interrupted_message("the quantization") + "; the same command goes on where it was"
 
 

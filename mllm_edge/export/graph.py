@@ -117,12 +117,20 @@ class GraphBuilder:
         """
         self._register(graph)
         old = [node, *reversed(before)]
+        self._rename(graph, old)
         ir.convenience.replace_nodes_and_values(graph, node, old, self._nodes, list(node.outputs), [result])
 
     def insert(self, graph: ir.Graph, node: ir.Node) -> None:
         """Put the nodes and weights built so far into `graph` before `node`."""
         self._register(graph)
         graph.insert_before(node, self._nodes)
+
+    def _rename(self, graph: ir.Graph, leaving: Sequence[ir.Node]) -> None:
+        """Nodes called as one that stays in `graph` get a name of their own."""
+        taken = {node.name for node in graph if node not in leaving}
+        for node in self._nodes:
+            while node.name in taken:
+                node.name = f"{node.name}.inner"
 
     def _register(self, graph: ir.Graph) -> None:
         for value in self._initializers.values():

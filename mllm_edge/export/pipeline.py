@@ -4,7 +4,7 @@ import json
 import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from mllm_edge.export.decoder.build import build_decoder
 from mllm_edge.export.decoder.spec import DecoderSpec
 from mllm_edge.export.families import family_for
 from mllm_edge.export.graph import save_model, tensor_specs
+from mllm_edge.export.half import KEY, Float32Operators, keep_in_range
 from mllm_edge.export.plan import Plan
 from mllm_edge.export.progress import Progress, Silent
 from mllm_edge.export.safetensors import Weights
@@ -44,7 +45,8 @@ _OTHER_FILES = 16 << 20  # bytes; room for tokenizer and graphs in the estimate
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export did, or (dry run) would do. `components` maps names to bytes of weights, embeddings included."""
+    """What an export did, or (dry run) would do. `components` maps names to bytes of weights, embeddings included;
+    `float32_operators` are those of half-precision graphs that half precision would have overflowed in."""
 
     source: str
     adapters: tuple[str, ...]
@@ -57,6 +59,7 @@ class ExportReport:
     parity: Mapping[str, Any]
     nbytes: int
     dry_run: bool
+    float32_operators: Float32Operators = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -115,13 +118,16 @@ def export(
         return report
     check_space(out, report.nbytes + _OTHER_FILES)
     with workspace(out) as folder:
-        manifest = job.write(folder)
+        manifest, whole = job.write(folder), verify_mode == "full" or plan.model.parameters <= _WHOLE_LIMIT
         if verify_mode != "off":
-            parity = job.verify(folder, manifest, whole=verify_mode == "full" or plan.model.parameters <= _WHOLE_LIMIT)
+            if whole:  # all of it runs, in float32
+                manifest = keep_in_range(folder, manifest, progress=progress)
+            parity = job.verify(folder, manifest, whole=whole)
             manifest = replace(manifest, parity=parity)
         write_manifest(folder, manifest)
     nbytes = sum(entry.nbytes for entry in manifest.files.values())
-    return replace(report, parity=manifest.parity, nbytes=nbytes)
+    operators = manifest.recipe.get(KEY, {})
+    return replace(report, parity=manifest.parity, nbytes=nbytes, float32_operators=operators)
 
 
 class _Job:
@@ -193,7 +199,8 @@ class _Job:
         probe = folder / "probe"
         probe.mkdir()
         try:
-            write_manifest(probe, self._write_probe(folder, probe, manifest))
+            short = keep_in_range(probe, self._write_probe(folder, probe, manifest), progress=self._progress)
+            write_manifest(probe, short)
             return self._verify(probe, Scope(_PROBE_LAYERS))
         finally:
             shutil.rmtree(probe)

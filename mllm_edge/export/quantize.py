@@ -1,8 +1,6 @@
 """From a float bundle (or a checkpoint) and calibration data to a quantized bundle with the proof of what that cost."""
 
-import hashlib
 import importlib.util
-import json
 import math
 import shutil
 from collections.abc import Iterable, Mapping
@@ -11,23 +9,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from mllm_edge.bundle import MANIFEST, Bundle, file_entries, sha256, write_manifest
 from mllm_edge.calibration.calibrate import calibrate
 from mllm_edge.calibration.collect import Feeds, record
-from mllm_edge.calibration.data import DEFAULT_PROMPT, Sample, load_samples, split
+from mllm_edge.calibration.data import DEFAULT_PROMPT, Sample
 from mllm_edge.calibration.evaluate import Proof, prove
 from mllm_edge.calibration.figure import draw_errors
 from mllm_edge.calibration.findings import Findings
-from mllm_edge.calibration.layers import Layer, find_layers
-from mllm_edge.calibration.mixed import Candidate, raise_worst, weight_bytes
+from mllm_edge.calibration.kv import MINIMUM, check_cache
+from mllm_edge.calibration.layers import Layer, find_groups, find_layers
+from mllm_edge.calibration.mixed import Candidate, by_loss, by_size, ranked, weight_bytes
 from mllm_edge.calibration.recipes import Recipe, calibrated_recipe, check_rules, precision_of
-from mllm_edge.errors import AccuracyError, BundleError, DataError, ExportError, MllmEdgeError
+from mllm_edge.calibration.sensitivity import Unit, affordable, measure
+from mllm_edge.errors import AccuracyError, ExportError, MllmEdgeError
 from mllm_edge.export.datafile import DataFile
-from mllm_edge.export.graph import save_model
+from mllm_edge.export.graph import save_model, tensor_specs
+from mllm_edge.export.half import KEY, Float32Operators, keep_in_range
 from mllm_edge.export.pipeline import Verify, export
 from mllm_edge.export.progress import Progress, Silent
+from mllm_edge.export.quantize_source import check_float, check_images, open_work, read_samples, work_key
 from mllm_edge.export.requantize import requantize
 from mllm_edge.export.workspace import check_out, check_space, workspace
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
@@ -36,10 +39,6 @@ from mllm_edge.spec import Component, FileEntry, Manifest, Variant, to_json
 __all__ = ["FIGURE", "FromCheckpoint", "Gate", "QuantizeReport", "quantize"]
 
 FIGURE = "accuracy.png"
-_FLOATS = ("float32", "float16")
-_FEWEST = 4  # samples for calibration
-_HELD_BACK = 4  # one of so many samples is held back …
-_MOST_HELD_BACK = 32  # … up to this number
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,15 @@ class Gate:
 
     max_kl: float | None = None
     min_agreement: float | None = None
+
+    def missed(self, proof: Proof) -> str:
+        """What the proof does not show; empty when all is met."""
+        missed = []
+        if self.max_kl is not None and not proof.kl <= self.max_kl:
+            missed.append(f"KL divergence {proof.kl:.3g} > {self.max_kl:g}")
+        if self.min_agreement is not None and not proof.top1 >= self.min_agreement:
+            missed.append(f"the likeliest token agrees in {proof.top1:.2%} < {self.min_agreement:.2%}")
+        return "; ".join(missed)
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,8 @@ class FromCheckpoint:
 @dataclass(frozen=True)
 class QuantizeReport:
     """What was done. `layers`: component → layer → (error, error of rounding to nearest), relative, for sampled
-    inputs; only layers that calibration decided about."""
+    inputs; only layers that calibration decided about. `float32_operators`: graph file → operator → magnitude, those
+    of half-precision graphs that half precision would have overflowed in."""
 
     source: str
     out: str
@@ -75,6 +84,7 @@ class QuantizeReport:
     layers: Mapping[str, Mapping[str, tuple[float, float]]]
     proof: Proof
     nbytes: int
+    float32_operators: Float32Operators
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -99,42 +109,55 @@ def quantize(
 
     `recipe`: a name, a .toml file, or a Recipe. `data` as for `load_samples`, `prompt` for folders of images.
     `held_back` samples (default: a quarter, up to 32) are kept from calibration and prove the result. When `gate` is
-    not met, nothing is written. `checkpoint`: options for a source that has to be exported first; a bundle keeps its
-    targets. An interrupted calibration leaves `.{out}.calibration` beside `out` and goes on from there when called
-    again in the same way.
+    not met, nothing is written; a recipe that raises layers raises as many as meet it, in the place of its size.
+    `checkpoint`: options for a source that has to be exported first; a bundle keeps its targets. An interrupted
+    calibration leaves `.{out}.calibration` beside `out` and goes on from there when called again in the same way.
 
     Raises SourceError, BundleError, DataError, RecipeError, AccuracyError, ExportError; then `out` is as it was.
     """
     out, progress = Path(out), progress or Silent()
     chosen = calibrated_recipe(recipe) if isinstance(recipe, str) else recipe
     check_out(out, force)
-    samples, kept = _samples(data, prompt, held_back)
+    samples, kept = read_samples(data, prompt, held_back)
     work = out.parent / f".{out.name}.calibration"
     options = checkpoint or FromCheckpoint()
-    _open_work(work, _key(source, chosen, samples, options))
+    open_work(work, work_key(source, chosen, samples, options))
     try:
         bundle = _float_bundle(source, work, options, progress)
-        _check_images(bundle, samples, chosen)
+        check_images(bundle, samples, chosen)
+        if chosen.kv == "int8":
+            check_cache(chosen.name, {v.target: v.dialect for v in bundle.manifest.components["decoder"].variants})
         check_rules(chosen, {n: [layer.name for layer in _layers(bundle, n)] for n in bundle.manifest.components})
     except MllmEdgeError:
         shutil.rmtree(work)  # nothing in it is worth another try
         raise
+    gate = gate or Gate()
     job = _Job(bundle, chosen, samples, work, threads, progress)
     findings = job.calibrate()
+    job.raise_worst(findings, gate)
     check_space(out, bundle.nbytes)
     with workspace(out) as folder:
-        manifest = job.write(folder, findings)
-        write_manifest(folder, manifest)
-        progress.stage("comparing with the float bundle", len(kept))
-        proof = prove(bundle.path, folder, kept, threads, progress.advance)
+        manifest, proof = job.prove(folder, findings, kept)
+        while gate.missed(proof) and job.raise_more():
+            manifest, proof = job.prove(folder, findings, kept)
         layers = {name: job.errors(name, found) for name, found in findings.items()}
-        _check_gate(gate or Gate(), proof, layers, work)
+        _check_gate(gate, proof, layers, work)
         manifest = _with_figure(folder, manifest, layers)
         accuracy = {**proof.as_dict(), "layers": to_json(layers), "calibration_samples": len(samples)}
         write_manifest(folder, replace(manifest, accuracy=accuracy))
     shutil.rmtree(work, ignore_errors=True)
-    nbytes = Bundle.load(out).nbytes
-    return QuantizeReport(str(source), str(out), chosen.name, len(samples), len(kept), layers, proof, nbytes)
+    written = Bundle.load(out)
+    return QuantizeReport(
+        source=str(source),
+        out=str(out),
+        recipe=chosen.name,
+        samples=len(samples),
+        held_back=len(kept),
+        layers=layers,
+        proof=proof,
+        nbytes=written.nbytes,
+        float32_operators=written.manifest.recipe.get(KEY, {}),
+    )
 
 
 def _with_figure(folder: Path, manifest: Manifest, layers: Mapping[str, Mapping[str, tuple[float, float]]]) -> Manifest:
@@ -147,15 +170,6 @@ def _with_figure(folder: Path, manifest: Manifest, layers: Mapping[str, Mapping[
     return replace(manifest, files={**manifest.files, FIGURE: entry})
 
 
-def _open_work(work: Path, key: str) -> None:
-    """The folder of an earlier, interrupted calibration if it was the same one, else a new one."""
-    note = work / "key"
-    if work.exists() and not (note.is_file() and note.read_text(encoding="utf-8") == key):
-        shutil.rmtree(work)
-    work.mkdir(parents=True, exist_ok=True)
-    note.write_text(key, encoding="utf-8")
-
-
 def _float_bundle(source: str | Path, work: Path, options: FromCheckpoint, progress: Progress) -> Bundle:
     """The float bundle that `source` is, or that is exported from it; raises BundleError when it is quantized."""
     path = Path(source)
@@ -164,7 +178,7 @@ def _float_bundle(source: str | Path, work: Path, options: FromCheckpoint, progr
         if not path.exists():
             export(str(source), path, recipe_name="fp16", progress=progress, **vars(options))
     bundle = Bundle.load(path)
-    _check_float(bundle)
+    check_float(bundle)
     return bundle
 
 
@@ -180,7 +194,9 @@ class _Job:
         threads: int | None,
         progress: Progress,
     ):
-        self._source, self._recipe, self._samples = source, recipe, samples
+        self._source, self._recipe, self._base, self._samples = source, recipe, recipe, samples
+        self._order: list[Candidate] = []
+        self._loss_left, self._threads = 0.0, threads
         self._work, self._progress = work, progress
         target = next(iter(source.manifest.components.values())).variants[0].target
         self._backend = OnnxRuntimeCpu(threads, target)
@@ -193,10 +209,34 @@ class _Job:
             self._progress.stage("recording the samples", len(self._samples))
             record(self._source, self._backend, self._samples, feeds, self._progress.advance)
             (self._work / "recorded").touch()
-        findings = {n: self._calibrate(n, Feeds(feeds / n)) for n in self._source.manifest.components}
-        if self._recipe.raised is not None:
-            self._recipe = raise_worst(self._recipe, self._room(), self._candidates(findings))
-        return findings
+        return {n: self._calibrate(n, Feeds(feeds / n)) for n in self._source.manifest.components}
+
+    def raise_worst(self, findings: Mapping[str, Findings], gate: Gate) -> None:
+        """Give a recipe's `raised` precision to the layers that cost most: as many as the gate seems to want or, where
+        there is none, as the recipe's size allows."""
+        if self._base.raised is None:
+            return
+        losses, measured = self._losses(findings)
+        self._order = ranked(self._base, self._candidates(findings, losses))
+        if gate == Gate():
+            self._recipe = by_size(self._base, self._room(), self._order)
+        else:
+            most = gate.max_kl if measured and gate.max_kl is not None else math.inf
+            self._recipe, self._loss_left = by_loss(self._base, most, self._order)
+
+    def raise_more(self) -> bool:
+        """Raise as many layers more as halve the loss that is left; False when there are none."""
+        if not self._loss_left:
+            return False
+        self._recipe, self._loss_left = by_loss(self._base, self._loss_left / 2, self._order)
+        return True
+
+    def prove(self, folder: Path, findings: Mapping[str, Findings], kept: list[Sample]) -> tuple[Manifest, Proof]:
+        """Write the bundle and compare it with the float one."""
+        manifest = keep_in_range(folder, self.write(folder, findings), self._samples, self._progress)
+        write_manifest(folder, manifest)
+        self._progress.stage("comparing with the float bundle", len(kept))
+        return manifest, prove(self._source.path, folder, kept, self._threads, self._progress.advance)
 
     def write(self, folder: Path, findings: Mapping[str, Findings]) -> Manifest:
         """Every file of the new bundle but the manifest, which is returned, still without the proof."""
@@ -214,7 +254,7 @@ class _Job:
         return replace(
             manifest,
             components=components,
-            recipe=to_json(self._recipe),
+            recipe={**to_json(self._recipe), **_carried(manifest)},
             files=file_entries(folder, hashes),
         )
 
@@ -226,30 +266,61 @@ class _Job:
     def _calibrate(self, component: str, feeds: Feeds) -> Findings:
         variant = self._source.variant(component, self._backend.target)
         precision = partial(precision_of, self._recipe, component)
-        folder = self._work / component
-        if not any(precision(layer.name).needs_data for layer in _layers(self._source, component)):
+        folder, cache = self._work / component, component == "decoder" and self._recipe.kv == "int8"
+        if not cache and not any(precision(layer.name).needs_data for layer in _layers(self._source, component)):
             return Findings(folder / "layers")
         path = self._source.listed(variant.file)
         begin = partial(self._progress.stage, f"calibrating the {component.replace('_', ' ')}")
-        return calibrate(
-            path, variant, self._backend, feeds, precision, folder, begin=begin, progress=self._progress.advance
-        )
+        advance = self._progress.advance
+        return calibrate(path, variant, self._backend, feeds, precision, folder, begin, advance, cache)
 
-    def _candidates(self, findings: Mapping[str, Findings]) -> list[Candidate]:
-        """The layers that calibration decided about, with their sizes and errors."""
+    def _losses(self, findings: Mapping[str, Findings]) -> tuple[dict[str, float], bool]:
+        """What rounding each unit alone costs, by its key; and whether that is a divergence in nats. Of a model too
+        large to measure it is the squared relative errors of the layers' own outputs."""
+        units = self._units(findings)
+        count = affordable(len(units), sum(math.prod(layer.shape) for _, layer in self._all_layers()))
+        if not count:
+            errors = {name: found.errors() for name, found in findings.items()}
+            return {u.key: sum(errors[u.component][layer][0] ** 2 for layer in u.layers) for u in units}, False
+
+        def rounded(component: str, layer: str) -> np.ndarray:
+            found = findings[component].layer(layer)
+            weight = None if found is None else found.replaced()
+            assert weight is not None
+            return weight
+
+        self._progress.stage("measuring what each layer costs", len(units))
+        samples = [s for s in self._samples if s.images][:count] or self._samples[:count]
+        folder = self._work / "sensitivity"
+        return measure(self._source, self._backend, samples, units, rounded, folder, self._progress.advance), True
+
+    def _units(self, findings: Mapping[str, Findings]) -> list[Unit]:
+        """The layers that calibration decided about; those with the same input together."""
+        units = []
+        for component, found in findings.items():
+            decided = set(found.errors())
+            for group in find_groups(_layers(self._source, component)):
+                names = tuple(layer.name for layer in group.layers if layer.name in decided)
+                if names:
+                    units.append(Unit(component, names))
+        return units
+
+    def _candidates(self, findings: Mapping[str, Findings], losses: Mapping[str, float]) -> list[Candidate]:
+        shapes = {(component, layer.name): layer.shape for component, layer in self._all_layers()}
         return [
-            Candidate(component, layer.name, layer.shape, found.error)
-            for component, of in findings.items()
-            for layer in _layers(self._source, component)
-            if (found := of.layer(layer.name)) is not None
+            Candidate(u.component, tuple((name, shapes[u.component, name]) for name in u.layers), losses[u.key])
+            for u in self._units(findings)
         ]
+
+    def _all_layers(self) -> list[tuple[str, Layer]]:
+        return [(name, layer) for name in self._source.manifest.components for layer in _layers(self._source, name)]
 
     def _room(self) -> float:
         """Bytes that the linear layers may take, for the part of the half-precision size that the recipe allows."""
         manifest = self._source.manifest
         graphs = {v.file for c in manifest.components.values() for v in c.variants}
         others = sum(e.nbytes for n, e in manifest.files.items() if n.removesuffix(".data") not in graphs)
-        layers = [(name, layer) for name in manifest.components for layer in _layers(self._source, name)]
+        layers = self._all_layers()
         half = sum(2 * math.prod(layer.shape) for _, layer in layers)
         chosen = [(layer.shape, precision_of(self._recipe, name, layer.name)) for name, layer in layers]
         fixed = sum(weight_bytes(shape, precision) for shape, precision in chosen if not precision.needs_data)
@@ -272,41 +343,19 @@ class _Job:
         save_model(model, folder / variant.file)
         part = {"decoder": self._recipe.decoder, "connector": self._recipe.connector}
         chosen = part.get(component, self._recipe.vision)
-        return replace(variant, precision=chosen.kind if chosen.kind != "blocks" else f"int{chosen.bits}_blocks")
-
-
-def _samples(data: str | Path | Iterable[Any], prompt: str, held_back: int | None) -> tuple[list[Sample], list[Sample]]:
-    samples = load_samples(data, prompt)
-    wanted = min(max(1, len(samples) // _HELD_BACK), _MOST_HELD_BACK) if held_back is None else held_back
-    if wanted < 1:
-        raise DataError("no sample is held back: the result could not be proven", "--held-back 1 or more")
-    if len(samples) - wanted < _FEWEST:
-        raise DataError(
-            f"{len(samples)} samples, {wanted} of them held back: calibration needs at least {_FEWEST}",
-            "give more samples (a few dozen or more that look like what the device will see)",
+        newer = variant.dialect == "contrib" and component == "decoder" and self._recipe.kv == "int8"
+        return replace(
+            variant,
+            precision=f"int{chosen.bits}_blocks" if chosen.kind == "blocks" else chosen.kind,
+            inputs=tensor_specs(model.graph.inputs),
+            outputs=tensor_specs(model.graph.outputs),
+            minimum={**variant.minimum, **MINIMUM} if newer else variant.minimum,
         )
-    return split(samples, wanted)
 
 
-def _check_float(bundle: Bundle) -> None:
-    for name, component in bundle.manifest.components.items():
-        for variant in component.variants:
-            if variant.precision not in _FLOATS:
-                raise BundleError(
-                    f"{bundle.path}: {name} is quantized already ({variant.precision})",
-                    f"mllm-edge export MODEL {bundle.path} --recipe fp16 --force, and quantize that",
-                )
-
-
-def _check_images(bundle: Bundle, samples: list[Sample], recipe: Recipe) -> None:
-    """A recipe that calibrates the vision side needs samples with images."""
-    if bundle.manifest.model.image is None or any(sample.images for sample in samples):
-        return
-    if recipe.vision.needs_data or recipe.connector.needs_data:
-        raise DataError(
-            f"no sample has an image, and recipe {recipe.name} calibrates the vision encoder",
-            "give samples with images, or a recipe file whose [vision] and [connector] are float16",
-        )
+def _carried(manifest: Manifest) -> dict[str, Any]:
+    """What stays true of the float graphs after their layers are quantized."""
+    return {KEY: manifest.recipe[KEY]} if KEY in manifest.recipe else {}
 
 
 def _layers(bundle: Bundle, component: str) -> list[Layer]:
@@ -315,35 +364,13 @@ def _layers(bundle: Bundle, component: str) -> list[Layer]:
 
 
 def _check_gate(gate: Gate, proof: Proof, layers: Mapping[str, Mapping[str, tuple[float, float]]], work: Path) -> None:
-    missed = []
-    if gate.max_kl is not None and not proof.kl <= gate.max_kl:
-        missed.append(f"KL divergence {proof.kl:.3g} > {gate.max_kl:g}")
-    if gate.min_agreement is not None and not proof.top1 >= gate.min_agreement:
-        missed.append(f"the likeliest token agrees in {proof.top1:.2%} < {gate.min_agreement:.2%}")
+    missed = gate.missed(proof)
     if not missed:
         return
-    ranked = sorted(((e[0], f"{c}: {n}") for c, found in layers.items() for n, e in found.items()), reverse=True)
-    worst = ", ".join(f"{name} ({error:.1%})" for error, name in ranked[:5])
+    largest = sorted(((e[0], f"{c}: {n}") for c, found in layers.items() for n, e in found.items()), reverse=True)
+    worst = ", ".join(f"{name} ({error:.1%})" for error, name in largest[:5])
     raise AccuracyError(
-        f"{'; '.join(missed)}. Layers with the largest error: {worst or 'none was calibrated'}",
+        f"{missed}. Layers with the largest error: {worst or 'none was calibrated'}",
         "keep those in float16 with a recipe file ([[rules]] with layers and kind), give more samples, or allow more "
         f"(what was found so far is kept in {work})",
     )
-
-
-def _key(source: str | Path, recipe: Recipe, samples: list[Sample], options: FromCheckpoint) -> str:
-    """What decides about a calibration: the model, the recipe, the samples."""
-    manifest = Path(source) / MANIFEST
-    model = sha256(manifest) if manifest.is_file() else f"{source} {options}"
-    digest = hashlib.sha256(model.encode())
-    digest.update(json.dumps(to_json(recipe), sort_keys=True).encode())
-    for sample in samples:
-        digest.update(repr((sample.prompt, sample.answer, [_name(i) for i in sample.images])).encode())
-    return digest.hexdigest()
-
-
-def _name(image: Any) -> str:
-    if isinstance(image, Path):
-        stat = image.stat()
-        return f"{image.absolute()} {stat.st_size} {stat.st_mtime_ns}"
-    return hashlib.sha256(bytes(image) if isinstance(image, (bytes, bytearray)) else repr(image).encode()).hexdigest()

@@ -7,8 +7,10 @@ import numpy as np
 import onnx_ir as ir
 
 from mllm_edge.calibration.findings import Findings, LayerFindings
+from mllm_edge.calibration.kv import quantize_cache
 from mllm_edge.calibration.layers import Group, Layer, find_groups, find_layers
 from mllm_edge.calibration.methods import rtn
+from mllm_edge.calibration.overflow import half_values
 from mllm_edge.calibration.qdq import Linear, keeps_activations, linear, quantized_input, to_float
 from mllm_edge.calibration.recipes import Precision
 from mllm_edge.export.datafile import DataSink
@@ -17,13 +19,16 @@ from mllm_edge.export.graph import GraphBuilder
 
 __all__ = ["requantize"]
 
-_FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
-
 
 def requantize(
-    model: ir.Model, dialect: str, precision: Callable[[str], Precision], findings: Findings, data: DataSink
+    model: ir.Model,
+    dialect: str,
+    precision: Callable[[str], Precision],
+    findings: Findings,
+    data: DataSink,
 ) -> ir.Model:
-    """`model`, changed in place: its weights are written to `data` in the forms that `precision(layer name)` asks for.
+    """`model`, changed in place: its weights are written to `data` in the forms that `precision(layer name)` asks for;
+    its cache becomes int8 where `findings` hold ranges of it.
 
     Raises OverflowError where a weight does not fit half precision, ExportError for an operator that the dialect does
     not have.
@@ -31,33 +36,32 @@ def requantize(
     graph = model.graph
     layers = find_layers(graph)
     groups = find_groups(layers)
-    float_type = _float_type(graph)
+    half = half_values(graph)
     _write_others(graph, layers, findings, data)
     opset = graph.opset_imports[""]
-    new = lambda: GraphBuilder(graph.name or "", opset, data, float_type, contrib=dialect == "contrib")  # noqa: E731
     for group in groups:
+        # Where half precision would overflow, operators of a half graph compute in float32.
+        kind = ir.DataType.FLOAT16 if group.x in half else ir.DataType.FLOAT
+        new = partial(GraphBuilder, graph.name or "", opset, data, kind, contrib=dialect == "contrib")
         found = {layer.name: findings.layer(layer.name) for layer in group.layers}
         quantized = _quantize_input(graph, group, found, precision, new())
         for layer in group.layers:
             builder = new()
             chosen = precision(layer.name)
-            described = _describe(layer, found[layer.name], quantized if chosen.kind == "int8_static" else None)
+            described = _describe(layer, found[layer.name], quantized.get(_activation(chosen)))
             result = linear(builder, layer.x, described, chosen)
             *before, last = layer.nodes
             builder.splice(graph, last, result, before)
             opset = max(opset, builder.opset)
     graph.opset_imports[""] = opset
+    quantize_cache(graph, dialect, findings)
     if dialect == "contrib":
         graph.opset_imports["com.microsoft"] = 1
-        if float_type != ir.DataType.FLOAT:
+        if any(value.dtype == ir.DataType.FLOAT16 for value in graph.inputs):
             check_cuda_graph(model)
     else:
         check_graph(model, dialect)
     return model
-
-
-def _float_type(graph: ir.Graph) -> ir.DataType:
-    return next(value.dtype for value in graph.inputs if value.dtype in _FLOATS)
 
 
 def _write_others(graph: ir.Graph, layers: list[Layer], findings: Findings, data: DataSink) -> None:
@@ -87,17 +91,27 @@ def _quantize_input(
     found: dict[str, LayerFindings | None],
     precision: Callable[[str], Precision],
     builder: GraphBuilder,
-) -> ir.Value | None:
-    """The group's input in 8 bits, once for all of its layers that take it so."""
-    takers = [layer for layer in group.layers if precision(layer.name).kind == "int8_static"]
-    if not takers or keeps_activations(builder):
-        return None
-    first = found[takers[0].name]
-    assert first is not None
-    assert first.input_range is not None
-    quantized = quantized_input(builder, group.x, takers[0].name, first.input_range)
-    builder.insert(graph, takers[0].nodes[0])
+) -> dict[str, ir.Value]:
+    """The group's input in 8 bits, once for all of its layers that take it so, by the kind of its codes."""
+    quantized: dict[str, ir.Value] = {}
+    if keeps_activations(builder):
+        return quantized
+    for layer in group.layers:
+        chosen, own = precision(layer.name), found[layer.name]
+        kind = _activation(chosen)
+        # The CPU's kernels for blocks take floats, and quantize them themselves.
+        if kind and kind not in quantized and not (builder.contrib and chosen.in_blocks):
+            assert own is not None
+            assert own.input_range is not None
+            quantized[kind] = quantized_input(builder, group.x, layer.name, own.input_range, kind == "fp8")
+    if quantized:
+        builder.insert(graph, group.layers[0].nodes[0])
     return quantized
+
+
+def _activation(precision: Precision) -> str:
+    """What the activations of a static precision become; empty for others."""
+    return {"int8_static": "int8", "w4a8": "int8", "fp8": "fp8"}.get(precision.kind, "")
 
 
 def _describe(layer: Layer, found: LayerFindings | None, quantized: ir.Value | None) -> Linear:

@@ -29,6 +29,8 @@ class Decoder:
         self._learned = table if learned else None
         self._contract = contract_for(variant, model, None if learned else table)
         self._dtype = np.dtype(next(t.dtype for t in variant.inputs if t.name == "inputs_embeds"))
+        caches = [t.dtype for t in variant.inputs if t.name.startswith("past_key_values.")]
+        self._cache_dtype = caches[0] if caches else self._dtype.name
         self._token = np.zeros((1, 1, model.hidden_size), self._dtype)
         self._last = np.zeros((1, 1), np.int64)
         self._bound_token = False
@@ -49,7 +51,7 @@ class Decoder:
         capacity = fixed
         if self.cache is None or self.cache.capacity < capacity or self.cache.batch != batch:
             mode = self._variant.kv_mode or "in_place"
-            self.cache = KVCache(self._model.cache, self._backend, capacity, mode, batch, self._dtype.name)
+            self.cache = KVCache(self._model.cache, self._backend, capacity, mode, batch, self._cache_dtype)
             self._contract.reset(capacity)
             self._bound_token = False
         self.cache.truncate(0)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mllm_edge.calibration.mixed import Candidate, raise_worst, weight_bytes
+from mllm_edge.calibration.mixed import Candidate, by_loss, by_size, ranked, weight_bytes
 from mllm_edge.calibration.recipes import (
     BLOCKS_8,
     CALIBRATED,
@@ -74,6 +74,7 @@ def test_file_changes_what_it_names(tmp_path: Path) -> None:
         ("decoder = 4", r"\[decoder\]: not a table"),
         ('base = "int9"', "unknown recipe 'int9'"),
         ("size = 2", "size = 2"),
+        ('kv = "int4"', "kv = 'int4'"),
         ('[[rules]]\nkind = "float16"', r"\[\[rules\]\] 1: no layers"),
     ],
 )
@@ -92,13 +93,39 @@ def test_rule_for_no_layer_lists_near_matches(tmp_path: Path) -> None:
 
 def test_the_worst_are_raised_while_there_is_room() -> None:
     recipe = CALIBRATED["mixed"]
-    candidates = [Candidate("decoder", f"layers.{i}.x", (64, 128), error) for i, error in enumerate((0.1, 0.3, 0.2))]
+    order = ranked(recipe, candidates(0.1, 0.3, 0.2))
     low, high = (weight_bytes((64, 128), p) for p in (recipe.decoder, BLOCKS_8))
-    raised = raise_worst(recipe, 3 * low + 2 * (high - low), candidates)
+    raised = by_size(recipe, 3 * low + 2 * (high - low), order)
     assert [rule.layers for rule in raised.rules] == ["layers.1.x", "layers.2.x"]
     assert precision_of(raised, "decoder", "layers.1.x") == BLOCKS_8
     assert precision_of(raised, "decoder", "layers.0.x") == recipe.decoder
-    assert raise_worst(recipe, 0, candidates).rules == ()
+    assert by_size(recipe, 0, order).rules == ()
+
+
+def candidates(*losses: float) -> list[Candidate]:
+    return [Candidate("decoder", ((f"layers.{i}.x", (64, 128)),), loss) for i, loss in enumerate(losses)]
+
+
+def test_the_worst_are_raised_until_the_rest_costs_little() -> None:
+    recipe = CALIBRATED["mixed"]
+    order = ranked(recipe, candidates(0.1, 0.3, 0.2))
+    raised, left = by_loss(recipe, 0.15, order)
+    assert [rule.layers for rule in raised.rules] == ["layers.1.x", "layers.2.x"]
+    assert left == pytest.approx(0.1)
+    assert by_loss(recipe, 1.0, order)[0].rules == ()
+    everything, left = by_loss(recipe, 0.05, order)
+    assert (len(everything.rules), left) == (3, 0.0)
+
+
+def test_layers_with_one_input_are_raised_together() -> None:
+    recipe = CALIBRATED["mixed"]
+    pair = Candidate("decoder", (("layers.0.gate_proj", (64, 128)), ("layers.0.up_proj", (64, 128))), 0.3)
+    order = ranked(recipe, [*candidates(0.2), pair])
+    assert order[0].loss == 0.2  # half the bytes
+    assert [rule.layers for rule in by_loss(recipe, 0.0, order)[0].rules][1:] == [
+        "layers.0.gate_proj",
+        "layers.0.up_proj",
+    ]
 
 
 def test_weight_bytes() -> None:

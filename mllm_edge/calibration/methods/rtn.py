@@ -1,10 +1,13 @@
 """Round to nearest: no data, one pass over the weight."""
 
+import ml_dtypes
 import numpy as np
 
 from mllm_edge.calibration.chunks import for_each_chunk
 
-__all__ = ["quantize_blocks", "quantize_channels", "rounded_blocks"]
+__all__ = ["FP8_MAX", "quantize_blocks", "quantize_channels", "quantize_fp8", "rounded_blocks"]
+
+FP8_MAX = 448.0  # of float8 e4m3
 
 
 def quantize_blocks(
@@ -65,6 +68,13 @@ def quantize_channels(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     for_each_chunk(rows, row, work)
     return codes, scales
+
+
+def quantize_fp8(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A weight [N, K] float32 as float8 (e4m3) with one scale per output channel: codes [N, K], scales [N] float32."""
+    scales = (np.abs(weight).max(axis=1) / FP8_MAX).astype(np.float32)
+    inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
+    return (weight * inverse[:, None]).astype(ml_dtypes.float8_e4m3fn), scales
 
 
 def rounded_blocks(part: np.ndarray, scales: np.ndarray, bits: int) -> np.ndarray:

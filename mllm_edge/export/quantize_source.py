@@ -1,0 +1,88 @@
+"""What a quantization starts from: samples, the float bundle, the folder of an earlier attempt."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mllm_edge.bundle import MANIFEST, Bundle, sha256
+from mllm_edge.calibration.data import Sample, load_samples, split
+from mllm_edge.calibration.recipes import Recipe
+from mllm_edge.errors import BundleError, DataError
+from mllm_edge.spec import to_json
+
+__all__ = ["check_float", "check_images", "open_work", "read_samples", "work_key"]
+
+_FLOATS = ("float32", "float16")
+_FEWEST = 4  # samples for calibration
+_HELD_BACK = 4  # one of so many samples is held back …
+_MOST_HELD_BACK = 32  # … up to this number
+
+
+def read_samples(
+    data: str | Path | Iterable[Any], prompt: str, held_back: int | None
+) -> tuple[list[Sample], list[Sample]]:
+    """(for calibration, held back for the proof); raises DataError when there are too few."""
+    samples = load_samples(data, prompt)
+    wanted = min(max(1, len(samples) // _HELD_BACK), _MOST_HELD_BACK) if held_back is None else held_back
+    if wanted < 1:
+        raise DataError("no sample is held back: the result could not be proven", "--held-back 1 or more")
+    if len(samples) - wanted < _FEWEST:
+        raise DataError(
+            f"{len(samples)} samples, {wanted} of them held back: calibration needs at least {_FEWEST}",
+            "give more samples (a few dozen or more that look like what the device will see)",
+        )
+    return split(samples, wanted)
+
+
+def check_float(bundle: Bundle) -> None:
+    """Raise BundleError for a bundle that holds anything quantized."""
+    for name, component in bundle.manifest.components.items():
+        for variant in component.variants:
+            int8_cache = any(tensor.dtype == "int8" for tensor in variant.inputs)
+            if variant.precision not in _FLOATS or int8_cache:
+                what = "int8 cache" if int8_cache else variant.precision
+                raise BundleError(
+                    f"{bundle.path}: {name} is quantized already ({what})",
+                    f"mllm-edge export MODEL {bundle.path} --recipe fp16 --force, and quantize that",
+                )
+
+
+def check_images(bundle: Bundle, samples: list[Sample], recipe: Recipe) -> None:
+    """Raise DataError when the recipe calibrates the vision side and no sample has an image."""
+    if bundle.manifest.model.image is None or any(sample.images for sample in samples):
+        return
+    if recipe.vision.needs_data or recipe.connector.needs_data:
+        raise DataError(
+            f"no sample has an image, and recipe {recipe.name} calibrates the vision encoder",
+            "give samples with images, or a recipe file whose [vision] and [connector] are float16",
+        )
+
+
+def open_work(work: Path, key: str) -> None:
+    """The folder of an earlier, interrupted calibration if it was the same one, else a new one."""
+    note = work / "key"
+    if work.exists() and not (note.is_file() and note.read_text(encoding="utf-8") == key):
+        shutil.rmtree(work)
+    work.mkdir(parents=True, exist_ok=True)
+    note.write_text(key, encoding="utf-8")
+
+
+def work_key(source: str | Path, recipe: Recipe, samples: list[Sample], options: Any) -> str:
+    """What decides about a calibration: the model, the recipe, the samples."""
+    manifest = Path(source) / MANIFEST
+    model = sha256(manifest) if manifest.is_file() else f"{source} {options}"
+    digest = hashlib.sha256(model.encode())
+    digest.update(json.dumps(to_json(recipe), sort_keys=True).encode())
+    for sample in samples:
+        digest.update(repr((sample.prompt, sample.answer, [_name(i) for i in sample.images])).encode())
+    return digest.hexdigest()
+
+
+def _name(image: Any) -> str:
+    if isinstance(image, Path):
+        stat = image.stat()
+        return f"{image.absolute()} {stat.st_size} {stat.st_mtime_ns}"
+    return hashlib.sha256(bytes(image) if isinstance(image, (bytes, bytearray)) else repr(image).encode()).hexdigest()

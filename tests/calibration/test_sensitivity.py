@@ -1,0 +1,87 @@
+"""What rounding layers costs at the logits, and what recipes make of it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from mllm_edge.bundle import Bundle
+from mllm_edge.calibration.data import load_samples
+from mllm_edge.calibration.layers import find_layers
+from mllm_edge.calibration.sensitivity import Unit, affordable, measure
+from mllm_edge.export.pipeline import export
+from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
+from tests.export.test_quantize import samples
+from tests.tiny import save_tiny_idefics3
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("sensitivity")
+    save_tiny_idefics3(folder / "model")
+    export(str(folder / "model"), folder / "fp16", recipe_name="fp16", verify_mode="off")
+    return Bundle.load(folder / "fp16")
+
+
+def noisy(bundle: Bundle, part: float) -> Callable[[str, str], np.ndarray]:
+    """Weights with noise of that part of their size."""
+
+    def weight(component: str, name: str) -> np.ndarray:
+        graph = ir.load(bundle.listed(bundle.variant(component, "cpu").file)).graph
+        exact = next(layer for layer in find_layers(graph) if layer.name == name).read_weight()
+        random = np.random.default_rng(0)
+        return (exact + part * exact.std() * random.standard_normal(exact.shape)).astype(np.float32)
+
+    return weight
+
+
+def units(bundle: Bundle) -> list[Unit]:
+    found = []
+    for component in bundle.manifest.components:
+        graph = ir.load(bundle.listed(bundle.variant(component, "cpu").file)).graph
+        found += [Unit(component, (layer.name,)) for layer in find_layers(graph) if layer.name != "lm_head"]
+    return found
+
+
+def test_losses_are_of_the_unit_alone(bundle: Bundle, tmp_path: Path) -> None:
+    chosen = units(bundle)
+    held = load_samples(samples(4))[:2]
+    exact = measure(bundle, OnnxRuntimeCpu(), held, chosen, noisy(bundle, 0.0), tmp_path / "exact")
+    some = measure(bundle, OnnxRuntimeCpu(), held, chosen, noisy(bundle, 0.05), tmp_path / "some")
+    more = measure(bundle, OnnxRuntimeCpu(), held, chosen, noisy(bundle, 0.1), tmp_path / "more")
+    assert {unit.component for unit in chosen} == {"vision_encoder", "connector", "decoder"}
+    assert max(exact.values()) < 1e-6
+    assert min(some.values()) > 1e-6
+    # A divergence grows as the square of the error.
+    ratios = [more[key] / some[key] for key in some]
+    assert 2.5 < np.median(ratios) < 6
+
+
+def test_measured_units_are_not_measured_again(bundle: Bundle, tmp_path: Path) -> None:
+    chosen, held = units(bundle)[:3], load_samples(samples(4))[:1]
+    stop = noisy(bundle, 0.1)
+
+    def interrupted(component: str, layer: str) -> np.ndarray:
+        if layer == chosen[2].layers[0]:
+            raise KeyboardInterrupt
+        return stop(component, layer)
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(bundle, OnnxRuntimeCpu(), held, chosen, interrupted, tmp_path)
+    asked: list[str] = []
+
+    def rest(component: str, layer: str) -> np.ndarray:
+        asked.append(layer)
+        return stop(component, layer)
+
+    found = measure(bundle, OnnxRuntimeCpu(), held, chosen, rest, tmp_path)
+    assert asked == list(chosen[2].layers)
+    assert set(found) == {unit.key for unit in chosen}
+
+
+def test_what_large_models_can_afford() -> None:
+    assert affordable(168, 230e6) == 4
+    assert affordable(220, 7e9) == 0
+    assert 0 < affordable(200, 5e8) < 4

@@ -1,0 +1,135 @@
+"""Models that overflow half precision: operators that would are found, and compute in float32."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+
+from mllm_edge.bundle import Bundle
+from mllm_edge.calibration.overflow import LIMIT
+from mllm_edge.errors import ExportError, ParityError
+from mllm_edge.export import pipeline
+from mllm_edge.export.half import KEY
+from mllm_edge.export.pipeline import export
+from mllm_edge.export.quantize import quantize
+from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
+from mllm_edge.runtime.vlm import VLM
+from tests.export.test_quantize import engine_bytes, samples
+from tests.tiny import save_tiny_idefics3
+
+STANDARD = ("tensorrt", "tensorrt-10.3")
+PLANTED = 4e4
+CAPABILITIES = ["SM80", "SM86", "SM89", "SM120"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two channels of the vision tower carry opposite, enormous constants, each of which half precision still holds and
+    whose sum it does not. The norms behind them take no notice: what they give is as large as before."""
+    folder = tmp_path_factory.mktemp("outliers")
+    model = save_tiny_idefics3(folder)
+    vision = model.model.vision_model
+    first, second = vision.encoder.layers
+    norms = [first.layer_norm2, second.layer_norm1, second.layer_norm2, vision.post_layernorm]
+    before = mean_squares(norms, vision)
+    with torch.no_grad():
+        for bias in (first.self_attn.out_proj.bias, first.mlp.fc2.bias):
+            bias[5], bias[6] = PLANTED, -PLANTED
+        for norm, old, new in zip(norms, before, mean_squares(norms, vision), strict=True):
+            norm.weight *= (new / old) ** 0.5
+            norm.weight[5:7] = 0
+    model.save_pretrained(folder)
+    return folder
+
+
+def mean_squares(norms: list[Any], vision: Any) -> list[float]:
+    """Of what each norm gets, for one image."""
+    seen: list[float] = []
+    hooks = [n.register_forward_pre_hook(lambda _, x: seen.append(float(x[0].square().mean()))) for n in norms]
+    size = vision.config.image_size
+    with torch.no_grad():
+        vision(pixel_values=torch.rand((1, 3, size, size), generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    out = tmp_path_factory.mktemp("half") / "fp16"
+    return export(str(checkpoint), out, targets=STANDARD, recipe_name="fp16"), Bundle.load(out)
+
+
+def test_half_precision_agrees_with_the_source_where_it_would_overflow(
+    exported: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, bundle = exported
+    for parity in (bundle.manifest.parity, *bundle.manifest.parity["targets"].values()):
+        assert all(parity["errors"][name] <= 2e-2 for name in parity["limits"])
+    monkeypatch.setattr(pipeline, "keep_in_range", lambda folder, manifest, progress: manifest)
+    with pytest.raises(ParityError, match="tensorrt disagree with the source model"):
+        export(str(checkpoint), tmp_path / "out", targets=STANDARD, recipe_name="fp16")
+
+
+def test_report_and_manifest_name_the_operators(exported: Any) -> None:
+    report, bundle = exported
+    found = bundle.manifest.recipe[KEY]
+    assert found == report.float32_operators
+    assert set(found) == {f"vision_encoder.{target}.onnx" for target in STANDARD}
+    for target in STANDARD:
+        operators = found[f"vision_encoder.{target}.onnx"]
+        assert min(operators.values()) > LIMIT
+        assert 2 * PLANTED * 0.99 < max(operators.values()) < 2 * PLANTED * 1.01
+        graph = ir.load(bundle.listed(f"vision_encoder.{target}.onnx")).graph
+        names = {node.name for node in graph}
+        assert set(operators) < names
+        assert not any("q_proj" in name for name in operators)
+    bundle.verify()
+
+
+@pytest.mark.parametrize("target", STANDARD)
+def test_tensorrt_builds_mixed_graphs(exported: Any, target: str) -> None:
+    _, bundle = exported
+    for component in ("vision_encoder", "connector", "decoder"):
+        assert engine_bytes(bundle, component, target, CAPABILITIES) > 0
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int4", "fp16"])
+def test_quantized_graphs_keep_those_operators_in_float32(exported: Any, recipe: str, tmp_path: Path) -> None:
+    _, bundle = exported
+    report = quantize(bundle.path, tmp_path / "out", recipe=recipe, data=samples())
+    assert max(report.float32_operators["vision_encoder.tensorrt.onnx"].values()) > 65504
+    quantized = Bundle.load(tmp_path / "out")
+    logits = {target: logits_of(quantized, target) for target in ("cpu", *STANDARD)}
+    for target in STANDARD:
+        assert np.isfinite(logits[target]).all()
+        if recipe == "fp16":
+            assert np.abs(logits[target] - logits["cpu"]).max() <= 0.02 * np.ptp(logits["cpu"])
+
+
+def logits_of(bundle: Bundle, target: str) -> np.ndarray:
+    with VLM(bundle, OnnxRuntimeCpu(target=target)) as vlm:
+        prompt = vlm.processor.process("Where?", samples()[0]["images"])
+        embeds = vlm.prompt_embeds(prompt)
+        vlm.decoder.reset(len(embeds))
+        return vlm.decoder.forward(embeds).copy()
+
+
+def test_output_beyond_half_precision_is_refused(tmp_path: Path) -> None:
+    model = save_tiny_idefics3(tmp_path / "model")
+    with torch.no_grad():
+        model.model.connector.modality_projection.proj.weight *= 30_000
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ExportError, match=r"connector\.tensorrt\.onnx: image_features reaches .* half precision"):
+        export(str(tmp_path / "model"), tmp_path / "out", targets=["tensorrt"], recipe_name="fp16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_within_range_stay_in_half(tmp_path: Path) -> None:
+    save_tiny_idefics3(tmp_path / "model")
+    report = export(str(tmp_path / "model"), tmp_path / "out", targets=["tensorrt"], recipe_name="fp16")
+    assert report.float32_operators == {}
+    assert KEY not in Bundle.load(tmp_path / "out").manifest.recipe
