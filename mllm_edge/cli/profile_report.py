@@ -36,6 +36,8 @@ NAMES = {
 def report(result: "Profile") -> str:
     """One profile: setting, stages, the load and the first call, memory, and what else was measured."""
     parts = [_setting(result), _stages(result), _figures(result), _memory(result)]
+    if result.roofline is not None:
+        parts.append(_roofline(result))
     if result.operators is not None:
         parts.append(_operators(result.operators))
     if result.power is not None:
@@ -173,6 +175,32 @@ def _memory(result: "Profile") -> str:
             "peak while it ran: " + ", ".join(f"{NAMES.get(n, n)} {bytes_text(b)}" for n, b in m.stages.items())
         )
     return "\n".join([*lines, *m.notes])
+
+
+def _roofline(result: "Profile") -> str:
+    assert result.roofline is not None
+    assert result.limits is not None
+    header = ["stage", "ms", "MB", "Mop", "bound by", "of the limit", ""]
+    rows = [
+        [
+            NAMES[r.stage],
+            milliseconds(r.seconds),
+            f"{r.bytes / 1e6:.1f}",
+            f"{r.flops / 1e6:.0f}",
+            r.bound,
+            f"{r.percent_of_limit:.0f}%",
+            r.advice,
+        ]
+        for r in result.roofline
+    ]
+    rates = ", ".join(f"{name} {rate / 1e9:.0f} Gop/s" for name, rate in result.limits.flops_per_second.items())
+    return "\n".join(
+        [
+            table(header, rows),
+            f"limits of this processor: reads {result.limits.read_bytes_per_second / 1e9:.1f} GB/s, {rates}; "
+            "decode is one token",
+        ]
+    )
 
 
 def _operators(operators: "Sequence[Operator]") -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from click.testing import Result
 
 Cli = Callable[..., Result]
-SMALL = ("-n", "5", "--warmup", "1", "--iterations", "3", "--threads", "1")
+SMALL = ("-n", "5", "--warmup", "1", "--iterations", "3", "--threads", "1", "--no-roofline")
 
 
 def test_table(cli: Cli, tiny_bundle: Path) -> None:
@@ -33,6 +33,18 @@ def test_operators_and_power(cli: Cli, tiny_bundle: Path) -> None:
         assert word in result.stdout
     # Sensors are read or missed, never passed over.
     assert "J a token" in result.stdout or "hwmon" in result.stdout
+
+
+def test_roofline(cli: Cli, tiny_bundle: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    result = cli("profile", tiny_bundle, "-n", "3", "--iterations", "2", "--json", tmp_path / "a.json")
+    assert result.exit_code == 0, result.stderr
+    assert "limits of this processor: reads" in result.stdout
+    data = json.loads((tmp_path / "a.json").read_text())
+    assert [r["stage"] for r in data["roofline"]] == ["vision_encoder", "connector", "prefill", "decode"]
+    decode = data["roofline"][-1]
+    assert decode["seconds"] * 2 == data["stages"]["decode"]["median"]
+    assert (tmp_path / "mllm-edge" / "limits.json").is_file()
 
 
 def test_page(cli: Cli, tiny_bundle: Path, tmp_path: Path, monkeypatch) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mllm_edge.bundle import MANIFEST
+from mllm_edge.bundle import MANIFEST, Bundle
 from mllm_edge.errors import BackendError
 from mllm_edge.runtime.device import peak_rss
 from mllm_edge.runtime.image import ImageSource, load_image
@@ -22,6 +22,7 @@ from mllm_edge.runtime.processor import Messages
 from mllm_edge.runtime.profiling.environment import Environment, read_environment, versions
 from mllm_edge.runtime.profiling.memory import MemoryUse, WatchedTrace, can_watch, gpu_memory, measured
 from mllm_edge.runtime.profiling.statistics import Distribution, Jitter, Noise, jitter, noise
+from mllm_edge.runtime.roofline import MachineLimits, StageRoof, Workload, machine_limits, roofline
 from mllm_edge.runtime.trace import LOAD_STAGES, STAGES, Metrics, Trace
 from mllm_edge.runtime.vlm import VLM
 
@@ -87,7 +88,8 @@ class Profile:
     each is its whole time in a call, and together they are the call, of which they make `coverage`. `tpot` is over all
     intervals between tokens, None when every answer had one token. `point`: what is special about it in a sweep.
     `traces` have the spans of the load and of every call, with their titles. `power` is that of the counted calls;
-    `operators` those of another call. Both are None where they were not asked for.
+    `operators` those of another call; `roofline` what the stages reach of the machine's `limits`. All are None where
+    they were not asked for, the last two also on other backends than cpu.
     """
 
     created: str
@@ -104,6 +106,8 @@ class Profile:
     point: Mapping[str, str | int] = field(default_factory=dict)
     power: PowerReading | None = None
     operators: tuple[Operator, ...] | None = None
+    limits: MachineLimits | None = None
+    roofline: tuple[StageRoof, ...] | None = None
 
     @property
     def stages(self) -> dict[str, Distribution]:
@@ -172,6 +176,8 @@ class Profile:
             "noise": {**asdict(self.noise), "noisy": self.noise.noisy},
             "memory": memory,
             "calls": [asdict(call) for call in self.calls],
+            **({} if self.limits is None else {"limits": self.limits.as_dict()}),
+            **({} if self.roofline is None else {"roofline": [stage.as_dict() for stage in self.roofline]}),
             **({} if self.operators is None else {"operators": [asdict(o) for o in self.operators]}),
             **({} if self.power is None else {"power": self.power.as_dict()}),
         }
@@ -195,6 +201,7 @@ def profile(
     max_context: int | None = None,
     power: bool = False,
     operators: bool = False,
+    limits: bool = False,
     progress: Callable[[int], None] = lambda calls: None,
     notice: Callable[[str], None] = warnings.warn,
 ) -> Profile:
@@ -203,7 +210,8 @@ def profile(
     The first call is the cold one, whose memory is watched; the last `iterations` are counted. The model's end is
     ignored, so that all answers have one length (the context can still cut them short). A model that takes images and
     is given none gets `synthetic_image()`. `power` measures what the counted calls draw, and `operators` where another
-    call's time goes, on the processor. `progress(1)` is called after each call; `notice` as in `VLM.load`.
+    call's time goes, on the processor. `limits`: compare the stages with what the processor can do, which takes some
+    seconds the first time. `progress(1)` is called after each call; `notice` as in `VLM.load`.
 
     Raises what `VLM.load` and `VLM.stream` raise, ImageError for an image that cannot be read, before the load, and
     BackendError when operators are asked of another backend than cpu.
@@ -273,10 +281,24 @@ def profile(
             traces=tuple(zip(["load", *titles], [loading, *traces], strict=True)),
             power=reading,
         )
-    if not operators:
-        return found
-    listed = profile_operators(path, prompt, given, new_tokens=min(new_tokens, _OPERATOR_TOKENS), threads=threads)
-    return replace(found, operators=listed)
+    if limits and target == "cpu":
+        found = _with_roofline(found)
+    if operators:
+        few = min(new_tokens, _OPERATOR_TOKENS)
+        found = replace(found, operators=profile_operators(path, prompt, given, new_tokens=few, threads=threads))
+    return found
+
+
+def _with_roofline(found: Profile) -> Profile:
+    """The profile with the processor's limits, and what its stages reach of them."""
+    bundle, s = Bundle.load(found.bundle.path), found.setting
+    limits = machine_limits(s.threads)
+    seconds = {name: figure.median for name, figure in found.stages.items()}
+    if "decode" in seconds:  # of one token
+        seconds["decode"] /= s.new_tokens - 1
+    work = Workload(s.prompt_tokens, s.image_tokens, s.new_tokens, s.tiles, len(s.image_sizes))
+    variants = {name: bundle.variant(name, "cpu") for name in bundle.manifest.components}
+    return replace(found, limits=limits, roofline=roofline(bundle, variants, seconds, work, limits))
 
 
 def synthetic_image(width: int = _SIZE[0], height: int = _SIZE[1]) -> Image.Image:
