@@ -1,4 +1,5 @@
-"""File trees of four machines, by what their systems' documentation says of each file, and nvidia-smi's answers."""
+"""File trees of four machines, put together in the form that their systems write (not recorded on boards), and
+nvidia-smi's answers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
