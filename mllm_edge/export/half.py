@@ -108,6 +108,7 @@ def _widen_file(bundle: Bundle, variant: Variant, feeds: Feeds, work: Path, prog
         )
     if variant.dialect != "contrib":
         check_graph(model, variant.dialect)
+    path.unlink()  # whoever has a link to the file keeps what it was
     save_model(model, path)
     return touched
 

@@ -199,8 +199,7 @@ class _Job:
         probe = folder / "probe"
         probe.mkdir()
         try:
-            short = keep_in_range(probe, self._write_probe(folder, probe, manifest), progress=self._progress)
-            write_manifest(probe, short)
+            write_manifest(probe, self._write_probe(folder, probe, manifest))
             return self._verify(probe, Scope(_PROBE_LAYERS))
         finally:
             shutil.rmtree(probe)

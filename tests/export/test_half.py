@@ -118,6 +118,15 @@ def logits_of(bundle: Bundle, target: str) -> np.ndarray:
         return vlm.decoder.forward(embeds).copy()
 
 
+def test_large_models_are_not_looked_through(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only parts of them are compared; whatever comes of that, no file changes behind the manifest."""
+    monkeypatch.setattr(pipeline, "_WHOLE_LIMIT", 1000)
+    monkeypatch.setattr(pipeline._Job, "_verify", lambda self, folder, scope: {})
+    report = export(str(checkpoint), tmp_path / "out", targets=["tensorrt"], recipe_name="fp16")
+    assert report.float32_operators == {}
+    Bundle.load(tmp_path / "out").verify()
+
+
 def test_output_beyond_half_precision_is_refused(tmp_path: Path) -> None:
     model = save_tiny_idefics3(tmp_path / "model")
     with torch.no_grad():
