@@ -13,7 +13,7 @@ from mllm_edge.runtime.backend import Backend, Session
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.spec import Variant
 
-__all__ = ["LIMIT", "InFloat32", "find_peaks", "half_values", "in_float32", "widen"]
+__all__ = ["IN_FLOAT32", "LIMIT", "InFloat32", "find_peaks", "half_values", "in_float32", "widen"]
 
 # Half of float16's largest number: what is seen is a sample of what a device will see.
 LIMIT = 65504.0 / 2
@@ -23,6 +23,7 @@ _HALF, _FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
 # Operators whose results have the type of another input than the first, or are no floats.
 _TYPE_FROM = {"Where": 1, "DequantizeLinear": 1}
 _NOT_FLOAT = frozenset({"ArgMax", "Equal", "Greater", "Less", "QuantizeLinear", "Shape", "Size"})
+IN_FLOAT32 = ".float32"  # ends the name of a tensor that is stored once more for operators in float32
 _PEAK, _SUM = "::peak", "::sum"  # no name of a graph ends so
 
 
@@ -197,7 +198,7 @@ class _Casts:
 
     def _constant(self, value: ir.Value) -> ir.Value | None:
         """A vector or number, stored once more in float32: TensorRT wants scales as constants."""
-        stored, name = value.const_value, f"{value.name}.float32"
+        stored, name = value.const_value, f"{value.name}{IN_FLOAT32}"
         if not value.is_initializer() or stored is None or len(stored.shape) > 1:
             return None
         if name not in self._graph.initializers:

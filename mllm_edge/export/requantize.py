@@ -10,7 +10,7 @@ from mllm_edge.calibration.findings import Findings, LayerFindings
 from mllm_edge.calibration.kv import quantize_cache
 from mllm_edge.calibration.layers import Group, Layer, find_groups, find_layers
 from mllm_edge.calibration.methods import rtn
-from mllm_edge.calibration.overflow import half_values
+from mllm_edge.calibration.overflow import IN_FLOAT32, half_values
 from mllm_edge.calibration.qdq import Linear, keeps_activations, linear, quantized_input, to_float
 from mllm_edge.calibration.recipes import Precision
 from mllm_edge.export.datafile import DataSink
@@ -74,7 +74,7 @@ def _write_others(graph: ir.Graph, layers: list[Layer], findings: Findings, data
             continue
         stored = value.const_value
         assert stored is not None
-        read = partial(_scaled, name, stored, factors.get(name))
+        read = partial(_scaled, name, stored, factors.get(name.removesuffix(IN_FLOAT32)))
         value.const_value = data.add(name, stored.dtype, tuple(stored.shape.numpy()), read)
 
 

@@ -105,9 +105,8 @@ def test_quantized_graphs_keep_those_operators_in_float32(exported: Any, recipe:
     quantized = Bundle.load(tmp_path / "out")
     logits = {target: logits_of(quantized, target) for target in ("cpu", *STANDARD)}
     for target in STANDARD:
-        assert np.isfinite(logits[target]).all()
-        if recipe == "fp16":
-            assert np.abs(logits[target] - logits["cpu"]).max() <= 0.02 * np.ptp(logits["cpu"])
+        limit = 0.02 if recipe == "fp16" else 0.2
+        assert np.abs(logits[target] - logits["cpu"]).max() <= limit * np.ptp(logits["cpu"])
 
 
 def logits_of(bundle: Bundle, target: str) -> np.ndarray:
