@@ -40,12 +40,7 @@ class _Profile(click.Command):
 @click.option("--warmup", type=click.IntRange(min=0), default=2, show_default=True, help="Calls that are not counted.")
 @click.option("--iterations", type=POSITIVE, default=10, show_default=True, help="Calls that are counted.")
 @click.option("--sweep", "sweeps", multiple=True, metavar="KEY=A,B", help="Measure for each value; repeatable.")
-@click.option(
-    "--roofline/--no-roofline",
-    default=True,
-    show_default=True,
-    help="Compare the stages with what the processor can do; measures that once, in 3 s.",
-)
+@click.option("--no-roofline", is_flag=True, help="Leave out what the stages reach of the processor's limits.")
 @click.option("--ops", "operators", is_flag=True, help="Show the operators that take longest, on the processor.")
 @click.option("--power", is_flag=True, help="Measure watts, joules and heat, where this machine has sensors.")
 @runtime_options
@@ -68,7 +63,7 @@ def command(
     warmup: int,
     iterations: int,
     sweeps: tuple[str, ...],
-    roofline: bool,
+    no_roofline: bool,
     operators: bool,
     power: bool,
     threads: int | None,
@@ -114,7 +109,7 @@ def command(
             threads=threads,
             max_context=max_context,
             backend=backend,
-            limits=roofline,
+            limits=not no_roofline,
             operators=operators,
             power=power,
             progress=progress.advance,
