@@ -16,7 +16,7 @@ from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.backends.onnxruntime_cuda import OnnxRuntimeCuda
 from mllm_edge.runtime.decoder import Decoder
 from mllm_edge.runtime.vlm import VLM
-from tests.runtime.test_tensorrt import answers
+from tests.runtime.test_tensorrt import answers, batch_and_again
 from tests.tiny_families import SAVE
 
 HALF = np.dtype("float16")
@@ -78,17 +78,10 @@ def test_batches_and_snapshots(single: Path) -> None:
     variant = bundle.variant("decoder", "cuda")
     rng = np.random.default_rng(0)
     prompts = [rng.standard_normal((n, bundle.manifest.model.hidden_size)).astype(np.float32) for n in (7, 4)]
-    token = [p[:1] for p in prompts]
     found = []
     for chosen in (gpu(), OnnxRuntimeCpu(target="cuda")):
         decoder = Decoder(chosen.open(bundle.listed(variant.file), variant), variant, bundle.manifest.model, chosen)
-        cache = decoder.reset(32, batch=2)
-        rows = [decoder.forward_batch(prompts).copy()]
-        kept = cache.snapshot()
-        rows.append(decoder.forward_batch(token).copy())
-        cache.restore(kept)
-        rows.append(decoder.forward_batch(token).copy())
-        assert np.array_equal(rows[1], rows[2])
+        rows = batch_and_again(decoder, prompts)
         # One sequence after the other: each is bound as a part of the buffers.
         rows.append(decoder.forward_batch(prompts).copy())
         found.append(rows)

@@ -195,6 +195,19 @@ def test_a_long_prompt_comes_in_chunks(machine: StandIn, bundle: Path, monkeypat
             assert answers(vlm) == expected
 
 
+def batch_and_again(decoder: Decoder, prompts: list[np.ndarray]) -> list[np.ndarray]:
+    """Logits of a batch of prompts and of a token each behind it, the latter twice: a restored cache gives the same."""
+    token = [p[:1] for p in prompts]
+    cache = decoder.reset(32, batch=len(prompts))
+    rows = [decoder.forward_batch(prompts).copy()]
+    kept = cache.snapshot()
+    rows.append(decoder.forward_batch(token).copy())
+    cache.restore(kept)
+    rows.append(decoder.forward_batch(token).copy())
+    assert np.array_equal(rows[1], rows[2])
+    return rows
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_batches_and_snapshots(machine: StandIn, bundle: Path, target: str) -> None:
     opened = Bundle.load(bundle)
@@ -202,17 +215,10 @@ def test_batches_and_snapshots(machine: StandIn, bundle: Path, target: str) -> N
     make_engine(opened, variant, modules(variant.minimum)[0], "sm87", Limits(128, max_batch=2))
     rng = np.random.default_rng(0)
     prompts = [rng.standard_normal((n, opened.manifest.model.hidden_size)).astype(np.float32) for n in (7, 4)]
-    token = [p[:1] for p in prompts]
     found = []
     for chosen in (open_backend(target), OnnxRuntimeCpu(target=target)):
         decoder = Decoder(chosen.open(opened.listed(variant.file), variant), variant, opened.manifest.model, chosen)
-        cache = decoder.reset(32, batch=2)
-        rows = [decoder.forward_batch(prompts).copy()]
-        kept = cache.snapshot()
-        rows.append(decoder.forward_batch(token).copy())
-        cache.restore(kept)
-        rows.append(decoder.forward_batch(token).copy())
-        assert np.array_equal(rows[1], rows[2])
+        rows = batch_and_again(decoder, prompts)
         decoder.reset(32)
         rows.append(decoder.forward(prompts[0], rows=[0, 3, 6]).copy())
         found.append(rows)

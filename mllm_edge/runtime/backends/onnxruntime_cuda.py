@@ -110,13 +110,17 @@ class _Session:
         self._ort, self._session, self._device = ort, session, device
         self._binding = session.io_binding()
         self._outputs = [output.name for output in session.get_outputs()]
-        self._inputs: dict[str, Any] = {}
+        self._changing: dict[str, np.ndarray] = {}
         self._targets: dict[str, Any] = {}
 
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
         for name, value in inputs.items():
-            self._inputs[name] = value if isinstance(value, _Buffer) else np.asarray(value, order="C")
-            self._bind_input(name, self._inputs[name])
+            self._changing.pop(name, None)
+            if not isinstance(value, _Buffer):
+                value = np.asarray(value, order="C")
+                if value.flags.writeable:
+                    self._changing[name] = value
+            self._bind_input(name, value)
         for name, value in outputs.items():
             self._targets[name] = value
             if isinstance(value, _Buffer):
@@ -125,8 +129,8 @@ class _Session:
                 self._binding.bind_ortvalue_output(name, self._ort.OrtValue.ortvalue_from_numpy(value))
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        for name, value in self._inputs.items():
-            if name not in feeds and isinstance(value, np.ndarray) and value.flags.writeable:
+        for name, value in self._changing.items():
+            if name not in feeds:
                 self._bind_input(name, value)
         self.bind(feeds, {})
         return run_bound(self._session, self._binding, self._outputs, self._targets)
