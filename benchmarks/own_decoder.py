@@ -13,12 +13,13 @@ import numpy as np
 
 from benchmarks.checkpoints import Geometry
 from benchmarks.worker import serve
+from mllm_edge.json_form import from_json, to_json
 from mllm_edge.runtime.backend import open_backend
 from mllm_edge.runtime.decoder import Decoder
 from mllm_edge.runtime.generate import Embedder, generate
 from mllm_edge.runtime.sampling import Sampler, SamplingParams
 from mllm_edge.runtime.trace import Trace
-from mllm_edge.spec import EmbeddingSpec, ModelSpec, Variant, from_json, to_json
+from mllm_edge.spec import EmbeddingSpec, ModelSpec, Variant
 
 if TYPE_CHECKING:
     from mllm_edge.calibration.recipes import Recipe

@@ -75,13 +75,13 @@ def add_large(report: Report, folder: Path, questions: int) -> None:
 def _smolvlm(folder: Path, recipe: str) -> Path:
     out = folder / f"smolvlm-{recipe}"
     if not out.exists():
-        smolvlm_256m(folder / "smolvlm")
+        smolvlm_256m(folder / "smolvlm", longest_edge=512)
         export(str(folder / "smolvlm"), out, recipe_name=recipe, verify_mode="off")
     return out
 
 
 def _pictures(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Smooth pictures with noise, small enough for one tile."""
+    """Smooth pictures with noise, of one tile."""
     from PIL import Image
 
     items = []

@@ -4,9 +4,8 @@ python -m benchmarks.tensorrt_builds [--family NAME ...] [--geometry S M] [--jso
 
 Each engine is built in a process of its own, so that its peak memory is its own, and for all GPU generations at once.
 A generation is `built`, `impossible` (its hardware has not what the graph needs; TensorRT's refusal is what is checked)
-or `failed`. There is no FP8 form of the weights: no recipe asks for it, and no row does. Without --family and
---geometry everything is built; with one of them, only what it names. Needs the tests' tiny checkpoints: run it in a
-checkout.
+or `failed`. Without --family and --geometry everything is built; with one of them, only what it names. Needs the tests'
+tiny checkpoints: run it in a checkout.
 """
 
 import argparse
@@ -18,6 +17,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.checkpoints import GEOMETRIES, Geometry, write_checkpoint
 from benchmarks.report import Report
 
@@ -25,7 +26,9 @@ __all__ = ["main"]
 
 CAPABILITIES = ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121")
 TARGETS = ("tensorrt", "tensorrt-10.3")
-RECIPES = ("fp16", "int8", "int4")
+RECIPES = ("fp16", "int8", "int4", "fp8")
+# 4-bit weights need Ampere, float8 needs Ada.
+IMPOSSIBLE = {"int4": ("SM75",), "fp8": ("SM75", "SM80", "SM86")}
 MAX_SEQ = 128  # of the tiny models
 CAPACITY = 2048  # of real geometries
 DIALECTS = ("opset24", "opset17")
@@ -44,7 +47,7 @@ def main() -> None:
     parser.add_argument("--family", nargs="+", choices=SAVE)
     parser.add_argument("--geometry", nargs="+", choices=GEOMETRIES)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--part", nargs=3, metavar=("BUNDLE", "COMPONENT", "TARGET"), help=argparse.SUPPRESS)
+    parser.add_argument("--part", nargs=4, metavar=("BUNDLE", "COMPONENT", "TARGET", "RECIPE"), help=argparse.SUPPRESS)
     parser.add_argument("--one", nargs=4, metavar=("GEOMETRY", "DIALECT", "RECIPE", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part or options.one:
@@ -63,26 +66,28 @@ def main() -> None:
 def _family_rows(families: Iterable[str]) -> Iterable[dict[str, Any]]:
     from mllm_edge.bundle import Bundle
     from mllm_edge.export.pipeline import export
+    from mllm_edge.export.quantize import quantize
     from tests.tiny_families import SAVE
 
     for family in families:
-        for recipe in RECIPES:
-            with tempfile.TemporaryDirectory(prefix="mllm-edge-") as name:
-                folder = Path(name)
-                SAVE[family](folder / "checkpoint")
-                bundle = folder / "bundle"
-                export(
-                    str(folder / "checkpoint"),
-                    bundle,
-                    targets=TARGETS,
-                    fallback=False,
-                    recipe_name=recipe,
-                    verify_mode="off",
-                )
+        with tempfile.TemporaryDirectory(prefix="mllm-edge-") as name:
+            checkpoint = Path(name) / "checkpoint"
+            SAVE[family](checkpoint)
+            export(str(checkpoint), Path(name) / "fp16", targets=TARGETS, recipe_name="fp16", verify_mode="off")
+            for recipe in RECIPES:
+                if recipe != "fp16":
+                    quantize(Path(name) / "fp16", Path(name) / recipe, recipe=recipe, data=_noise())
+                bundle = Path(name) / recipe
                 for target in TARGETS:
                     for component in Bundle.load(bundle).manifest.components:
-                        found = _child("--part", bundle, component, target)
+                        found = _child("--part", bundle, component, target, recipe)
                         yield {"model": f"{family} {component}", "recipe": recipe, **found}
+
+
+def _noise() -> list[dict[str, Any]]:
+    """To calibrate with: ranges of random weights mean nothing, their forms are what is built."""
+    pictures = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
+    return [{"images": [picture], "prompt": "What is it?"} for picture in pictures]
 
 
 def _geometry_rows(names: Iterable[str]) -> Iterable[dict[str, Any]]:
@@ -102,7 +107,7 @@ def _child(*arguments: Any) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _build_part(folder: str, component: str, target: str) -> dict[str, Any]:
+def _build_part(folder: str, component: str, target: str, recipe: str) -> dict[str, Any]:
     """A component of a bundle, as `mllm-edge build` builds it."""
     from mllm_edge.bundle import Bundle
     from mllm_edge.runtime.backends.tensorrt_engines import Limits, build_inputs
@@ -111,7 +116,7 @@ def _build_part(folder: str, component: str, target: str) -> dict[str, Any]:
     variant = bundle.variant(component, target)
     profiles, options = build_inputs(bundle, variant, Limits(MAX_SEQ))
     path = bundle.listed(variant.file)
-    return {"dialect": variant.dialect, **_build(path, profiles, options, variant.precision.startswith("int4"))}
+    return {"dialect": variant.dialect, **_build(path, profiles, options, recipe)}
 
 
 def _build_one(name: str, dialect: str, recipe: str, folder: str) -> dict[str, Any]:
@@ -123,16 +128,16 @@ def _build_one(name: str, dialect: str, recipe: str, folder: str) -> dict[str, A
     inputs = tensor_specs(model.graph.inputs)
     profiles = [shape_ranges(inputs, new, (1, 512, CAPACITY - new[2])) for new in PROFILES]
     options = Options(cache_updates=2 * geometry.layers if dialect == "opset24" else 0)
-    return {"dialect": dialect, **_build(path, profiles, options, recipe == "int4")}
+    return {"dialect": dialect, **_build(path, profiles, options, recipe)}
 
 
-def _build(path: Path, profiles: list[Any], options: Any, has_int4: bool) -> dict[str, Any]:
+def _build(path: Path, profiles: list[Any], options: Any, recipe: str) -> dict[str, Any]:
     """One engine for all generations that can have it; where that fails, one for each."""
     from mllm_edge.errors import BackendError
     from mllm_edge.runtime.backends.tensorrt_build import build
     from mllm_edge.runtime.device import peak_rss
 
-    impossible = ["SM75"] if has_int4 else []  # 4-bit weights need Ampere
+    impossible = IMPOSSIBLE.get(recipe, ())
     able = [name for name in CAPABILITIES if name not in impossible]
     verdicts, why, engine = dict.fromkeys(able, "built"), "", None
     try:

@@ -18,11 +18,12 @@ _POOL = 1 << 24
 _SHARD_BYTES = 2_000_000_000
 
 
-def smolvlm_256m(folder: Path) -> None:
-    """SigLIP-B/16 at 512 px, pixel shuffle by 4, SmolLM2-135M."""
+def smolvlm_256m(folder: Path, longest_edge: int = 2048) -> None:
+    """SigLIP-B/16 at 512 px, pixel shuffle by 4, SmolLM2-135M. Images are brought to `longest_edge` and cut into tiles
+    of 512 px: 17 of a square one, and one alone where it is 512."""
     text = _text(576, 1536, 30, 9, 3, 49280, 1e5)
     vision = _vision(768, 3072, 12, 12, 512, 16)
-    images = {"size": {"longest_edge": 2048}, "max_image_size": {"longest_edge": 512}}
+    images = {"size": {"longest_edge": longest_edge}, "max_image_size": {"longest_edge": 512}}
     save = partial(tiny.save_tiny_idefics3, model_type="smolvlm")
     _write(folder, save, text, vision, {"scale_factor": 4}, images, {"image_seq_len": 64})
 

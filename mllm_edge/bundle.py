@@ -13,15 +13,8 @@ from typing import Any
 import numpy as np
 
 from mllm_edge.errors import BundleError
-from mllm_edge.spec import (
-    SCHEMA_VERSION,
-    FileEntry,
-    GenerationSpec,
-    Manifest,
-    Variant,
-    from_json,
-    to_json,
-)
+from mllm_edge.json_form import from_json, to_json
+from mllm_edge.spec import SCHEMA_VERSION, FileEntry, GenerationSpec, Manifest, Variant
 
 __all__ = ["MANIFEST", "Bundle", "file_entries", "sha256", "write_manifest"]
 

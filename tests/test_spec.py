@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from mllm_edge.errors import BundleError
+from mllm_edge.json_form import from_json, to_json
 from mllm_edge.spec import (
     CacheSpec,
     EmbeddingSpec,
@@ -18,8 +19,6 @@ from mllm_edge.spec import (
     ResizeLongestEdge,
     RopeSpec,
     TensorSpec,
-    from_json,
-    to_json,
 )
 
 MODEL = ModelSpec(

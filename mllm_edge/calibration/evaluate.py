@@ -10,8 +10,8 @@ import numpy as np
 
 from mllm_edge.calibration.collect import answer_tokens, continued, greedy_tokens
 from mllm_edge.calibration.data import Sample
+from mllm_edge.json_form import to_json
 from mllm_edge.runtime.vlm import VLM
-from mllm_edge.spec import to_json
 
 __all__ = ["Distance", "Proof", "divergence", "prove"]
 

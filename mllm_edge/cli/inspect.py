@@ -45,7 +45,7 @@ def command(
 ) -> None:
     """Show the model, graphs, files and measurements of BUNDLE; nothing is run."""
     from mllm_edge.bundle import Bundle
-    from mllm_edge.spec import to_json
+    from mllm_edge.json_form import to_json
 
     if image and image_size:
         raise click.UsageError("--image and --image-size exclude each other")

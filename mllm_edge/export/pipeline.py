@@ -31,7 +31,8 @@ from mllm_edge.export.tokens import check_generation
 from mllm_edge.export.trace import lower, trace
 from mllm_edge.export.verify import Scope, verify
 from mllm_edge.export.workspace import check_out, check_space, workspace
-from mllm_edge.spec import SCHEMA_VERSION, Component, Manifest, ModelSpec, PositionSpec, Variant, to_json
+from mllm_edge.json_form import to_json
+from mllm_edge.spec import SCHEMA_VERSION, Component, Manifest, ModelSpec, PositionSpec, Variant
 
 __all__ = ["TARGETS", "ExportReport", "Verify", "export"]
 

@@ -33,8 +33,9 @@ from mllm_edge.export.progress import Progress, Silent
 from mllm_edge.export.quantize_source import check_float, check_images, open_work, read_samples, work_key
 from mllm_edge.export.requantize import requantize
 from mllm_edge.export.workspace import check_out, check_space, workspace
+from mllm_edge.json_form import to_json
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
-from mllm_edge.spec import Component, FileEntry, Manifest, Variant, to_json
+from mllm_edge.spec import Component, FileEntry, Manifest, Variant
 
 __all__ = ["FIGURE", "FromCheckpoint", "Gate", "QuantizeReport", "quantize"]
 

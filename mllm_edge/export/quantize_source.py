@@ -11,7 +11,7 @@ from mllm_edge.bundle import MANIFEST, Bundle, sha256
 from mllm_edge.calibration.data import Sample, load_samples, split
 from mllm_edge.calibration.recipes import Recipe
 from mllm_edge.errors import BundleError, DataError
-from mllm_edge.spec import to_json
+from mllm_edge.json_form import to_json
 
 __all__ = ["check_float", "check_images", "open_work", "read_samples", "work_key"]
 

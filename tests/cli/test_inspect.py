@@ -10,7 +10,7 @@ from click.testing import Result
 
 from mllm_edge import VLM
 from mllm_edge.bundle import Bundle
-from mllm_edge.spec import to_json
+from mllm_edge.json_form import to_json
 
 Cli = Callable[..., Result]
 

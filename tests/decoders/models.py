@@ -328,9 +328,10 @@ def open_decoder(
     folder: Path,
     float_type: ir.DataType = ir.DataType.FLOAT,
     residual_type: ir.DataType | None = None,
+    recipe_name: str = "",
 ) -> Decoder:
-    """Write the decoder's graph into `folder` and open it."""
-    recipe = RECIPES["fp32" if float_type == ir.DataType.FLOAT else "fp16"]
+    """Write the decoder's graph into `folder` and open it; weights are of `float_type` unless a recipe is named."""
+    recipe = RECIPES[recipe_name or ("fp32" if float_type == ir.DataType.FLOAT else "fp16")]
     with DataFile(folder / "decoder.onnx.data") as data:
         graph = build_decoder(spec, weights, recipe, data, dialect, float_type, residual_type=residual_type)
     opened = open_graph(graph, folder / "decoder.onnx", dialect, DIALECTS[dialect].kv_mode)

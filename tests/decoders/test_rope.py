@@ -8,7 +8,8 @@ from transformers import LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qw
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.decoder.rope import rope_spec
 from mllm_edge.export.source import ConfigReader
-from mllm_edge.spec import RopeSpec, from_json, to_json
+from mllm_edge.json_form import from_json, to_json
+from mllm_edge.spec import RopeSpec
 
 CONTEXT = 4096
 LONG: dict[str, Any] = {"short_factor": [1.0, 2], "long_factor": [3.0, 4.0]}

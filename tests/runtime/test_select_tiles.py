@@ -10,8 +10,9 @@ from PIL import Image
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
 from mllm_edge.errors import BundleError
+from mllm_edge.json_form import from_json, to_json
 from mllm_edge.runtime.transforms import apply_transforms, tile_grid
-from mllm_edge.spec import ImagePrompt, ImageSpec, Normalize, Rescale, SelectTiles, SplitTiles, from_json, to_json
+from mllm_edge.spec import ImagePrompt, ImageSpec, Normalize, Rescale, SelectTiles, SplitTiles
 
 from .reference import picture
 
