@@ -26,7 +26,8 @@ SAVE = {
 }
 TARGETS = ("cpu", "tensorrt-10.3")
 ONLY_CACHE = Recipe("int8-cache", FLOAT16, FLOAT16, FLOAT16, FLOAT16, kv="int8")
-# Of the logits' range. Keys and values are rounded to 1/254 of their channel's; a wrong scale gives errors near 1.
+# Of the logits' range; seen: 0.006 to 0.035. Keys and values are rounded to 1/254 of their channel's; a wrong scale
+# gives errors near 1.
 LIMIT = 0.05
 
 
@@ -126,7 +127,7 @@ def test_tensorrt_builds_the_decoder(bundles: tuple[Bundle, Bundle]) -> None:
 def test_generation_says_the_same(bundles: tuple[Bundle, Bundle]) -> None:
     proof = bundles[1].manifest.accuracy
     assert proof["top1"] >= 0.9
-    assert proof["kl"] < 0.05
+    assert proof["kl"] < 5e-3  # seen: 8e-4
     assert bundles[1].manifest.recipe["kv"] == "int8"
 
 

@@ -87,7 +87,7 @@ def test_targets_answer_alike(quantized: Any) -> None:
     spread = np.ptp(logits["cpu"])
     # Half precision rounds a value to another code now and then; ranges that need not be symmetric, and activations in
     # 8 bits beside weights in blocks, make `cpu` the odd one out.
-    # A step between float8 numbers is an eighth of them; in int8 it is 1/127 of the range.
+    # A step between float8 numbers is an eighth of them; in int8 it is 1/127 of the range (seen: 0.08 and 0.16).
     assert (
         np.abs(logits["tensorrt"] - logits["tensorrt-10.3"]).max() <= (0.15 if quantized[0] == "fp8" else 0.05) * spread
     )
