@@ -4,12 +4,16 @@ import csv
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from click.testing import Result
 
+from mllm_edge.runtime.power import PowerMeter
+from mllm_edge.runtime.profiling import measure
+
 Cli = Callable[..., Result]
-SMALL = ("-n", "5", "--warmup", "1", "--iterations", "3", "--threads", "1", "--no-roofline")
+SMALL = ("-n", "5", "--runs", "2", "--warmup", "1", "--iterations", "3", "--threads", "1", "--no-roofline")
 
 
 def test_table(cli: Cli, tiny_bundle: Path) -> None:
@@ -22,11 +26,15 @@ def test_table(cli: Cli, tiny_bundle: Path) -> None:
     assert "synthetic, 640 x 480 px, seed 0" in result.stdout
     assert "1 threads" in result.stdout
     assert "p99 100" in result.stdout  # left out: three calls are too few
+    assert "2 runs, each with a load of its own: cold call, warm-up calls (1, 1: not seen to settle in run 1, 2)" in (
+        result.stdout
+    )
     assert "bound 10%" in result.stdout
     assert result.stderr == "profiling\n"
 
 
-def test_operators_and_power(cli: Cli, tiny_bundle: Path) -> None:
+def test_operators_and_power(cli: Cli, tiny_bundle: Path, monkeypatch) -> None:
+    monkeypatch.setattr(measure, "PowerMeter", partial(PowerMeter, period=1e-4))
     result = cli("profile", tiny_bundle, "--ops", "--power", *SMALL)
     assert result.exit_code == 0, result.stderr
     for word in ("GroupQueryAttention", "outside of layers", "longest of each stage"):
@@ -57,9 +65,9 @@ def test_page(cli: Cli, tiny_bundle: Path, tmp_path: Path, monkeypatch) -> None:
     assert "mllm-edge[report]" in refused.stderr
 
 
-def test_one_call_tells_nothing_about_noise(cli: Cli, tiny_bundle: Path) -> None:
+def test_one_run_tells_nothing_about_noise(cli: Cli, tiny_bundle: Path) -> None:
     result = cli("profile", tiny_bundle, "-n", "1", "--warmup", "0", "--iterations", "1")
-    assert "one call tells nothing about noise" in result.stdout
+    assert "one run tells nothing about noise" in result.stdout
     assert "TPOT" not in result.stdout
 
 
@@ -68,6 +76,7 @@ def test_json_on_standard_output(cli: Cli, tiny_bundle: Path, image_file: Path) 
     data = json.loads(result.stdout)
     assert data["setting"]["images"] == str(image_file)
     assert data["setting"]["iterations"] == data["ttft"]["count"] == 3
+    assert [len(run["calls"]) for run in data["runs"]] == [2, 1]
     assert data["setting"]["new_tokens"] == 5
     assert data["tpot"]["count"] == 3 * 4
     assert data["ttft"]["percentiles"] == {}
