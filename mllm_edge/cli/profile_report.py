@@ -167,10 +167,10 @@ def _memory(result: "Profile") -> str:
     m = result.memory
     rows = [
         ["peak memory", f"{bytes_text(m.peak)}, predicted {bytes_text(m.predicted.total)} ({m.error_percent:+.0f}%)"],
-        ["base", f"{bytes_text(m.base)} (Python and the engine's library)"],
+        ["base", f"{bytes_text(m.base)} (Python and the engine's library, used once)"],
         ["weights", f"{bytes_text(sum(m.weights.values()))} (+ {bytes_text(m.mapped)} read from disk row by row)"],
         ["KV cache", bytes_text(m.kv_cache)],
-        ["rest", f"{bytes_text(m.rest)} (arenas, packed weights)"],
+        ["rest", f"{bytes_text(m.rest)} (images, arenas, packed weights)"],
         ["bundle", bytes_text(result.bundle.nbytes)],
     ]
     if m.gpu is not None:

@@ -111,7 +111,7 @@ def memory(profile: Profile) -> str:
         "base": (m["base"], m["base"]),
         "weights": (sum(m["weights"].values()), predicted["weights"]),
         "KV cache": (m["kv_cache"], predicted["kv_cache"]),
-        "rest, activations": (m["rest"], predicted["activations"]),
+        "rest: activations, images": (m["rest"], predicted["activations"] + predicted["images"]),
     }
     return _stacked(parts, ["measured", "predicted"], "MB", 1 / _MEGA)
 

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -22,6 +23,7 @@ from mllm_edge.runtime.power import IDLE_SAMPLES, PowerMeter
 from mllm_edge.runtime.profiling import files, measure, memory
 from mllm_edge.runtime.profiling import runs as runs_module
 from mllm_edge.runtime.profiling.environment import Clock, read_clocks, read_environment, versions
+from mllm_edge.runtime.profiling.first_use import first_use
 from mllm_edge.runtime.profiling.measure import Profile, profile, synthetic_image
 from mllm_edge.runtime.profiling.runs import shares
 from mllm_edge.runtime.profiling.statistics import (
@@ -296,7 +298,8 @@ def test_memory_adds_up(result: Profile, tiny_bundle: Path) -> None:
     assert set(m.weights) == {"vision_encoder", "connector", "decoder"}
     assert m.predicted.kv_cache == m.kv_cache
     predicted = m.predicted
-    assert predicted.total == m.base + predicted.weights + predicted.kv_cache + predicted.activations
+    parts = predicted.weights + predicted.kv_cache + predicted.activations + predicted.images
+    assert predicted.total == m.base + parts
     assert m.error_percent == pytest.approx(100 * (predicted.total - m.peak) / m.peak)
     assert predicted.activations == memory.predict_activations(
         Bundle.load(tiny_bundle), "cpu", result.setting.prompt_tokens
@@ -306,6 +309,42 @@ def test_memory_adds_up(result: Profile, tiny_bundle: Path) -> None:
         assert m.stages is not None
         assert tuple(m.stages) == (*LOAD_STAGES, *STAGES)
         assert max(m.stages.values()) <= m.peak
+
+
+def test_pictures_are_predicted_as_decoded_and_as_pixel_values(result: Profile, tiny_bundle: Path) -> None:
+    image = Bundle.load(tiny_bundle).manifest.model.image
+    assert image is not None
+    assert image.cells is None
+    pixels = result.setting.tiles * image.channels * image.height * image.width
+    assert result.memory.predicted.images == 3 * 640 * 480 + 4 * pixels
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process does not tell what it takes")
+def test_the_prediction_of_a_fresh_process_is_near(tiny_bundle: Path) -> None:
+    code = (
+        "import sys; from mllm_edge.runtime.profiling.measure import profile\n"
+        "found = profile(sys.argv[1], 'Hi', new_tokens=4, runs=1, warmup=0, iterations=1).memory\n"
+        "print(found.error_percent, found.base - found.stages['backend'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tiny_bundle], capture_output=True, text=True, check=True)
+    error, used = map(float, done.stdout.split())
+    assert abs(error) < 15
+    assert 2e6 < used < 1e8  # the library's code alone
+
+
+def test_a_process_that_fails_tells_nothing(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert first_use() is None
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    assert first_use() is None
+
+
+def test_what_the_first_use_took_counts_only_in_a_process_that_was_new(tiny_bundle: Path, monkeypatch) -> None:
+    monkeypatch.setattr(measure, "first_use", lambda: 10**12)
+    options: dict[str, Any] = {"new_tokens": 1, "runs": 1, "warmup": 0, "iterations": 1}
+    assert profile(tiny_bundle, "Hi", **options).memory.base < 10**12
+    monkeypatch.delitem(sys.modules, "onnxruntime")
+    assert profile(tiny_bundle, "Hi", **options).memory.base > 10**12
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process forget its peak: /proc/self/clear_refs")

@@ -2,6 +2,7 @@
 reports."""
 
 import hashlib
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,6 +22,7 @@ from mllm_edge.runtime.operators import Operator, profile_operators
 from mllm_edge.runtime.power import PowerMeter, PowerReading
 from mllm_edge.runtime.processor import Messages
 from mllm_edge.runtime.profiling.environment import Environment, read_environment, versions
+from mllm_edge.runtime.profiling.first_use import first_use
 from mllm_edge.runtime.profiling.memory import MemoryUse, WatchedTrace, can_watch, gpu_memory, measured
 from mllm_edge.runtime.profiling.runs import Asker, Call, Run, shares
 from mllm_edge.runtime.profiling.statistics import Distribution, Jitter, Noise, jitter, noise
@@ -214,6 +216,7 @@ def profile(
     given = list(images)
     sizes = [load_image(image).size for image in given]
     machine, before, watch = read_environment(), peak_rss(), can_watch()
+    new = "onnxruntime" not in sys.modules
     meter = PowerMeter() if power else None
     options: dict[str, Any] = {"backend": backend, "threads": threads, "max_context": max_context, "notice": notice}
     found: Profile | None = None
@@ -239,7 +242,7 @@ def profile(
                     machine=machine,
                     setting=_setting(vlm, cold, given, sizes, max_context, (runs, warmup, iterations)),
                     runs=(),
-                    memory=_memory(vlm, cold, (loading, first), before),
+                    memory=_memory(vlm, cold, sizes, (loading, first), before, new),
                 )
             traces = [(f"run {number}, {title}", trace) for title, trace in [("load", loading), *asker.traces]]
             found = replace(found, runs=(*found.runs, run), traces=(*found.traces, *traces))
@@ -280,21 +283,19 @@ def _setting(
     )
 
 
-def _memory(vlm: VLM, cold: Metrics, watched: Sequence[Trace], before: int) -> MemoryUse:
-    """What the load and the calls so far took."""
+def _memory(
+    vlm: VLM, cold: Metrics, sizes: Sequence[tuple[int, int]], watched: Sequence[Trace], before: int, new: bool
+) -> MemoryUse:
+    """What the load and the calls so far took; `new`: this process had not imported the engine before."""
     cache = vlm.decoder.cache
     assert cache is not None
     peaks = {name: peak for t in watched if isinstance(t, WatchedTrace) for name, peak in t.peaks.items()}
     known = {name: peaks[name] for name in (*LOAD_STAGES, *STAGES) if name in peaks}
+    base = known.get("backend", before)
+    if new and vlm.backend.target == "cpu":
+        base += first_use() or 0
     return measured(
-        vlm.bundle,
-        vlm.backend.target,
-        cold.prompt_tokens,
-        cache.nbytes,
-        cache.capacity,
-        known or None,
-        before,
-        gpu_memory(vlm.backend),
+        vlm.bundle, vlm.backend.target, cold, sizes, cache.capacity, known or None, base, gpu_memory(vlm.backend)
     )
 
 
