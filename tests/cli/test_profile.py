@@ -4,13 +4,16 @@ import csv
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from click.testing import Result
 
-from mllm_edge.runtime.power import PowerMeter
+from mllm_edge.cli.profile_report import report
+from mllm_edge.runtime.power import Idle, PowerMeter, PowerReading, RailEnergy
 from mllm_edge.runtime.profiling import measure
+from mllm_edge.runtime.profiling.measure import profile
 
 Cli = Callable[..., Result]
 SMALL = ("-n", "5", "--runs", "2", "--warmup", "1", "--iterations", "3", "--threads", "1", "--no-roofline")
@@ -41,6 +44,33 @@ def test_operators_and_power(cli: Cli, tiny_bundle: Path, monkeypatch) -> None:
         assert word in result.stdout
     # Sensors are read or missed, never passed over.
     assert "J a token" in result.stdout or "hwmon" in result.stdout
+
+
+def test_what_power_is_of(tiny_bundle: Path) -> None:
+    found = profile(tiny_bundle, "Hi", new_tokens=2, runs=1, warmup=0, iterations=1)
+    gpu = PowerReading(
+        rails={"GPU 0": RailEnergy(50.0, 100.0)},
+        total=("GPU 0",),
+        scope="GPU alone",
+        seconds=2.0,
+        samples=20,
+        joules_per_token=25.0,
+        joules_per_image=50.0,
+        joules_per_token_above_idle=5.0,
+        joules_per_image_above_idle=10.0,
+        idle=Idle(2.0, 21, 40.0, ("over-current oc1",)),
+        temperatures={},
+        throttled=("over-current oc1", "GPU 0"),
+        absent=(),
+    )
+    shown = report(replace(found, power=gpu))
+    assert "25.000 J a token, 50.00 J an image: GPU alone (GPU 0), idle power included" in shown
+    assert "5.000 J a token, 10.00 J an image: above the 40.00 W that it drew idle, for 2.0 s" in shown
+    assert "the machine throttled: over-current oc1, also at idle; GPU 0" in shown
+    unknown = replace(gpu, total=(), scope="", joules_per_token=None, joules_per_token_above_idle=None, throttled=())
+    shown = report(replace(found, power=unknown))
+    assert "J a token" not in shown
+    assert "no throttling" in shown
 
 
 def test_roofline(cli: Cli, tiny_bundle: Path, tmp_path: Path, monkeypatch) -> None:

@@ -251,6 +251,9 @@ def test_the_first_call_is_apart(result: Profile) -> None:
         assert set(run.load_stages) == set(LOAD_STAGES)
         assert run.load == pytest.approx(sum(run.load_stages.values()))
         assert run.cold not in result.calls
+    traces = dict(result.traces)
+    for loading, cold in ((traces[f"run {n}, load"], traces[f"run {n}, cold"]) for n in (1, 2)):
+        assert cold.origin >= loading.origin + max(span.start + span.seconds for span in loading.spans)
     assert len(result.calls) == 3
 
 
@@ -345,6 +348,11 @@ def test_what_the_first_use_took_counts_only_in_a_process_that_was_new(tiny_bund
     assert profile(tiny_bundle, "Hi", **options).memory.base < 10**12
     monkeypatch.delitem(sys.modules, "onnxruntime")
     assert profile(tiny_bundle, "Hi", **options).memory.base > 10**12
+    monkeypatch.delitem(sys.modules, "onnxruntime")
+    monkeypatch.setattr(measure, "first_use", lambda: None)
+    found = profile(tiny_bundle, "Hi", **options).memory
+    assert found.base < 10**12
+    assert any("first use of the libraries" in note for note in found.notes)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process forget its peak: /proc/self/clear_refs")

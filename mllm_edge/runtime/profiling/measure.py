@@ -221,7 +221,8 @@ def profile(
     options: dict[str, Any] = {"backend": backend, "threads": threads, "max_context": max_context, "notice": notice}
     found: Profile | None = None
     for number, share in enumerate(shares(iterations, runs), 1):
-        loading, first = (WatchedTrace() if watch and found is None else Trace() for _ in range(2))
+        new_trace = WatchedTrace if watch and found is None else Trace
+        loading = new_trace()
         with VLM.load(path, trace=loading, **options) as vlm:
             if operators and vlm.backend.target != "cpu":
                 raise BackendError(
@@ -232,6 +233,7 @@ def profile(
             if meter is not None and found is None:
                 meter.watch_idle()
             asker = Asker(vlm, prompt, given, new_tokens, progress)
+            first = new_trace()  # a call begins with its trace
             cold = asker.ask("cold", first)
             run = asker.run(loading, cold, warmup, share, meter)
             if found is None:
@@ -291,12 +293,12 @@ def _memory(
     assert cache is not None
     peaks = {name: peak for t in watched if isinstance(t, WatchedTrace) for name, peak in t.peaks.items()}
     known = {name: peaks[name] for name in (*LOAD_STAGES, *STAGES) if name in peaks}
-    base = known.get("backend", before)
-    if new and vlm.backend.target == "cpu":
-        base += first_use() or 0
-    return measured(
-        vlm.bundle, vlm.backend.target, cold, sizes, cache.capacity, known or None, base, gpu_memory(vlm.backend)
-    )
+    target, gpu = vlm.backend.target, gpu_memory(vlm.backend)
+    used = first_use() if new and target == "cpu" else 0
+    base = known.get("backend", before) + (used or 0)
+    found = measured(vlm.bundle, target, cold, sizes, cache.capacity, known or None, base, gpu)
+    note = "the base lacks what the first use of the libraries takes: no other process could measure it"
+    return replace(found, notes=(*found.notes, note)) if used is None else found
 
 
 def _with_roofline(found: Profile) -> Profile:
