@@ -5,7 +5,6 @@ python -m benchmarks.profiler [--only NAME …] [--json F] [--folder DIR] [--ite
 
 import argparse
 import contextlib
-import math
 import statistics
 import tempfile
 import time
@@ -66,48 +65,62 @@ _MODELS: dict[str, Callable[[Path], None]] = {"sample model": _sample, "SmolVLM-
 
 
 def _measure(bundle: Path, iterations: int, tokens: int) -> dict[str, Any]:
-    from mllm_edge.runtime.profiling.measure import profile
+    from mllm_edge.runtime.profiling.diff import compare_profiles
     from mllm_edge.runtime.vlm import VLM
 
-    first, second = (profile(bundle, _PROMPT, new_tokens=tokens, iterations=iterations) for _ in range(2))
+    # As two people would: each in a process of its own.
+    first, second = (in_process(_profile, bundle, iterations, tokens).result for _ in range(2))
+    total = next(c for c in compare_profiles(first, second).changes if c.name == "total")
+    assert total.noise is not None
     with VLM.load(bundle) as vlm:
-        rate = _stopwatch(vlm, tokens, iterations)
+        turns = _stopwatch(vlm, tokens, iterations)
         overhead = _overhead(vlm, tokens, iterations)
-    a, b = first.total, second.total
-    said = statistics.mean([first.tokens_per_second, second.tokens_per_second])
     return {
-        "total ms": 1000 * a.median,
-        "profile tok/s": said,
-        "stopwatch tok/s": rate,
-        "stages_sum %": 100 * max(1 - first.coverage, 1 - second.coverage),
-        "two runs %": 100 * abs(a.median - b.median) / min(a.median, b.median),
-        "their spread %": 100 * math.hypot(a.spread or 0.0, b.spread or 0.0) / 2,
+        "total ms": 1000 * total.before,
+        "profile tok/s": statistics.median(said for said, _ in turns),
+        "stopwatch tok/s": statistics.median(rate for _, rate in turns),
+        "stages_sum %": 100 * max(1 - first["coverage"], 1 - second["coverage"]),
+        "two runs %": 100 * abs(total.growth),
+        "their spread %": 100 * total.noise / total.before,
         "profiling_overhead %": overhead,
-        "independent_stopwatch %": 100 * abs(said / rate - 1),
+        "independent_stopwatch %": 100 * abs(statistics.median(said / rate for said, rate in turns) - 1),
     }
 
 
-def _stopwatch(vlm: Any, tokens: int, iterations: int) -> float:
-    """Tokens per second of `vlm.stream` from its first piece of text to its end, the median of calls.
+def _profile(bundle: Path, iterations: int, tokens: int) -> dict[str, Any]:
+    from mllm_edge.runtime.profiling.measure import profile
+
+    return profile(bundle, _PROMPT, new_tokens=tokens, iterations=iterations).as_dict()
+
+
+def _stopwatch(vlm: Any, tokens: int, iterations: int) -> list[tuple[float, float]]:
+    """Tokens per second as profile's own calls tell, and by a stopwatch around `vlm.stream`, of calls that take turns
+    on one loaded model: between two loads the rates differ by more than the definitions.
 
     Every token is spelt as a letter, for random weights choose tokens without a text, and no piece would come.
     """
     from mllm_edge.runtime.profiling.measure import synthetic_image
-    from mllm_edge.runtime.tokenizer import StreamDecoder
+    from mllm_edge.runtime.profiling.runs import Asker
 
     vlm.tokenizer.token = lambda token_id: "a"
-    rates = []
-    for _ in range(1 + iterations):
-        begin = 0.0
-        ids: tuple[int, ...] = ()
-        for chunk in vlm.stream(_PROMPT, [synthetic_image()], max_new_tokens=tokens, ignore_eos=True):
-            begin = begin or time.perf_counter()
-            ids = chunk.result.token_ids if chunk.result else ()
-        seconds = time.perf_counter() - begin
-        text = StreamDecoder(vlm.tokenizer)
-        silent = next(n for n, token in enumerate(ids) if text.push(token))  # tokens before the first text
-        rates.append((len(ids) - silent - 1) / seconds)
-    return statistics.median(rates[1:])
+    asker = Asker(vlm, _PROMPT, [synthetic_image()], tokens)
+    return [(asker.ask("").tokens_per_second, _watched(vlm, tokens)) for _ in range(2 + 2 * iterations)][2:]
+
+
+def _watched(vlm: Any, tokens: int) -> float:
+    """Tokens per second from the first token's text to the last one's: what comes behind is no token's time."""
+    from mllm_edge.runtime.profiling.measure import synthetic_image
+    from mllm_edge.runtime.tokenizer import StreamDecoder
+
+    times: list[float] = []
+    for chunk in vlm.stream(_PROMPT, [synthetic_image()], max_new_tokens=tokens, ignore_eos=True):
+        if chunk.token_ids:
+            times.append(time.perf_counter())
+    assert chunk.result is not None
+    text = StreamDecoder(vlm.tokenizer)
+    told = [n for n, token in enumerate(chunk.result.token_ids) if text.push(token)]  # others bring no text
+    assert len(told) == len(times)
+    return (told[-1] - told[0]) / (times[-1] - times[0])
 
 
 def _overhead(vlm: Any, tokens: int, iterations: int) -> float:

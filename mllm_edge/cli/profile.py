@@ -37,8 +37,15 @@ class _Profile(click.Command):
 )
 @click.option("--prompt", default="Describe the image.", show_default=True)
 @click.option("-n", "--new-tokens", type=POSITIVE, default=128, show_default=True, help="Tokens of every answer.")
-@click.option("--warmup", type=click.IntRange(min=0), default=2, show_default=True, help="Calls that are not counted.")
-@click.option("--iterations", type=POSITIVE, default=10, show_default=True, help="Calls that are counted.")
+@click.option("--runs", type=POSITIVE, default=3, show_default=True, help="Loads that share the counted calls.")
+@click.option(
+    "--warmup",
+    type=click.IntRange(min=0),
+    default=10,
+    show_default=True,
+    help="The most calls of each run that are not counted; fewer where they settle.",
+)
+@click.option("--iterations", type=POSITIVE, default=10, show_default=True, help="Calls that are counted, in all runs.")
 @click.option("--sweep", "sweeps", multiple=True, metavar="KEY=A,B", help="Measure for each value; repeatable.")
 @click.option("--no-roofline", is_flag=True, help="Leave out what the stages reach of the processor's limits.")
 @click.option("--ops", "operators", is_flag=True, help="Show the operators that take longest, on the processor.")
@@ -60,6 +67,7 @@ def command(
     images: tuple[str, ...],
     prompt: str,
     new_tokens: int,
+    runs: int,
     warmup: int,
     iterations: int,
     sweeps: tuple[str, ...],
@@ -76,9 +84,9 @@ def command(
 ) -> None:
     """Repeat one greedy call on BUNDLE and show where its time and memory go.
 
-    The answer always has as many tokens as asked for: the model's own end is ignored. The first call after the load is
-    shown apart. Several bundles, or --sweep, measure one after the other; keys are prompt, images, size, new, threads
-    and bundle.
+    The answer always has as many tokens as asked for: the model's own end is ignored. The bundle is loaded several
+    times, for what a load finds differs; the first load and the call after it are shown apart. Several bundles, or
+    --sweep, measure one after the other; keys are prompt, images, size, new, threads and bundle.
 
     `mllm-edge profile diff A.json B.json` compares two measurements; a bundle in a folder called diff is ./diff.
     """
@@ -97,13 +105,15 @@ def command(
 
         require()
     with stages() as progress:
-        progress.stage("profiling", len(points(sweep)) * (1 + warmup + iterations))
+        # Most runs settle earlier.
+        progress.stage("profiling", len(points(sweep)) * (min(runs, iterations) * (1 + warmup) + iterations))
         profiles = run_sweep(
             bundles[0],
             prompt,
             images,
             sweep,
             new_tokens=new_tokens,
+            runs=runs,
             warmup=warmup,
             iterations=iterations,
             threads=threads,

@@ -37,8 +37,9 @@ class _Percent(click.ParamType):
 def diff(ctx: click.Context, a: str, b: str, fail_above: float | None, as_json: bool) -> None:
     """Show what changed from profile A to profile B, JSON files, beyond the noise that both report.
 
-    A figure changed when its medians differ by more than half of both spreads together. With --fail-above the exit code
-    is 1 when one grew by more than that, beyond the noise. Sweeps are compared point by point.
+    A figure changed when its medians differ by more than the spreads of both between their runs together. With
+    --fail-above the exit code is 1 when one grew by more than that, beyond the noise. Sweeps are compared point by
+    point.
     """
     from mllm_edge.runtime.profiling.diff import differences, read_profiles
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from mllm_edge.runtime.operators import Operator
     from mllm_edge.runtime.power import PowerReading
     from mllm_edge.runtime.profiling.environment import Environment
-    from mllm_edge.runtime.profiling.measure import Profile, Setting
+    from mllm_edge.runtime.profiling.measure import Profile
     from mllm_edge.runtime.profiling.statistics import Distribution
 
 __all__ = ["NAMES", "report", "sweep_report"]
@@ -81,13 +81,18 @@ def _setting(result: "Profile") -> str:
             _machine(result.machine),
             ", ".join(f"{name} {version}" for name, version in result.versions.items()),
             f"{s.prompt_tokens} prompt tokens{images} + {s.new_tokens} new; image: {s.images}",
-            _calls(s),
+            _calls(result),
         ]
     )
 
 
-def _calls(s: "Setting") -> str:
-    return f"1 cold call, {s.warmup} warm-up calls, {s.iterations} counted calls"
+def _calls(result: "Profile") -> str:
+    runs = result.runs
+    falling = [str(number) for number, run in enumerate(runs, 1) if not run.settled]
+    settled = f"not seen to settle in run {', '.join(falling)}" if falling else "settled"
+    warmup = ", ".join(str(run.warmup) for run in runs)
+    loads = "1 run" if len(runs) == 1 else f"{len(runs)} runs, each with a load of its own"
+    return f"{loads}: cold call, warm-up calls ({warmup}: {settled}); {result.setting.iterations} counted calls"
 
 
 def _machine(machine: "Environment") -> str:
@@ -109,7 +114,7 @@ def _stages(result: "Profile") -> str:
     shown = {title: (name, measured[name]) for name, title in NAMES.items() if name in measured}
     names = [f"p{p}" for p in PERCENTILES if any(f"p{p}" in d.percentiles for _, d in shown.values())]
     total = result.total.median
-    header = ["ms", "median", *names, "min", "max", "share", "outliers", "samples"]
+    header = ["ms", "median", *names, "min", "max", "spread", "share", "outliers", "samples"]
     rows = [
         [title, *_row(d, names), _share(d.median / total, name), str(d.outliers), str(d.count)]
         for title, (name, d) in shown.items()
@@ -129,30 +134,31 @@ def _share(share: float, name: str) -> str:
 
 def _row(d: "Distribution", names: list[str]) -> list[str]:
     percentiles = [milliseconds(d.percentiles[n]) if n in d.percentiles else "" for n in names]
-    return [milliseconds(d.median), *percentiles, milliseconds(d.minimum), milliseconds(d.maximum)]
+    spread = "" if d.spread is None else f"{d.spread:.1%}"
+    return [milliseconds(d.median), *percentiles, milliseconds(d.minimum), milliseconds(d.maximum), spread]
 
 
 def _noise(result: "Profile") -> str:
     n = result.noise
     if n.spread is None:
-        return "one call tells nothing about noise; raise --iterations"
-    what = {"total": "whole calls", "tpot": "time per token"}[n.name]
-    figure = f"the calls' {what} spread by {n.spread:.1%} of the median, bound {n.bound:.0%}"
+        return "one run tells nothing about noise; measure with --runs 3 and as many --iterations or more"
+    what = {"total": "whole call", "tpot": "time per token"}[n.name]
+    figure = f"the runs' median {what} differs by up to {n.spread:.1%}, bound {n.bound:.0%}"
     return f"this machine is noisy: {figure}" if n.noisy else f"quiet: {figure}"
 
 
 def _figures(result: "Profile") -> str:
-    cold = result.cold
+    first = result.runs[0]
     rows = []
     if result.tokens_per_second:
         rows.append(["decode rate", f"{result.tokens_per_second:.1f} tok/s"])
     if result.jitter:
         share = f"{result.jitter.relative:.1%} of an interval"
         rows.append(["jitter", f"{milliseconds(result.jitter.seconds)} ms from token to token, {share}"])
-    parts = ", ".join(f"{name} {milliseconds(seconds)}" for name, seconds in result.load_stages.items())
-    rows.append(["load", f"{milliseconds(result.load)} ms ({parts})"])
-    rows.append(["first call", f"TTFT {milliseconds(cold.ttft)} ms, whole {milliseconds(cold.total)} ms"])
-    stages = ", ".join(f"{NAMES[name]} {milliseconds(seconds)}" for name, seconds in cold.stages.items())
+    parts = ", ".join(f"{name} {milliseconds(seconds)}" for name, seconds in first.load_stages.items())
+    rows.append(["load", f"{milliseconds(first.load)} ms ({parts})"])
+    rows.append(["first call", f"TTFT {milliseconds(first.cold.ttft)} ms, whole {milliseconds(first.cold.total)} ms"])
+    stages = ", ".join(f"{NAMES[name]} {milliseconds(seconds)}" for name, seconds in first.cold.stages.items())
     rows.append(["", stages])
     return "\n".join(f"{name:<13}{value}" for name, value in rows)
 
@@ -161,10 +167,10 @@ def _memory(result: "Profile") -> str:
     m = result.memory
     rows = [
         ["peak memory", f"{bytes_text(m.peak)}, predicted {bytes_text(m.predicted.total)} ({m.error_percent:+.0f}%)"],
-        ["base", f"{bytes_text(m.base)} (Python and the engine's library)"],
+        ["base", f"{bytes_text(m.base)} (Python and the engine's library, used once)"],
         ["weights", f"{bytes_text(sum(m.weights.values()))} (+ {bytes_text(m.mapped)} read from disk row by row)"],
         ["KV cache", bytes_text(m.kv_cache)],
-        ["rest", f"{bytes_text(m.rest)} (arenas, packed weights)"],
+        ["rest", f"{bytes_text(m.rest)} (images, arenas, packed weights)"],
         ["bundle", bytes_text(result.bundle.nbytes)],
     ]
     if m.gpu is not None:
@@ -231,12 +237,23 @@ def _power(power: "PowerReading") -> str:
     rows = [[name, f"{rail.watts:.2f}", f"{rail.joules:.2f}"] for name, rail in power.rails.items()]
     lines = [table(["rail", "W", "J"], rows)] if rows else []
     if power.joules_per_token is not None:
-        image = f", {power.joules_per_image:.2f} J an image" if power.joules_per_image is not None else ""
-        lines.append(
-            f"{power.joules_per_token:.3f} J a token{image}, by {' + '.join(power.total)}, idle power included"
-        )
+        whole = _joules(power.joules_per_token, power.joules_per_image)
+        lines.append(f"{whole}: {power.scope} ({' + '.join(power.total)}), idle power included")
+    if power.joules_per_token_above_idle is not None:
+        above = _joules(power.joules_per_token_above_idle, power.joules_per_image_above_idle)
+        lines.append(f"{above}: above the {power.idle.watts:.2f} W that it drew idle, for {power.idle.seconds:.1f} s")
     heat = ", ".join(f"{zone} {h.start:.0f} to {h.peak:.0f} °C" for zone, h in power.temperatures.items())
     lines += [heat] if heat else []
     if power.throttled is not None:
-        lines.append("the machine throttled" if power.throttled else "no throttling")
+        lines.append(_throttled(power))
     return "\n".join([*lines, *power.absent])
+
+
+def _joules(token: float, image: float | None) -> str:
+    return f"{token:.3f} J a token" + ("" if image is None else f", {image:.2f} J an image")
+
+
+def _throttled(power: "PowerReading") -> str:
+    idle = power.idle.throttled or ()
+    names = [f"{name}, also at idle" if name in idle else name for name in power.throttled or ()]
+    return f"the machine throttled: {'; '.join(names)}" if names else "no throttling"

@@ -43,7 +43,7 @@ def require() -> None:
 
 def stages(profile: Profile) -> str:
     """Milliseconds of every stage: warm medians with p10 to p90, and the first call."""
-    warm, cold = profile["stages"], profile["cold"]["call"]["stages"]
+    warm, cold = profile["stages"], profile["runs"][0]["cold"]["stages"]
     names = list(warm)
     places = np.arange(len(names))[::-1]
     with _figure(0.45 * len(names) + 0.9) as (figure, svg):
@@ -60,7 +60,7 @@ def stages(profile: Profile) -> str:
 
 def intervals(profile: Profile) -> str:
     """Milliseconds from token to token: the median over calls, and where the calls lie."""
-    calls = [call["token_seconds"] for call in profile["calls"]]
+    calls = [call["token_seconds"] for run in profile["runs"] for call in run["calls"]]
     shortest = min(map(len, calls))
     seconds = 1e3 * np.array([call[:shortest] for call in calls])
     tokens = np.arange(2, shortest + 2)
@@ -111,7 +111,7 @@ def memory(profile: Profile) -> str:
         "base": (m["base"], m["base"]),
         "weights": (sum(m["weights"].values()), predicted["weights"]),
         "KV cache": (m["kv_cache"], predicted["kv_cache"]),
-        "rest, activations": (m["rest"], predicted["activations"]),
+        "rest: activations, images": (m["rest"], predicted["activations"] + predicted["images"]),
     }
     return _stacked(parts, ["measured", "predicted"], "MB", 1 / _MEGA)
 

@@ -21,6 +21,7 @@ _HALF = (10, 16)
 _INT8 = {"DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "ConvInteger"}
 _INT8 |= {"QLinearMatMul", "QLinearConv", "QGemm"}
 _PRODUCTS = {"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv", "FusedConv", "MatMulNBits"} | _INT8
+_MATRICES = {"MatMul", "FusedMatMul"}
 _ATTENTION = {"Attention", "GroupQueryAttention", "MultiHeadAttention"}
 # Nodes that hand a weight on to a product.
 _PASS = {"DequantizeLinear", "QuantizeLinear", "Cast", "Identity", "Transpose"}
@@ -105,8 +106,8 @@ class _Counter:
                 count = 2.0 * _values(node, weight) * self._rows(node)
             elif node.kind in _ATTENTION:
                 count = 4.0 * pairs * self._width(node)
-            elif node.kind in ("MatMul", "FusedMatMul"):  # scores, or the values that they weigh
-                count = 2.0 * pairs * self._width(node)
+            elif node.kind in _MATRICES:  # scores, or the values that they weigh
+                count = 2.0 * pairs * self._width(node) / self._parts(node)
             else:
                 continue
             kind = _arithmetic(node, weight)
@@ -165,6 +166,13 @@ class _Counter:
             seen.add(id(maker))
             todo += maker.inputs
         return False
+
+    def _parts(self, node: Node) -> int:
+        """How many products of activations share their pairs: the dialect opset17 multiplies with the cache and with
+        the new tokens apart, and joins what comes of it."""
+        joints = [user for name in node.outputs for user in self.users.get(name, []) if user.kind in ("Concat", "Add")]
+        makers = [self.makers.get(name) for joint in joints for name in joint.inputs]
+        return max(1, sum(m is not None and m.kind in _MATRICES and self._weight(m) is None for m in makers))
 
     def _width(self, node: Node) -> int:
         """Heads times their size: what the next product behind the attention takes; 0 where there is none."""

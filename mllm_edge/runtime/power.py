@@ -4,7 +4,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,7 +12,9 @@ from typing import Any
 from mllm_edge.runtime.nvml import NvidiaGpu, nvidia_gpus
 from mllm_edge.runtime.sensors import Rail, Sensors, find_sensors
 
-__all__ = ["Heat", "PowerMeter", "PowerReading", "RailEnergy"]
+__all__ = ["IDLE_SAMPLES", "Heat", "Idle", "PowerMeter", "PowerReading", "RailEnergy"]
+
+IDLE_SAMPLES = 21  # 2 s: some GPUs tell the mean of the last second
 
 
 @dataclass(frozen=True)
@@ -32,37 +34,48 @@ class Heat:
 
 
 @dataclass(frozen=True)
+class Idle:
+    """The machine in the `seconds` before the work, in which the model was open and did nothing: the mean `watts` of
+    the rails of the total, None where there is no total, and what `throttled` even then, as in `PowerReading`."""
+
+    seconds: float
+    samples: int
+    watts: float | None
+    throttled: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
 class PowerReading:
     """What was drawn in `seconds`, with everything else that the machine did meanwhile.
 
-    `total`: the rails that add up to what the machine or its processors draw; `joules_per_token` and
-    `joules_per_image` share their joules out, and are None where there is no total or nothing to share among.
-    `throttled` is None where no sensor tells. `absent`: sentences about what could not be read.
+    `total`: the rails that add up to what `scope` draws: "board", "processor", "processor and GPU" or "GPU alone".
+    `joules_per_token` and `joules_per_image` share their joules out, and those `above_idle` what is left without the
+    power that the `idle` machine drew. They are None where there is no total or nothing to share among. `throttled`
+    names what held clocks back; None where no sensor tells. `absent`: sentences about what could not be read.
     """
 
     rails: Mapping[str, RailEnergy]
     total: tuple[str, ...]
+    scope: str
     seconds: float
     samples: int
     joules_per_token: float | None
     joules_per_image: float | None
+    joules_per_token_above_idle: float | None
+    joules_per_image_above_idle: float | None
+    idle: Idle
     temperatures: Mapping[str, Heat]
-    throttled: bool | None
+    throttled: tuple[str, ...] | None
     absent: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
-        data = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return data | {
-            "rails": {name: vars(rail) for name, rail in self.rails.items()},
-            "total": list(self.total),
-            "temperatures": {name: vars(heat) for name, heat in self.temperatures.items()},
-            "absent": list(self.absent),
-        }
+        return asdict(self)
 
 
 class PowerMeter:
-    """Samples all sensors at the beginning and the end of one `with` block, and every `period` seconds in between.
+    """Samples all sensors at the beginning and the end of every `with` block, and every `period` seconds in between.
+    What lies between two blocks is not counted.
 
     `root`, `architecture` and `nvml` as in `find_sensors`; `clock` in seconds; `wait(period)` returns whether the
     block has ended.
@@ -81,15 +94,23 @@ class PowerMeter:
         self._find = lambda: find_sensors(root, architecture, nvml)
         self._period, self._clock, self._ended = period, clock, threading.Event()
         self._wait = wait or self._ended.wait
-        self._thread = threading.Thread(target=self._watch, name="power", daemon=True)
+        self._idle: _Window | None = None
+        self._work: _Window | None = None
+
+    def watch_idle(self, samples: int = IDLE_SAMPLES) -> None:
+        """Take so many samples while nothing is done, a period after each: to be called before the first block."""
+        self._idle = _Window(self._find())
+        for n in range(samples):
+            self._idle.sample(self._clock())
+            if n < samples - 1:
+                self._wait(self._period)
 
     def __enter__(self) -> "PowerMeter":
-        self._sensors: Sensors = self._find()
-        self._rails = {name: _RailTally(rail) for name, rail in self._sensors.rails.items()}
-        self._heat = {name: _HeatTally(read) for name, read in self._sensors.temperatures.items()}
-        self._throttled, self._samples = False, 0
-        self._begin = self._end = self._clock()
-        self._sample(self._begin)
+        self._work = self._work or _Window(self._find())
+        self._work.pause()
+        self._ended.clear()
+        self._work.sample(self._clock())
+        self._thread = threading.Thread(target=self._watch, args=(self._work,), name="power", daemon=True)
         self._thread.start()
         return self
 
@@ -98,44 +119,80 @@ class PowerMeter:
     ) -> None:
         self._ended.set()
         self._thread.join()
-        self._end = self._clock()
-        self._sample(self._end)
+        assert self._work is not None
+        self._work.sample(self._clock())
 
     def reading(self, tokens: int, images: int) -> PowerReading:
-        """What the finished block drew while it made `tokens` tokens of `images` images."""
-        seconds = self._end - self._begin
-        rails = {name: tally.energy for name, tally in self._rails.items() if tally.seconds > 0}
-        whole = {name for name, tally in self._rails.items() if math.isclose(tally.seconds, seconds, rel_tol=1e-6)}
-        total = self._sensors.total if whole.issuperset(self._sensors.total) else ()
-        joules = sum(rails[name].joules for name in total)
+        """What the finished blocks drew while they made `tokens` tokens of `images` images."""
+        assert self._work is not None
+        assert self._idle is not None
+        work, idle = self._work, self._idle
+        total = work.total
+        joules = sum(work.rails[name].joules for name in total) if total else None
+        watts = sum(idle.rails[name].energy.watts for name in total) if total and total == idle.total else None
+        above = None if joules is None or watts is None else joules - watts * work.seconds
         return PowerReading(
-            rails=rails,
+            rails={name: tally.energy for name, tally in work.rails.items() if tally.seconds > 0},
             total=total,
-            seconds=seconds,
-            samples=self._samples,
-            joules_per_token=joules / tokens if total and tokens else None,
-            joules_per_image=joules / images if total and images else None,
-            temperatures={name: Heat(tally.start, tally.peak) for name, tally in self._heat.items() if tally.readings},
-            throttled=self._throttled if self._sensors.throttles else None,
-            absent=(*self._sensors.absent, *self._failures()),
+            scope=work.sensors.scope if total else "",
+            seconds=work.seconds,
+            samples=work.samples,
+            joules_per_token=_share(joules, tokens),
+            joules_per_image=_share(joules, images),
+            joules_per_token_above_idle=_share(above, tokens),
+            joules_per_image_above_idle=_share(above, images),
+            idle=Idle(idle.seconds, idle.samples, watts, idle.throttled),
+            temperatures={name: Heat(tally.start, tally.peak) for name, tally in work.heat.items() if tally.readings},
+            throttled=work.throttled,
+            absent=(*work.sensors.absent, *work.failures()),
         )
 
-    def _watch(self) -> None:
+    def _watch(self, window: "_Window") -> None:
         while not self._wait(self._period):
-            self._sample(self._clock())
+            window.sample(self._clock())
 
-    def _sample(self, now: float) -> None:
-        self._samples += 1
-        for rail in self._rails.values():
+
+class _Window:
+    """What the sensors told in the time that is measured."""
+
+    def __init__(self, sensors: Sensors):
+        self.sensors = sensors
+        self.rails = {name: _RailTally(rail) for name, rail in sensors.rails.items()}
+        self.heat = {name: _HeatTally(read) for name, read in sensors.temperatures.items()}
+        self.samples, self.seconds = 0, 0.0
+        self._last: float | None = None
+        self._throttled: dict[str, None] = {}
+
+    @property
+    def total(self) -> tuple[str, ...]:
+        """The rails of the total, if all of them answered all the time."""
+        whole = {name for name, rail in self.rails.items() if math.isclose(rail.seconds, self.seconds, rel_tol=1e-6)}
+        return self.sensors.total if self.seconds > 0 and whole.issuperset(self.sensors.total) else ()
+
+    @property
+    def throttled(self) -> tuple[str, ...] | None:
+        return tuple(self._throttled) if self.sensors.throttles else None
+
+    def sample(self, now: float) -> None:
+        self.samples += 1
+        self.seconds += 0.0 if self._last is None else now - self._last
+        self._last = now
+        for rail in self.rails.values():
             rail.add(now)
-        for zone in self._heat.values():
+        for zone in self.heat.values():
             zone.add()
-        self._throttled = self._throttled or any(_told(throttle) for throttle in self._sensors.throttles)
+        self._throttled |= {name: None for name, told in self.sensors.throttles.items() if _told(told)}
 
-    def _failures(self) -> list[str]:
-        tallies: dict[str, _RailTally | _HeatTally] = {**self._heat, **self._rails}
+    def pause(self) -> None:
+        """What comes before the next sample does not count."""
+        self._last = None
+        for rail in self.rails.values():
+            rail.last = None
+
+    def failures(self) -> list[str]:
+        tallies: dict[str, _RailTally | _HeatTally] = {**self.heat, **self.rails}
         failed = {name: tally.failed for name, tally in tallies.items() if tally.failed}
-        return [f"{name}: {count} of {self._samples} readings failed" for name, count in failed.items()]
+        return [f"{name}: {count} of {self.samples} readings failed" for name, count in failed.items()]
 
 
 @dataclass
@@ -189,3 +246,7 @@ def _told(throttle: Callable[[], bool]) -> bool:
         return throttle()
     except (OSError, ValueError):
         return False
+
+
+def _share(joules: float | None, count: int) -> float | None:
+    return None if joules is None or not count else joules / count

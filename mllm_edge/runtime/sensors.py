@@ -37,15 +37,17 @@ class Rail:
 
 @dataclass
 class Sensors:
-    """What this machine has, by name. `total`: the rails that add up to what it draws; none where that is not known.
+    """What this machine has, by name. `total`: the rails that add up to what `scope` draws: "board", "processor",
+    "processor and GPU" or "GPU alone"; none, and "", where that is not known.
 
     `temperatures` in °C; `throttles` are true while clocks are held back, or once they were since they were found.
     """
 
     rails: dict[str, Rail] = field(default_factory=dict)
     temperatures: dict[str, Callable[[], float]] = field(default_factory=dict)
-    throttles: list[Callable[[], bool]] = field(default_factory=list)
+    throttles: dict[str, Callable[[], bool]] = field(default_factory=dict)
     total: tuple[str, ...] = ()
+    scope: str = ""
     absent: list[str] = field(default_factory=list)
 
 
@@ -76,7 +78,9 @@ def _board(root: Path, sensors: Sensors) -> None:
         sensors.absent.append("board power: no INA3221 below /sys/class/hwmon (Jetson boards have one)")
         return
     sensors.total = next((names for names in _TOTALS if all(name in sensors.rails for name in names)), ())
-    if not sensors.total:
+    if sensors.total:
+        sensors.scope = "board"
+    else:
         names = ", ".join(sensors.rails) or "none"
         sensors.absent.append(f"total power: the rails that can be read ({names}) are not known to add up to it")
 
@@ -124,7 +128,7 @@ def _processor(root: Path, architecture: str, sensors: Sensors) -> None:
         if _works(root, sensors, f"RAPL {full}", zone / "max_energy_range_uj", wrap):
             sensors.rails[full] = Rail(read, wrap())
             if name.startswith("package") or name == "dram":
-                sensors.total += (full,)
+                sensors.total, sensors.scope = (*sensors.total, full), "processor"
 
 
 def _gpus(nvml: Callable[[], tuple[NvidiaGpu, ...]], board: bool, sensors: Sensors) -> None:
@@ -137,11 +141,13 @@ def _gpus(nvml: Callable[[], tuple[NvidiaGpu, ...]], board: bool, sensors: Senso
     for gpu in gpus:
         if _answers(sensors, f"{gpu.name} power", gpu.power):
             sensors.rails[gpu.name] = Rail(gpu.power)
-            sensors.total += () if board else (gpu.name,)
+            if not board:
+                scope = "processor and GPU" if "processor" in sensors.scope else "GPU alone"
+                sensors.total, sensors.scope = (*sensors.total, gpu.name), scope
         if _answers(sensors, f"{gpu.name} temperature", gpu.temperature):
             sensors.temperatures[gpu.name] = gpu.temperature
         if _answers(sensors, f"{gpu.name} throttling", gpu.throttled):
-            sensors.throttles.append(gpu.throttled)
+            sensors.throttles[gpu.name] = gpu.throttled
 
 
 def _heat(root: Path, sensors: Sensors) -> None:
@@ -159,22 +165,39 @@ def _heat(root: Path, sensors: Sensors) -> None:
         sensors.temperatures[name] = read
         trips = [trip for trip in zone.glob("trip_point_*_type") if _text(trip) == "passive"]
         limits = [_text(trip.with_name(trip.name.replace("_type", "_temp"))) for trip in trips]
-        sensors.throttles += [_reaches(read, float(limit) / 1000) for limit in limits if limit.isdigit() and int(limit)]
+        hot = [int(limit) / 1000 for limit in limits if limit.isdigit() and int(limit)]
+        sensors.throttles |= {f"{name} at {limit:g} °C": _reaches(read, limit) for limit in hot}
 
 
 def _throttling(root: Path, sensors: Sensors) -> None:
     """Alerts of the Jetson's firmware, its over-current events, and the counters of Intel processors."""
     system = root / "sys"
-    alerts = [
-        device / "cur_state"
-        for device in _numbered(system / "class/thermal", "cooling_device*")
-        if _text(device / "type").endswith("throttle-alert")
-    ]
-    sensors.throttles += [_reaches(_scaled(path), 1) for path in alerts if _text(path).isdigit()]
+    for device in _numbered(system / "class/thermal", "cooling_device*"):
+        alert, state = _text(device / "type"), device / "cur_state"
+        if alert.endswith("throttle-alert") and _text(state).isdigit():
+            sensors.throttles[alert] = _reaches(_scaled(state), 1)
     chips = [chip for chip in _numbered(system / "class/hwmon", "hwmon*") if _text(chip / "name") == "soctherm_oc"]
-    counters = [file for chip in chips for file in sorted(chip.glob("oc*_event_cnt"))]
-    counters += sorted(system.glob("devices/system/cpu/cpu[0-9]*/thermal_throttle/*_throttle_count"))
-    sensors.throttles += [_reaches(_scaled(file), int(_text(file)) + 1) for file in counters if _text(file).isdigit()]
+    counters = {
+        f"over-current {file.name.removesuffix('_event_cnt')}": file
+        for chip in chips
+        for file in sorted(chip.glob("oc*_event_cnt"))
+    }
+    for name, file in {**counters, **_processor_counters(system / "devices/system/cpu")}.items():
+        if _text(file).isdigit():
+            sensors.throttles[name] = _reaches(_scaled(file), int(_text(file)) + 1)
+
+
+def _processor_counters(folder: Path) -> dict[str, Path]:
+    """One counter of each package and of each core: every CPU in them shows the same."""
+    found: dict[str, Path] = {}
+    for cpu in _numbered(folder, "cpu[0-9]*"):
+        topology, number = cpu / "topology", cpu.name.removeprefix("cpu")
+        package = f"package {_text(topology / 'physical_package_id') or number}"
+        core = f"core {_text(topology / 'core_cpus_list') or number}"
+        for name, file in ((package, "package_throttle_count"), (core, "core_throttle_count")):
+            if (cpu / "thermal_throttle" / file).exists():
+                found.setdefault(name, cpu / "thermal_throttle" / file)
+    return found
 
 
 def _works(root: Path, sensors: Sensors, name: str, path: Path, read: Callable[[], float], grant: str = "") -> bool:

@@ -4,12 +4,19 @@ import csv
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from click.testing import Result
 
+from mllm_edge.cli.profile_report import report
+from mllm_edge.runtime.power import Idle, PowerMeter, PowerReading, RailEnergy
+from mllm_edge.runtime.profiling import measure
+from mllm_edge.runtime.profiling.measure import profile
+
 Cli = Callable[..., Result]
-SMALL = ("-n", "5", "--warmup", "1", "--iterations", "3", "--threads", "1", "--no-roofline")
+SMALL = ("-n", "5", "--runs", "2", "--warmup", "1", "--iterations", "3", "--threads", "1", "--no-roofline")
 
 
 def test_table(cli: Cli, tiny_bundle: Path) -> None:
@@ -22,17 +29,48 @@ def test_table(cli: Cli, tiny_bundle: Path) -> None:
     assert "synthetic, 640 x 480 px, seed 0" in result.stdout
     assert "1 threads" in result.stdout
     assert "p99 100" in result.stdout  # left out: three calls are too few
+    assert "2 runs, each with a load of its own: cold call, warm-up calls (1, 1: not seen to settle in run 1, 2)" in (
+        result.stdout
+    )
     assert "bound 10%" in result.stdout
     assert result.stderr == "profiling\n"
 
 
-def test_operators_and_power(cli: Cli, tiny_bundle: Path) -> None:
+def test_operators_and_power(cli: Cli, tiny_bundle: Path, monkeypatch) -> None:
+    monkeypatch.setattr(measure, "PowerMeter", partial(PowerMeter, period=1e-4))
     result = cli("profile", tiny_bundle, "--ops", "--power", *SMALL)
     assert result.exit_code == 0, result.stderr
     for word in ("GroupQueryAttention", "outside of layers", "longest of each stage"):
         assert word in result.stdout
     # Sensors are read or missed, never passed over.
     assert "J a token" in result.stdout or "hwmon" in result.stdout
+
+
+def test_what_power_is_of(tiny_bundle: Path) -> None:
+    found = profile(tiny_bundle, "Hi", new_tokens=2, runs=1, warmup=0, iterations=1)
+    gpu = PowerReading(
+        rails={"GPU 0": RailEnergy(50.0, 100.0)},
+        total=("GPU 0",),
+        scope="GPU alone",
+        seconds=2.0,
+        samples=20,
+        joules_per_token=25.0,
+        joules_per_image=50.0,
+        joules_per_token_above_idle=5.0,
+        joules_per_image_above_idle=10.0,
+        idle=Idle(2.0, 21, 40.0, ("over-current oc1",)),
+        temperatures={},
+        throttled=("over-current oc1", "GPU 0"),
+        absent=(),
+    )
+    shown = report(replace(found, power=gpu))
+    assert "25.000 J a token, 50.00 J an image: GPU alone (GPU 0), idle power included" in shown
+    assert "5.000 J a token, 10.00 J an image: above the 40.00 W that it drew idle, for 2.0 s" in shown
+    assert "the machine throttled: over-current oc1, also at idle; GPU 0" in shown
+    unknown = replace(gpu, total=(), scope="", joules_per_token=None, joules_per_token_above_idle=None, throttled=())
+    shown = report(replace(found, power=unknown))
+    assert "J a token" not in shown
+    assert "no throttling" in shown
 
 
 def test_roofline(cli: Cli, tiny_bundle: Path, tmp_path: Path, monkeypatch) -> None:
@@ -57,9 +95,9 @@ def test_page(cli: Cli, tiny_bundle: Path, tmp_path: Path, monkeypatch) -> None:
     assert "mllm-edge[report]" in refused.stderr
 
 
-def test_one_call_tells_nothing_about_noise(cli: Cli, tiny_bundle: Path) -> None:
+def test_one_run_tells_nothing_about_noise(cli: Cli, tiny_bundle: Path) -> None:
     result = cli("profile", tiny_bundle, "-n", "1", "--warmup", "0", "--iterations", "1")
-    assert "one call tells nothing about noise" in result.stdout
+    assert "one run tells nothing about noise" in result.stdout
     assert "TPOT" not in result.stdout
 
 
@@ -68,6 +106,7 @@ def test_json_on_standard_output(cli: Cli, tiny_bundle: Path, image_file: Path) 
     data = json.loads(result.stdout)
     assert data["setting"]["images"] == str(image_file)
     assert data["setting"]["iterations"] == data["ttft"]["count"] == 3
+    assert [len(run["calls"]) for run in data["runs"]] == [2, 1]
     assert data["setting"]["new_tokens"] == 5
     assert data["tpot"]["count"] == 3 * 4
     assert data["ttft"]["percentiles"] == {}

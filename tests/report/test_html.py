@@ -24,12 +24,16 @@ ROOFLINE = {
 POWER = {
     "rails": {"VDD_IN": {"watts": 6.25, "joules": 12.5}},
     "total": ["VDD_IN"],
+    "scope": "board",
     "seconds": 2.0,
     "samples": 20,
     "joules_per_token": 0.125,
     "joules_per_image": None,
+    "joules_per_token_above_idle": 0.0625,
+    "joules_per_image_above_idle": None,
+    "idle": {"seconds": 2.0, "samples": 21, "watts": 3.125, "throttled": ["over-current oc1"]},
     "temperatures": {"cpu-thermal": {"start": 40.0, "peak": 44.5}},
-    "throttled": True,
+    "throttled": ["over-current oc1", "cpu-throttle-alert"],
     "absent": ["RAPL: <none> here"],
 }
 
@@ -64,8 +68,12 @@ def test_everything_measured_is_on_the_page(data: dict[str, Any]) -> None:
     read = _Reader(text)
     assert read.headings[1:] == ["Stages", "From token to token", "Roofline", "Memory", "Power", "Operators"]
     assert read.tags.count("svg") == 5
-    for word in ("vision encoder", "GroupQueryAttention", "VDD_IN", "0.125 J", "a word of advice", "throttled", "44.5"):
+    for word in ("vision encoder", "GroupQueryAttention", "VDD_IN", "a word of advice", "44.5"):
         assert word in read.text
+    for words in ("0.125 Ja token, board", "Above the 3.12 W that it drew idle: 0.0625 J a token."):
+        assert words in read.text
+    assert "The machine throttled: over-current oc1, also at idle; cpu-throttle-alert." in read.text
+    assert f"<td>{100 * data['stages']['prefill']['spread']:.1f}%</td>" in text
     assert f"<td>prefill</td><td>{1e3 * data['stages']['prefill']['median']:.3g}</td>" in text
 
 

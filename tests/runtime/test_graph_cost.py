@@ -95,9 +95,20 @@ SPELT = [
     node("Reshape", "heads shape", "a"),
     node("MatMul", "a w"),
 ]
+IN_PARTS = [  # the cache's keys and values, and the new ones
+    node("MatMul", "x k", "scores.past"),
+    node("MatMul", "x new_k", "scores.new"),
+    node("Concat", "scores.past scores.new", "scores", axis=-1),
+    node("Softmax", "scores", "weights"),
+    helper.make_node("Split", ["weights", "lengths"], ["weights.past", "weights.new"], axis=-1),
+    node("MatMul", "weights.past v", "sum.past"),
+    node("MatMul", "weights.new new_v", "sum.new"),
+    node("Add", "sum.past sum.new", "a"),
+    node("MatMul", "a w"),
+]
 
 
-@pytest.mark.parametrize("nodes", [FUSED, SPELT])
+@pytest.mark.parametrize("nodes", [FUSED, SPELT, IN_PARTS])
 def test_attention_counts_the_pairs_of_tokens(tmp_path: Path, nodes: list) -> None:
     # Scores and sums: each 2 · width a pair; the width is what the output's projection takes.
     expected = 2.0 * K * N * S + 4.0 * K * 55
@@ -144,3 +155,12 @@ def test_bytes_agree_with_the_files(tiny_checkpoint: Path, tmp_path: Path, recip
         stored = (path.parent / f"{path.name}.data").stat().st_size
         # Weights start at multiples of a page; norms and biases may lie in the graph itself.
         assert stored - 4096 * len(known) <= found <= stored + path.stat().st_size
+
+
+def test_the_dialects_cost_the_same(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    export(str(tiny_checkpoint), out, recipe_name="fp32", targets=["cpu", "tensorrt", "tensorrt-10.3"])
+    sizes = {"batch": 1, "sequence": 1, "rows": 1}
+    graphs = [read_graph(out / f"decoder{suffix}.onnx") for suffix in ("", ".tensorrt", ".tensorrt-10.3")]
+    fused, *others = (graph_cost(graph, sizes, 1, pairs=50).flops for graph in graphs)
+    assert others == [fused, fused]

@@ -6,7 +6,8 @@ them (Thor, Nano), units are those of the kernel's documentation of ina3221 and 
 
 import ctypes
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 
 from mllm_edge.runtime import sensors as sensors_module
 from mllm_edge.runtime.nvml import NvidiaGpu, nvidia_gpus
-from mllm_edge.runtime.power import Heat, PowerMeter, PowerReading, RailEnergy
+from mllm_edge.runtime.power import Heat, Idle, PowerMeter, PowerReading, RailEnergy
 from mllm_edge.runtime.sensors import find_sensors
 
 HWMON, THERMAL, RAPL = "sys/class/hwmon", "sys/class/thermal", "sys/class/powercap"
@@ -123,9 +124,11 @@ def _measure(
     nvml: Callable[[], tuple[NvidiaGpu, ...]] = _no_nvml,
     tokens: int = 10,
     images: int = 2,
+    idle: Sequence[Callable[[], object]] = (),
 ) -> PowerReading:
-    time = Time(*steps)
+    time = Time(*idle, *steps)
     meter = PowerMeter(root, 2.0, architecture=architecture, nvml=nvml, clock=time.clock, wait=time.wait)
+    meter.watch_idle(len(idle) + 1)
     with meter:
         pass
     return meter.reading(tokens, images)
@@ -155,7 +158,7 @@ def test_the_rails_of_a_board(
 ) -> None:
     reading = _measure(_write(tmp_path, tree))
     assert {name: rail.watts for name, rail in reading.rails.items()} == pytest.approx(rails)
-    assert reading.total == total
+    assert (reading.total, reading.scope) == (total, "board")
     watts = sum(rails[name] for name in total)
     assert (reading.joules_per_token, reading.joules_per_image) == pytest.approx((watts / 10, watts / 2))
     assert (reading.seconds, reading.samples) == (1.0, 2)
@@ -165,6 +168,7 @@ def test_thor_without_its_carrier_boards_monitor_has_no_total(tmp_path: Path) ->
     reading = _measure(_write(tmp_path, {n: t for n, t in THOR.items() if "hwmon10" not in n}))
     assert set(reading.rails) == {"VDD_GPU", "VDD_CPU_SOC_MSS", "VIN_SYS_5V0"}
     assert (reading.total, reading.joules_per_token, reading.joules_per_image) == ((), None, None)
+    assert reading.scope == ""
     names = "VDD_GPU, VDD_CPU_SOC_MSS, VIN_SYS_5V0"
     assert f"total power: the rails that can be read ({names}) are not known to add up to it" in reading.absent
 
@@ -195,7 +199,7 @@ def test_counters_start_again(tmp_path: Path) -> None:
     reading = _measure(root, _set(root, counter, "4900000"), _set(root, counter, "300000"), architecture=X86)
     assert reading.rails["package-0"] == RailEnergy(pytest.approx(4.3 / 5), pytest.approx(3.9 + 0.4))
     assert set(reading.rails) == {"package-0", "package-0 core", "package-0 dram"}
-    assert reading.total == ("package-0", "package-0 dram")
+    assert (reading.total, reading.scope) == (("package-0", "package-0 dram"), "processor")
 
 
 def test_a_reading_that_fails_is_bridged_and_told(tmp_path: Path) -> None:
@@ -221,13 +225,47 @@ def test_nothing_to_share_among(tmp_path: Path) -> None:
 
 
 def test_the_default_clock_and_thread_end_with_the_block(tmp_path: Path) -> None:
-    with PowerMeter(_write(tmp_path, ORIN_NANO), 1e-4, architecture=JETSON, nvml=_no_nvml) as meter:
-        while meter._samples < 5:
+    meter = PowerMeter(_write(tmp_path, ORIN_NANO), 1e-4, architecture=JETSON, nvml=_no_nvml)
+    meter.watch_idle(2)
+    with meter:
+        while meter._work.samples < 5:
             pass
     reading = meter.reading(1, 0)
     assert reading.samples >= 6
     assert not meter._thread.is_alive()
     assert reading.rails["VDD_IN"].watts == pytest.approx(6.0)
+
+
+def test_what_lies_between_two_blocks_is_not_counted(tmp_path: Path) -> None:
+    root, time = _write(tmp_path, ORIN_NANO), Time()
+    meter = PowerMeter(root, 2.0, architecture=JETSON, nvml=_no_nvml, clock=time.clock, wait=time.wait)
+    meter.watch_idle(1)
+    with meter:  # 6 W for 1 s
+        pass
+    time.now += 100
+    _set(root, f"{HWMON}/hwmon1/curr1_input", "2000")()
+    with meter:  # 10 W for 1 s
+        pass
+    reading = meter.reading(10, 0)
+    assert reading.rails["VDD_IN"] == RailEnergy(pytest.approx(8.0), pytest.approx(16.0))
+    assert (reading.seconds, reading.samples, reading.joules_per_token) == (2.0, 4, pytest.approx(1.6))
+
+
+def test_what_the_idle_machine_draws_is_told_apart(tmp_path: Path) -> None:
+    root = _write(tmp_path, ORIN_NANO)
+    current = f"{HWMON}/hwmon1/curr1_input"
+    idle = [lambda: None, lambda: None, _set(root, current, "1200")]
+    reading = _measure(root, _set(root, current, "2000"), idle=idle)  # 6 W, 2 s later 10 W, still so 1 s later
+    assert reading.idle == Idle(6.0, 4, pytest.approx(6.0), ())
+    assert reading.rails["VDD_IN"].joules == pytest.approx(16 + 10)
+    assert reading.joules_per_token == pytest.approx(2.6)
+    assert reading.joules_per_token_above_idle == pytest.approx((26 - 3 * 6) / 10)
+    assert reading.joules_per_image_above_idle == pytest.approx((26 - 3 * 6) / 2)
+
+
+def test_without_a_total_nothing_is_above_idle(tmp_path: Path) -> None:
+    reading = _measure(_write(tmp_path, {n: t for n, t in THOR.items() if "hwmon10" not in n}), idle=[lambda: None])
+    assert (reading.idle.watts, reading.joules_per_token_above_idle) == (None, None)
 
 
 # ---------------------------------------------------------------- heat
@@ -236,29 +274,63 @@ def test_temperatures(tmp_path: Path) -> None:
     zone = f"{THERMAL}/thermal_zone0/temp"
     reading = _measure(root, _set(root, zone, "61500"), _set(root, zone, "60000"))
     assert reading.temperatures == {"cpu-thermal": Heat(48.5, 61.5), "gpu-thermal": Heat(47.0, 47.0)}
-    assert reading.throttled is False
+    assert reading.throttled == ()
     off = f"temperature cv0-thermal: /{THERMAL}/thermal_zone2/temp cannot be read: -256 °C"
     assert any(note.startswith(off) for note in reading.absent)
 
 
 @pytest.mark.parametrize(
-    ("file", "text"),
+    ("file", "text", "name"),
     [
-        (f"{THERMAL}/cooling_device1/cur_state", "1"),  # the firmware's alert
-        (f"{HWMON}/hwmon3/oc3_event_cnt", "4"),  # over-current
-        (f"{THERMAL}/thermal_zone1/temp", "99000"),  # the passive trip point
+        (f"{THERMAL}/cooling_device1/cur_state", "1", "cpu-throttle-alert"),  # the firmware's
+        (f"{HWMON}/hwmon3/oc3_event_cnt", "4", "over-current oc3"),
+        (f"{THERMAL}/thermal_zone1/temp", "99000", "gpu-thermal at 99 °C"),  # the passive trip point
     ],
 )
-def test_throttling_for_a_moment_counts(tmp_path: Path, file: str, text: str) -> None:
+def test_throttling_for_a_moment_counts(tmp_path: Path, file: str, text: str, name: str) -> None:
     root = _write(tmp_path, ORIN_NANO)
-    assert _measure(root, _set(root, file, text), _set(root, file, ORIN_NANO[file])).throttled is True
+    assert _measure(root, _set(root, file, text), _set(root, file, ORIN_NANO[file])).throttled == (name,)
+
+
+def test_events_that_are_counted_at_idle_too_are_told_there(tmp_path: Path) -> None:
+    root = _write(tmp_path, ORIN_NANO)
+    events = f"{HWMON}/hwmon3/oc3_event_cnt"
+    hot = _set(root, f"{THERMAL}/cooling_device1/cur_state", "1")
+    reading = _measure(root, _set(root, events, "5"), hot, idle=[_set(root, events, "4")])
+    assert reading.idle.throttled == ("over-current oc3",)
+    assert set(reading.throttled or ()) == {"over-current oc3", "cpu-throttle-alert"}
+    cool = _measure(_write(root, ORIN_NANO), idle=[_set(root, events, "6")])
+    assert (cool.idle.throttled, cool.throttled) == (("over-current oc3",), ())
+
+
+def _cpus(count: int) -> dict[str, str]:
+    """Processors with two threads a core and four cores a package."""
+    files = {}
+    for cpu in range(count):
+        folder = f"sys/devices/system/cpu/cpu{cpu}"
+        files[f"{folder}/topology/physical_package_id"] = f"{cpu // 8}\n"
+        files[f"{folder}/topology/core_cpus_list"] = f"{cpu // 2 * 2}-{cpu // 2 * 2 + 1}\n"
+        files |= {f"{folder}/thermal_throttle/{kind}_throttle_count": "7\n" for kind in ("core", "package")}
+    return files
 
 
 def test_throttle_counters_of_a_processor(tmp_path: Path) -> None:
-    root = _write(tmp_path, DESKTOP)
-    assert _measure(root, architecture=X86).throttled is False
-    counter = "sys/devices/system/cpu/cpu0/thermal_throttle/package_throttle_count"
-    assert _measure(root, _set(root, counter, "8"), architecture=X86).throttled is True
+    root = _write(tmp_path, DESKTOP | _cpus(16))
+    assert _measure(root, architecture=X86).throttled == ()
+    cpu = "sys/devices/system/cpu/cpu8/thermal_throttle"
+    steps = [_set(root, f"{cpu}/{kind}_throttle_count", "8") for kind in ("core", "package")]
+    assert _measure(root, *steps, architecture=X86).throttled == ("core 8-9", "package 1")
+
+
+def test_a_counter_is_read_once_for_each_package_and_core(tmp_path: Path) -> None:
+    sensors = find_sensors(_write(tmp_path, DESKTOP | _cpus(16)), X86, _no_nvml)
+    cores = [f"core {n}-{n + 1}" for n in range(0, 16, 2)]
+    assert set(sensors.throttles) == {"package 0", "package 1", *cores}
+
+
+def test_counters_without_a_topology_are_read_for_each_processor(tmp_path: Path) -> None:
+    files = {f"sys/devices/system/cpu/cpu{n}/thermal_throttle/core_throttle_count": "0\n" for n in range(3)}
+    assert set(find_sensors(_write(tmp_path, files), X86, _no_nvml).throttles) == {"core 0", "core 1", "core 2"}
 
 
 def test_zones_of_one_kind_are_told_apart(tmp_path: Path) -> None:
@@ -319,12 +391,13 @@ def test_a_jetson_is_no_x86_processor(tmp_path: Path) -> None:
 def test_as_dict(tmp_path: Path) -> None:
     data = _measure(_write(tmp_path, ORIN_NANO)).as_dict()
     assert data["rails"]["VDD_SOC"] == pytest.approx({"watts": 1.4, "joules": 1.4})
-    assert data["total"] == ["VDD_IN"]
+    assert data["total"] == ("VDD_IN",)
     assert data["temperatures"]["cpu-thermal"] == {"start": 48.5, "peak": 48.5}
-    assert isinstance(data["absent"], list)
+    assert isinstance(data["absent"], tuple)
+    assert data["idle"] == {"seconds": 0.0, "samples": 1, "watts": None, "throttled": ()}
     assert set(data) == {
-        *("rails", "total", "seconds", "samples", "joules_per_token", "joules_per_image"),
-        *("temperatures", "throttled", "absent"),
+        *("rails", "total", "scope", "seconds", "samples", "joules_per_token", "joules_per_image"),
+        *("joules_per_token_above_idle", "joules_per_image_above_idle", "idle", "temperatures", "throttled", "absent"),
     }
 
 
@@ -384,8 +457,22 @@ def test_a_desktop_with_a_gpu(tmp_path: Path, load: Callable[[SimpleNamespace], 
     reading = _measure(_write(tmp_path, DESKTOP), architecture=X86, nvml=nvidia_gpus)
     assert reading.rails["GPU 0 NVIDIA Example"] == RailEnergy(pytest.approx(250.0), pytest.approx(250.0))
     assert reading.total == ("package-0", "package-0 dram", "GPU 0 NVIDIA Example")
+    assert reading.scope == "processor and GPU"
     assert reading.temperatures["GPU 0 NVIDIA Example"] == Heat(61.0, 61.0)
-    assert reading.throttled is False
+    assert reading.throttled == ()
+
+
+def test_without_the_processors_counters_the_total_is_the_gpu_alone(
+    tmp_path: Path, load: Callable[[SimpleNamespace], None]
+) -> None:
+    load(_library(power=250_000))
+    reading = _measure(tmp_path, architecture=X86, nvml=lambda: (*nvidia_gpus(), *_renamed(nvidia_gpus())))
+    assert reading.total == ("GPU 0 NVIDIA Example", "GPU 1")
+    assert reading.scope == "GPU alone"
+
+
+def _renamed(gpus: tuple[NvidiaGpu, ...]) -> list[NvidiaGpu]:
+    return [replace(gpu, name="GPU 1") for gpu in gpus]
 
 
 @pytest.mark.parametrize(
@@ -396,7 +483,8 @@ def test_reasons_of_a_gpu(
     tmp_path: Path, load: Callable[[SimpleNamespace], None], reasons: int, throttled: bool
 ) -> None:
     load(_library(power=1, reasons=reasons))
-    assert _measure(tmp_path, architecture=X86, nvml=nvidia_gpus).throttled is throttled
+    names = ("GPU 0 NVIDIA Example",) if throttled else ()
+    assert _measure(tmp_path, architecture=X86, nvml=nvidia_gpus).throttled == names
 
 
 def test_a_gpu_that_does_not_tell_its_power(tmp_path: Path, load: Callable[[SimpleNamespace], None]) -> None:

@@ -5,8 +5,10 @@ import io
 import itertools
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,21 @@ from PIL import Image
 from mllm_edge import VLM
 from mllm_edge.bundle import Bundle
 from mllm_edge.errors import BackendError, BundleError, ImageError, MllmEdgeError
-from mllm_edge.runtime.profiling import files, memory
+from mllm_edge.runtime.power import IDLE_SAMPLES, PowerMeter
+from mllm_edge.runtime.profiling import files, measure, memory
+from mllm_edge.runtime.profiling import runs as runs_module
 from mllm_edge.runtime.profiling.environment import Clock, read_clocks, read_environment, versions
+from mllm_edge.runtime.profiling.first_use import first_use
 from mllm_edge.runtime.profiling.measure import Profile, profile, synthetic_image
-from mllm_edge.runtime.profiling.statistics import PERCENTILES, Distribution, jitter, noise, samples_needed
+from mllm_edge.runtime.profiling.runs import shares
+from mllm_edge.runtime.profiling.statistics import (
+    PERCENTILES,
+    Distribution,
+    is_settled,
+    jitter,
+    noise,
+    samples_needed,
+)
 from mllm_edge.runtime.profiling.sweep import KEYS, parse_sweep, points, prompt_of, run_sweep, sweep_dict
 from mllm_edge.runtime.tokenizer import Tokenizer
 from mllm_edge.runtime.trace import LOAD_STAGES, STAGES
@@ -66,36 +79,63 @@ def _error(value: Any, schema: Mapping[str, Any], root: Mapping[str, Any], where
 
 @pytest.fixture(scope="module")
 def result(tiny_bundle: Path) -> Profile:
-    return profile(tiny_bundle, "Hi", new_tokens=6, warmup=1, iterations=3)
+    return profile(tiny_bundle, "Hi", new_tokens=6, runs=2, warmup=1, iterations=3)
 
 
 # ---------------------------------------------------------------- statistics
 def test_distribution_of_one_sample_has_no_percentiles_and_no_spread() -> None:
-    assert Distribution.of([3.0]) == Distribution(1, 3.0, 3.0, 3.0, {}, None, 0)
+    assert Distribution.of([[3.0]]) == Distribution(1, 3.0, 3.0, 3.0, {}, None, 0)
 
 
 @pytest.mark.parametrize("percentile", PERCENTILES)
 def test_percentiles_need_enough_samples(percentile: int) -> None:
     needed = samples_needed(percentile)
     samples = np.random.default_rng(0).random(needed)
-    full = Distribution.of(samples.tolist()).percentiles
+    full = Distribution.of([samples[:3], samples[3:]]).percentiles
     assert full[f"p{percentile}"] == pytest.approx(np.percentile(samples, percentile))
-    assert f"p{percentile}" not in Distribution.of(samples[:-1].tolist()).percentiles
+    assert f"p{percentile}" not in Distribution.of([samples[:-1]]).percentiles
 
 
 def test_samples_needed() -> None:
     assert [samples_needed(p) for p in PERCENTILES] == [10, 10, 100]
 
 
-def test_spread_is_of_the_percentiles_or_of_all_where_they_are_too_few() -> None:
-    assert Distribution.of([1.0, 2.0, 4.0]).spread == pytest.approx(1.5)
-    many = Distribution.of([float(n) for n in range(101)] + [1e6])
-    assert many.spread == pytest.approx((many.percentiles["p90"] - many.percentiles["p10"]) / many.median)
+def test_spread_is_between_the_medians_of_runs() -> None:
+    found = Distribution.of([[1.0, 2.0, 9.0], [3.0, 2.0, 3.0], [4.0, 2.0]])
+    assert (found.count, found.median, found.minimum, found.maximum) == (8, 2.5, 1.0, 9.0)
+    assert found.spread == pytest.approx((3 - 2) / 2.5)
+    assert Distribution.of([[1.0, 2.0, 9.0]]).spread is None
+
+
+def _profiles(random: np.random.Generator) -> tuple[list[list[float]], list[list[float]]]:
+    """Two profiles of the same thing: loads differ by 8%, calls of one load by 1%, and they drift while they run."""
+    loads = 1 + 0.08 * random.standard_normal((2, 3))
+    calls = loads[..., None] * (1 + 0.01 * random.standard_normal((2, 3, 4)) + 0.01 * np.linspace(0, 1, 4))
+    return calls[0].tolist(), calls[1].tolist()
+
+
+def test_two_profiles_agree_within_the_spread_that_they_report() -> None:
+    random = np.random.default_rng(0)
+    pairs = [[Distribution.of(runs) for runs in _profiles(random)] for _ in range(2000)]
+    apart = [abs(a.median - b.median) > np.hypot(a.spread * a.median, b.spread * b.median) for a, b in pairs]
+    assert 0.01 < np.mean(apart) < 0.06  # not by inflating
+    # What the calls of the first loads alone would have said.
+    single = [[Distribution.of(runs[:1]) for runs in _profiles(random)] for _ in range(2000)]
+    apart = [abs(a.median - b.median) > np.hypot(a.maximum - a.minimum, b.maximum - b.minimum) for a, b in single]
+    assert np.mean(apart) > 0.5
+
+
+def test_calls_have_settled_when_the_last_two_are_not_faster() -> None:
+    falling = [2.0, 1.5, 1.2, 1.1, 1.05, 1.045, 1.048]
+    assert [is_settled(falling[:n]) for n in range(8)] == [False] * 7 + [True]
+    assert is_settled([1.0, 1.3, 1.2])
+    assert not is_settled([1.0, 1.3, 0.9])
+    assert is_settled([1.0, 0.995, 0.992])  # by less than 1%
 
 
 def test_outliers_lie_three_interquartile_ranges_outside() -> None:
-    assert Distribution.of([1.0, 2.0, 3.0, 4.0, 5.0, 10.0]).outliers == 0
-    assert Distribution.of([1.0, 2.0, 3.0, 4.0, 5.0, 13.0, -9.0, 3.0]).outliers == 2
+    assert Distribution.of([[1.0, 2.0, 3.0, 4.0, 5.0, 10.0]]).outliers == 0
+    assert Distribution.of([[1.0, 2.0, 3.0, 4.0], [5.0, 13.0, -9.0, 3.0]]).outliers == 2
 
 
 def test_jitter_is_between_neighbours_of_one_call() -> None:
@@ -107,11 +147,15 @@ def test_jitter_is_between_neighbours_of_one_call() -> None:
 
 
 def test_noise_is_the_larger_spread() -> None:
-    quiet, loud = [1.0, 1.01, 1.02], [1.0, 1.2, 1.1]
+    quiet, loud = [[1.0], [1.01, 1.02]], [[1.0], [1.2, 1.1]]
     assert (noise(quiet, loud).name, noise(quiet, loud).noisy) == ("tpot", True)
     assert (noise(quiet, []).name, noise(quiet, []).noisy) == ("total", False)
-    assert noise([1.0], [1.0]).spread is None
-    assert not noise([1.0], [1.0]).noisy
+    assert noise([[1.0, 1.2]], [[1.0, 1.2]]).spread is None
+    assert not noise([[1.0, 1.2]], [[1.0, 1.2]]).noisy
+
+
+def test_runs_share_the_calls() -> None:
+    assert [shares(10, 3), shares(2, 3), shares(4, 1)] == [[4, 3, 3], [1, 1], [4]]
 
 
 # ---------------------------------------------------------------- environment
@@ -150,20 +194,47 @@ def test_synthetic_image_is_always_the_same() -> None:
 
 def test_every_call_has_the_tokens_asked_for(tiny_bundle: Path) -> None:
     calls: list[int] = []
-    result = profile(tiny_bundle, "Hi", new_tokens=12, warmup=1, iterations=4, progress=calls.append)
-    assert calls == [1] * 6  # the cold one, too
+    result = profile(tiny_bundle, "Hi", new_tokens=12, runs=2, warmup=1, iterations=3, progress=calls.append)
+    assert calls == [1] * 7  # the cold ones, too
     assert result.setting.new_tokens == 12
     assert result.tpot is not None
-    assert result.tpot.count == 4 * 11
+    assert result.tpot.count == 3 * 11
     assert tuple(result.stages) == STAGES
-    assert all(d.count == 4 and 0 < d.minimum <= d.median <= d.maximum for d in result.stages.values())
+    assert all(d.count == 3 and 0 < d.minimum <= d.median <= d.maximum for d in result.stages.values())
     assert result.setting.tiles > 0
-    assert [title for title, _ in result.traces] == ["load", "cold", "warm-up 1", *(f"call {n}" for n in (1, 2, 3, 4))]
+    titles = {1: ["load", "cold", "warm-up 1", "call 1", "call 2"], 2: ["load", "cold", "warm-up 1", "call 1"]}
+    assert [title for title, _ in result.traces] == [f"run {n}, {title}" for n in titles for title in titles[n]]
+
+
+def test_figures_are_of_all_runs_and_spreads_between_them(result: Profile) -> None:
+    assert [len(run.calls) for run in result.runs] == [2, 1]
+    medians = [np.median([call.total for call in run.calls]) for run in result.runs]
+    assert result.total.median == np.median([call.total for call in result.calls])
+    assert result.total.spread == pytest.approx(abs(medians[0] - medians[1]) / result.total.median)
+    prefill = [np.median([call.stages["prefill"] for call in run.calls]) for run in result.runs]
+    assert result.stages["prefill"].spread == pytest.approx(np.ptp(prefill) / result.stages["prefill"].median)
+    tpots = [float(np.mean(call.token_seconds)) for call in result.calls]
+    assert result.tokens_per_second == pytest.approx(1 / np.median(tpots))
+    assert result.noise.spread == max(result.total.spread, Distribution.of([tpots[:2], tpots[2:]]).spread or 0)
+
+
+def test_calls_are_made_until_they_settle_but_no_more_than_allowed(tiny_bundle: Path, monkeypatch) -> None:
+    told = iter([False, False, True, True, False, False, False, False])
+    monkeypatch.setattr(runs_module, "is_settled", lambda totals: next(told))
+    found = profile(tiny_bundle, "Hi", new_tokens=1, runs=2, warmup=3, iterations=2)
+    assert [(run.warmup, run.settled) for run in found.runs] == [(2, True), (3, False)]
+
+
+def test_counts_are_positive(tmp_path: Path) -> None:
+    for runs, iterations in ((0, 1), (1, 0)):
+        with pytest.raises(ValueError, match="must be positive"):
+            profile(tmp_path, "Hi", runs=runs, iterations=iterations)
 
 
 def test_the_stages_do_not_overlap_and_are_within_the_call(result: Profile) -> None:
     assert 0 < result.coverage <= 1
-    for (_, trace), call in zip(result.traces[-3:], result.calls, strict=True):
+    counted = [trace for title, trace in result.traces if ", call " in title]
+    for trace, call in zip(counted, result.calls, strict=True):
         spans = sorted(trace.spans, key=lambda span: span.start)
         assert {span.name for span in spans} == set(STAGES)
         for before, after in itertools.pairwise(spans):
@@ -175,10 +246,14 @@ def test_the_stages_do_not_overlap_and_are_within_the_call(result: Profile) -> N
 
 
 def test_the_first_call_is_apart(result: Profile) -> None:
-    assert set(result.cold.stages) == set(STAGES)
-    assert set(result.load_stages) == set(LOAD_STAGES)
-    assert result.load == pytest.approx(sum(result.load_stages.values()))
-    assert result.cold not in result.calls
+    for run in result.runs:
+        assert set(run.cold.stages) == set(STAGES)
+        assert set(run.load_stages) == set(LOAD_STAGES)
+        assert run.load == pytest.approx(sum(run.load_stages.values()))
+        assert run.cold not in result.calls
+    traces = dict(result.traces)
+    for loading, cold in ((traces[f"run {n}, load"], traces[f"run {n}, cold"]) for n in (1, 2)):
+        assert cold.origin >= loading.origin + max(span.start + span.seconds for span in loading.spans)
     assert len(result.calls) == 3
 
 
@@ -226,7 +301,8 @@ def test_memory_adds_up(result: Profile, tiny_bundle: Path) -> None:
     assert set(m.weights) == {"vision_encoder", "connector", "decoder"}
     assert m.predicted.kv_cache == m.kv_cache
     predicted = m.predicted
-    assert predicted.total == m.base + predicted.weights + predicted.kv_cache + predicted.activations
+    parts = predicted.weights + predicted.kv_cache + predicted.activations + predicted.images
+    assert predicted.total == m.base + parts
     assert m.error_percent == pytest.approx(100 * (predicted.total - m.peak) / m.peak)
     assert predicted.activations == memory.predict_activations(
         Bundle.load(tiny_bundle), "cpu", result.setting.prompt_tokens
@@ -236,6 +312,47 @@ def test_memory_adds_up(result: Profile, tiny_bundle: Path) -> None:
         assert m.stages is not None
         assert tuple(m.stages) == (*LOAD_STAGES, *STAGES)
         assert max(m.stages.values()) <= m.peak
+
+
+def test_pictures_are_predicted_as_decoded_and_as_pixel_values(result: Profile, tiny_bundle: Path) -> None:
+    image = Bundle.load(tiny_bundle).manifest.model.image
+    assert image is not None
+    assert image.cells is None
+    pixels = result.setting.tiles * image.channels * image.height * image.width
+    assert result.memory.predicted.images == 3 * 640 * 480 + 4 * pixels
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process does not tell what it takes")
+def test_the_prediction_of_a_fresh_process_is_near(tiny_bundle: Path) -> None:
+    code = (
+        "import sys; from mllm_edge.runtime.profiling.measure import profile\n"
+        "found = profile(sys.argv[1], 'Hi', new_tokens=4, runs=1, warmup=0, iterations=1).memory\n"
+        "print(found.error_percent, found.base - found.stages['backend'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tiny_bundle], capture_output=True, text=True, check=True)
+    error, used = map(float, done.stdout.split())
+    assert abs(error) < 15
+    assert 2e6 < used < 1e8  # the library's code alone
+
+
+def test_a_process_that_fails_tells_nothing(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert first_use() is None
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    assert first_use() is None
+
+
+def test_what_the_first_use_took_counts_only_in_a_process_that_was_new(tiny_bundle: Path, monkeypatch) -> None:
+    monkeypatch.setattr(measure, "first_use", lambda: 10**12)
+    options: dict[str, Any] = {"new_tokens": 1, "runs": 1, "warmup": 0, "iterations": 1}
+    assert profile(tiny_bundle, "Hi", **options).memory.base < 10**12
+    monkeypatch.delitem(sys.modules, "onnxruntime")
+    assert profile(tiny_bundle, "Hi", **options).memory.base > 10**12
+    monkeypatch.delitem(sys.modules, "onnxruntime")
+    monkeypatch.setattr(measure, "first_use", lambda: None)
+    found = profile(tiny_bundle, "Hi", **options).memory
+    assert found.base < 10**12
+    assert any("first use of the libraries" in note for note in found.notes)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process forget its peak: /proc/self/clear_refs")
@@ -268,13 +385,15 @@ def test_the_json_form_is_as_the_schema_says(result: Profile) -> None:
         check_schema(data, files.schema(), files.schema())
 
 
-def test_operators_and_power_are_measured_when_asked(tiny_bundle: Path, result: Profile) -> None:
+def test_operators_and_power_are_measured_when_asked(tiny_bundle: Path, result: Profile, monkeypatch) -> None:
+    monkeypatch.setattr(measure, "PowerMeter", partial(PowerMeter, period=1e-4))
     assert result.operators is result.power is None
     found = profile(tiny_bundle, "Hi", new_tokens=3, warmup=0, iterations=2, operators=True, power=True)
     assert found.operators is not None
     assert {o.stage for o in found.operators} == {"vision_encoder", "connector", "prefill", "decode"}
     assert found.power is not None
-    assert found.power.seconds >= sum(call.total for call in found.calls)
+    assert sum(call.total for call in found.calls) <= found.power.seconds
+    assert found.power.idle.samples == IDLE_SAMPLES
     data = json.loads(json.dumps(found.as_dict(), allow_nan=False))
     check_schema(data, files.schema(), files.schema())
     assert len(data["operators"]) == len(found.operators)
@@ -295,10 +414,12 @@ def test_operators_are_told_on_the_processor_alone(tiny_bundle: Path, monkeypatc
 
 def test_csv_has_a_row_for_each_stage_and_call(result: Profile) -> None:
     rows = list(csv.DictReader(io.StringIO(files.csv_text([result]))))
-    assert len(rows) == 4 * (len(STAGES) + 2) + 2
-    found = {(row["call"], row["stage"]): float(row["seconds"]) for row in rows}
-    assert found["2", "prefill"] == result.calls[1].stages["prefill"]
-    assert found["cold", "total"] == result.cold.total
+    assert len(rows) == 5 * (len(STAGES) + 2) + 2 * 2
+    found = {(row["run"], row["call"], row["stage"]): float(row["seconds"]) for row in rows}
+    assert found["1", "2", "prefill"] == result.calls[1].stages["prefill"]
+    assert found["2", "1", "prefill"] == result.calls[2].stages["prefill"]
+    assert found["2", "cold", "total"] == result.runs[1].cold.total
+    assert found["2", "cold", "load, open"] == result.runs[1].load_stages["open"]
 
 
 def test_chrome_trace_has_the_spans_of_every_call(result: Profile) -> None:
@@ -306,7 +427,7 @@ def test_chrome_trace_has_the_spans_of_every_call(result: Profile) -> None:
     spans = [event for event in data["traceEvents"] if event["ph"] == "X"]
     assert len(spans) == sum(len(trace.spans) + 1 for _, trace in result.traces)
     assert min(event["ts"] for event in spans) == 0
-    last = [event for event in spans if event["cat"] == "call 3" and event["name"] == "prefill"]
+    last = [event for event in spans if event["cat"] == "run 2, call 1" and event["name"] == "prefill"]
     assert last[0]["dur"] == pytest.approx(1e6 * result.calls[2].stages["prefill"])
 
 
@@ -379,7 +500,7 @@ def test_a_sweep_measures_what_its_points_say(tiny_bundle: Path) -> None:
     check_schema(data, files.schema(), files.schema())
     assert data["profiles"][3]["point"] == {"images": 2, "size": "64x32", "new": 3, "prompt": 9}
     header = files.csv_text(found).splitlines()[0]
-    assert header == "bundle,call,stage,seconds,images,size,new,prompt"
+    assert header == "bundle,run,call,stage,seconds,images,size,new,prompt"
 
 
 def test_given_images_are_resized_in_a_sweep(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Two profiles beside each other: what changed beyond the noise.
 
-A stage changed when its medians differ by more than half of both spreads together, √(a² + b²)/2, a spread being
-p90 − p10 (or maximum − minimum where samples are too few for p90). A profile of one call has no spread, and nothing is
-beyond it. Peak memory has no samples: a change by 2 per cent is one.
+A stage changed when its medians differ by more than both spreads together, √(a² + b²), a spread being the largest
+difference between the medians of a profile's own runs. A profile of one run has no spread, and nothing is beyond it.
+Peak memory has no samples: a change by 2 per cent is one.
 """
 
 import json
@@ -120,10 +120,10 @@ def compare_profiles(a: Mapping[str, Any], b: Mapping[str, Any]) -> Difference:
 
 
 def _noise(a: Mapping[str, Any], b: Mapping[str, Any]) -> float | None:
-    """Half of both spreads together."""
+    """Both spreads together."""
     if a["spread"] is None or b["spread"] is None:
         return None
-    return math.hypot(a["spread"] * a["median"], b["spread"] * b["median"]) / 2
+    return math.hypot(a["spread"] * a["median"], b["spread"] * b["median"])
 
 
 def _warnings(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
@@ -138,7 +138,7 @@ def _warnings(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     for side in (x for x in (a, b) if x.get("noise", {}).get("noisy")):
         found.append(f"{side['bundle']['path']}, {side['created']}: the machine was noisy")
     if any(x["total"]["spread"] is None for x in (a, b)):
-        found.append("a profile has one call: nothing is beyond the noise (measure with --iterations 10)")
+        found.append("a profile has one run: nothing is beyond the noise (measure with --runs 3)")
     missing = sorted(set(a["stages"]) ^ set(b["stages"]))
     return [*found, f"stages of one only: {', '.join(missing)}"] if missing else found
 

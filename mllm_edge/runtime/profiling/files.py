@@ -51,18 +51,20 @@ def write_whole(path: str | Path, text: str) -> None:
 
 
 def csv_text(profiles: Sequence[Profile]) -> str:
-    """One row for each stage of each call that is counted, and of the cold one: seconds. The last columns are the
+    """One row for each stage of each call that is counted, and of the cold ones: seconds. The last columns are the
     sweep's keys."""
     keys = list(dict.fromkeys(key for p in profiles for key in p.point))
     buffer = io.StringIO()
     rows = csv.writer(buffer, lineterminator="\n")
-    rows.writerow(["bundle", "call", "stage", "seconds", *keys])
+    rows.writerow(["bundle", "run", "call", "stage", "seconds", *keys])
     for p in profiles:
         point = [p.point.get(key, "") for key in keys]
-        for title, call in [("cold", p.cold), *((str(n), call) for n, call in enumerate(p.calls, 1))]:
-            spans = {**call.stages, "ttft": call.ttft, "total": call.total}
-            rows.writerows([p.bundle.path, title, stage, seconds, *point] for stage, seconds in spans.items())
-        rows.writerows([p.bundle.path, "cold", f"load, {n}", seconds, *point] for n, seconds in p.load_stages.items())
+        for number, run in enumerate(p.runs, 1):
+            for title, call in [("cold", run.cold), *((str(n), call) for n, call in enumerate(run.calls, 1))]:
+                spans = {**call.stages, "ttft": call.ttft, "total": call.total}
+                if title == "cold":
+                    spans |= {f"load, {name}": seconds for name, seconds in run.load_stages.items()}
+                rows.writerows([p.bundle.path, number, title, name, spent, *point] for name, spent in spans.items())
     return buffer.getvalue()
 
 

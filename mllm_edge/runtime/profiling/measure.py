@@ -1,11 +1,13 @@
-"""Repeat one call and summarize where its time and memory go: the figures are those that every call reports."""
+"""Repeat one call in several runs and summarize where its time and memory go: the figures are those that every call
+reports."""
 
-import contextlib
 import hashlib
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,17 @@ from mllm_edge.runtime.operators import Operator, profile_operators
 from mllm_edge.runtime.power import PowerMeter, PowerReading
 from mllm_edge.runtime.processor import Messages
 from mllm_edge.runtime.profiling.environment import Environment, read_environment, versions
+from mllm_edge.runtime.profiling.first_use import first_use
 from mllm_edge.runtime.profiling.memory import MemoryUse, WatchedTrace, can_watch, gpu_memory, measured
+from mllm_edge.runtime.profiling.runs import Asker, Call, Run, shares
 from mllm_edge.runtime.profiling.statistics import Distribution, Jitter, Noise, jitter, noise
 from mllm_edge.runtime.roofline import MachineLimits, StageRoof, Workload, machine_limits, roofline
 from mllm_edge.runtime.trace import LOAD_STAGES, STAGES, Metrics, Trace
 from mllm_edge.runtime.vlm import VLM
 
-__all__ = ["TITLE", "VERSION", "BundleInfo", "Call", "Profile", "Setting", "profile", "synthetic_image"]
+__all__ = ["TITLE", "VERSION", "BundleInfo", "Profile", "Setting", "profile", "synthetic_image"]
 
-VERSION = 1  # of the JSON form, see profile.schema.json
+VERSION = 2  # of the JSON form, see profile.schema.json
 TITLE = "mllm_edge.title"  # what an image is, in the `info` of a picture made here
 _SIZE, _SEED = (640, 480), 0
 _OPERATOR_TOKENS = 32  # enough for a mean; the profiler holds a million events
@@ -47,7 +51,8 @@ class BundleInfo:
 
 @dataclass(frozen=True)
 class Setting:
-    """What was asked, and how. `images` in words; `image_sizes` (width, height) in px."""
+    """What was asked, and how. `images` in words; `image_sizes` (width, height) in px; `warmup`: the most calls that
+    each run could take to settle; `iterations`: counted calls of all runs together."""
 
     backend: str
     threads: int | None
@@ -58,38 +63,22 @@ class Setting:
     image_tokens: int
     tiles: int
     new_tokens: int
+    runs: int
     warmup: int
     iterations: int
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call, in seconds. `stages` are those that ran; `token_seconds` the intervals between tokens."""
-
-    total: float
-    ttft: float
-    stages: Mapping[str, float]
-    token_seconds: tuple[float, ...]
-
-    @classmethod
-    def of(cls, metrics: Metrics) -> "Call":
-        """From the metrics that a call reports."""
-        stages = {name: getattr(metrics, name) for name in STAGES}
-        ran = {name: seconds for name, seconds in stages.items() if seconds}
-        return cls(metrics.total, metrics.ttft, ran, metrics.token_seconds)
 
 
 @dataclass(frozen=True)
 class Profile:
     """Measurements of one bundle on this machine; times in seconds, sizes in bytes.
 
-    `cold` is the first call after the load, which is in no distribution, as warm-up calls aren't; `load_stages` are
-    backend (the engine is chosen and imported) and open (tokenizer, sessions). `stages` are those that ran, in order:
-    each is its whole time in a call, and together they are the call, of which they make `coverage`. `tpot` is over all
-    intervals between tokens, None when every answer had one token. `point`: what is special about it in a sweep.
-    `traces` have the spans of the load and of every call, with their titles. `power` is that of the counted calls;
-    `operators` those of another call; `roofline` what the stages reach of the machine's `limits`. All are None where
-    they were not asked for, the last two also on other backends than cpu.
+    Every figure is of the counted calls of all `runs`; the cold calls and those for warming up are in none. `stages`
+    are those that ran, in order: each is its whole time in a call, and together they are the call, of which they make
+    `coverage`. `tpot` is over all intervals between tokens, None when every answer had one token. `memory` was measured
+    in the first run. `point`: what is special about it in a sweep. `traces` have the spans of every load and call, with
+    their titles. `power` is that of the counted calls; `operators` those of another call; `roofline` what the stages
+    reach of the machine's `limits`. All are None where they were not asked for, the last two also on other backends
+    than cpu.
     """
 
     created: str
@@ -97,10 +86,7 @@ class Profile:
     versions: Mapping[str, str]
     machine: Environment
     setting: Setting
-    load: float
-    load_stages: Mapping[str, float]
-    cold: Call
-    calls: tuple[Call, ...]
+    runs: tuple[Run, ...]
     memory: MemoryUse
     traces: tuple[tuple[str, Trace], ...] = ()
     point: Mapping[str, str | int] = field(default_factory=dict)
@@ -110,32 +96,36 @@ class Profile:
     roofline: tuple[StageRoof, ...] | None = None
 
     @property
+    def calls(self) -> tuple[Call, ...]:
+        """Those that are counted."""
+        return tuple(call for run in self.runs for call in run.calls)
+
+    @property
     def stages(self) -> dict[str, Distribution]:
         """Of the counted calls."""
         ran = [name for name in STAGES if any(name in call.stages for call in self.calls)]
-        return {name: Distribution.of([call.stages.get(name, 0.0) for call in self.calls]) for name in ran}
+        return {name: self._distribution(partial(_stage, name)) for name in ran}
 
     @property
     def ttft(self) -> Distribution:
         """From the call to the first token."""
-        return Distribution.of([call.ttft for call in self.calls])
+        return self._distribution(lambda call: [call.ttft])
 
     @property
     def total(self) -> Distribution:
         """Whole calls."""
-        return Distribution.of([call.total for call in self.calls])
+        return self._distribution(lambda call: [call.total])
 
     @property
     def tpot(self) -> Distribution | None:
         """Intervals between tokens."""
-        intervals = [seconds for call in self.calls for seconds in call.token_seconds]
-        return Distribution.of(intervals) if intervals else None
+        return self._distribution(lambda call: call.token_seconds) if self.calls[0].token_seconds else None
 
     @property
     def tokens_per_second(self) -> float:
         """Decode rate after the first token, the median over calls; 0 for answers of one token."""
-        means = self._tpots()
-        return 1.0 / float(np.median(means)) if means else 0.0
+        means = self._by_run(_tpot)
+        return 1.0 / float(np.median(np.concatenate(means))) if self.tpot else 0.0
 
     @property
     def coverage(self) -> float:
@@ -149,12 +139,11 @@ class Profile:
 
     @property
     def noise(self) -> Noise:
-        """How far the counted calls differ."""
-        return noise([call.total for call in self.calls], self._tpots())
+        """How far the runs differ."""
+        return noise(self._by_run(lambda call: [call.total]), self._by_run(_tpot) if self.tpot else ())
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON form, as profile.schema.json says."""
-        cold = {"load": self.load, "load_stages": dict(self.load_stages), "call": asdict(self.cold)}
         stages = {name: asdict(d) for name, d in self.stages.items()}
         memory = {**asdict(self.memory), "rest": self.memory.rest, "error_percent": self.memory.error_percent}
         data = {
@@ -165,7 +154,7 @@ class Profile:
             "versions": dict(self.versions),
             "machine": asdict(self.machine),
             "setting": asdict(self.setting),
-            "cold": cold,
+            "runs": [asdict(run) for run in self.runs],
             "stages": stages,
             "coverage": self.coverage,
             "ttft": asdict(self.ttft),
@@ -175,7 +164,6 @@ class Profile:
             "jitter": asdict(self.jitter) if self.jitter else None,
             "noise": {**asdict(self.noise), "noisy": self.noise.noisy},
             "memory": memory,
-            "calls": [asdict(call) for call in self.calls],
             **({} if self.limits is None else {"limits": self.limits.as_dict()}),
             **({} if self.roofline is None else {"roofline": [stage.as_dict() for stage in self.roofline]}),
             **({} if self.operators is None else {"operators": [asdict(o) for o in self.operators]}),
@@ -184,8 +172,12 @@ class Profile:
         plain: dict[str, Any] = _plain(data)
         return plain
 
-    def _tpots(self) -> list[float]:
-        return [float(np.mean(call.token_seconds)) for call in self.calls if call.token_seconds]
+    def _distribution(self, samples: Callable[[Call], Sequence[float]]) -> Distribution:
+        return Distribution.of(self._by_run(samples))
+
+    def _by_run(self, samples: Callable[[Call], Sequence[float]]) -> list[list[float]]:
+        """What `samples` tells of the calls of each run."""
+        return [[sample for call in run.calls for sample in samples(call)] for run in self.runs]
 
 
 def profile(
@@ -194,7 +186,8 @@ def profile(
     images: Iterable[ImageSource] = (),
     *,
     new_tokens: int = 128,
-    warmup: int = 2,
+    runs: int = 3,
+    warmup: int = 10,
     iterations: int = 10,
     backend: str = "auto",
     threads: int | None = None,
@@ -205,88 +198,107 @@ def profile(
     progress: Callable[[int], None] = lambda calls: None,
     notice: Callable[[str], None] = warnings.warn,
 ) -> Profile:
-    """Ask the bundle in `path` the same thing 1 + `warmup` + `iterations` times, greedily, for `new_tokens` tokens.
+    """Ask the bundle in `path` the same thing again and again, greedily, for `new_tokens` tokens.
 
-    The first call is the cold one, whose memory is watched; the last `iterations` are counted. The model's end is
-    ignored, so that all answers have one length (the context can still cut them short). A model that takes images and
-    is given none gets `synthetic_image()`. `power` measures what the counted calls draw, and `operators` where another
-    call's time goes, on the processor. `limits`: compare the stages with what the processor can do, which takes some
-    seconds the first time. `progress(1)` is called after each call; `notice` as in `VLM.load`.
+    The bundle is loaded `runs` times, for two loads differ by more than the calls after one. After each come a cold
+    call (the first one's memory is watched), up to `warmup` calls until they settle, and this run's share of the
+    `iterations` that are counted; a run has one at least. The model's end is ignored, so that all answers have one
+    length (the context can still cut them short). A model that takes images and is given none gets `synthetic_image()`.
+    `power` measures what the counted calls draw, and `operators` where another call's time goes, on the processor.
+    `limits`: compare the stages with what the processor can do, which takes some seconds the first time. `progress(1)`
+    is called after each call; `notice` as in `VLM.load`.
 
-    Raises what `VLM.load` and `VLM.stream` raise, ImageError for an image that cannot be read, before the load, and
-    BackendError when operators are asked of another backend than cpu.
+    Raises what `VLM.load` and `VLM.stream` raise, ImageError for an image that cannot be read, before the load,
+    ValueError for no runs or iterations, and BackendError when operators are asked of another backend than cpu.
     """
+    if min(runs, iterations) < 1:
+        raise ValueError(f"runs and iterations must be positive, not {runs} and {iterations}")
     given = list(images)
     sizes = [load_image(image).size for image in given]
     machine, before, watch = read_environment(), peak_rss(), can_watch()
-    loading = WatchedTrace() if watch else Trace()
+    new = "onnxruntime" not in sys.modules
+    meter = PowerMeter() if power else None
     options: dict[str, Any] = {"backend": backend, "threads": threads, "max_context": max_context, "notice": notice}
-    with VLM.load(path, trace=loading, **options) as vlm:
-        if not given and vlm.spec.image is not None:
-            given, sizes = [synthetic_image()], [_SIZE]
-        if operators and vlm.backend.target != "cpu":
-            raise BackendError(f"operators are told on the processor alone, not on {vlm.backend.name}", "--backend cpu")
-        titles = ["cold", *(f"warm-up {n + 1}" for n in range(warmup)), *(f"call {n + 1}" for n in range(iterations))]
-        traces: list[Trace] = []
-        calls: list[Metrics] = []
-        meter = PowerMeter()
-        with contextlib.ExitStack() as counted:
-            for n, title in enumerate(titles):
-                if power and n == 1 + warmup:
-                    counted.enter_context(meter)
-                traces.append(WatchedTrace() if watch and title == "cold" else Trace())
-                result = vlm.generate(prompt, given, max_new_tokens=new_tokens, ignore_eos=True, trace=traces[-1])
-                calls.append(result.metrics)
-                progress(1)
-        tokens = sum(call.new_tokens for call in calls[1 + warmup :])
-        reading = meter.reading(tokens, len(given) * iterations) if power else None
-        peaks = {n: peak for t in (loading, traces[0]) if isinstance(t, WatchedTrace) for n, peak in t.peaks.items()}
-        peaks = {name: peaks[name] for name in (*LOAD_STAGES, *STAGES) if name in peaks}
-        cache = vlm.decoder.cache
-        assert cache is not None
-        target, cold = vlm.backend.target, calls[0]
-        memory = measured(
-            vlm.bundle,
-            target,
-            cold.prompt_tokens,
-            cache.nbytes,
-            cache.capacity,
-            peaks or None,
-            before,
-            gpu_memory(vlm.backend),
-        )
-        found = Profile(
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            bundle=_bundle_info(vlm, target),
-            versions=versions(vlm.backend.name),
-            machine=machine,
-            setting=Setting(
-                backend=vlm.backend.name,
-                threads=getattr(vlm.backend, "threads", None),
-                max_context=max_context,
-                images=_words(given),
-                image_sizes=tuple(sizes),
-                prompt_tokens=cold.prompt_tokens,
-                image_tokens=cold.image_tokens,
-                tiles=cold.tiles,
-                new_tokens=cold.new_tokens,
-                warmup=warmup,
-                iterations=iterations,
-            ),
-            load=sum(span.seconds for span in loading.spans),
-            load_stages={span.name: span.seconds for span in loading.spans},
-            cold=Call.of(cold),
-            calls=tuple(Call.of(call) for call in calls[1 + warmup :]),
-            memory=memory,
-            traces=tuple(zip(["load", *titles], [loading, *traces], strict=True)),
-            power=reading,
-        )
-    if limits and target == "cpu":
+    found: Profile | None = None
+    for number, share in enumerate(shares(iterations, runs), 1):
+        new_trace = WatchedTrace if watch and found is None else Trace
+        loading = new_trace()
+        with VLM.load(path, trace=loading, **options) as vlm:
+            if operators and vlm.backend.target != "cpu":
+                raise BackendError(
+                    f"operators are told on the processor alone, not on {vlm.backend.name}", "--backend cpu"
+                )
+            if not given and vlm.spec.image is not None:
+                given, sizes = [synthetic_image()], [_SIZE]
+            if meter is not None and found is None:
+                meter.watch_idle()
+            asker = Asker(vlm, prompt, given, new_tokens, progress)
+            first = new_trace()  # a call begins with its trace
+            cold = asker.ask("cold", first)
+            run = asker.run(loading, cold, warmup, share, meter)
+            if found is None:
+                found = Profile(
+                    created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                    bundle=_bundle_info(vlm, vlm.backend.target),
+                    versions=versions(vlm.backend.name),
+                    machine=machine,
+                    setting=_setting(vlm, cold, given, sizes, max_context, (runs, warmup, iterations)),
+                    runs=(),
+                    memory=_memory(vlm, cold, sizes, (loading, first), before, new),
+                )
+            traces = [(f"run {number}, {title}", trace) for title, trace in [("load", loading), *asker.traces]]
+            found = replace(found, runs=(*found.runs, run), traces=(*found.traces, *traces))
+    assert found is not None
+    if meter is not None:
+        tokens = iterations * found.setting.new_tokens
+        found = replace(found, power=meter.reading(tokens, iterations * len(given)))
+    if limits and found.bundle.target == "cpu":
         found = _with_roofline(found)
     if operators:
         few = min(new_tokens, _OPERATOR_TOKENS)
         found = replace(found, operators=profile_operators(path, prompt, given, new_tokens=few, threads=threads))
     return found
+
+
+def _setting(
+    vlm: VLM,
+    call: Metrics,
+    images: Sequence[ImageSource],
+    sizes: Sequence[tuple[int, int]],
+    max_context: int | None,
+    counts: tuple[int, int, int],
+) -> Setting:
+    runs, warmup, iterations = counts
+    return Setting(
+        backend=vlm.backend.name,
+        threads=getattr(vlm.backend, "threads", None),
+        max_context=max_context,
+        images=_words(images),
+        image_sizes=tuple(sizes),
+        prompt_tokens=call.prompt_tokens,
+        image_tokens=call.image_tokens,
+        tiles=call.tiles,
+        new_tokens=call.new_tokens,
+        runs=runs,
+        warmup=warmup,
+        iterations=iterations,
+    )
+
+
+def _memory(
+    vlm: VLM, cold: Metrics, sizes: Sequence[tuple[int, int]], watched: Sequence[Trace], before: int, new: bool
+) -> MemoryUse:
+    """What the load and the calls so far took; `new`: this process had not imported the engine before."""
+    cache = vlm.decoder.cache
+    assert cache is not None
+    peaks = {name: peak for t in watched if isinstance(t, WatchedTrace) for name, peak in t.peaks.items()}
+    known = {name: peaks[name] for name in (*LOAD_STAGES, *STAGES) if name in peaks}
+    target, gpu = vlm.backend.target, gpu_memory(vlm.backend)
+    used = first_use() if new and target == "cpu" else 0
+    base = known.get("backend", before) + (used or 0)
+    found = measured(vlm.bundle, target, cold, sizes, cache.capacity, known or None, base, gpu)
+    note = "the base lacks what the first use of the libraries takes: no other process could measure it"
+    return replace(found, notes=(*found.notes, note)) if used is None else found
 
 
 def _with_roofline(found: Profile) -> Profile:
@@ -325,6 +337,15 @@ def _bundle_info(vlm: VLM, target: str) -> BundleInfo:
     digest = hashlib.sha256((vlm.bundle.path / MANIFEST).read_bytes()).hexdigest()
     recipe = str(manifest.recipe.get("name", ""))
     return BundleInfo(str(vlm.bundle.path), vlm.bundle.nbytes, recipe, target, digest)
+
+
+def _stage(name: str, call: Call) -> list[float]:
+    return [call.stages.get(name, 0.0)]
+
+
+def _tpot(call: Call) -> list[float]:
+    """The mean interval between tokens, where there is one."""
+    return [float(np.mean(call.token_seconds))] if call.token_seconds else []
 
 
 def _plain(value: Any) -> Any:

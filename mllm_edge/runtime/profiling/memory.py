@@ -5,7 +5,7 @@ the peak of the whole process is known.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,19 @@ from mllm_edge.runtime.device import peak_rss
 from mllm_edge.runtime.generate import PREFILL_CHUNK
 from mllm_edge.runtime.grids import TILES_PER_RUN
 from mllm_edge.runtime.memory import memory
-from mllm_edge.runtime.trace import Trace
+from mllm_edge.runtime.trace import Metrics, Trace
 from mllm_edge.spec import Variant
 
-__all__ = ["MemoryUse", "Predicted", "WatchedTrace", "can_watch", "gpu_memory", "measured", "predict_activations"]
+__all__ = [
+    "MemoryUse",
+    "Predicted",
+    "WatchedTrace",
+    "can_watch",
+    "gpu_memory",
+    "measured",
+    "predict_activations",
+    "predict_images",
+]
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 # Values that live at once in a layer, in tensors as large as its input: residual, norm, q, k, v, and a feed-forward
@@ -29,18 +38,22 @@ _LIVE = 9
 
 @dataclass(frozen=True)
 class Predicted:
-    """Bytes, from the bundle alone: `weights` of all components as stored, the `kv_cache` for its whole capacity,
-    `activations` of the largest run of each component (an engine keeps that memory), and with the base the `total`."""
+    """Bytes, from the bundle and the images' sizes: `weights` of all components as stored, the `kv_cache` for its whole
+    capacity, `activations` of the largest run of each component (an engine keeps that memory), `images` as they are
+    decoded and as pixel values, and with the base the `total`."""
 
     weights: int
     kv_cache: int
     activations: int
+    images: int
     total: int
 
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes. `base`: resident once the engine's library was imported; `peak`: of the whole process; `stages`: the peak
+    """Bytes. `base`: resident once the engine's library was imported, and what `first_use` of it takes where it was new
+    to this process; `peak`: from the load on, or of the whole process where `stages` is
+    None; `stages`: the peak
     while each ran, in the load and the first call, None where the system does not tell; `weights` by component, as
     stored; `mapped` files are read row by row; `rest` = peak − base − weights − kv_cache: the engine's arenas and its
     packed copies of weights. `gpu`: device memory in use after the last call, by all processes, None without a GPU.
@@ -105,32 +118,33 @@ def gpu_memory(backend: Backend) -> int | None:
 def measured(
     bundle: Bundle,
     target: str,
-    prompt_tokens: int,
-    kv_cache: int,
+    call: Metrics,
+    image_sizes: Sequence[tuple[int, int]],
     capacity: int,
     peaks: Mapping[str, int] | None,
-    before: int,
+    base: int,
     gpu: int | None,
 ) -> MemoryUse:
-    """The measurement beside the prediction for a cache of `capacity` tokens. `peaks`: those of the spans of the load
-    and the first call; `before`: resident bytes before the load, where there are no peaks."""
+    """The measurement beside the prediction for a `call` with images of these (width, height) and a cache of `capacity`
+    tokens. `peaks`: those of the spans of the load and the first call; `base` as in `MemoryUse`."""
     bytes_of = next(m for m in memory(bundle, capacity) if m.target == target)
-    base = peaks["backend"] if peaks is not None else before
     weights = sum(bytes_of.weights.values())
-    activations = predict_activations(bundle, target, prompt_tokens)
-    total = base + weights + bytes_of.kv_cache + activations
+    activations = predict_activations(bundle, target, call.prompt_tokens)
+    images = predict_images(bundle, target, call, image_sizes)
+    total = base + weights + bytes_of.kv_cache + activations + images
     notes = [] if peaks is not None else ["peak of each stage: this system does not tell a process's peak anew"]
     if gpu is None:
         notes.append("GPU memory: no GPU is in use" if target == "cpu" else f"GPU memory: not told on target {target}")
     return MemoryUse(
         base=base,
-        peak=max([peak_rss(), *(peaks or {}).values()]),
+        # A process has its parent's peak as its own from getrusage, if it was started by vfork.
+        peak=max([_peak(), *peaks.values()]) if peaks is not None else peak_rss(),
         stages=peaks,
         weights=bytes_of.weights,
         mapped=bytes_of.mapped,
-        kv_cache=kv_cache,
+        kv_cache=call.kv_cache_bytes,
         gpu=gpu,
-        predicted=Predicted(weights, bytes_of.kv_cache, activations, total),
+        predicted=Predicted(weights, bytes_of.kv_cache, activations, images, total),
         notes=tuple(notes),
     )
 
@@ -141,6 +155,17 @@ def predict_activations(bundle: Bundle, target: str, prompt_tokens: int) -> int:
     return sum(
         _run_bytes(bundle, name, bundle.variant(name, target), prompt_tokens) for name in bundle.manifest.components
     )
+
+
+def predict_images(bundle: Bundle, target: str, call: Metrics, sizes: Sequence[tuple[int, int]]) -> int:
+    """Bytes of the decoded images of these (width, height), and of all their pixel values in float32."""
+    if not call.image_tokens:
+        return 0
+    image = bundle.manifest.model.image
+    count = call.tiles if image is not None and image.cells is None else call.image_tokens
+    shape = next(t.shape for t in bundle.variant("vision_encoder", target).inputs if t.name == "pixel_values")
+    values = math.prod(d if isinstance(d, int) else count for d in shape)
+    return 3 * sum(width * height for width, height in sizes) + 4 * values
 
 
 def _run_bytes(bundle: Bundle, name: str, variant: Variant, prompt_tokens: int) -> int:
