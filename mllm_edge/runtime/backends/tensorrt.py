@@ -13,6 +13,7 @@ import numpy as np
 from mllm_edge.bundle import Bundle
 from mllm_edge.errors import BackendError
 from mllm_edge.runtime.backends.cuda import Cuda, Graph, Memory, Pinned
+from mllm_edge.runtime.backends.cuda_arrays import CudaArray, lent
 from mllm_edge.runtime.backends.tensorrt_build import Module, logger, modules
 from mllm_edge.runtime.backends.tensorrt_contexts import Contexts
 from mllm_edge.runtime.backends.tensorrt_engines import (
@@ -34,10 +35,6 @@ __all__ = ["GRAPHS", "TensorRT"]
 GRAPHS = "MLLM_EDGE_CUDA_GRAPHS"
 # Attention over in-place caches spans a multiple of this many positions, the surplus hidden: steps share their shapes.
 _SPAN = 64
-# What TensorRT demands of every address.
-_ALIGNMENT = 256
-# The stream of `__cuda_array_interface__` that CUDA's other streams wait for.
-_LEGACY_STREAM = 1
 
 
 class TensorRT:
@@ -72,12 +69,12 @@ class TensorRT:
             raise BackendError(f"{stored.path}: {module.title} does not open the engine that it built")
         return _Session(self._cuda, engine, variant, stored.limits.sizes(variant), self._graphs)
 
-    def allocate(self, shape: tuple[int, ...], dtype: str) -> "_Buffer":
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> CudaArray:
         """Zeroed device memory."""
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
         memory = Memory(self._cuda, nbytes)
         self._cuda.clear(memory.address, nbytes)
-        return _Buffer(self._cuda, memory, memory.address, shape, np.dtype(dtype))
+        return CudaArray(self._cuda, memory, memory.address, shape, np.dtype(dtype))
 
     def _stored(self, bundle: Bundle, variant: Variant) -> tuple[Module, StoredEngine]:
         """The engine of any module that has one for this GPU, or a new one of the first that can build it."""
@@ -101,49 +98,6 @@ class TensorRT:
         )
         limits, workspace = default_limits(bundle, self._max_seq), build_workspace(self._cuda)
         return make_engine(bundle, variant, module, self._cuda.capability, limits, workspace)
-
-
-@dataclass(frozen=True)
-class _Buffer:
-    """Device memory, or a contiguous part of it."""
-
-    cuda: Cuda
-    memory: Memory | None
-    address: int
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def aligned(self) -> bool:
-        """Whether TensorRT takes the address."""
-        return self.address % _ALIGNMENT == 0
-
-    def read(self, axis: int, length: int) -> np.ndarray:
-        values = np.empty((*self.shape[:axis], length, *self.shape[axis + 1 :]), self.dtype)
-        for index, address in self._runs(axis):
-            self.cuda.download(values[index], address)
-        self.cuda.wait()
-        return values
-
-    def write(self, axis: int, values: np.ndarray) -> None:
-        values = np.ascontiguousarray(values, self.dtype)
-        for index, address in self._runs(axis):
-            self.cuda.upload(address, values[index])
-
-    def part(self, axis: int, start: int, stop: int) -> "_Buffer":
-        assert math.prod(self.shape[:axis]) == 1, "a part must be contiguous"
-        address = self.address + start * math.prod(self.shape[axis + 1 :]) * self.dtype.itemsize
-        shape = (*self.shape[:axis], stop - start, *self.shape[axis + 1 :])
-        return _Buffer(self.cuda, self.memory, address, shape, self.dtype)
-
-    def _runs(self, axis: int) -> list[tuple[tuple[int, ...], int]]:
-        """Index and address of each piece that is contiguous from `axis` on."""
-        step = math.prod(self.shape[axis:]) * self.dtype.itemsize
-        return [(index, self.address + i * step) for i, index in enumerate(np.ndindex(self.shape[:axis]))]
 
 
 @dataclass(frozen=True)
@@ -235,7 +189,7 @@ class _Session:
         addresses |= {t.name: self._output(t, shapes[t.name]) for t in self._variant.outputs}
         context.run(addresses)
         for name, target in self._targets.items():
-            if isinstance(target, _Buffer) and addresses[name] != target.address:
+            if isinstance(target, CudaArray) and addresses[name] != target.address:
                 self._cuda.copy(target.address, addresses[name], target.nbytes)
         return self._results(shapes, addresses)
 
@@ -243,9 +197,9 @@ class _Session:
         """A buffer, or a C-contiguous array of the graph's type."""
         if name not in self._inputs:
             raise BackendError(f"{self._variant.file} has no input {name}")
-        if not isinstance(value, _Buffer):
+        if not isinstance(value, CudaArray):
             foreign = getattr(value, "__cuda_array_interface__", None)
-            value = np.asarray(value, order="C") if foreign is None else _lent(self._cuda, name, foreign)
+            value = np.asarray(value, order="C") if foreign is None else lent(self._cuda, name, foreign)
         wanted = np.dtype(self._inputs[name].dtype)
         if value.dtype != wanted:
             raise BackendError(f"{self._variant.file}: input {name} is {value.dtype}, not {wanted}")
@@ -253,7 +207,7 @@ class _Session:
 
     def _widened(self, name: str, value: Any) -> Any:
         """A bias over in-place caches, spanning a multiple of positions; those too many are hidden."""
-        if not self._span or not name.startswith("attention_bias") or isinstance(value, _Buffer):
+        if not self._span or not name.startswith("attention_bias") or isinstance(value, CudaArray):
             return value
         length = value.shape[-1]
         span = min(-(-length // _SPAN) * _SPAN, self._span)
@@ -275,10 +229,10 @@ class _Session:
         )
 
     def _address(self, name: str, value: Any) -> int:
-        if isinstance(value, _Buffer) and value.aligned:
+        if isinstance(value, CudaArray) and value.aligned:
             return value.address
         memory = self._room(name, value.nbytes)
-        if isinstance(value, _Buffer):
+        if isinstance(value, CudaArray):
             self._cuda.copy(memory.address, value.address, value.nbytes)
             self._uploaded.pop(name, None)
         elif value.flags.writeable or self._uploaded.get(name) is not value:
@@ -290,7 +244,7 @@ class _Session:
         target = self._targets.get(tensor.name)
         if target is not None and tuple(target.shape) != shape:
             raise BackendError(f"{self._variant.file}: {tensor.name} is {list(shape)}, bound to {list(target.shape)}")
-        if isinstance(target, _Buffer) and target.aligned:
+        if isinstance(target, CudaArray) and target.aligned:
             return target.address
         # New rows of an append cache may begin anywhere: those rows, never the cache, are copied behind the run.
         return self._room(tensor.name, math.prod(shape) * np.dtype(tensor.dtype).itemsize).address
@@ -306,7 +260,7 @@ class _Session:
         """Outputs on the host: into bound arrays, or as new ones."""
         found = {}
         for tensor in self._variant.outputs:
-            if not isinstance(self._targets.get(tensor.name), _Buffer):
+            if not isinstance(self._targets.get(tensor.name), CudaArray):
                 found[tensor.name] = self._landing(tensor, shapes[tensor.name])
                 self._cuda.download(found[tensor.name], addresses[tensor.name])
         self._cuda.wait()
@@ -382,18 +336,6 @@ class _Context:
         if not done:
             said = self._engine.log.errors[-1:] or ["it does not say why"]
             raise BackendError(f"TensorRT refuses {what}: {said[0]}")
-
-
-def _lent(cuda: Cuda, name: str, interface: Mapping[str, Any]) -> _Buffer:
-    """An array of another library in CUDA memory, by `__cuda_array_interface__`; its owner keeps it alive."""
-    buffer = _Buffer(cuda, None, interface["data"][0], tuple(interface["shape"]), np.dtype(interface["typestr"]))
-    strides = interface.get("strides")
-    if strides is not None and tuple(strides) != np.empty(buffer.shape, buffer.dtype).strides:
-        raise BackendError(f"input {name} is not C-contiguous", "make it contiguous first")
-    stream = interface.get("stream")
-    if stream not in (None, _LEGACY_STREAM):  # with which ours keeps order by itself
-        cuda.call("cudaStreamSynchronize", stream)
-    return buffer
 
 
 def _within(shape: Sequence[int], smallest: Sequence[int], largest: Sequence[int]) -> bool:
