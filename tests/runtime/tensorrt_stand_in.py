@@ -39,7 +39,8 @@ class StandIn:
     def __init__(self, version: str, capability: tuple[int, int], gpus: int = 1, rtx: bool = False) -> None:
         self.version, self.capability, self.gpus, self.rtx = version, capability, gpus, rtx
         self.memory: dict[int, np.ndarray] = {}
-        self.free = 8 << 30
+        self.pinned: dict[int, np.ndarray] = {}
+        self.free, self.total = 8 << 30, 16 << 30  # other processes have the difference
         self.counts: Counter[str] = Counter()
         self.refuse: dict[str, str] = {}
         self.trouble: dict[str, int] = {}
@@ -48,8 +49,8 @@ class StandIn:
         self.recording: list[Callable[[], bool]] | None = None
 
     def view(self, address: int, nbytes: int) -> np.ndarray | None:
-        """Device memory as bytes, None where it is not all of one allocation."""
-        for begin, memory in self.memory.items():
+        """Memory that the device reaches, as bytes; None where it is not all of one allocation."""
+        for begin, memory in (self.memory | self.pinned).items():
             if begin <= address and address + nbytes <= begin + len(memory):
                 return memory[address - begin : address - begin + nbytes]
         return None
@@ -91,7 +92,7 @@ def _cudart(machine: StandIn) -> ModuleType:
     calls = _Calls(machine)
     for name in [n for n in dir(calls) if n.startswith("cuda")]:
         setattr(api, name, _troubled(machine, name, getattr(calls, name)))
-    kinds = {"cudaMemcpyHostToDevice": 1, "cudaMemcpyDeviceToHost": 2, "cudaMemcpyDeviceToDevice": 3}
+    kinds = {"cudaMemcpyHostToDevice": 1, "cudaMemcpyDeviceToHost": 2, "cudaMemcpyDefault": 4}
     api.cudaMemcpyKind = enum.IntEnum("Kind", kinds)  # type: ignore[attr-defined]
     api.cudaStreamCaptureMode = enum.IntEnum("Mode", {"cudaStreamCaptureModeRelaxed": 2})  # type: ignore[attr-defined]
     names = {"cudaDevAttrComputeCapabilityMajor": 75, "cudaDevAttrComputeCapabilityMinor": 76}
@@ -113,7 +114,6 @@ class _Calls:
 
     def __init__(self, machine: StandIn):
         self._machine = machine
-        self._pinned: dict[int, np.ndarray] = {}
 
     def cudaGetDeviceCount(self) -> tuple:
         return (0, self._machine.gpus) if self._machine.gpus else (_NO_DRIVER, None)
@@ -138,7 +138,7 @@ class _Calls:
         return (_CAPTURING if self._machine.recording is not None else 0,)
 
     def cudaMemGetInfo(self) -> tuple:
-        return 0, self._machine.free - self._machine.allocated(), self._machine.free
+        return 0, self._machine.free - self._machine.allocated(), self._machine.total
 
     def cudaMalloc(self, nbytes: int) -> tuple:
         if nbytes > self._machine.free - self._machine.allocated():
@@ -154,11 +154,11 @@ class _Calls:
 
     def cudaMallocHost(self, nbytes: int) -> tuple:
         memory = np.zeros(nbytes, np.uint8)
-        self._pinned[memory.ctypes.data] = memory
+        self._machine.pinned[memory.ctypes.data] = memory
         return 0, memory.ctypes.data
 
     def cudaFreeHost(self, address: int) -> tuple:
-        self._pinned.pop(address)
+        self._machine.pinned.pop(address)
         return (0,)
 
     def cudaMemsetAsync(self, address: int, value: int, nbytes: int, stream: int) -> tuple:
@@ -171,10 +171,10 @@ class _Calls:
     def cudaMemcpyAsync(self, target: int, source: int, nbytes: int, kind: int, stream: int) -> tuple:
         if self._machine.recording is not None:
             return (_CAPTURING,)
-        device = {1: [target], 2: [source], 3: [target, source]}[kind]
+        device = {1: [target], 2: [source], 4: [target, source]}[kind]
         if any(self._machine.view(address, nbytes) is None for address in device):
             return (_BAD_ADDRESS,)
-        self._machine.counts["bytes copied on the device"] += nbytes if kind == 3 else 0
+        self._machine.counts["bytes copied on the device"] += nbytes if kind == 4 else 0
         self._machine.counts["bytes uploaded"] += nbytes if kind == 1 else 0
         ctypes.memmove(target, source, nbytes)
         return (0,)

@@ -13,7 +13,7 @@ import numpy as np
 from mllm_edge.bundle import Bundle
 from mllm_edge.errors import BackendError
 from mllm_edge.runtime.backends.cuda import Cuda, Graph, Memory, Pinned
-from mllm_edge.runtime.backends.cuda_arrays import CudaArray, lent
+from mllm_edge.runtime.backends.cuda_arrays import CudaArray, taken
 from mllm_edge.runtime.backends.tensorrt_build import Module, logger, modules
 from mllm_edge.runtime.backends.tensorrt_contexts import Contexts
 from mllm_edge.runtime.backends.tensorrt_engines import (
@@ -197,9 +197,7 @@ class _Session:
         """A buffer, or a C-contiguous array of the graph's type."""
         if name not in self._inputs:
             raise BackendError(f"{self._variant.file} has no input {name}")
-        if not isinstance(value, CudaArray):
-            foreign = getattr(value, "__cuda_array_interface__", None)
-            value = np.asarray(value, order="C") if foreign is None else lent(self._cuda, name, foreign)
+        value = taken(self._cuda, name, value)
         wanted = np.dtype(self._inputs[name].dtype)
         if value.dtype != wanted:
             raise BackendError(f"{self._variant.file}: input {name} is {value.dtype}, not {wanted}")
