@@ -76,6 +76,10 @@ class TensorRT:
         self._cuda.clear(memory.address, nbytes)
         return CudaArray(self._cuda, memory, memory.address, shape, np.dtype(dtype))
 
+    def memory_used(self) -> int:
+        """Bytes of device memory in use, by all processes."""
+        return self._cuda.used_memory()
+
     def _stored(self, bundle: Bundle, variant: Variant) -> tuple[Module, StoredEngine]:
         """The engine of any module that has one for this GPU, or a new one of the first that can build it."""
         for module in modules(variant.minimum):

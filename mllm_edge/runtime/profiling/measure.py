@@ -229,12 +229,13 @@ def profile(
         titles = ["cold", *(f"warm-up {n + 1}" for n in range(warmup)), *(f"call {n + 1}" for n in range(iterations))]
         traces: list[Trace] = []
         calls: list[Metrics] = []
+        opened = gpu_memory(vlm.backend)
         meter = PowerMeter()
         with contextlib.ExitStack() as counted:
             for n, title in enumerate(titles):
                 if power and n == 1 + warmup:
                     counted.enter_context(meter)
-                traces.append(WatchedTrace() if watch and title == "cold" else Trace())
+                traces.append(WatchedTrace(vlm.backend) if watch and title == "cold" else Trace())
                 result = vlm.generate(prompt, given, max_new_tokens=new_tokens, ignore_eos=True, trace=traces[-1])
                 calls.append(result.metrics)
                 progress(1)
@@ -242,6 +243,9 @@ def profile(
         reading = meter.reading(tokens, len(given) * iterations) if power else None
         peaks = {n: peak for t in (loading, traces[0]) if isinstance(t, WatchedTrace) for n, peak in t.peaks.items()}
         peaks = {name: peaks[name] for name in (*LOAD_STAGES, *STAGES) if name in peaks}
+        on_gpu = {} if opened is None else {"open": opened}
+        if isinstance(traces[0], WatchedTrace):
+            on_gpu |= {name: traces[0].gpu[name] for name in STAGES if name in traces[0].gpu}
         cache = vlm.decoder.cache
         assert cache is not None
         target, cold = vlm.backend.target, calls[0]
@@ -254,6 +258,7 @@ def profile(
             peaks or None,
             before,
             gpu_memory(vlm.backend),
+            on_gpu or None,
         )
         found = Profile(
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
