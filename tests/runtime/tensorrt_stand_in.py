@@ -227,6 +227,11 @@ class _Monitor:
         raise NotImplementedError
 
 
+class _Profiler:
+    def report_layer_time(self, layer_name: str, ms: float) -> None:
+        raise NotImplementedError
+
+
 class _Tensor:
     def __init__(self, value: onnx.ValueInfoProto):
         kind = value.type.tensor_type
@@ -419,6 +424,7 @@ def _tensorrt(machine: StandIn) -> ModuleType:
         "ExecutionContextAllocationStrategy": enum.IntEnum("Strategy", ["STATIC", "USER_MANAGED"]),
         "IAttentionInputLayer": _AttentionLayer,
         "ILogger": _Logger,
+        "IProfiler": _Profiler,
         "IProgressMonitor": _Monitor,
         "MemoryPoolType": enum.IntEnum("Pool", ["WORKSPACE"]),
         "NetworkDefinitionCreationFlag": enum.IntEnum("Flag", {"STRONGLY_TYPED": 1}),
@@ -504,6 +510,7 @@ class _Engine:
         network = _Network()
         network.load(data, "")
         self.inputs, self.outputs = {t.name: t for t in network.inputs}, {t.name: t for t in network.outputs}
+        self.layers = network.layers
         scatters = [n for n in network.model.graph.node if n.op_type == "TensorScatter"]
         self.aliases = {n.output[0]: n.input[0] for n in scatters}
         options = onnxruntime.SessionOptions()
@@ -544,6 +551,8 @@ class _Engine:
 
 
 class _Context:
+    profiler: Any = None
+
     def __init__(self, engine: _Engine):
         self._engine, self._machine = engine, engine.machine
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -582,6 +591,7 @@ class _Context:
     def execute_async_v3(self, stream: int) -> bool:
         assert stream == _STREAM
         if self._machine.recording is not None:
+            assert self.profiler is None, "a replayed graph tells nothing"
             changes = self._changes
             self._machine.recording.append(lambda: changes == self._changes and self._run())
             return True
@@ -600,7 +610,15 @@ class _Context:
                 return self._fail(f"{name} is not where {past} is")
         for name, result in zip(targets, self._engine.session.run(list(targets), feeds), strict=True):
             targets[name][...] = result * self._machine.spoil.get(name, 1)  # type: ignore[index]
+        if self.profiler is not None:
+            self._report()
         return True
+
+    def _report(self) -> None:
+        """A microsecond for the first node, two for the next, and so on."""
+        suffix = f" [profile {self._profile}]" if self._profile else ""
+        for i, layer in enumerate(layer for layer in self._engine.layers if layer.name):
+            self.profiler.report_layer_time(f"{layer.name}{suffix}", (i + 1) / 1e3)
 
     def _view(self, name: str, tensor: _Tensor) -> np.ndarray | None:
         shape = self._shapes[name] if name in self._shapes else self.get_tensor_shape(name)

@@ -25,6 +25,7 @@ from mllm_edge.runtime.backends.tensorrt_engines import (
     find_engine,
     make_engine,
 )
+from mllm_edge.runtime.backends.tensorrt_layers import LayerTimes, Runs, layer_profiler
 from mllm_edge.runtime.doctor import MINIMUM
 from mllm_edge.runtime.masks import HIDDEN
 from mllm_edge.spec import TensorSpec, Variant
@@ -41,17 +42,24 @@ class TensorRT:
     """Executes the variants for `target`: tensorrt or tensorrt-10.3.
 
     `max_seq`: the longest sequence that is wanted; an engine for less is built again. `notice` is told before an
-    engine is built. Raises BackendError when there is no GPU, no cuda-bindings or no TensorRT that is new enough.
+    engine is built. `layers` gets the time of every layer in every run, which takes longer then. Raises BackendError
+    when there is no GPU, no cuda-bindings or no TensorRT that is new enough.
     """
 
     def __init__(
-        self, target: str = "tensorrt", max_seq: int | None = None, notice: Callable[[str], None] = lambda text: None
+        self,
+        target: str = "tensorrt",
+        max_seq: int | None = None,
+        notice: Callable[[str], None] = lambda text: None,
+        layers: LayerTimes | None = None,
     ):
         self.name = self.target = target
         self._max_seq, self._notice = max_seq, notice
         modules(MINIMUM[target])
         self._cuda = Cuda()
-        self._graphs = os.environ.get(GRAPHS, "1") != "0"
+        self._layers = layers
+        # A replayed graph tells no layers' times.
+        self._graphs = layers is None and os.environ.get(GRAPHS, "1") != "0"
 
     def open(self, path: Path, variant: Variant) -> "_Session":
         """Open the engine of a bundle's graph, built first where there is none for this TensorRT and GPU.
@@ -67,7 +75,8 @@ class TensorRT:
             engine = _Engine.open(module, stored.path)
         if engine is None:
             raise BackendError(f"{stored.path}: {module.title} does not open the engine that it built")
-        return _Session(self._cuda, engine, variant, stored.limits.sizes(variant), self._graphs)
+        runs = None if self._layers is None else self._layers.setdefault(variant.file, [])
+        return _Session(self._cuda, engine, variant, stored.limits.sizes(variant), self._graphs, runs)
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> CudaArray:
         """Zeroed device memory."""
@@ -161,7 +170,15 @@ class _Session:
     Contexts, one for each profile, share the memory that their kernels work in: one runs at a time.
     """
 
-    def __init__(self, cuda: Cuda, engine: _Engine, variant: Variant, limits: Mapping[str, int], graphs: bool):
+    def __init__(
+        self,
+        cuda: Cuda,
+        engine: _Engine,
+        variant: Variant,
+        limits: Mapping[str, int],
+        graphs: bool,
+        runs: Runs | None = None,
+    ):
         engine.check(variant)
         self.limits = limits
         self._cuda, self._engine, self._variant = cuda, engine, variant
@@ -170,7 +187,7 @@ class _Session:
         self._ranges = [engine.ranges(i) for i in range(engine.engine.num_optimization_profiles)]
         self._work = Memory(cuda, int(engine.engine.device_memory_size_v2))
         self._contexts: dict[int, _Context] = {}
-        self._graphs = graphs and variant.kv_mode is not None
+        self._graphs, self._runs = graphs and variant.kv_mode is not None, runs
         self._fed: dict[str, Any] = {}
         self._uploaded: dict[str, np.ndarray] = {}
         self._targets: dict[str, Any] = {}
@@ -220,7 +237,8 @@ class _Session:
         for index in reversed(range(len(self._ranges))):
             if all(_within(shape, *self._ranges[index][name]) for name, shape in shapes.items()):
                 if index not in self._contexts:
-                    self._contexts[index] = _Context(self._cuda, self._engine, index, self._work, self._graphs)
+                    made = _Context(self._cuda, self._engine, index, self._work, self._graphs, self._runs)
+                    self._contexts[index] = made
                 self._contexts[index].reshape(shapes)
                 return self._contexts[index]
         name, shape = next((n, s) for n, s in shapes.items() if not _within(s, *self._ranges[0][n]))
@@ -283,13 +301,15 @@ class _Context:
     A step is enqueued plainly when shapes or addresses changed, recorded when it comes again, then replayed.
     """
 
-    def __init__(self, cuda: Cuda, engine: _Engine, profile: int, work: Memory, graphs: bool):
-        self._cuda, self._engine, self._graphs = cuda, engine, graphs
+    def __init__(self, cuda: Cuda, engine: _Engine, profile: int, work: Memory, graphs: bool, runs: Runs | None):
+        self._cuda, self._engine, self._graphs, self._runs = cuda, engine, graphs, runs
         self._context = engine.contexts.make()
         if self._context is None:
             raise BackendError(f"TensorRT makes no execution context: {engine.log.errors[-1:]}")
         self._context.set_device_memory(work.address, work.nbytes)
         self._require(self._context.set_optimization_profile_async(profile, cuda.stream), f"profile {profile}")
+        if runs is not None:
+            self._context.profiler = self._profiler = layer_profiler(engine.trt, runs)
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._graph: Graph | None = None
@@ -329,6 +349,8 @@ class _Context:
             self._graphs = False  # some engines cannot be captured; they run all the same
 
     def _enqueue(self) -> None:
+        if self._runs is not None:
+            self._runs.append([])
         self._require(self._context.execute_async_v3(self._cuda.stream), "a run")
 
     def _forget(self) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from mllm_edge.bundle import MANIFEST, Bundle
 from mllm_edge.errors import BackendError
+from mllm_edge.runtime.backend import TENSORRT
 from mllm_edge.runtime.device import peak_rss
 from mllm_edge.runtime.image import ImageSource, load_image
 from mllm_edge.runtime.operators import Operator, profile_operators
@@ -89,7 +90,7 @@ class Profile:
     intervals between tokens, None when every answer had one token. `point`: what is special about it in a sweep.
     `traces` have the spans of the load and of every call, with their titles. `power` is that of the counted calls;
     `operators` those of another call; `roofline` what the stages reach of the machine's `limits`. All are None where
-    they were not asked for, the last two also on other backends than cpu.
+    they were not asked for, `limits` and `roofline` also on other backends than cpu.
     """
 
     created: str
@@ -210,11 +211,11 @@ def profile(
     The first call is the cold one, whose memory is watched; the last `iterations` are counted. The model's end is
     ignored, so that all answers have one length (the context can still cut them short). A model that takes images and
     is given none gets `synthetic_image()`. `power` measures what the counted calls draw, and `operators` where another
-    call's time goes, on the processor. `limits`: compare the stages with what the processor can do, which takes some
-    seconds the first time. `progress(1)` is called after each call; `notice` as in `VLM.load`.
+    call's time goes, on the processor or TensorRT. `limits`: compare the stages with what the processor can do, which
+    takes some seconds the first time. `progress(1)` is called after each call; `notice` as in `VLM.load`.
 
     Raises what `VLM.load` and `VLM.stream` raise, ImageError for an image that cannot be read, before the load, and
-    BackendError when operators are asked of another backend than cpu.
+    BackendError when operators are asked of a backend that does not tell them.
     """
     given = list(images)
     sizes = [load_image(image).size for image in given]
@@ -224,8 +225,9 @@ def profile(
     with VLM.load(path, trace=loading, **options) as vlm:
         if not given and vlm.spec.image is not None:
             given, sizes = [synthetic_image()], [_SIZE]
-        if operators and vlm.backend.target != "cpu":
-            raise BackendError(f"operators are told on the processor alone, not on {vlm.backend.name}", "--backend cpu")
+        if operators and vlm.backend.target not in ("cpu", *TENSORRT):
+            what = f"operators are told by the processor and TensorRT, not by {vlm.backend.name}"
+            raise BackendError(what, "--backend cpu")
         titles = ["cold", *(f"warm-up {n + 1}" for n in range(warmup)), *(f"call {n + 1}" for n in range(iterations))]
         traces: list[Trace] = []
         calls: list[Metrics] = []
@@ -290,7 +292,8 @@ def profile(
         found = _with_roofline(found)
     if operators:
         few = min(new_tokens, _OPERATOR_TOKENS)
-        found = replace(found, operators=profile_operators(path, prompt, given, new_tokens=few, threads=threads))
+        told = profile_operators(path, prompt, given, new_tokens=few, threads=threads, target=target)
+        found = replace(found, operators=told)
     return found
 
 
