@@ -177,7 +177,7 @@ def _memory(result: "Profile") -> str:
         )
     if m.gpu_stages is not None:
         lines.append(
-            "GPU memory behind it: " + ", ".join(f"{NAMES.get(n, n)} {bytes_text(b)}" for n, b in m.gpu_stages.items())
+            "GPU memory after it: " + ", ".join(f"{NAMES.get(n, n)} {bytes_text(b)}" for n, b in m.gpu_stages.items())
         )
     return "\n".join([*lines, *m.notes])
 

@@ -176,6 +176,7 @@ class _Calls:
             return (_BAD_ADDRESS,)
         self._machine.counts["bytes copied on the device"] += nbytes if kind == 4 else 0
         self._machine.counts["bytes uploaded"] += nbytes if kind == 1 else 0
+        self._machine.counts["bytes downloaded"] += nbytes if kind == 2 else 0
         ctypes.memmove(target, source, nbytes)
         return (0,)
 
@@ -266,6 +267,35 @@ class _AttentionLayer(_Layer):
     pass
 
 
+class _Added:
+    """A layer that was added to a network. Its last node has the name."""
+
+    def __init__(self, node: onnx.NodeProto, *outputs: "_Made"):
+        self._node, self._outputs = node, outputs
+
+    @property
+    def name(self) -> str:
+        return self._node.name
+
+    @name.setter
+    def name(self, name: str) -> None:
+        self._node.name = name
+
+    def get_output(self, index: int) -> "_Made":
+        return self._outputs[index]
+
+
+class _Made:
+    """A tensor of an added layer: `source` in the graph, `like` whose last dimension is `size`."""
+
+    def __init__(self, source: str, like: onnx.ValueInfoProto, kind: int, size: int):
+        self.name = self.source = source
+        self.value = onnx.ValueInfoProto()
+        self.value.CopyFrom(like)
+        self.value.type.tensor_type.elem_type = kind
+        self.value.type.tensor_type.shape.dim[-1].dim_value = size
+
+
 class _Network:
     model: onnx.ModelProto
     folder: Path
@@ -280,6 +310,46 @@ class _Network:
     num_inputs = property(lambda self: len(self.inputs))
     num_outputs = property(lambda self: len(self.outputs))
     num_layers = property(lambda self: len(self.layers))
+
+    def add_topk(self, tensor: _Tensor, operation: enum.IntEnum, k: int, axes: int) -> _Added:
+        """Of equal values those with the highest ids, as no one says which are taken."""
+        assert operation.name == "MAX"
+        like, axis, size = self._found(tensor, axes)
+        make, name = onnx.helper.make_node, tensor.name
+        for what, values in (("back", np.arange(size)[::-1].copy()), ("k", np.array([k])), ("end", np.array(size - 1))):
+            self.model.graph.initializer.append(onnx.numpy_helper.from_array(values, f"{name}/{what}"))
+        nodes = [
+            make("Gather", [name, f"{name}/back"], [f"{name}/turned"], axis=axis),
+            make("TopK", [f"{name}/turned", f"{name}/k"], [f"{name}/top", f"{name}/places"], axis=axis),
+            make("Sub", [f"{name}/end", f"{name}/places"], [f"{name}/long"]),
+            make("Cast", [f"{name}/long"], [f"{name}/ids"], to=onnx.TensorProto.INT32),
+        ]
+        self.model.graph.node.extend(nodes)
+        kinds = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32
+        made = [_Made(f"{name}/{what}", like, kind, k) for what, kind in zip(("top", "ids"), kinds, strict=True)]
+        return _Added(self.model.graph.node[-1], *made)
+
+    def add_reduce(self, tensor: _Tensor, operation: enum.IntEnum, axes: int, keep_dims: bool) -> _Added:
+        assert operation.name == "SUM"
+        assert keep_dims
+        like, axis, _ = self._found(tensor, axes)
+        source = f"{tensor.name}/sum"
+        self.model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([axis]), f"{source}/axis"))
+        self.model.graph.node.append(onnx.helper.make_node("ReduceSum", [tensor.name, f"{source}/axis"], [source]))
+        return _Added(self.model.graph.node[-1], _Made(source, like, onnx.TensorProto.FLOAT, 1))
+
+    def mark_output(self, tensor: _Made) -> None:
+        tensor.value.name = tensor.name
+        self.model.graph.node.append(onnx.helper.make_node("Identity", [tensor.source], [tensor.name]))
+        self.model.graph.output.append(tensor.value)
+        self.outputs.append(_Tensor(tensor.value))
+
+    def _found(self, tensor: _Tensor, axes: int) -> tuple[onnx.ValueInfoProto, int, int]:
+        """An output, the only axis, and its size."""
+        axis = axes.bit_length() - 1
+        assert axes == 1 << axis
+        (like,) = [value for value in self.model.graph.output if value.name == tensor.name]
+        return like, axis, tensor.shape[axis]
 
     def get_input(self, index: int) -> _Tensor:
         return self.inputs[index]
@@ -429,6 +499,8 @@ def _tensorrt(machine: StandIn) -> ModuleType:
         "MemoryPoolType": enum.IntEnum("Pool", ["WORKSPACE"]),
         "NetworkDefinitionCreationFlag": enum.IntEnum("Flag", {"STRONGLY_TYPED": 1}),
         "OnnxParser": _Parser,
+        "ReduceOperation": enum.IntEnum("ReduceOperation", ["SUM"]),
+        "TopKOperation": enum.IntEnum("TopKOperation", ["MAX"]),
         "Runtime": Runtime,
         "TensorIOMode": _Mode,
         "TensorLocation": _Location,
@@ -527,6 +599,9 @@ class _Engine:
 
     def get_tensor_mode(self, name: str) -> _Mode:
         return _Mode.INPUT if name in self.inputs else _Mode.OUTPUT
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return (self.inputs | self.outputs)[name].shape
 
     def get_tensor_location(self, name: str) -> Any:
         return _Location.DEVICE

@@ -36,7 +36,7 @@ def test_tensorrt_tells_it_by_stage(machine: StandIn, bundle: Path) -> None:
         assert m.gpu_stages["open"] >= others
         assert m.gpu_stages["allocate"] - m.gpu_stages["embed"] == m.kv_cache
         assert m.gpu_stages["prefill"] > m.gpu_stages["allocate"], "inputs and outputs of the first run"
-        assert "GPU memory behind it: open " in text
+        assert "GPU memory after it: open " in text
 
 
 def test_the_prediction_is_without_the_base() -> None:

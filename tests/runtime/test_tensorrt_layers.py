@@ -32,7 +32,8 @@ def test_every_layer_of_the_second_call_is_told(machine: StandIn, bundle: Path, 
     for stage, component in stages.items():
         nodes = onnx.load(opened.listed(opened.variant(component, target).file), load_external_data=False).graph.node
         mine = [o for o in found if o.stage == stage]
-        assert {o.name: o.kind for o in mine} == {node.name: node.op_type for node in nodes}
+        added = {"TopK of logits": "TopK", "Sum of logits": "Sum"} if component == "decoder" else {}
+        assert {o.name: o.kind for o in mine} == {node.name: node.op_type for node in nodes} | added
         (calls,) = {o.calls for o in mine}
         if component == "decoder":
             assert calls == {"prefill": 1, "decode": NEW_TOKENS - 1}[stage]

@@ -29,11 +29,14 @@ OBJECTS = {
     "runtime": trt.Runtime,
     "runtime_config": trt.IRuntimeConfig,
     "tensor": trt.ITensor,
+    "top": trt.ITopKLayer,
+    "total": trt.IReduceLayer,
     "attention": trt.IAttention,
 }
 # Names that the backend's own objects have, which are called alike.
 OWN = {
     "engine": {
+        "best",
         "contexts",
         "data",
         "problem",
@@ -113,6 +116,7 @@ def test_the_stand_in_invents_nothing() -> None:
     pairs = {
         "Builder": trt.Builder,
         "Runtime": trt.Runtime,
+        "_Added": trt.ILayer,
         "_Config": trt.IBuilderConfig,
         "_Context": trt.IExecutionContext,
         "_Engine": trt.ICudaEngine,

@@ -14,6 +14,7 @@ from mllm_edge.bundle import Bundle
 from mllm_edge.errors import BackendError
 from mllm_edge.runtime.backends.cuda import Cuda, Graph, Memory, Pinned
 from mllm_edge.runtime.backends.cuda_arrays import CudaArray, taken
+from mllm_edge.runtime.backends.tensorrt_best import best_outputs
 from mllm_edge.runtime.backends.tensorrt_build import Module, logger, modules
 from mllm_edge.runtime.backends.tensorrt_contexts import Contexts
 from mllm_edge.runtime.backends.tensorrt_engines import (
@@ -139,6 +140,11 @@ class _Engine:
     def inputs(self) -> list[str]:
         return [n for n in self._names() if self.engine.get_tensor_mode(n) == self.trt.TensorIOMode.INPUT]
 
+    @property
+    def best(self) -> tuple[TensorSpec, ...]:
+        """The outputs that its graph does not have."""
+        return best_outputs(self.engine, self._names())
+
     def ranges(self, profile: int) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
         """Smallest and largest shape of each input."""
         found = {}
@@ -149,7 +155,8 @@ class _Engine:
 
     def check(self, variant: Variant) -> None:
         """Raise BackendError unless inputs and outputs are the variant's, and caches are updated in place."""
-        if set(self._names()) != {t.name for t in (*variant.inputs, *variant.outputs)}:
+        known = {t.name for t in (*variant.inputs, *variant.outputs, *self.best)}
+        if set(self._names()) != known:
             raise BackendError(f"the engine of {variant.file} has other inputs or outputs than its graph")
         for name in self._names():
             if self.engine.get_tensor_location(name) != self.trt.TensorLocation.DEVICE:
@@ -180,9 +187,10 @@ class _Session:
         runs: Runs | None = None,
     ):
         engine.check(variant)
-        self.limits = limits
+        self.limits = {**limits, "best": int(engine.best[0].shape[-1])} if engine.best else limits
         self._cuda, self._engine, self._variant = cuda, engine, variant
         self._inputs = {t.name: t for t in variant.inputs}
+        self._outputs = (*variant.outputs, *engine.best)
         self._span = limits["capacity"] if variant.kv_mode == "in_place" else 0
         self._ranges = [engine.ranges(i) for i in range(engine.engine.num_optimization_profiles)]
         self._work = Memory(cuda, int(engine.engine.device_memory_size_v2))
@@ -196,7 +204,7 @@ class _Session:
 
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
         self._fed.update({name: self._checked(name, value) for name, value in inputs.items()})
-        self._targets.update(outputs)
+        self._targets = {name: t for name, t in {**self._targets, **outputs}.items() if t is not None}
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         self.bind(feeds, {})
@@ -206,8 +214,8 @@ class _Session:
         values = {name: self._widened(name, value) for name, value in self._fed.items()}
         context = self._context({name: tuple(value.shape) for name, value in values.items()})
         addresses = {name: self._address(name, value) for name, value in values.items()}
-        shapes = context.shapes([t.name for t in self._variant.outputs])
-        addresses |= {t.name: self._output(t, shapes[t.name]) for t in self._variant.outputs}
+        shapes = context.shapes([t.name for t in self._outputs])
+        addresses |= {t.name: self._output(t, shapes[t.name]) for t in self._outputs}
         context.run(addresses)
         for name, target in self._targets.items():
             if isinstance(target, CudaArray) and addresses[name] != target.address:
@@ -277,10 +285,11 @@ class _Session:
         return memory
 
     def _results(self, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]) -> dict[str, np.ndarray]:
-        """Outputs on the host: into bound arrays, or as new ones."""
+        """Outputs on the host: into bound arrays, or as new ones; what the graph does not have only when bound."""
         found = {}
-        for tensor in self._variant.outputs:
-            if not isinstance(self._targets.get(tensor.name), CudaArray):
+        for tensor in self._outputs:
+            wanted = tensor in self._variant.outputs or tensor.name in self._targets
+            if wanted and not isinstance(self._targets.get(tensor.name), CudaArray):
                 found[tensor.name] = self._landing(tensor, shapes[tensor.name])
                 self._cuda.download(found[tensor.name], addresses[tensor.name])
         self._cuda.wait()
