@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -200,12 +201,15 @@ def test_a_capsule_that_was_taken_already(cuda: Cuda) -> None:
     assert isinstance(first, CudaArray)
 
 
-def test_an_owner_without_a_deleter(cuda: Cuda) -> None:
+def test_an_owner_without_a_deleter(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    problems: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", problems.append)
     lent = Lent(Memory(cuda, 64).address, (4,))
     lent._managed.deleter = _DELETER(0)
     array = taken(cuda, "x", lent)
     del array
     assert lent.returned == 0
+    assert not problems
 
 
 def test_host_memory_becomes_an_array(cuda: Cuda) -> None:

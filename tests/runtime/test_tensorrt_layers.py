@@ -79,6 +79,7 @@ def test_runs_are_told_by_graph(machine: StandIn, bundle: Path) -> None:
     [
         ("layers.0.q", "MatMul"),
         ("layers.0.q + layers.0.act", "MatMul + Gelu"),
+        ("layers.0.q + (Unnamed Layer* 5) [Constant]", "MatMul"),
         ("__myl_FcMulAdd_myl0_12", "FcMulAdd"),
         ("{ForeignNode[layers.0.q...layers.1.q]}", "ForeignNode"),
         ("Reformatting CopyNode for Input Tensor 0 to layers.0.q", "Reformatting"),

@@ -31,9 +31,9 @@ def layer_profiler(trt: Any, runs: Runs) -> Any:
 
 def layer_kind(name: str, kinds: Mapping[str, str]) -> str:
     """What a layer computes, by its name. `kinds`: the type of each node of the graph. A layer that TensorRT made of
-    several nodes has all their types where it is named after them, else the word that its name begins with."""
-    parts = name.split(" + ")
-    if all(part in kinds for part in parts):
-        return " + ".join(kinds[part] for part in parts)
+    several nodes has the types of those it is named after, else the word that its name begins with."""
+    known = [kinds[part] for part in name.split(" + ") if part in kinds]
+    if known:
+        return " + ".join(known)
     word = _WORD.match(name)
     return word[1] if word else name
