@@ -28,7 +28,13 @@ class Histogram:
             half = self.counts.reshape(-1, 2).sum(axis=1)
             self.counts = np.pad(half, _BINS // 4)
             self.limit *= 2
-        self.counts += np.histogram(values, _BINS, (-self.limit, self.limit))[0]
+        # As numpy's own histogram, but in float32: a third of its time.
+        bins = values / np.float32(self.limit)
+        bins += 1
+        bins *= _BINS // 2
+        found = np.bincount(bins.astype(np.int16).ravel(), minlength=_BINS + 1)
+        found[_BINS - 1] += found[_BINS]  # the limit itself
+        self.counts += found[:_BINS]
 
     @property
     def edges(self) -> np.ndarray:

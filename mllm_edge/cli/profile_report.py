@@ -174,11 +174,16 @@ def _memory(result: "Profile") -> str:
         ["bundle", bytes_text(result.bundle.nbytes)],
     ]
     if m.gpu is not None:
-        rows.insert(1, ["GPU memory", f"{bytes_text(m.gpu)} in use, by all processes"])
+        predicted = f"predicted {bytes_text(m.predicted.on_gpu)} for weights, KV cache and activations"
+        rows.insert(1, ["GPU memory", f"{bytes_text(m.gpu)} in use, by all processes; {predicted}"])
     lines = [f"{name:<13}{value}" for name, value in rows]
     if m.stages is not None:
         lines.append(
             "peak while it ran: " + ", ".join(f"{NAMES.get(n, n)} {bytes_text(b)}" for n, b in m.stages.items())
+        )
+    if m.gpu_stages is not None:
+        lines.append(
+            "GPU memory after it: " + ", ".join(f"{NAMES.get(n, n)} {bytes_text(b)}" for n, b in m.gpu_stages.items())
         )
     return "\n".join([*lines, *m.notes])
 

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mllm_edge.errors import ContextError
-from mllm_edge.runtime.backend import Backend, Session
+from mllm_edge.runtime.backend import Backend, Buffer, Session
+from mllm_edge.runtime.best import IDS, SUM, VALUES, Best
 from mllm_edge.runtime.contracts import Step, contract_for
 from mllm_edge.runtime.kv_cache import KVCache
 from mllm_edge.runtime.positions import check_positions
@@ -35,6 +36,9 @@ class Decoder:
         self._last = np.zeros((1, 1), np.int64)
         self._bound_token = False
         self._logits = np.zeros((0, 0, 0), np.float32)
+        self._largest: dict[str, np.ndarray] = {}
+        self._kept: Buffer | None = None
+        self.best = session.limits.get("best", 0)
         self.cache: KVCache | None = None
 
     def reset(self, capacity: int, batch: int = 1) -> KVCache:
@@ -90,6 +94,22 @@ class Decoder:
         logits = self._step([inputs_embeds], positions, length, rows, blocks, extras)
         return logits[0, 0] if rows is None else logits[0]
 
+    def forward_best(
+        self,
+        inputs_embeds: np.ndarray,
+        positions: np.ndarray | None = None,
+        length: int | None = None,
+        *,
+        blocks: np.ndarray | None = None,
+    ) -> Best:
+        """As `forward`, but of the last position's logits only the `best` largest leave the device; for sessions that
+        find them. What is returned is overwritten by the next call."""
+        self._step([inputs_embeds], positions, length, None, blocks, None, best=True)
+        kept, largest = self._kept, self._largest
+        assert kept is not None
+        total = float(largest[SUM][0, 0, 0])
+        return Best(largest[VALUES][0, 0], largest[IDS][0, 0], total, lambda: kept.read(0, 1)[0, 0])
+
     def forward_batch(
         self, inputs_embeds: Sequence[np.ndarray], positions: Sequence[np.ndarray] | None = None
     ) -> np.ndarray:
@@ -121,8 +141,9 @@ class Decoder:
         blocks: np.ndarray | None,
         extras: Mapping[str, np.ndarray] | None,
         row: int | None = None,
+        best: bool = False,
     ) -> np.ndarray:
-        """One run, of sequence `row` alone or of all; logits [B, K, V]."""
+        """One run, of sequence `row` alone or of all; logits [B, K, V], unless they are kept for the `best` of them."""
         cache = self._opened()
         pasts = cache.lengths.copy() if row is None else cache.lengths[row : row + 1].copy()
         counts = [len(e) for e in embeds]
@@ -134,16 +155,13 @@ class Decoder:
         step = Step(pasts, max(counts), np.array(counts), positions, length, blocks)
         feeds = self._contract.feeds(step, extras or {})
         feeds |= self._tokens(embeds, step, rows)
+        self._place_logits((len(embeds), 1 if rows is None else len(rows), self._model.vocab_size), best)
         self._session.run(feeds)
         return self._logits
 
     def _tokens(self, embeds: Sequence[np.ndarray], step: Step, rows: Sequence[int] | None) -> dict[str, np.ndarray]:
-        """Embeddings, the rows to project, and a place for the logits."""
+        """Embeddings, and the rows to project."""
         batch, tokens = len(embeds), step.tokens
-        shape = (batch, 1 if rows is None else len(rows), self._model.vocab_size)
-        if self._logits.shape != shape:
-            self._logits = np.zeros(shape, np.float32)
-            self._session.bind({}, {"logits": self._logits})
         if batch == tokens == 1 and rows is None:
             self._token[0] = self._placed(embeds[0], int(step.pasts[0]))
             bound, self._bound_token = self._bound_token, True
@@ -154,6 +172,20 @@ class Decoder:
             target[: len(source)] = self._placed(source, int(past))
         indices = step.counts[:, None] - 1 if rows is None else np.array([rows])
         return {"inputs_embeds": padded, "logits_indices": indices.astype(np.int64)}
+
+    def _place_logits(self, shape: tuple[int, int, int], best: bool) -> None:
+        """Where the run leaves its logits: in an array, or on the device, and the largest of them in arrays."""
+        if best and self._kept is None:
+            assert shape[:2] == (1, 1), "the last position of one sequence"
+            self._kept, self._logits = self._backend.allocate(shape, "float32"), np.zeros((0, 0, 0), np.float32)
+            sizes = {VALUES: self.best, IDS: self.best, SUM: 1}
+            types = {VALUES: np.float32, IDS: np.int32, SUM: np.float32}
+            self._largest = {name: np.zeros((1, 1, size), types[name]) for name, size in sizes.items()}
+            self._session.bind({}, {"logits": self._kept, **self._largest})
+        elif not best and self._logits.shape != shape:
+            unbound = dict.fromkeys(self._largest)
+            self._logits, self._kept, self._largest = np.zeros(shape, np.float32), None, {}
+            self._session.bind({}, {"logits": self._logits, **unbound})
 
     def _placed(self, embeds: np.ndarray, past: int) -> np.ndarray:
         """Embeddings [S, H] with their learned positions, where the model has such."""

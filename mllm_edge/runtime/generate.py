@@ -89,11 +89,14 @@ def generate(
     """
     with trace.span("prefill"):
         assert decoder.cache is not None, "reset() comes first"
+        # Where the sampler needs no more of them than the session finds, the logits stay on the device.
+        few = sampler.needs is not None and sampler.needs < decoder.best
+        step = decoder.forward_best if few else decoder.forward
         length = decoder.cache.length + len(prompt_embeds) if positions is None else int(positions.max()) + 1
         for piece in chunks(len(prompt_embeds), PREFILL_CHUNK, blocks):
             together = None if blocks is None else blocks[piece]
             where = None if positions is None else positions[..., piece]
-            logits = decoder.forward(prompt_embeds[piece], where, length, blocks=together)
+            logits = step(prompt_embeds[piece], where, length, blocks=together)
     for produced in range(1, max_new_tokens + 1):
         with trace.span("first_token" if produced == 1 else "sample"):
             token = sampler.sample(logits)
@@ -102,4 +105,4 @@ def generate(
         yield token
         if produced < max_new_tokens:
             with trace.span("decode"):
-                logits = decoder.forward(embed(np.array([token])))
+                logits = step(embed(np.array([token])))

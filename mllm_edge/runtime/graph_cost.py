@@ -44,6 +44,7 @@ class Tensor:
 class Node:
     """An operator; `numbers` are its attributes that are integers."""
 
+    name: str
     kind: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -240,7 +241,7 @@ def _node(message: bytes) -> Node:
     attributes = [_parts(attribute) for attribute in parts.get(5, [])]
     numbers = {a[1][0].decode(): a[3][0] for a in attributes if 1 in a and 3 in a}
     texts = [tuple(text.decode() for text in parts.get(number, [])) for number in (1, 2)]
-    return Node(parts[4][0].decode(), texts[0], texts[1], numbers)
+    return Node(parts.get(3, [b""])[0].decode(), parts[4][0].decode(), texts[0], texts[1], numbers)
 
 
 def _initializer(message: bytes) -> tuple[str, Tensor]:

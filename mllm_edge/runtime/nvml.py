@@ -1,4 +1,4 @@
-"""NVIDIA GPUs by NVML, the library that comes with the driver: power, temperature, throttling."""
+"""NVIDIA GPUs by NVML, the library that comes with the driver: power, temperature, throttling, memory."""
 
 import ctypes
 from collections.abc import Callable
@@ -14,12 +14,20 @@ _THROTTLED = 0x04 | 0x08 | 0x20 | 0x40 | 0x80
 
 @dataclass(frozen=True)
 class NvidiaGpu:
-    """`power` in watts, `temperature` in °C, `throttled` now; each raises OSError where the GPU does not tell."""
+    """`power` in watts, `temperature` in °C, `throttled` now, `memory_used` in bytes, by all processes; each raises
+    OSError where the GPU does not tell."""
 
     name: str
     power: Callable[[], float]
     temperature: Callable[[], float]
     throttled: Callable[[], bool]
+    memory_used: Callable[[], int]
+
+
+class _Memory(ctypes.Structure):
+    """nvmlMemory_t."""
+
+    _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
 
 
 def nvidia_gpus(library: str = "libnvidia-ml.so.1") -> tuple[NvidiaGpu, ...]:
@@ -47,7 +55,12 @@ def _gpu(nvml: Any, index: int) -> NvidiaGpu:
         reasons = _get(nvml, ctypes.c_ulonglong, nvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle)
         return bool(reasons & _THROTTLED)
 
-    return NvidiaGpu(f"GPU {index} {name.value.decode()}", power, temperature, throttled)
+    def memory_used() -> int:
+        memory = _Memory()
+        _check(nvml, nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)))
+        return int(memory.used)
+
+    return NvidiaGpu(f"GPU {index} {name.value.decode()}", power, temperature, throttled, memory_used)
 
 
 def _get(nvml: Any, kind: Any, function: Any, *arguments: Any) -> int:

@@ -1,9 +1,9 @@
-"""Where the time of a call goes, operator by operator, by ONNX Runtime's profiler."""
+"""Where the time of a call goes, operator by operator, by the profiler of ONNX Runtime or of TensorRT."""
 
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -11,7 +11,10 @@ from typing import Any
 
 from mllm_edge.bundle import Bundle
 from mllm_edge.errors import BackendError
+from mllm_edge.runtime.backend import TENSORRT, Backend
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
+from mllm_edge.runtime.backends.tensorrt_layers import LayerTimes, Runs, layer_kind
+from mllm_edge.runtime.graph_cost import read_graph
 from mllm_edge.runtime.image import ImageSource
 from mllm_edge.runtime.processor import Messages
 from mllm_edge.runtime.vlm import VLM
@@ -21,15 +24,15 @@ __all__ = ["Operator", "by_kind", "by_layer", "profile_operators", "top"]
 _STAGES = ("vision_encoder", "connector", "prefill", "decode")
 _SUFFIX = "_kernel_time"
 _EVENTS = 1_000_000  # ONNX Runtime drops those beyond, with no word in the profile
-_LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?)\.(\d+)(?:\.|$)")
+_LAYER = re.compile(r"(?<!\w)(?:layers?|blocks?)\.(\d+)(?!\w)")
 
 
 @dataclass(frozen=True)
 class Operator:
-    """One node of a graph in one stage, or a group of them, which has no `name`.
+    """One node of a graph in one stage, or what TensorRT made of several, or a group, which has no `name`.
 
     `kind`: the operator's type, "" in a group by layer. `layer`: the transformer layer, None outside of them, in a
-    group by kind, and where it is not told: between layers, and for nodes that ONNX Runtime made. `calls` and `seconds`
+    group by kind, and where it is not told: between layers, and for nodes that the engine made. `calls` and `seconds`
     are those of one call to the model; `share` is of the time of all operators of the stage, 0 to 1.
     """
 
@@ -49,8 +52,10 @@ def profile_operators(
     *,
     new_tokens: int = 32,
     threads: int | None = None,
+    target: str = "cpu",
 ) -> tuple[Operator, ...]:
-    """Every node that one warm call on the processor runs, by stage and then by time, the longest first.
+    """Every node that one warm call runs, by stage and then by time, the longest first. `target`: cpu, or one of
+    TensorRT's, whose engines are built first where there are none; what it leaves to the processor is not among them.
 
     Stages: the components but the decoder, whose runs are prefill or decode. The profiler slows small operators down:
     the shares say where to look, and how long a stage takes is measured without it.
@@ -59,14 +64,20 @@ def profile_operators(
     """
     bundle = Bundle.load(path)
     pictures = list(images)
+    times: LayerTimes = {}
     with tempfile.TemporaryDirectory(prefix="mllm-edge-") as folder:
-        with VLM(bundle, OnnxRuntimeCpu(threads, profiles=Path(folder)), threads=threads) as vlm:
+        backend = _timed(target, times) if target in TENSORRT else OnnxRuntimeCpu(threads, profiles=Path(folder))
+        with VLM(bundle, backend, threads=threads, notice=lambda text: None) as vlm:
             warm, measured = (
                 len(vlm.generate(prompt, pictures, max_new_tokens=tokens, ignore_eos=True).token_ids) - 1
                 for tokens in (min(2, new_tokens), new_tokens)
             )
-        files = {name: bundle.variant(name, "cpu").file for name in bundle.manifest.components}
-        events = {name: _events(Path(folder), Path(file).name) for name, file in files.items()}
+        files = {name: bundle.variant(name, target).file for name in bundle.manifest.components}
+        if target in TENSORRT:
+            paths = {name: bundle.listed(file) for name, file in files.items() if times.get(file)}
+            events = {name: list(_layer_events(times[files[name]], path)) for name, path in paths.items()}
+        else:
+            events = {name: _events(Path(folder), Path(file).name) for name, file in files.items()}
     operators: list[Operator] = []
     for name, listed in events.items():
         steps = (warm, measured) if name == "decoder" else (0, 0)
@@ -103,6 +114,23 @@ def _events(folder: Path, file: str) -> list[dict[str, Any]]:
     return sorted(ours, key=lambda e: (e["ts"], not _is_run(e)))
 
 
+def _timed(target: str, times: LayerTimes) -> Backend:
+    from mllm_edge.runtime.backends.tensorrt import TensorRT
+
+    return TensorRT(target, layers=times)
+
+
+def _layer_events(runs: Runs, graph: Path) -> Iterator[dict[str, Any]]:
+    """What TensorRT told, in the form of ONNX Runtime's events; layers are numbered in the order they first ran."""
+    kinds = {node.name: node.kind for node in read_graph(graph).nodes}
+    numbers: dict[str, int] = {}
+    for run in runs:
+        yield {"name": "model_run"}
+        for layer, seconds in run:
+            facts = {"op_name": layer_kind(layer, kinds), "node_index": numbers.setdefault(layer, len(numbers))}
+            yield {"name": f"{layer}{_SUFFIX}", "dur": seconds * 1e6, "args": facts}
+
+
 def _last_call(events: Sequence[dict[str, Any]], warm: int, measured: int) -> tuple[list, list]:
     """Nodes of the second of two calls, before its decode steps and in them; the calls made `warm` and `measured`."""
     runs: list[list[dict[str, Any]]] = []
@@ -119,7 +147,8 @@ def _last_call(events: Sequence[dict[str, Any]], warm: int, measured: int) -> tu
 def _layers(events: Sequence[dict[str, Any]]) -> Mapping[str, int | None]:
     """Node → layer: by its name or, where that has none, by the names around it if those agree."""
     names = list(dict.fromkeys(_node(e) for e in events if not _is_run(e)))  # as the first run has them
-    own = [int(match[1]) if (match := _LAYER.search(name.partition(" ")[2])) else None for name in names]
+    told = [set(_LAYER.findall(name.partition(" ")[2])) for name in names]
+    own = [int(found.pop()) if len(found) == 1 else None for found in told]  # what spans several is of none
     return dict(zip(names, (_filled(own, i) for i in range(len(own))), strict=True))
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mllm_edge.runtime.best import Best
+
 __all__ = ["Sampler", "SamplingParams"]
 
 
@@ -57,23 +59,41 @@ class Sampler:
         self._seen = np.unique(np.asarray(prompt_ids, np.int64))
         self._counts: dict[int, int] = {}
 
-    def sample(self, logits: np.ndarray) -> int:
-        """The next token for `logits` [V] float32, which stay as they are.
+    @property
+    def needs(self) -> int | None:
+        """How many of the largest logits decide, with all that equal the smallest of these; None: all logits do."""
+        params = self._params
+        if params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0:
+            return None
+        return 1 if params.temperature == 0 else params.top_k or None
+
+    def sample(self, logits: np.ndarray | Best) -> int:
+        """The next token for `logits` [V] float32, which stay as they are, or for the best of them where `needs` is a
+        number: the token is the same.
 
         Raises ValueError when the best logit is not finite (NaN anywhere, +inf, or everything −inf).
         """
+        if isinstance(logits, Best):
+            assert self.needs is not None, "all logits decide"
+            ids, row = logits.row(self.needs)
+            place = self._choose(row)
+            token = place if ids is None else int(ids[place])
+        else:
+            token = self._choose(logits)
+        self.observe(token)
+        return token
+
+    def _choose(self, logits: np.ndarray) -> int:
         if self._random is None:
             logits = self._penalized(logits)
             token = int(np.argmax(logits))
             _require_finite(logits[token])
-        else:
-            ids, probabilities = self.distribution(logits)
-            cumulative = np.cumsum(probabilities)
-            drawn = np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")
-            last = np.searchsorted(cumulative, cumulative[-1])  # behind it every probability is 0
-            token = int(ids[min(drawn, last)])
-        self.observe(token)
-        return token
+            return token
+        ids, probabilities = self.distribution(logits)
+        cumulative = np.cumsum(probabilities)
+        drawn = np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")
+        last = np.searchsorted(cumulative, cumulative[-1])  # behind it every probability is 0
+        return int(ids[min(drawn, last)])
 
     def observe(self, token: int) -> None:
         """Count `token` as part of the answer (`sample` does this itself; forced tokens need it)."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from mllm_edge.bundle import CHAT_TEMPLATE, Bundle
 from mllm_edge.errors import ContextError, MllmEdgeError, PromptError
+from mllm_edge.runtime.arrays import in_cuda_memory, on_host
 from mllm_edge.runtime.backend import Backend, open_backend
 from mllm_edge.runtime.components import open_component
 from mllm_edge.runtime.decoder import Decoder
@@ -188,14 +189,11 @@ class VLM:
     def component(self, name: str, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Run one component by itself (all but the decoder), its inputs cast to the graph's types.
 
-        On TensorRT an input may lie in CUDA memory already: an array with `__cuda_array_interface__` is read where it
-        lies, and must have the graph's type.
+        On TensorRT an input may lie in CUDA memory already: an array with `__cuda_array_interface__`, or with DLPack's
+        `__dlpack__`, is read where it lies, and must have the graph's type.
         """
         types = self._types[name]
-        inputs = {
-            key: value if hasattr(value, "__cuda_array_interface__") else np.asarray(value, types[key])
-            for key, value in feeds.items()
-        }
+        inputs = {key: value if in_cuda_memory(value) else on_host(value, types[key]) for key, value in feeds.items()}
         return self._sessions[name].run(inputs)
 
     def image_features(self, prompt: Prompt, trace: Trace | None = None) -> np.ndarray:

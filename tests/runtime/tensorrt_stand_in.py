@@ -39,7 +39,8 @@ class StandIn:
     def __init__(self, version: str, capability: tuple[int, int], gpus: int = 1, rtx: bool = False) -> None:
         self.version, self.capability, self.gpus, self.rtx = version, capability, gpus, rtx
         self.memory: dict[int, np.ndarray] = {}
-        self.free = 8 << 30
+        self.pinned: dict[int, np.ndarray] = {}
+        self.free, self.total = 8 << 30, 16 << 30  # other processes have the difference
         self.counts: Counter[str] = Counter()
         self.refuse: dict[str, str] = {}
         self.trouble: dict[str, int] = {}
@@ -48,8 +49,8 @@ class StandIn:
         self.recording: list[Callable[[], bool]] | None = None
 
     def view(self, address: int, nbytes: int) -> np.ndarray | None:
-        """Device memory as bytes, None where it is not all of one allocation."""
-        for begin, memory in self.memory.items():
+        """Memory that the device reaches, as bytes; None where it is not all of one allocation."""
+        for begin, memory in (self.memory | self.pinned).items():
             if begin <= address and address + nbytes <= begin + len(memory):
                 return memory[address - begin : address - begin + nbytes]
         return None
@@ -91,7 +92,7 @@ def _cudart(machine: StandIn) -> ModuleType:
     calls = _Calls(machine)
     for name in [n for n in dir(calls) if n.startswith("cuda")]:
         setattr(api, name, _troubled(machine, name, getattr(calls, name)))
-    kinds = {"cudaMemcpyHostToDevice": 1, "cudaMemcpyDeviceToHost": 2, "cudaMemcpyDeviceToDevice": 3}
+    kinds = {"cudaMemcpyHostToDevice": 1, "cudaMemcpyDeviceToHost": 2, "cudaMemcpyDefault": 4}
     api.cudaMemcpyKind = enum.IntEnum("Kind", kinds)  # type: ignore[attr-defined]
     api.cudaStreamCaptureMode = enum.IntEnum("Mode", {"cudaStreamCaptureModeRelaxed": 2})  # type: ignore[attr-defined]
     names = {"cudaDevAttrComputeCapabilityMajor": 75, "cudaDevAttrComputeCapabilityMinor": 76}
@@ -113,7 +114,6 @@ class _Calls:
 
     def __init__(self, machine: StandIn):
         self._machine = machine
-        self._pinned: dict[int, np.ndarray] = {}
 
     def cudaGetDeviceCount(self) -> tuple:
         return (0, self._machine.gpus) if self._machine.gpus else (_NO_DRIVER, None)
@@ -138,7 +138,7 @@ class _Calls:
         return (_CAPTURING if self._machine.recording is not None else 0,)
 
     def cudaMemGetInfo(self) -> tuple:
-        return 0, self._machine.free - self._machine.allocated(), self._machine.free
+        return 0, self._machine.free - self._machine.allocated(), self._machine.total
 
     def cudaMalloc(self, nbytes: int) -> tuple:
         if nbytes > self._machine.free - self._machine.allocated():
@@ -154,11 +154,11 @@ class _Calls:
 
     def cudaMallocHost(self, nbytes: int) -> tuple:
         memory = np.zeros(nbytes, np.uint8)
-        self._pinned[memory.ctypes.data] = memory
+        self._machine.pinned[memory.ctypes.data] = memory
         return 0, memory.ctypes.data
 
     def cudaFreeHost(self, address: int) -> tuple:
-        self._pinned.pop(address)
+        self._machine.pinned.pop(address)
         return (0,)
 
     def cudaMemsetAsync(self, address: int, value: int, nbytes: int, stream: int) -> tuple:
@@ -171,11 +171,12 @@ class _Calls:
     def cudaMemcpyAsync(self, target: int, source: int, nbytes: int, kind: int, stream: int) -> tuple:
         if self._machine.recording is not None:
             return (_CAPTURING,)
-        device = {1: [target], 2: [source], 3: [target, source]}[kind]
+        device = {1: [target], 2: [source], 4: [target, source]}[kind]
         if any(self._machine.view(address, nbytes) is None for address in device):
             return (_BAD_ADDRESS,)
-        self._machine.counts["bytes copied on the device"] += nbytes if kind == 3 else 0
+        self._machine.counts["bytes copied on the device"] += nbytes if kind == 4 else 0
         self._machine.counts["bytes uploaded"] += nbytes if kind == 1 else 0
+        self._machine.counts["bytes downloaded"] += nbytes if kind == 2 else 0
         ctypes.memmove(target, source, nbytes)
         return (0,)
 
@@ -227,6 +228,11 @@ class _Monitor:
         raise NotImplementedError
 
 
+class _Profiler:
+    def report_layer_time(self, layer_name: str, ms: float) -> None:
+        raise NotImplementedError
+
+
 class _Tensor:
     def __init__(self, value: onnx.ValueInfoProto):
         kind = value.type.tensor_type
@@ -261,6 +267,35 @@ class _AttentionLayer(_Layer):
     pass
 
 
+class _Added:
+    """A layer that was added to a network. Its last node has the name."""
+
+    def __init__(self, node: onnx.NodeProto, *outputs: "_Made"):
+        self._node, self._outputs = node, outputs
+
+    @property
+    def name(self) -> str:
+        return self._node.name
+
+    @name.setter
+    def name(self, name: str) -> None:
+        self._node.name = name
+
+    def get_output(self, index: int) -> "_Made":
+        return self._outputs[index]
+
+
+class _Made:
+    """A tensor of an added layer: `source` in the graph, `like` whose last dimension is `size`."""
+
+    def __init__(self, source: str, like: onnx.ValueInfoProto, kind: int, size: int):
+        self.name = self.source = source
+        self.value = onnx.ValueInfoProto()
+        self.value.CopyFrom(like)
+        self.value.type.tensor_type.elem_type = kind
+        self.value.type.tensor_type.shape.dim[-1].dim_value = size
+
+
 class _Network:
     model: onnx.ModelProto
     folder: Path
@@ -275,6 +310,46 @@ class _Network:
     num_inputs = property(lambda self: len(self.inputs))
     num_outputs = property(lambda self: len(self.outputs))
     num_layers = property(lambda self: len(self.layers))
+
+    def add_topk(self, tensor: _Tensor, operation: enum.IntEnum, k: int, axes: int) -> _Added:
+        """Of equal values those with the highest ids, as no one says which are taken."""
+        assert operation.name == "MAX"
+        like, axis, size = self._found(tensor, axes)
+        make, name = onnx.helper.make_node, tensor.name
+        for what, values in (("back", np.arange(size)[::-1].copy()), ("k", np.array([k])), ("end", np.array(size - 1))):
+            self.model.graph.initializer.append(onnx.numpy_helper.from_array(values, f"{name}/{what}"))
+        nodes = [
+            make("Gather", [name, f"{name}/back"], [f"{name}/turned"], axis=axis),
+            make("TopK", [f"{name}/turned", f"{name}/k"], [f"{name}/top", f"{name}/places"], axis=axis),
+            make("Sub", [f"{name}/end", f"{name}/places"], [f"{name}/long"]),
+            make("Cast", [f"{name}/long"], [f"{name}/ids"], to=onnx.TensorProto.INT32),
+        ]
+        self.model.graph.node.extend(nodes)
+        kinds = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32
+        made = [_Made(f"{name}/{what}", like, kind, k) for what, kind in zip(("top", "ids"), kinds, strict=True)]
+        return _Added(self.model.graph.node[-1], *made)
+
+    def add_reduce(self, tensor: _Tensor, operation: enum.IntEnum, axes: int, keep_dims: bool) -> _Added:
+        assert operation.name == "SUM"
+        assert keep_dims
+        like, axis, _ = self._found(tensor, axes)
+        source = f"{tensor.name}/sum"
+        self.model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([axis]), f"{source}/axis"))
+        self.model.graph.node.append(onnx.helper.make_node("ReduceSum", [tensor.name, f"{source}/axis"], [source]))
+        return _Added(self.model.graph.node[-1], _Made(source, like, onnx.TensorProto.FLOAT, 1))
+
+    def mark_output(self, tensor: _Made) -> None:
+        tensor.value.name = tensor.name
+        self.model.graph.node.append(onnx.helper.make_node("Identity", [tensor.source], [tensor.name]))
+        self.model.graph.output.append(tensor.value)
+        self.outputs.append(_Tensor(tensor.value))
+
+    def _found(self, tensor: _Tensor, axes: int) -> tuple[onnx.ValueInfoProto, int, int]:
+        """An output, the only axis, and its size."""
+        axis = axes.bit_length() - 1
+        assert axes == 1 << axis
+        (like,) = [value for value in self.model.graph.output if value.name == tensor.name]
+        return like, axis, tensor.shape[axis]
 
     def get_input(self, index: int) -> _Tensor:
         return self.inputs[index]
@@ -419,10 +494,13 @@ def _tensorrt(machine: StandIn) -> ModuleType:
         "ExecutionContextAllocationStrategy": enum.IntEnum("Strategy", ["STATIC", "USER_MANAGED"]),
         "IAttentionInputLayer": _AttentionLayer,
         "ILogger": _Logger,
+        "IProfiler": _Profiler,
         "IProgressMonitor": _Monitor,
         "MemoryPoolType": enum.IntEnum("Pool", ["WORKSPACE"]),
         "NetworkDefinitionCreationFlag": enum.IntEnum("Flag", {"STRONGLY_TYPED": 1}),
         "OnnxParser": _Parser,
+        "ReduceOperation": enum.IntEnum("ReduceOperation", ["SUM"]),
+        "TopKOperation": enum.IntEnum("TopKOperation", ["MAX"]),
         "Runtime": Runtime,
         "TensorIOMode": _Mode,
         "TensorLocation": _Location,
@@ -504,6 +582,7 @@ class _Engine:
         network = _Network()
         network.load(data, "")
         self.inputs, self.outputs = {t.name: t for t in network.inputs}, {t.name: t for t in network.outputs}
+        self.layers = network.layers
         scatters = [n for n in network.model.graph.node if n.op_type == "TensorScatter"]
         self.aliases = {n.output[0]: n.input[0] for n in scatters}
         options = onnxruntime.SessionOptions()
@@ -520,6 +599,9 @@ class _Engine:
 
     def get_tensor_mode(self, name: str) -> _Mode:
         return _Mode.INPUT if name in self.inputs else _Mode.OUTPUT
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return (self.inputs | self.outputs)[name].shape
 
     def get_tensor_location(self, name: str) -> Any:
         return _Location.DEVICE
@@ -544,6 +626,8 @@ class _Engine:
 
 
 class _Context:
+    profiler: Any = None
+
     def __init__(self, engine: _Engine):
         self._engine, self._machine = engine, engine.machine
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -582,6 +666,7 @@ class _Context:
     def execute_async_v3(self, stream: int) -> bool:
         assert stream == _STREAM
         if self._machine.recording is not None:
+            assert self.profiler is None, "a replayed graph tells nothing"
             changes = self._changes
             self._machine.recording.append(lambda: changes == self._changes and self._run())
             return True
@@ -600,7 +685,15 @@ class _Context:
                 return self._fail(f"{name} is not where {past} is")
         for name, result in zip(targets, self._engine.session.run(list(targets), feeds), strict=True):
             targets[name][...] = result * self._machine.spoil.get(name, 1)  # type: ignore[index]
+        if self.profiler is not None:
+            self._report()
         return True
+
+    def _report(self) -> None:
+        """A microsecond for the first node, two for the next, and so on."""
+        suffix = f" [profile {self._profile}]" if self._profile else ""
+        for i, layer in enumerate(layer for layer in self._engine.layers if layer.name):
+            self.profiler.report_layer_time(f"{layer.name}{suffix}", (i + 1) / 1e3)
 
     def _view(self, name: str, tensor: _Tensor) -> np.ndarray | None:
         shape = self._shapes[name] if name in self._shapes else self.get_tensor_shape(name)

@@ -399,7 +399,7 @@ def test_operators_and_power_are_measured_when_asked(tiny_bundle: Path, result: 
     assert len(data["operators"]) == len(found.operators)
 
 
-def test_operators_are_told_on_the_processor_alone(tiny_bundle: Path, monkeypatch) -> None:
+def test_operators_are_not_told_by_every_backend(tiny_bundle: Path, monkeypatch) -> None:
     load = VLM.load
 
     def load_elsewhere(path: Path, **options: Any) -> VLM:
@@ -408,7 +408,7 @@ def test_operators_are_told_on_the_processor_alone(tiny_bundle: Path, monkeypatc
         return vlm
 
     monkeypatch.setattr(VLM, "load", load_elsewhere)
-    with pytest.raises(BackendError, match="not on cuda"):
+    with pytest.raises(BackendError, match="told by the processor and TensorRT, not by cuda"):
         profile(tiny_bundle, "Hi", operators=True)
 
 

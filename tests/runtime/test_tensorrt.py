@@ -47,26 +47,6 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return folder / "bundle"
 
 
-@pytest.fixture(scope="module")
-def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A half-precision bundle."""
-    folder = tmp_path_factory.mktemp("single")
-    save_tiny_idefics3(folder / "checkpoint")
-    export(str(folder / "checkpoint"), folder / "bundle", targets=TARGETS, recipe_name="fp16", verify_mode="off")
-    return folder / "bundle"
-
-
-@pytest.fixture
-def bundle(single: Path, tmp_path: Path) -> Path:
-    """A copy to build engines in."""
-    return Path(shutil.copytree(single, tmp_path / "bundle"))
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    return install(monkeypatch)
-
-
 def load(path: Path, target: str, **options: Any) -> tuple[VLM, list[str]]:
     """The model on TensorRT, and what it gave notice of."""
     notices: list[str] = []

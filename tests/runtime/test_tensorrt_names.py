@@ -14,7 +14,7 @@ import tensorrt_rtx_bindings
 trt: Any = tensorrt_rtx_bindings
 
 FOLDER = Path(__file__).parents[2] / "mllm_edge" / "runtime" / "backends"
-FILES = [FOLDER / name for name in ("tensorrt.py", "tensorrt_build.py", "tensorrt_contexts.py", "tensorrt_engines.py")]
+FILES = sorted(FOLDER.glob("tensorrt*.py"))
 # What the backend calls an object of TensorRT → the class it is of.
 OBJECTS = {
     "builder": trt.Builder,
@@ -29,11 +29,14 @@ OBJECTS = {
     "runtime": trt.Runtime,
     "runtime_config": trt.IRuntimeConfig,
     "tensor": trt.ITensor,
+    "top": trt.ITopKLayer,
+    "total": trt.IReduceLayer,
     "attention": trt.IAttention,
 }
 # Names that the backend's own objects have, which are called alike.
 OWN = {
     "engine": {
+        "best",
         "contexts",
         "data",
         "problem",
@@ -103,7 +106,7 @@ def test_names_of_objects() -> None:
     assert {a for a, _ in used} == set(OBJECTS)
     for name, attribute in used - OLD:
         assert attribute in OWN.get(name, set()) or hasattr(OBJECTS[name], attribute), f"{name}.{attribute}"
-    for name in ("execute_async_v3", "set_tensor_address", "set_input_shape", "set_device_memory"):
+    for name in ("execute_async_v3", "set_tensor_address", "set_input_shape", "set_device_memory", "profiler"):
         assert ("_context", name) in used
 
 
@@ -113,6 +116,7 @@ def test_the_stand_in_invents_nothing() -> None:
     pairs = {
         "Builder": trt.Builder,
         "Runtime": trt.Runtime,
+        "_Added": trt.ILayer,
         "_Config": trt.IBuilderConfig,
         "_Context": trt.IExecutionContext,
         "_Engine": trt.ICudaEngine,
@@ -120,6 +124,7 @@ def test_the_stand_in_invents_nothing() -> None:
         "_Network": trt.INetworkDefinition,
         "_Parser": trt.OnnxParser,
         "_Profile": trt.IOptimizationProfile,
+        "_Profiler": trt.IProfiler,
         "_RuntimeCache": trt.IRuntimeCache,
         "_RuntimeConfig": trt.IRuntimeConfig,
     }

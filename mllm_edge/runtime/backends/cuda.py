@@ -44,6 +44,11 @@ class Cuda:
         """Bytes of device memory that are free; on a Jetson that is the system's memory."""
         return int(self.call("cudaMemGetInfo")[0])
 
+    def used_memory(self) -> int:
+        """Bytes of device memory in use, by all processes; on a Jetson that is the system's memory."""
+        free, total = self.call("cudaMemGetInfo")
+        return int(total) - int(free)
+
     def upload(self, address: int, array: np.ndarray) -> None:
         """Copy a C-contiguous array to the device; it may be changed as soon as this returns."""
         if array.nbytes:
@@ -57,9 +62,9 @@ class Cuda:
             self.call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, self._stream)
 
     def copy(self, target: int, source: int, nbytes: int) -> None:
-        """Copy within the device."""
+        """Copy from memory that the device reaches to its own."""
         if nbytes:
-            kind = self._api.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+            kind = self._api.cudaMemcpyKind.cudaMemcpyDefault  # the source may be page-locked, on the host
             self.call("cudaMemcpyAsync", target, source, nbytes, kind, self._stream)
 
     def clear(self, address: int, nbytes: int) -> None:

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from mllm_edge.errors import BackendError
+from mllm_edge.runtime.backends.cuda import Cuda
 from mllm_edge.runtime.backends.onnxruntime_cpu import import_onnxruntime, open_graph, run_bound
 from mllm_edge.runtime.machine import read_machine
+from mllm_edge.runtime.nvml import nvidia_gpus
 from mllm_edge.spec import Variant
 
 __all__ = ["OnnxRuntimeCuda", "usable"]
@@ -63,6 +65,23 @@ class OnnxRuntimeCuda:
         """Zeroed memory on the device."""
         value = self._ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), self._device, 0)
         return _Buffer(value, 0, shape, np.dtype(dtype))
+
+    def memory_used(self) -> int | None:
+        """Bytes of device memory in use, by all processes; None where neither cuda-bindings nor the driver tell."""
+        if self._device != "cuda":
+            return None
+        try:
+            return Cuda().used_memory()
+        except BackendError:
+            return _told_by_the_driver()
+
+
+def _told_by_the_driver() -> int | None:
+    try:
+        (gpu,) = nvidia_gpus()  # which of several is CUDA's first, it does not say
+        return gpu.memory_used()
+    except (OSError, ValueError):
+        return None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ import numpy as np
 from mllm_edge.bundle import Bundle
 from mllm_edge.errors import BackendError
 from mllm_edge.runtime.backends.cuda import Cuda, Graph, Memory, Pinned
+from mllm_edge.runtime.backends.cuda_arrays import CudaArray, taken
+from mllm_edge.runtime.backends.tensorrt_best import best_outputs
 from mllm_edge.runtime.backends.tensorrt_build import Module, logger, modules
 from mllm_edge.runtime.backends.tensorrt_contexts import Contexts
 from mllm_edge.runtime.backends.tensorrt_engines import (
@@ -24,6 +26,7 @@ from mllm_edge.runtime.backends.tensorrt_engines import (
     find_engine,
     make_engine,
 )
+from mllm_edge.runtime.backends.tensorrt_layers import LayerTimes, Runs, layer_profiler
 from mllm_edge.runtime.doctor import MINIMUM
 from mllm_edge.runtime.masks import HIDDEN
 from mllm_edge.spec import TensorSpec, Variant
@@ -34,27 +37,30 @@ __all__ = ["GRAPHS", "TensorRT"]
 GRAPHS = "MLLM_EDGE_CUDA_GRAPHS"
 # Attention over in-place caches spans a multiple of this many positions, the surplus hidden: steps share their shapes.
 _SPAN = 64
-# What TensorRT demands of every address.
-_ALIGNMENT = 256
-# The stream of `__cuda_array_interface__` that CUDA's other streams wait for.
-_LEGACY_STREAM = 1
 
 
 class TensorRT:
     """Executes the variants for `target`: tensorrt or tensorrt-10.3.
 
     `max_seq`: the longest sequence that is wanted; an engine for less is built again. `notice` is told before an
-    engine is built. Raises BackendError when there is no GPU, no cuda-bindings or no TensorRT that is new enough.
+    engine is built. `layers` gets the time of every layer in every run, which takes longer then. Raises BackendError
+    when there is no GPU, no cuda-bindings or no TensorRT that is new enough.
     """
 
     def __init__(
-        self, target: str = "tensorrt", max_seq: int | None = None, notice: Callable[[str], None] = lambda text: None
+        self,
+        target: str = "tensorrt",
+        max_seq: int | None = None,
+        notice: Callable[[str], None] = lambda text: None,
+        layers: LayerTimes | None = None,
     ):
         self.name = self.target = target
         self._max_seq, self._notice = max_seq, notice
         modules(MINIMUM[target])
         self._cuda = Cuda()
-        self._graphs = os.environ.get(GRAPHS, "1") != "0"
+        self._layers = layers
+        # A replayed graph tells no layers' times.
+        self._graphs = layers is None and os.environ.get(GRAPHS, "1") != "0"
 
     def open(self, path: Path, variant: Variant) -> "_Session":
         """Open the engine of a bundle's graph, built first where there is none for this TensorRT and GPU.
@@ -70,14 +76,19 @@ class TensorRT:
             engine = _Engine.open(module, stored.path)
         if engine is None:
             raise BackendError(f"{stored.path}: {module.title} does not open the engine that it built")
-        return _Session(self._cuda, engine, variant, stored.limits.sizes(variant), self._graphs)
+        runs = None if self._layers is None else self._layers.setdefault(variant.file, [])
+        return _Session(self._cuda, engine, variant, stored.limits.sizes(variant), self._graphs, runs)
 
-    def allocate(self, shape: tuple[int, ...], dtype: str) -> "_Buffer":
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> CudaArray:
         """Zeroed device memory."""
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
         memory = Memory(self._cuda, nbytes)
         self._cuda.clear(memory.address, nbytes)
-        return _Buffer(self._cuda, memory, memory.address, shape, np.dtype(dtype))
+        return CudaArray(self._cuda, memory, memory.address, shape, np.dtype(dtype))
+
+    def memory_used(self) -> int:
+        """Bytes of device memory in use, by all processes."""
+        return self._cuda.used_memory()
 
     def _stored(self, bundle: Bundle, variant: Variant) -> tuple[Module, StoredEngine]:
         """The engine of any module that has one for this GPU, or a new one of the first that can build it."""
@@ -101,49 +112,6 @@ class TensorRT:
         )
         limits, workspace = default_limits(bundle, self._max_seq), build_workspace(self._cuda)
         return make_engine(bundle, variant, module, self._cuda.capability, limits, workspace)
-
-
-@dataclass(frozen=True)
-class _Buffer:
-    """Device memory, or a contiguous part of it."""
-
-    cuda: Cuda
-    memory: Memory | None
-    address: int
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def aligned(self) -> bool:
-        """Whether TensorRT takes the address."""
-        return self.address % _ALIGNMENT == 0
-
-    def read(self, axis: int, length: int) -> np.ndarray:
-        values = np.empty((*self.shape[:axis], length, *self.shape[axis + 1 :]), self.dtype)
-        for index, address in self._runs(axis):
-            self.cuda.download(values[index], address)
-        self.cuda.wait()
-        return values
-
-    def write(self, axis: int, values: np.ndarray) -> None:
-        values = np.ascontiguousarray(values, self.dtype)
-        for index, address in self._runs(axis):
-            self.cuda.upload(address, values[index])
-
-    def part(self, axis: int, start: int, stop: int) -> "_Buffer":
-        assert math.prod(self.shape[:axis]) == 1, "a part must be contiguous"
-        address = self.address + start * math.prod(self.shape[axis + 1 :]) * self.dtype.itemsize
-        shape = (*self.shape[:axis], stop - start, *self.shape[axis + 1 :])
-        return _Buffer(self.cuda, self.memory, address, shape, self.dtype)
-
-    def _runs(self, axis: int) -> list[tuple[tuple[int, ...], int]]:
-        """Index and address of each piece that is contiguous from `axis` on."""
-        step = math.prod(self.shape[axis:]) * self.dtype.itemsize
-        return [(index, self.address + i * step) for i, index in enumerate(np.ndindex(self.shape[:axis]))]
 
 
 @dataclass(frozen=True)
@@ -172,6 +140,11 @@ class _Engine:
     def inputs(self) -> list[str]:
         return [n for n in self._names() if self.engine.get_tensor_mode(n) == self.trt.TensorIOMode.INPUT]
 
+    @property
+    def best(self) -> tuple[TensorSpec, ...]:
+        """The outputs that its graph does not have."""
+        return best_outputs(self.engine, self._names())
+
     def ranges(self, profile: int) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
         """Smallest and largest shape of each input."""
         found = {}
@@ -182,7 +155,8 @@ class _Engine:
 
     def check(self, variant: Variant) -> None:
         """Raise BackendError unless inputs and outputs are the variant's, and caches are updated in place."""
-        if set(self._names()) != {t.name for t in (*variant.inputs, *variant.outputs)}:
+        known = {t.name for t in (*variant.inputs, *variant.outputs, *self.best)}
+        if set(self._names()) != known:
             raise BackendError(f"the engine of {variant.file} has other inputs or outputs than its graph")
         for name in self._names():
             if self.engine.get_tensor_location(name) != self.trt.TensorLocation.DEVICE:
@@ -203,16 +177,25 @@ class _Session:
     Contexts, one for each profile, share the memory that their kernels work in: one runs at a time.
     """
 
-    def __init__(self, cuda: Cuda, engine: _Engine, variant: Variant, limits: Mapping[str, int], graphs: bool):
+    def __init__(
+        self,
+        cuda: Cuda,
+        engine: _Engine,
+        variant: Variant,
+        limits: Mapping[str, int],
+        graphs: bool,
+        runs: Runs | None = None,
+    ):
         engine.check(variant)
-        self.limits = limits
+        self.limits = {**limits, "best": int(engine.best[0].shape[-1])} if engine.best else limits
         self._cuda, self._engine, self._variant = cuda, engine, variant
         self._inputs = {t.name: t for t in variant.inputs}
+        self._outputs = (*variant.outputs, *engine.best)
         self._span = limits["capacity"] if variant.kv_mode == "in_place" else 0
         self._ranges = [engine.ranges(i) for i in range(engine.engine.num_optimization_profiles)]
         self._work = Memory(cuda, int(engine.engine.device_memory_size_v2))
         self._contexts: dict[int, _Context] = {}
-        self._graphs = graphs and variant.kv_mode is not None
+        self._graphs, self._runs = graphs and variant.kv_mode is not None, runs
         self._fed: dict[str, Any] = {}
         self._uploaded: dict[str, np.ndarray] = {}
         self._targets: dict[str, Any] = {}
@@ -221,7 +204,7 @@ class _Session:
 
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
         self._fed.update({name: self._checked(name, value) for name, value in inputs.items()})
-        self._targets.update(outputs)
+        self._targets = {name: t for name, t in {**self._targets, **outputs}.items() if t is not None}
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         self.bind(feeds, {})
@@ -231,11 +214,11 @@ class _Session:
         values = {name: self._widened(name, value) for name, value in self._fed.items()}
         context = self._context({name: tuple(value.shape) for name, value in values.items()})
         addresses = {name: self._address(name, value) for name, value in values.items()}
-        shapes = context.shapes([t.name for t in self._variant.outputs])
-        addresses |= {t.name: self._output(t, shapes[t.name]) for t in self._variant.outputs}
+        shapes = context.shapes([t.name for t in self._outputs])
+        addresses |= {t.name: self._output(t, shapes[t.name]) for t in self._outputs}
         context.run(addresses)
         for name, target in self._targets.items():
-            if isinstance(target, _Buffer) and addresses[name] != target.address:
+            if isinstance(target, CudaArray) and addresses[name] != target.address:
                 self._cuda.copy(target.address, addresses[name], target.nbytes)
         return self._results(shapes, addresses)
 
@@ -243,9 +226,7 @@ class _Session:
         """A buffer, or a C-contiguous array of the graph's type."""
         if name not in self._inputs:
             raise BackendError(f"{self._variant.file} has no input {name}")
-        if not isinstance(value, _Buffer):
-            foreign = getattr(value, "__cuda_array_interface__", None)
-            value = np.asarray(value, order="C") if foreign is None else _lent(self._cuda, name, foreign)
+        value = taken(self._cuda, name, value)
         wanted = np.dtype(self._inputs[name].dtype)
         if value.dtype != wanted:
             raise BackendError(f"{self._variant.file}: input {name} is {value.dtype}, not {wanted}")
@@ -253,7 +234,7 @@ class _Session:
 
     def _widened(self, name: str, value: Any) -> Any:
         """A bias over in-place caches, spanning a multiple of positions; those too many are hidden."""
-        if not self._span or not name.startswith("attention_bias") or isinstance(value, _Buffer):
+        if not self._span or not name.startswith("attention_bias") or isinstance(value, CudaArray):
             return value
         length = value.shape[-1]
         span = min(-(-length // _SPAN) * _SPAN, self._span)
@@ -264,7 +245,8 @@ class _Session:
         for index in reversed(range(len(self._ranges))):
             if all(_within(shape, *self._ranges[index][name]) for name, shape in shapes.items()):
                 if index not in self._contexts:
-                    self._contexts[index] = _Context(self._cuda, self._engine, index, self._work, self._graphs)
+                    made = _Context(self._cuda, self._engine, index, self._work, self._graphs, self._runs)
+                    self._contexts[index] = made
                 self._contexts[index].reshape(shapes)
                 return self._contexts[index]
         name, shape = next((n, s) for n, s in shapes.items() if not _within(s, *self._ranges[0][n]))
@@ -275,10 +257,10 @@ class _Session:
         )
 
     def _address(self, name: str, value: Any) -> int:
-        if isinstance(value, _Buffer) and value.aligned:
+        if isinstance(value, CudaArray) and value.aligned:
             return value.address
         memory = self._room(name, value.nbytes)
-        if isinstance(value, _Buffer):
+        if isinstance(value, CudaArray):
             self._cuda.copy(memory.address, value.address, value.nbytes)
             self._uploaded.pop(name, None)
         elif value.flags.writeable or self._uploaded.get(name) is not value:
@@ -290,7 +272,7 @@ class _Session:
         target = self._targets.get(tensor.name)
         if target is not None and tuple(target.shape) != shape:
             raise BackendError(f"{self._variant.file}: {tensor.name} is {list(shape)}, bound to {list(target.shape)}")
-        if isinstance(target, _Buffer) and target.aligned:
+        if isinstance(target, CudaArray) and target.aligned:
             return target.address
         # New rows of an append cache may begin anywhere: those rows, never the cache, are copied behind the run.
         return self._room(tensor.name, math.prod(shape) * np.dtype(tensor.dtype).itemsize).address
@@ -303,10 +285,11 @@ class _Session:
         return memory
 
     def _results(self, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]) -> dict[str, np.ndarray]:
-        """Outputs on the host: into bound arrays, or as new ones."""
+        """Outputs on the host: into bound arrays, or as new ones; what the graph does not have only when bound."""
         found = {}
-        for tensor in self._variant.outputs:
-            if not isinstance(self._targets.get(tensor.name), _Buffer):
+        for tensor in self._outputs:
+            wanted = tensor in self._variant.outputs or tensor.name in self._targets
+            if wanted and not isinstance(self._targets.get(tensor.name), CudaArray):
                 found[tensor.name] = self._landing(tensor, shapes[tensor.name])
                 self._cuda.download(found[tensor.name], addresses[tensor.name])
         self._cuda.wait()
@@ -327,13 +310,15 @@ class _Context:
     A step is enqueued plainly when shapes or addresses changed, recorded when it comes again, then replayed.
     """
 
-    def __init__(self, cuda: Cuda, engine: _Engine, profile: int, work: Memory, graphs: bool):
-        self._cuda, self._engine, self._graphs = cuda, engine, graphs
+    def __init__(self, cuda: Cuda, engine: _Engine, profile: int, work: Memory, graphs: bool, runs: Runs | None):
+        self._cuda, self._engine, self._graphs, self._runs = cuda, engine, graphs, runs
         self._context = engine.contexts.make()
         if self._context is None:
             raise BackendError(f"TensorRT makes no execution context: {engine.log.errors[-1:]}")
         self._context.set_device_memory(work.address, work.nbytes)
         self._require(self._context.set_optimization_profile_async(profile, cuda.stream), f"profile {profile}")
+        if runs is not None:
+            self._context.profiler = self._profiler = layer_profiler(engine.trt, runs)
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._graph: Graph | None = None
@@ -373,6 +358,8 @@ class _Context:
             self._graphs = False  # some engines cannot be captured; they run all the same
 
     def _enqueue(self) -> None:
+        if self._runs is not None:
+            self._runs.append([])
         self._require(self._context.execute_async_v3(self._cuda.stream), "a run")
 
     def _forget(self) -> None:
@@ -382,18 +369,6 @@ class _Context:
         if not done:
             said = self._engine.log.errors[-1:] or ["it does not say why"]
             raise BackendError(f"TensorRT refuses {what}: {said[0]}")
-
-
-def _lent(cuda: Cuda, name: str, interface: Mapping[str, Any]) -> _Buffer:
-    """An array of another library in CUDA memory, by `__cuda_array_interface__`; its owner keeps it alive."""
-    buffer = _Buffer(cuda, None, interface["data"][0], tuple(interface["shape"]), np.dtype(interface["typestr"]))
-    strides = interface.get("strides")
-    if strides is not None and tuple(strides) != np.empty(buffer.shape, buffer.dtype).strides:
-        raise BackendError(f"input {name} is not C-contiguous", "make it contiguous first")
-    stream = interface.get("stream")
-    if stream not in (None, _LEGACY_STREAM):  # with which ours keeps order by itself
-        cuda.call("cudaStreamSynchronize", stream)
-    return buffer
 
 
 def _within(shape: Sequence[int], smallest: Sequence[int], largest: Sequence[int]) -> bool:

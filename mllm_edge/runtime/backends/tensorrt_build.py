@@ -12,6 +12,7 @@ from typing import Any
 from mllm_edge.errors import BackendError
 from mllm_edge.runtime.backends.installed import engines, version_numbers
 from mllm_edge.runtime.backends.onnx_dimensions import fix_dimensions
+from mllm_edge.runtime.backends.tensorrt_best import add_best
 from mllm_edge.spec import TensorSpec
 
 __all__ = [
@@ -67,13 +68,15 @@ class Module:
 class Options:
     """How to build. `sizes`: numbers for symbolic dimensions; `cache_updates`: in-place caches that TensorRT must see
     (None: unchecked); `workspace`: bytes of device memory for kernels to work in, 0 for TensorRT's default;
-    `timing_cache`: a file of timings to start from and to keep; `progress(part)`: how much of 1 is done, may raise."""
+    `timing_cache`: a file of timings to start from and to keep; `progress(part)`: how much of 1 is done, may raise;
+    `best`: the engine of a decoder also returns the largest logits, see `runtime/best.py`."""
 
     sizes: Mapping[str, int] | None = None
     cache_updates: int | None = None
     workspace: int = 0
     timing_cache: Path | None = None
     progress: Callable[[float], None] | None = None
+    best: bool = False
 
 
 @dataclass(frozen=True)
@@ -207,6 +210,8 @@ def build(
     module, trt = parsed.module, parsed.module.trt
     if options.cache_updates is not None:
         _check(path, _report(parsed), options.cache_updates)
+    if options.best:
+        add_best(trt, parsed.network)
     config = parsed.builder.create_builder_config()
     if capabilities:
         names = [module.capability(name) for name in capabilities]

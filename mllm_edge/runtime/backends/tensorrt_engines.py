@@ -141,11 +141,12 @@ def find_engine(bundle: Bundle, variant: Variant, module: Module, device: str) -
 
 
 def build_inputs(bundle: Bundle, variant: Variant, limits: Limits) -> tuple[list[dict[str, Range]], Options]:
-    """Profiles, and what has to be known about the caches, to `build` the engine of a variant with."""
+    """Profiles, and what has to be known about caches and logits, to `build` the engine of a variant with."""
+    best = variant.kv_mode is not None and any(t.name == "logits" for t in variant.outputs)
     if variant.kv_mode != "in_place":
-        options = Options(cache_updates=0)
+        options = Options(cache_updates=0, best=best)
     else:
-        options = Options({"capacity": limits.max_seq}, 2 * bundle.manifest.model.cache.layers)
+        options = Options({"capacity": limits.max_seq}, 2 * bundle.manifest.model.cache.layers, best=best)
     return _profiles(variant, limits, bundle.manifest.model.image), options
 
 

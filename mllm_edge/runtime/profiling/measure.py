@@ -16,6 +16,7 @@ from PIL import Image
 
 from mllm_edge.bundle import MANIFEST, Bundle
 from mllm_edge.errors import BackendError
+from mllm_edge.runtime.backend import TENSORRT
 from mllm_edge.runtime.device import peak_rss
 from mllm_edge.runtime.image import ImageSource, load_image
 from mllm_edge.runtime.operators import Operator, profile_operators
@@ -77,8 +78,8 @@ class Profile:
     `coverage`. `tpot` is over all intervals between tokens, None when every answer had one token. `memory` was measured
     in the first run. `point`: what is special about it in a sweep. `traces` have the spans of every load and call, with
     their titles. `power` is that of the counted calls; `operators` those of another call; `roofline` what the stages
-    reach of the machine's `limits`. All are None where they were not asked for, the last two also on other backends
-    than cpu.
+    reach of the machine's `limits`. All are None where they were not asked for, `limits` and `roofline` also on other
+    backends than cpu.
     """
 
     created: str
@@ -204,12 +205,12 @@ def profile(
     call (the first one's memory is watched), up to `warmup` calls until they settle, and this run's share of the
     `iterations` that are counted; a run has one at least. The model's end is ignored, so that all answers have one
     length (the context can still cut them short). A model that takes images and is given none gets `synthetic_image()`.
-    `power` measures what the counted calls draw, and `operators` where another call's time goes, on the processor.
-    `limits`: compare the stages with what the processor can do, which takes some seconds the first time. `progress(1)`
-    is called after each call; `notice` as in `VLM.load`.
+    `power` measures what the counted calls draw, and `operators` where another call's time goes, on the processor or
+    TensorRT. `limits`: compare the stages with what the processor can do, which takes some seconds the first time.
+    `progress(1)` is called after each call; `notice` as in `VLM.load`.
 
     Raises what `VLM.load` and `VLM.stream` raise, ImageError for an image that cannot be read, before the load,
-    ValueError for no runs or iterations, and BackendError when operators are asked of another backend than cpu.
+    ValueError for no runs or iterations, and BackendError when operators are asked of a backend that tells none.
     """
     if min(runs, iterations) < 1:
         raise ValueError(f"runs and iterations must be positive, not {runs} and {iterations}")
@@ -221,19 +222,19 @@ def profile(
     options: dict[str, Any] = {"backend": backend, "threads": threads, "max_context": max_context, "notice": notice}
     found: Profile | None = None
     for number, share in enumerate(shares(iterations, runs), 1):
-        new_trace = WatchedTrace if watch and found is None else Trace
-        loading = new_trace()
+        watched = watch and found is None
+        loading = WatchedTrace() if watched else Trace()
         with VLM.load(path, trace=loading, **options) as vlm:
-            if operators and vlm.backend.target != "cpu":
-                raise BackendError(
-                    f"operators are told on the processor alone, not on {vlm.backend.name}", "--backend cpu"
-                )
+            if operators and vlm.backend.target not in ("cpu", *TENSORRT):
+                what = f"operators are told by the processor and TensorRT, not by {vlm.backend.name}"
+                raise BackendError(what, "--backend cpu")
             if not given and vlm.spec.image is not None:
                 given, sizes = [synthetic_image()], [_SIZE]
             if meter is not None and found is None:
                 meter.watch_idle()
             asker = Asker(vlm, prompt, given, new_tokens, progress)
-            first = new_trace()  # a call begins with its trace
+            opened = gpu_memory(vlm.backend)
+            first = WatchedTrace(vlm.backend) if watched else Trace()  # a call begins with its trace
             cold = asker.ask("cold", first)
             run = asker.run(loading, cold, warmup, share, meter)
             if found is None:
@@ -244,7 +245,7 @@ def profile(
                     machine=machine,
                     setting=_setting(vlm, cold, given, sizes, max_context, (runs, warmup, iterations)),
                     runs=(),
-                    memory=_memory(vlm, cold, sizes, (loading, first), before, new),
+                    memory=_memory(vlm, cold, sizes, (loading, first), opened, before, new),
                 )
             traces = [(f"run {number}, {title}", trace) for title, trace in [("load", loading), *asker.traces]]
             found = replace(found, runs=(*found.runs, run), traces=(*found.traces, *traces))
@@ -256,7 +257,9 @@ def profile(
         found = _with_roofline(found)
     if operators:
         few = min(new_tokens, _OPERATOR_TOKENS)
-        found = replace(found, operators=profile_operators(path, prompt, given, new_tokens=few, threads=threads))
+        target = found.bundle.target
+        told = profile_operators(path, prompt, given, new_tokens=few, threads=threads, target=target)
+        found = replace(found, operators=told)
     return found
 
 
@@ -286,17 +289,27 @@ def _setting(
 
 
 def _memory(
-    vlm: VLM, cold: Metrics, sizes: Sequence[tuple[int, int]], watched: Sequence[Trace], before: int, new: bool
+    vlm: VLM,
+    cold: Metrics,
+    sizes: Sequence[tuple[int, int]],
+    traces: Sequence[Trace],
+    opened: int | None,
+    before: int,
+    new: bool,
 ) -> MemoryUse:
-    """What the load and the calls so far took; `new`: this process had not imported the engine before."""
+    """What the load and the calls so far took; `opened`: device memory in use behind the load; `new`: this process had
+    not imported the engine before."""
     cache = vlm.decoder.cache
     assert cache is not None
-    peaks = {name: peak for t in watched if isinstance(t, WatchedTrace) for name, peak in t.peaks.items()}
+    watched = [trace for trace in traces if isinstance(trace, WatchedTrace)]
+    peaks = {name: peak for trace in watched for name, peak in trace.peaks.items()}
+    told = {name: used for trace in watched for name, used in trace.gpu.items()}
+    on_gpu = ({} if opened is None else {"open": opened}) | {name: told[name] for name in STAGES if name in told}
     known = {name: peaks[name] for name in (*LOAD_STAGES, *STAGES) if name in peaks}
     target, gpu = vlm.backend.target, gpu_memory(vlm.backend)
     used = first_use() if new and target == "cpu" else 0
     base = known.get("backend", before) + (used or 0)
-    found = measured(vlm.bundle, target, cold, sizes, cache.capacity, known or None, base, gpu)
+    found = measured(vlm.bundle, target, cold, sizes, cache.capacity, known or None, base, gpu, on_gpu or None)
     note = "the base lacks what the first use of the libraries takes: no other process could measure it"
     return replace(found, notes=(*found.notes, note)) if used is None else found
 

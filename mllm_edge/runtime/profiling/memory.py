@@ -5,7 +5,7 @@ the peak of the whole process is known.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,16 +48,21 @@ class Predicted:
     images: int
     total: int
 
+    @property
+    def on_gpu(self) -> int:
+        """What a backend keeps in device memory: everything but the base and the images."""
+        return self.weights + self.kv_cache + self.activations
+
 
 @dataclass(frozen=True)
 class MemoryUse:
     """Bytes. `base`: resident once the engine's library was imported, and what `first_use` of it takes where it was new
-    to this process; `peak`: from the load on, or of the whole process where `stages` is
-    None; `stages`: the peak
-    while each ran, in the load and the first call, None where the system does not tell; `weights` by component, as
-    stored; `mapped` files are read row by row; `rest` = peak − base − weights − kv_cache: the engine's arenas and its
-    packed copies of weights. `gpu`: device memory in use after the last call, by all processes, None without a GPU.
-    `notes`: what could not be measured, and why.
+    to this process; `peak`: from the load on, or of the whole process where `stages` is None; `stages`: the peak while
+    each ran, in the load and the first call, None where the system does not tell; `weights` by component, as stored;
+    `mapped` files are read row by row; `rest` = peak − base − weights − kv_cache: the engine's arenas and its packed
+    copies of weights. `gpu`: device memory in use after the first run, by all processes, None without a GPU;
+    `gpu_stages`: in the same way the most at the end of each stage, of the load (open) and the first call. `notes`:
+    what could not be measured, and why.
     """
 
     base: int
@@ -67,6 +72,7 @@ class MemoryUse:
     mapped: int
     kv_cache: int
     gpu: int | None
+    gpu_stages: Mapping[str, int] | None
     predicted: Predicted
     notes: tuple[str, ...]
 
@@ -82,14 +88,17 @@ class MemoryUse:
 
 
 class WatchedTrace(Trace):
-    """A trace that also keeps the process's peak resident size while each span ran, in `peaks`, bytes.
+    """A trace that also keeps the process's peak resident size while each span ran, in `peaks`, bytes, and the most
+    device memory at the spans' ends, in `gpu`, where `backend` tells it.
 
     Watching takes some 50 µs a span: for calls whose times are not counted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, backend: Backend | None = None) -> None:
         super().__init__()
+        self._backend = backend
         self.peaks: dict[str, int] = {}
+        self.gpu: dict[str, int] = {}
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
@@ -98,6 +107,9 @@ class WatchedTrace(Trace):
         with super().span(name):
             yield
         self.peaks[name] = max(self.peaks.get(name, 0), _peak())
+        used = None if self._backend is None else gpu_memory(self._backend)
+        if used is not None:
+            self.gpu[name] = max(self.gpu.get(name, 0), used)
 
 
 def can_watch() -> bool:
@@ -111,8 +123,8 @@ def can_watch() -> bool:
 
 def gpu_memory(backend: Backend) -> int | None:
     """Bytes of device memory in use, by all processes; None where the backend uses no GPU or cannot tell."""
-    used = getattr(backend, "memory_used", None)
-    return None if used is None else int(used())
+    tell: Callable[[], int | None] = getattr(backend, "memory_used", lambda: None)
+    return tell()
 
 
 def measured(
@@ -124,9 +136,10 @@ def measured(
     peaks: Mapping[str, int] | None,
     base: int,
     gpu: int | None,
+    gpu_stages: Mapping[str, int] | None,
 ) -> MemoryUse:
     """The measurement beside the prediction for a `call` with images of these (width, height) and a cache of `capacity`
-    tokens. `peaks`: those of the spans of the load and the first call; `base` as in `MemoryUse`."""
+    tokens. `peaks`: those of the spans of the load and the first call; the others as in `MemoryUse`."""
     bytes_of = next(m for m in memory(bundle, capacity) if m.target == target)
     weights = sum(bytes_of.weights.values())
     activations = predict_activations(bundle, target, call.prompt_tokens)
@@ -144,6 +157,7 @@ def measured(
         mapped=bytes_of.mapped,
         kv_cache=call.kv_cache_bytes,
         gpu=gpu,
+        gpu_stages=gpu_stages,
         predicted=Predicted(weights, bytes_of.kv_cache, activations, images, total),
         notes=tuple(notes),
     )

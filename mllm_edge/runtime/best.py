@@ -1,0 +1,37 @@
+"""The largest logits of a row, found where the logits lie, so that a vocabulary need not be copied from there."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["IDS", "OUTPUTS", "SUM", "VALUES", "Best"]
+
+# What a session with `limits["best"]` has beside the outputs of a decoder's graph, all [B, K, …]: the largest logits,
+# float32, largest first; their ids, int32; and the sum of all logits, float32.
+VALUES, IDS, SUM = "logits.values", "logits.ids", "logits.sum"
+OUTPUTS = (VALUES, IDS, SUM)
+
+
+@dataclass(frozen=True)
+class Best:
+    """Of one row of logits, the largest `values` [N] float32, largest first, and their `ids` [N] int32. `total` is the
+    sum of the row, which is NaN when a logit is; `whole` copies the row [V] float32."""
+
+    values: np.ndarray
+    ids: np.ndarray
+    total: float
+    whole: Callable[[], np.ndarray]
+
+    def row(self, count: int) -> tuple[np.ndarray | None, np.ndarray]:
+        """Ids, the lowest first, and logits of the `count` largest and of all that equal the smallest of these.
+
+        Where there may be more such than the N at hand, all logits with None for their ids: TensorRT does not say which
+        of equal ones it takes. Likewise for a NaN, which may have any place in its order.
+        """
+        last = self.values[min(count, len(self.values)) - 1]
+        if np.isnan(self.total) or not self.values[-1] < last:
+            return None, self.whole()
+        kept = np.flatnonzero(self.values >= last)
+        kept = kept[np.argsort(self.ids[kept])]
+        return self.ids[kept], self.values[kept]
