@@ -20,7 +20,7 @@ _STREAM, _ROWS = "inputs_embeds", "logits_indices"
 # Numbers are those of onnx.proto: ModelProto.graph; GraphProto's node, initializer, input, output, value_info.
 _GRAPH, _NODE, _WEIGHT, _INPUT, _OUTPUT, _INFO = 7, 1, 5, 11, 12, 13
 _NAME_OF = {_WEIGHT: 8, _INPUT: 1, _OUTPUT: 1, _INFO: 1}
-_FLOATS = {1: "float32", 10: "float16", 16: "bfloat16"}
+_FLOATS = {1: "float32", 10: "float16"}
 
 
 @dataclass(frozen=True)
@@ -153,12 +153,7 @@ class _Decoder:
             node = self._nodes[self._makers[name]]
             if node.kind == "Cast":
                 return node.numbers["to"]
-            if node.kind == "DequantizeLinear":
-                name = node.inputs[1]
-            elif node.kind == "QuantizeLinear":
-                return 0
-            else:
-                name = next(n for n in node.inputs if n in self._stream)
+            name = next(n for n in node.inputs if n in self._stream)
         return self._known[name].dtype
 
     def _spec(self, name: str) -> TensorSpec | None:

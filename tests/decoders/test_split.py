@@ -139,8 +139,10 @@ def test_a_wider_stream_passes_as_it_is(dialect: str, tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- where it is cut
 def _branches(folder: Path, widths: list[int], head: int) -> Path:
-    """x + B·A·x for each width, then the chosen rows times a head; float32 weights of 2·4·width and 4·head values."""
-    nodes, weights, stream = [], {"head": (4, head)}, "inputs_embeds"
+    """x + B·A·x for each width, then the chosen rows, scaled, times a head; float32 weights of 2·4·width values for a
+    branch, of 4·(1 + head) behind all of them."""
+    nodes, stream = [helper.make_node("Identity", ["inputs_embeds"], ["begin"])], "begin"
+    weights = {"scale": (4, 1), "head": (4, head)}
     for i, width in enumerate(widths):
         weights |= {f"a{i}": (4, width), f"b{i}": (width, 4)}
         nodes.append(helper.make_node("MatMul", [stream, f"a{i}"], [f"inner{i}"]))
@@ -148,7 +150,8 @@ def _branches(folder: Path, widths: list[int], head: int) -> Path:
         nodes.append(helper.make_node("Add", [stream, f"branch{i}"], [f"stream{i}"]))
         stream = f"stream{i}"
     nodes.append(helper.make_node("Gather", [stream, "logits_indices"], ["rows"], axis=1))
-    nodes.append(helper.make_node("MatMul", ["rows", "head"], ["logits"]))
+    nodes.append(helper.make_node("Mul", ["rows", "scale"], ["scaled"]))
+    nodes.append(helper.make_node("MatMul", ["scaled", "head"], ["logits"]))
     inputs = [
         helper.make_tensor_value_info("inputs_embeds", TensorProto.FLOAT, ["batch", "sequence", 4]),
         helper.make_tensor_value_info("logits_indices", TensorProto.INT64, ["rows"]),
@@ -159,18 +162,18 @@ def _branches(folder: Path, widths: list[int], head: int) -> Path:
     return folder / "g.onnx"
 
 
-@pytest.mark.parametrize(("widths", "head"), [([3, 3, 3, 3], 2), ([1, 9, 1, 1, 4], 6), ([2, 2, 2], 40)])
+@pytest.mark.parametrize(("widths", "head"), [([3, 3, 3, 3], 2), ([3, 1, 4, 1, 5, 9, 2, 6], 5), ([2, 2, 2], 40)])
 def test_the_heaviest_piece_is_as_light_as_can_be(widths: list[int], head: int, tmp_path: Path) -> None:
     found = list(partitions(_branches(tmp_path, widths, head)))
     assert len(found) == len(widths) + 1
-    sizes = [32 * width for width in widths]
+    sizes, end = [32 * width for width in widths], 16 * (1 + head)
     for count, pieces in enumerate(found, 1):
         best = min(
-            max(sum([*sizes, 16 * head][a:b]) for a, b in itertools.pairwise([0, *cuts, len(sizes) + 1]))
+            max(sum([*sizes, end][a:b]) for a, b in itertools.pairwise([0, *cuts, len(sizes) + 1]))
             for cuts in itertools.combinations(range(1, len(sizes) + 1), count - 1)
         )
         assert max(piece.weight_bytes for piece in pieces) == best
-        assert sum(piece.weight_bytes for piece in pieces) == sum(sizes) + 16 * head
+        assert sum(piece.weight_bytes for piece in pieces) == sum(sizes) + end
         assert [piece.leaves for piece in pieces[:-1]] == [piece.enters for piece in pieces[1:]]
         assert pieces[0].enters is pieces[-1].leaves is None
 
@@ -181,6 +184,15 @@ def test_a_graph_with_no_stream_is_one_piece(tmp_path: Path) -> None:
     for node in model.graph.node:
         node.input[:] = ["pixels" if name == "inputs_embeds" else name for name in node.input]
     model.graph.input[0].name = "pixels"
+    onnx.save(model, path)
+    assert [len(pieces) for pieces in partitions(path)] == [1]
+
+
+def test_an_output_beside_the_stream_is_not_lost(tmp_path: Path) -> None:
+    path = _branches(tmp_path, [2, 2], 3)
+    model = onnx.load(path)
+    model.graph.node.append(helper.make_node("Identity", ["logits_indices"], ["beside"]))
+    model.graph.output.append(helper.make_tensor_value_info("beside", TensorProto.INT64, ["rows"]))
     onnx.save(model, path)
     assert [len(pieces) for pieces in partitions(path)] == [1]
 
