@@ -2,7 +2,8 @@
 
 python -m benchmarks.tensorrt_builds [--family NAME ...] [--geometry S M] [--json F]
 
-Each engine is built in a process of its own, so that its peak memory is its own, and for all GPU generations at once.
+Each engine is built in a process of its own, so that its peak memory is its own, and for all GPU generations at once; a
+decoder's segments are built one after the other in one process, as `mllm-edge build` does, and the peak is that of all.
 A generation is `built`, `impossible` (its hardware has not what the graph needs; TensorRT's refusal is what is checked)
 or `failed`. Without --family and --geometry everything is built; with one of them, only what it names. Needs the tests'
 tiny checkpoints: run it in a checkout.
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ IMPOSSIBLE = {"int4": ("SM75",), "fp8": ("SM75", "SM80", "SM86")}
 MAX_SEQ = 128  # of the tiny models
 CAPACITY = 2048  # of real geometries
 DIALECTS = ("opset24", "opset17")
+# What is built in segments as well: for boards on which one engine does not build.
+IN_SEGMENTS, SEGMENTS = ("M", "int4"), (2, 4)
 # A decode profile fixed at one token would make TensorRT keep the weights twice.
 PROFILES = ((1, 256, 1024), (1, 1, 8))
 MOST_BEYOND_WEIGHTS = 64
@@ -48,7 +52,7 @@ def main() -> None:
     parser.add_argument("--geometry", nargs="+", choices=GEOMETRIES)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--part", nargs=4, metavar=("BUNDLE", "COMPONENT", "TARGET", "RECIPE"), help=argparse.SUPPRESS)
-    parser.add_argument("--one", nargs=4, metavar=("GEOMETRY", "DIALECT", "RECIPE", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=5, metavar=("GEOMETRY", "DIALECT", "RECIPE", "DIR", "N"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part or options.one:
         print(json.dumps(_build_part(*options.part) if options.part else _build_one(*options.one)))
@@ -96,8 +100,13 @@ def _geometry_rows(names: Iterable[str]) -> Iterable[dict[str, Any]]:
             write_checkpoint(GEOMETRIES[name], Path(folder))
             for dialect in DIALECTS:
                 for recipe in ("fp16", "int4"):
-                    found = _child("--one", name, dialect, recipe, folder)
-                    yield {"model": f"{name} decoder", "recipe": recipe, **found}
+                    for count in (1, *(SEGMENTS if (name, recipe) == IN_SEGMENTS else ())):
+                        found = _child("--one", name, dialect, recipe, folder, count)
+                        yield {"model": _decoder(name, count), "recipe": recipe, **found}
+
+
+def _decoder(name: str, count: int) -> str:
+    return f"{name} decoder" if count == 1 else f"{name} decoder in {count} segments"
 
 
 def _child(*arguments: Any) -> dict[str, Any]:
@@ -119,16 +128,31 @@ def _build_part(folder: str, component: str, target: str, recipe: str) -> dict[s
     return {"dialect": variant.dialect, **_build(path, profiles, options, recipe)}
 
 
-def _build_one(name: str, dialect: str, recipe: str, folder: str) -> dict[str, Any]:
+def _build_one(name: str, dialect: str, recipe: str, folder: str, count: str) -> dict[str, Any]:
     from mllm_edge.export.graph import tensor_specs
     from mllm_edge.runtime.backends.tensorrt_build import Options, shape_ranges
+    from mllm_edge.runtime.onnx_split import partitions
 
-    geometry = GEOMETRIES[name]
-    path, model = _write_graph(geometry, dialect, recipe, Path(folder))
-    inputs = tensor_specs(model.graph.inputs)
-    profiles = [shape_ranges(inputs, new, (1, 512, CAPACITY - new[2])) for new in PROFILES]
-    options = Options(cache_updates=2 * geometry.layers if dialect == "opset24" else 0)
-    return {"dialect": dialect, **_build(path, profiles, options, recipe)}
+    path, model = _write_graph(GEOMETRIES[name], dialect, recipe, Path(folder))
+    specs, found = tensor_specs(model.graph.inputs), []
+    for piece in next(islice(partitions(path), int(count) - 1, None)):
+        inputs = [tensor for tensor in specs if tensor.name in piece.inputs]
+        inputs += [piece.enters] if piece.enters else []
+        profiles = [shape_ranges(inputs, new, (1, 512, CAPACITY - new[2])) for new in PROFILES]
+        caches = sum(tensor.name.startswith("past_key_values.") for tensor in inputs)
+        options = Options(cache_updates=caches if dialect == "opset24" else 0, graph=piece.model)
+        found.append(_build(path, profiles, options, recipe))
+    return {"dialect": dialect, **_together(found)}
+
+
+def _together(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """One row of those of all segments: the worst verdict, the time and the size of all; the peak is the last one's."""
+    row = dict(found[-1])
+    for capability in CAPABILITIES:
+        row[capability] = next((f[capability] for f in found if f[capability] != "built"), "built")
+    for key in ("seconds", "engine MB"):
+        row[key] = None if any(f[key] is None for f in found) else round(sum(f[key] for f in found), 2)
+    return row | {"why": next((f["why"] for f in found if f["why"]), "")}
 
 
 def _build(path: Path, profiles: list[Any], options: Any, recipe: str) -> dict[str, Any]:
@@ -191,6 +215,10 @@ def _write_graph(geometry: Geometry, dialect: str, recipe: str, folder: Path) ->
 def _check(report: Report) -> None:
     for row in report.rows:
         name = f"{row['model']} {row['dialect']} {row['recipe']}"
+        if row["model"].endswith("segments"):
+            whole = _decoder(row["model"][0], 1)
+            alike = [r for r in report.rows if (r["model"], r["dialect"], r["recipe"]) == (whole, *name.split()[-2:])]
+            report.at_most(f"{name}: peak MB, below that in one", row["peak MB"], alike[0]["peak MB"] - 1)
         report.at_most(f"{name}: failed", sum(row[c] == "failed" for c in CAPABILITIES), 0)
         if row["model"] not in ("S decoder", "M decoder") or row["engine MB"] is None:
             continue

@@ -1,6 +1,5 @@
 """`mllm-edge build`: TensorRT engines into a bundle."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,11 +10,20 @@ from mllm_edge.cli.progress import stages
 from mllm_edge.cli.signals import interrupted_message, interruptible
 
 if TYPE_CHECKING:
-    from mllm_edge.runtime.build import BuildPlan
+    from mllm_edge.runtime.build import BuildPlan, BuiltEngine
 
 __all__ = ["command"]
 
 _TARGETS = ("tensorrt", "tensorrt-10.3")
+
+
+class _Segments(click.ParamType):
+    """A number; auto is None."""
+
+    name = "auto|n"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return None if value == "auto" else POSITIVE.convert(value, param, ctx)
 
 
 @click.command("build", short_help="Build a bundle's TensorRT engines.")
@@ -25,6 +33,13 @@ _TARGETS = ("tensorrt", "tensorrt-10.3")
 @click.option("--max-seq", type=POSITIVE, help="Tokens of prompt and answer; default: the context, 4096 at most.")
 @click.option("--max-images", type=POSITIVE, default=4, show_default=True, help="Images or tiles in one vision run.")
 @click.option("--max-batch", type=POSITIVE, default=1, show_default=True, help="Sequences at once.")
+@click.option(
+    "--segments",
+    type=_Segments(),
+    default="auto",
+    show_default=True,
+    help="Engines that the decoder is divided into; auto: as few as the free memory is enough for.",
+)
 @json_option("Print the engines as JSON.")
 def command(bundle: str, as_json: bool, **options: Any) -> None:
     """Build the engines of BUNDLE for one GPU and store them in its directory engines/.
@@ -43,20 +58,28 @@ def command(bundle: str, as_json: bool, **options: Any) -> None:
         facts = {"target": plan.target, "device": plan.device, "module": module, "limits": limits}
         print_json({"bundle": bundle, **facts, "engines": [engine.as_dict() for engine in engines]})
     else:
-        rows = [[e.component, bytes_text(e.nbytes), f"{e.seconds:.1f}" if e.seconds else "kept"] for e in engines]
+        rows = [[_part_text(e), bytes_text(e.nbytes), f"{e.seconds:.1f}" if e.seconds else "kept"] for e in engines]
         note("\n" + table([f"engines for {plan.device}", "size", "seconds"], rows))
 
 
 def _plan_text(plan: "BuildPlan") -> str:
     """What is going to happen, and whether memory is enough for it."""
-    from mllm_edge.runtime.machine import read_machine
-
-    limits, most, free = plan.limits, max(plan.memory.values()), read_machine(Path("/")).memory_free
+    limits, decoder = plan.limits, plan.memory["decoder"]
+    most = max(max(memory) for memory in plan.memory.values())
     lines = [
         f"{plan.module.title}, {plan.device}, target {plan.target}: {limits.max_seq} tokens, "
         f"{limits.max_images} images or tiles, batch {limits.max_batch}",
-        f"takes about {bytes_text(most)} of memory; {bytes_text(free)} are free",
+        f"takes about {bytes_text(most)} of memory; {bytes_text(plan.free)} are free",
     ]
-    if free and most > free:
+    if len(decoder) > 1:
+        each = ", ".join(bytes_text(memory) for memory in decoder)
+        lines.append(f"the decoder in {len(decoder)} segments, one after the other: {each}")
+    if plan.free and most > plan.free:
         lines.append("that is likely too little: close other programs, or export with --recipe int4")
+        if len(decoder) == 1 and decoder[0] > plan.free and not plan.exactly:
+            lines.append("the decoder cannot be cut into segments that would take less")
     return "\n".join(lines)
+
+
+def _part_text(engine: "BuiltEngine") -> str:
+    return engine.component if engine.segments == 1 else f"{engine.component} {engine.segment} of {engine.segments}"

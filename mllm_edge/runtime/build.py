@@ -1,7 +1,6 @@
 """Engines of a bundle for one GPU: this machine's, or with TensorRT for RTX another one's."""
 
 import re
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,14 +13,17 @@ from mllm_edge.runtime.backends.cuda import Cuda
 from mllm_edge.runtime.backends.tensorrt_build import Module
 from mllm_edge.runtime.backends.tensorrt_engines import (
     Limits,
+    StoredEngine,
     build_workspace,
     builders,
     building_memory,
     default_limits,
-    find_engine,
-    make_engine,
+    find_engines,
+    make_engines,
+    plan_segments,
 )
-from mllm_edge.spec import Variant
+from mllm_edge.runtime.backends.tensorrt_segments import Segment
+from mllm_edge.runtime.machine import read_machine
 
 __all__ = ["BuildPlan", "BuiltEngine", "Progress", "build_engines", "plan_build"]
 
@@ -38,7 +40,9 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """What will be built with what. `memory`: bytes of host memory that each component's build takes, roughly."""
+    """What will be built with what. `segments`: what each component's engines are made of, one but for a decoder;
+    `exactly`: whether engines that divide a decoder otherwise do not serve; `free`: bytes of host memory, 0 when not
+    known."""
 
     bundle: Bundle
     target: str
@@ -46,17 +50,27 @@ class BuildPlan:
     module: Module
     limits: Limits
     workspace: int
-    memory: Mapping[str, int]
+    segments: Mapping[str, tuple[Segment, ...]]
+    exactly: bool
+    free: int
+
+    @property
+    def memory(self) -> dict[str, tuple[int, ...]]:
+        """Bytes of host memory that the build of each engine takes, roughly."""
+        return {c: tuple(building_memory(segment) for segment in parts) for c, parts in self.segments.items()}
 
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """An engine's file in the bundle, its bytes, and the seconds it took; 0 when a good one was there."""
+    """An engine's file in the bundle, its bytes, and the seconds it took; 0 when a good one was there. A decoder's may
+    run `segment` of `segments` only."""
 
     component: str
     file: str
     nbytes: int
     seconds: float
+    segment: int = 1
+    segments: int = 1
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -70,15 +84,18 @@ def plan_build(
     max_seq: int | None = None,
     max_images: int = 4,
     max_batch: int = 1,
+    segments: int | None = None,
 ) -> BuildPlan:
-    """Choose target, TensorRT and limits for the bundle in `path`; nothing is built yet.
+    """Choose target, TensorRT, limits and segments for the bundle in `path`; nothing is built yet.
 
     `device`: auto for this machine's GPU, or a compute capability such as sm86. `target` None: the first that the
-    bundle has and a TensorRT here builds. Raises BundleError; BackendError when nothing here can build for the device.
+    bundle has and a TensorRT here builds. `segments`: of the decoder; None for as few as the free memory allows.
+    Raises BundleError; BackendError when nothing here can build for the device, or the decoder not be cut so often.
     """
     bundle = Bundle.load(path)
     limits = default_limits(bundle, max_seq, max_images, max_batch)
     wanted, here, workspace = _device(device)
+    free = read_machine().memory_free
     problems = []
     for name in [target] if target else _targets(bundle):
         variants = {c: bundle.variant(c, name) for c in bundle.manifest.components}
@@ -87,8 +104,8 @@ def plan_build(
         except BackendError as e:
             problems.append(e)
             continue
-        memory = {c: building_memory(bundle, v) for c, v in variants.items()}
-        return BuildPlan(bundle, name, wanted, module, limits, workspace, memory)
+        parts = {c: plan_segments(bundle, v, segments, free) for c, v in variants.items()}
+        return BuildPlan(bundle, name, wanted, module, limits, workspace, parts, segments is not None, free)
     raise problems[-1]
 
 
@@ -99,24 +116,31 @@ def build_engines(plan: BuildPlan, progress: Progress) -> list[BuiltEngine]:
     """
     found = []
     for component in plan.bundle.manifest.components:
-        variant, begin = plan.bundle.variant(component, plan.target), time.perf_counter()
-        stored = find_engine(plan.bundle, variant, plan.module, plan.device)
-        if stored is None or stored.limits != plan.limits:
-            progress.stage(f"building {component}", _PARTS)
-            stored = _make(plan, variant, progress)
-            seconds = time.perf_counter() - begin
-        else:
+        engines = _kept(plan, component)
+        if engines:
             progress.stage(f"{component} is there")
-            seconds = 0.0
-        file = stored.path.relative_to(plan.bundle.path).as_posix()
-        found.append(BuiltEngine(component, file, stored.path.stat().st_size, seconds))
+        for engine in engines or _made(plan, component, progress):
+            file, segment = engine.path.relative_to(plan.bundle.path).as_posix(), engine.segment
+            nbytes = engine.path.stat().st_size
+            found.append(BuiltEngine(component, file, nbytes, engine.seconds, segment.number, segment.count))
     return found
 
 
-def _make(plan: BuildPlan, variant: Variant, progress: Progress) -> Any:
-    return make_engine(
-        plan.bundle, variant, plan.module, plan.device, plan.limits, plan.workspace, _advancing(progress)
-    )
+def _kept(plan: BuildPlan, component: str) -> list[StoredEngine]:
+    """The engines of a component, where none has to be built."""
+    variant, count = plan.bundle.variant(component, plan.target), len(plan.segments[component])
+    found = find_engines(plan.bundle, variant, plan.module, plan.device)
+    good = found and found[0].limits == plan.limits and (len(found) == count or not plan.exactly)
+    return found if good else []
+
+
+def _made(plan: BuildPlan, component: str, progress: Progress) -> list[StoredEngine]:
+    def begin(segment: Segment) -> Callable[[float], None]:
+        progress.stage(f"building {segment.named(component)}", _PARTS)
+        return _advancing(progress)
+
+    segments = plan.segments[component]
+    return make_engines(plan.bundle, segments, plan.module, plan.device, plan.limits, plan.workspace, begin)
 
 
 def _advancing(progress: Progress) -> Callable[[float], None]:

@@ -120,15 +120,18 @@ def _timed(target: str, times: LayerTimes) -> Backend:
     return TensorRT(target, layers=times)
 
 
-def _layer_events(runs: Runs, graph: Path) -> Iterator[dict[str, Any]]:
-    """What TensorRT told, in the form of ONNX Runtime's events; layers are numbered in the order they first ran."""
+def _layer_events(engines: Sequence[Runs], graph: Path) -> Iterator[dict[str, Any]]:
+    """What TensorRT told, in the form of ONNX Runtime's events; layers are numbered in the order they first ran. A run
+    of a decoder in segments is one of each of their engines, whose layers may have the same names."""
     kinds = {node.name: node.kind for node in read_graph(graph).nodes}
-    numbers: dict[str, int] = {}
-    for run in runs:
+    numbers: dict[tuple[int, str], int] = {}
+    for runs in zip(*engines, strict=True):
         yield {"name": "model_run"}
-        for layer, seconds in run:
-            facts = {"op_name": layer_kind(layer, kinds), "node_index": numbers.setdefault(layer, len(numbers))}
-            yield {"name": f"{layer}{_SUFFIX}", "dur": seconds * 1e6, "args": facts}
+        for engine, run in enumerate(runs):
+            for layer, seconds in run:
+                number = numbers.setdefault((engine, layer), len(numbers))
+                facts = {"op_name": layer_kind(layer, kinds), "node_index": number}
+                yield {"name": f"{layer}{_SUFFIX}", "dur": seconds * 1e6, "args": facts}
 
 
 def _last_call(events: Sequence[dict[str, Any]], warm: int, measured: int) -> tuple[list, list]:

@@ -78,6 +78,26 @@ def test_real_engines_for_a_gpu_that_is_not_here(cli: Cli, bundle: Path, target:
 
 
 @pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-10.3"])
+def test_real_engines_of_segments(cli: Cli, bundle: Path, target: str) -> None:
+    """The checks of what TensorRT made of a graph hold in each: all of its inputs are read, its caches in place."""
+    arguments = ("build", bundle, "--device", "sm86", "--target", target, "--max-seq", 128, "--json", "--segments")
+    result = cli(*arguments, 3)
+    assert result.exit_code == 0, result.stderr
+    assert "the decoder in 3 segments, one after the other: " in result.stderr
+    assert "building segment 2 of 3 of decoder" in result.stderr
+    found = [e for e in json.loads(result.stdout)["engines"] if e["component"] == "decoder"]
+    assert [(e["segment"], e["segments"], e["seconds"] > 0) for e in found] == [(i, 3, True) for i in (1, 2, 3)]
+    assert all((bundle / e["file"]).stat().st_size == e["nbytes"] > 0 for e in found)
+    assert len({e["file"] for e in found}) == 3
+    # auto is content with what is there; another number is not.
+    assert [e["seconds"] for e in json.loads(cli(*arguments, "auto").stdout)["engines"]] == [0] * 5
+    (found,) = [e for e in json.loads(cli(*arguments, 1).stdout)["engines"] if e["component"] == "decoder"]
+    assert found["seconds"] > 0
+    assert not list((bundle / "engines").glob("*-seg*"))
+
+
+@pytest.mark.usefixtures("no_gpu")
 def test_progress_comes_from_tensorrt(bundle: Path) -> None:
     recorder = Recorder()
     build_engines(plan_build(bundle, device="sm86"), recorder)
@@ -97,6 +117,24 @@ def test_a_build_can_be_stopped(bundle: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_gpu")
+def test_a_stopped_build_goes_on_at_the_next_segment(bundle: Path) -> None:
+    plan = plan_build(bundle, device="sm86", segments=3)
+    recorder = Recorder()
+    build_engines(plan, recorder)
+    steps = [len(done) for done in recorder.done.values()]
+    shutil.rmtree(bundle / "engines")
+    with pytest.raises(KeyboardInterrupt):
+        build_engines(plan, Recorder(stop=sum(steps[:3]) + 5))
+    assert [path.stem[-8:] for path in (bundle / "engines").glob("decoder*.engine")] == ["-seg1of3"]
+    assert not list((bundle / "engines").glob("*.part"))
+    recorder = Recorder()
+    build_engines(plan, recorder)
+    assert [title for title in recorder.done if "building" in title] == [
+        f"building segment {i} of 3 of decoder" for i in (2, 3)
+    ]
+
+
+@pytest.mark.usefixtures("no_gpu")
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -105,6 +143,7 @@ def test_a_build_can_be_stopped(bundle: Path) -> None:
         ([], ["cuda-bindings are not installed", "--device sm86"]),
         (["--device", "sm86", "--max-seq", "1025"], ["--max-seq 1025", "1024"]),
         (["--device", "sm86", "--max-seq", "1"], ["--max-seq 1 "]),
+        (["--device", "sm86", "--segments", "99"], ["segments at most, not 99", "fix: --segments "]),
     ],
 )
 def test_what_cannot_be_built(cli: Cli, bundle: Path, options: list[str], words: list[str]) -> None:
@@ -153,6 +192,19 @@ def test_jetpack_6_gets_the_older_target(bundle: Path, monkeypatch: pytest.Monke
     assert (plan.target, plan.device, plan.module.title) == ("tensorrt-10.3", "sm87", "TensorRT 10.3.0")
     with pytest.raises(BackendError, match=r"builds for the GPU it runs on \(sm87\), not for sm86"):
         plan_build(bundle, device="sm86")
+
+
+@pytest.mark.parametrize("segments", ["auto", "2"])
+def test_what_the_plan_tells_about_memory(
+    cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch, segments: str
+) -> None:
+    install(monkeypatch)
+    monkeypatch.setattr("mllm_edge.runtime.backends.tensorrt_engines._WEIGHTS_TIMES", 0)
+    monkeypatch.setattr("mllm_edge.runtime.backends.tensorrt_engines._BUILDER", 1 << 60)
+    result = cli("build", bundle, "--segments", segments)
+    assert "that is likely too little" in result.stderr
+    told = "the decoder cannot be cut into segments that would take less"
+    assert (told in result.stderr) == (segments == "auto")
 
 
 def test_memory_that_is_too_small(cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ def test_tensorrt_tells_it_by_stage(machine: StandIn, bundle: Path) -> None:
     assert "in use, by all processes; predicted " in text
     if sys.platform == "linux":  # elsewhere a call cannot be watched
         assert m.gpu_stages is not None
-        assert tuple(m.gpu_stages) == ("open", *result.cold.stages)
+        assert tuple(m.gpu_stages) == ("open", *result.runs[0].cold.stages)
         assert m.gpu_stages["open"] >= others
         assert m.gpu_stages["allocate"] - m.gpu_stages["embed"] == m.kv_cache
         assert m.gpu_stages["prefill"] > m.gpu_stages["allocate"], "inputs and outputs of the first run"
@@ -40,7 +40,7 @@ def test_tensorrt_tells_it_by_stage(machine: StandIn, bundle: Path) -> None:
 
 
 def test_the_prediction_is_without_the_base() -> None:
-    assert memory.Predicted(weights=5, kv_cache=3, activations=2, total=1010).on_gpu == 10
+    assert memory.Predicted(weights=5, kv_cache=3, activations=2, images=4, total=1014).on_gpu == 10
 
 
 @pytest.fixture

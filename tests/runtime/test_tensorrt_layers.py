@@ -67,10 +67,10 @@ def test_runs_are_told_by_graph(machine: StandIn, bundle: Path) -> None:
     with VLM(Bundle.load(bundle), TensorRT(layers=times), notice=lambda text: None) as vlm:
         vlm.generate("Hi", max_new_tokens=4, ignore_eos=True)
         opened = {name: vlm.bundle.variant(name, "tensorrt").file for name in vlm.bundle.manifest.components}
-    assert {name: len(times[file]) for name, file in opened.items()} == {
-        "vision_encoder": 0,
-        "connector": 0,
-        "decoder": 4,
+    assert {name: [len(runs) for runs in times[file]] for name, file in opened.items()} == {
+        "vision_encoder": [0],
+        "connector": [0],
+        "decoder": [4],
     }
 
 
@@ -95,5 +95,5 @@ def test_layers_of_names_that_tensorrt_made(tmp_path: Path) -> None:
     names = ["embed", "layers.0.a + layers.0.b", "__myl_Fc_myl0_1", "Reformatting CopyNode to layers.0.c"]
     names += ["{ForeignNode[layers.1.a...layers.2.b]}", "PWN(/model/layers.3/b)", "lm_head"]
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], [])), tmp_path / "empty.onnx")
-    events = list(module._layer_events([[(name, 1e-6) for name in names]], tmp_path / "empty.onnx"))
+    events = list(module._layer_events([[[(name, 1e-6) for name in names]]], tmp_path / "empty.onnx"))
     assert list(module._layers(events).values()) == [None, 0, 0, 0, None, 3, None]

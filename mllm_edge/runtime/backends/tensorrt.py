@@ -12,6 +12,7 @@ import numpy as np
 
 from mllm_edge.bundle import Bundle
 from mllm_edge.errors import BackendError
+from mllm_edge.runtime.backend import Session
 from mllm_edge.runtime.backends.cuda import Cuda, Graph, Memory, Pinned
 from mllm_edge.runtime.backends.cuda_arrays import CudaArray, taken
 from mllm_edge.runtime.backends.tensorrt_best import best_outputs
@@ -23,11 +24,14 @@ from mllm_edge.runtime.backends.tensorrt_engines import (
     builders,
     building_memory,
     default_limits,
-    find_engine,
-    make_engine,
+    find_engines,
+    make_engines,
+    plan_segments,
 )
 from mllm_edge.runtime.backends.tensorrt_layers import LayerTimes, Runs, layer_profiler
+from mllm_edge.runtime.backends.tensorrt_segments import Segment, SegmentedSession
 from mllm_edge.runtime.doctor import MINIMUM
+from mllm_edge.runtime.machine import read_machine
 from mllm_edge.runtime.masks import HIDDEN
 from mllm_edge.spec import TensorSpec, Variant
 
@@ -62,22 +66,22 @@ class TensorRT:
         # A replayed graph tells no layers' times.
         self._graphs = layers is None and os.environ.get(GRAPHS, "1") != "0"
 
-    def open(self, path: Path, variant: Variant) -> "_Session":
-        """Open the engine of a bundle's graph, built first where there is none for this TensorRT and GPU.
+    def open(self, path: Path, variant: Variant) -> Session:
+        """Open the engine of a bundle's graph, or those of its segments, built first where there are none for this
+        TensorRT and GPU.
 
         Raises BackendError: TensorRT is missing, too old, refuses the graph or has not enough memory.
         """
         bundle = Bundle.load(path.parent)
         module, stored = self._stored(bundle, variant)
-        engine = _Engine.open(module, stored.path)
-        if engine is None:
-            self._notice(f"{stored.path.name} does not open, although it is whole; building it again")
-            stored = self._built(bundle, variant, module)
-            engine = _Engine.open(module, stored.path)
-        if engine is None:
-            raise BackendError(f"{stored.path}: {module.title} does not open the engine that it built")
-        runs = None if self._layers is None else self._layers.setdefault(variant.file, [])
-        return _Session(self._cuda, engine, variant, stored.limits.sizes(variant), self._graphs, runs)
+        session = self._opened(module, stored)
+        if session is None:
+            self._notice(f"{stored[0].path.name} does not open, although it is whole; building it again")
+            stored = self._built(bundle, variant, module, anew=True)
+            session = self._opened(module, stored)
+        if session is None:
+            raise BackendError(f"{stored[0].path}: {module.title} does not open the engine that it built")
+        return session
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> CudaArray:
         """Zeroed device memory."""
@@ -90,11 +94,34 @@ class TensorRT:
         """Bytes of device memory in use, by all processes."""
         return self._cuda.used_memory()
 
-    def _stored(self, bundle: Bundle, variant: Variant) -> tuple[Module, StoredEngine]:
-        """The engine of any module that has one for this GPU, or a new one of the first that can build it."""
+    def _opened(self, module: Module, stored: Sequence[StoredEngine]) -> Session | None:
+        """None when TensorRT does not take an engine."""
+        engines = [_Engine.open(module, part.path) for part in stored]
+        found = [engine for engine in engines if engine is not None]
+        if len(found) < len(stored):
+            return None
+        work = Memory(self._cuda, max(int(engine.engine.device_memory_size_v2) for engine in found))
+        segments = [part.segment for part in stored]
+        sessions = []
+        for engine, part in zip(found, stored, strict=True):
+            variant, runs = part.segment.variant, self._runs(part.segment.variant.file)
+            limits = part.limits.sizes(variant)
+            sessions.append(_Session(self._cuda, engine, variant, limits, self._graphs, work, runs))
+        return sessions[0] if len(sessions) == 1 else SegmentedSession(sessions, segments, self.allocate)
+
+    def _runs(self, file: str) -> Runs | None:
+        """Where another engine of a graph tells its layers' times, if they are asked for."""
+        if self._layers is None:
+            return None
+        runs: Runs = []
+        self._layers.setdefault(file, []).append(runs)
+        return runs
+
+    def _stored(self, bundle: Bundle, variant: Variant) -> tuple[Module, list[StoredEngine]]:
+        """The engines of any module that has them for this GPU, or new ones of the first that can build them."""
         for module in modules(variant.minimum):
-            stored = find_engine(bundle, variant, module, self._cuda.capability)
-            if stored is not None and (variant.kv_mode is None or stored.limits.max_seq >= (self._max_seq or 0)):
+            stored = find_engines(bundle, variant, module, self._cuda.capability)
+            if stored and (variant.kv_mode is None or stored[0].limits.max_seq >= (self._max_seq or 0)):
                 return module, stored
         problems = []
         for module in builders(variant.minimum, self._cuda.capability, self._cuda.capability):
@@ -104,14 +131,19 @@ class TensorRT:
                 problems.append(e)
         raise problems[0]
 
-    def _built(self, bundle: Bundle, variant: Variant, module: Module) -> StoredEngine:
-        needed = building_memory(bundle, variant) / 1e9
-        self._notice(
-            f"building the engine of {variant.file} for {self._cuda.capability} with {module.title}, once: "
-            f"some minutes, about {needed:.1f} GB of memory"
-        )
+    def _built(self, bundle: Bundle, variant: Variant, module: Module, anew: bool = False) -> list[StoredEngine]:
+        """Engines of as few segments as the memory allows; `anew`: those that are there, too."""
+
+        def begin(segment: Segment) -> None:
+            name, needed = segment.named(variant.file), building_memory(segment) / 1e9
+            self._notice(
+                f"building the engine of {name} for {self._cuda.capability} with {module.title}, once: "
+                f"some minutes, about {needed:.1f} GB of memory"
+            )
+
+        segments = plan_segments(bundle, variant, None, read_machine().memory_free)
         limits, workspace = default_limits(bundle, self._max_seq), build_workspace(self._cuda)
-        return make_engine(bundle, variant, module, self._cuda.capability, limits, workspace)
+        return make_engines(bundle, segments, module, self._cuda.capability, limits, workspace, begin, anew)
 
 
 @dataclass(frozen=True)
@@ -174,7 +206,7 @@ class _Engine:
 class _Session:
     """Arrays are copied to the device at each run; buffers and arrays in CUDA memory are used where they lie.
 
-    Contexts, one for each profile, share the memory that their kernels work in: one runs at a time.
+    Contexts, one for each profile, share the memory `work` that their kernels work in: one runs at a time.
     """
 
     def __init__(
@@ -184,7 +216,8 @@ class _Session:
         variant: Variant,
         limits: Mapping[str, int],
         graphs: bool,
-        runs: Runs | None = None,
+        work: Memory,
+        runs: Runs | None,
     ):
         engine.check(variant)
         self.limits = {**limits, "best": int(engine.best[0].shape[-1])} if engine.best else limits
@@ -193,7 +226,7 @@ class _Session:
         self._outputs = (*variant.outputs, *engine.best)
         self._span = limits["capacity"] if variant.kv_mode == "in_place" else 0
         self._ranges = [engine.ranges(i) for i in range(engine.engine.num_optimization_profiles)]
-        self._work = Memory(cuda, int(engine.engine.device_memory_size_v2))
+        self._work = work
         self._contexts: dict[int, _Context] = {}
         self._graphs, self._runs = graphs and variant.kv_mode is not None, runs
         self._fed: dict[str, Any] = {}

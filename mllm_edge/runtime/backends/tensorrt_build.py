@@ -69,7 +69,9 @@ class Options:
     """How to build. `sizes`: numbers for symbolic dimensions; `cache_updates`: in-place caches that TensorRT must see
     (None: unchecked); `workspace`: bytes of device memory for kernels to work in, 0 for TensorRT's default;
     `timing_cache`: a file of timings to start from and to keep; `progress(part)`: how much of 1 is done, may raise;
-    `best`: the engine of a decoder also returns the largest logits, see `runtime/best.py`."""
+    `best`: the engine of a decoder also returns the largest logits, see `runtime/best.py`; `graph`: a serialized graph
+    in place of the file's, whose path then only says where the weights lie; `segments`: how many would take less
+    memory, 0 where the graph cannot be cut."""
 
     sizes: Mapping[str, int] | None = None
     cache_updates: int | None = None
@@ -77,6 +79,8 @@ class Options:
     timing_cache: Path | None = None
     progress: Callable[[float], None] | None = None
     best: bool = False
+    graph: bytes | None = None
+    segments: int = 0
 
 
 @dataclass(frozen=True)
@@ -206,7 +210,7 @@ def build(
     the graph is refused, a capability unknown, a profile incomplete or memory too small.
     """
     options = options or Options()
-    parsed = _Parsed(path, module or _rtx(), options.sizes)
+    parsed = _Parsed(path, module or _rtx(), options.sizes, options.graph)
     module, trt = parsed.module, parsed.module.trt
     if options.cache_updates is not None:
         _check(path, _report(parsed), options.cache_updates)
@@ -233,18 +237,19 @@ def build(
     if monitor is not None and monitor.stopped is not None:
         raise monitor.stopped
     if data is None:
-        raise _no_engine(path, parsed)
+        raise _no_engine(path, parsed, options.segments)
     if timings is not None and options.timing_cache is not None:
         options.timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
     # Not copied: an engine is as large as its weights, of which the network still holds one copy.
     return Engine(memoryview(data), time.perf_counter() - begin)
 
 
-def _no_engine(path: Path, parsed: "_Parsed") -> BackendError:
+def _no_engine(path: Path, parsed: "_Parsed", segments: int) -> BackendError:
     errors = parsed.log.errors or ["it does not say why"]
     if any(word in line.lower() for line in errors for word in _OUT_OF_MEMORY):
         what = f"{path}: {parsed.module.title} has not enough memory to build the engine: {errors[-1]}"
-        return BackendError(what, f"close other programs, or use {_SMALLER}")
+        fewer = f"--segments {segments}, " if segments else ""
+        return BackendError(what, f"close other programs, or use {fewer}{_SMALLER}")
     return BackendError(f"{path}: {parsed.module.title} built no engine: {errors[-1]}")
 
 
@@ -260,13 +265,13 @@ def _timings(config: Any, path: Path | None) -> Any:
 class _Parsed:
     """A graph in TensorRT's hands; the logger must outlive everything made with it."""
 
-    def __init__(self, path: Path, module: Module, sizes: Mapping[str, int] | None = None):
+    def __init__(self, path: Path, module: Module, sizes: Mapping[str, int] | None = None, graph: bytes | None = None):
         self.module, trt = module, module.trt
         self.log = logger(trt)
         self.builder = trt.Builder(self.log)
         self.network = self.builder.create_network(_network_flags(module))
         self.parser = trt.OnnxParser(self.network, self.log)
-        if not self._parse(path, sizes):
+        if not self._parse(path, sizes, graph):
             reasons = [self.parser.get_error(i).desc() for i in range(self.parser.num_errors)]
             raise BackendError(f"{path}: {module.title} does not parse it: {'; '.join(reasons)}")
         for i in range(self.network.num_layers):
@@ -275,10 +280,10 @@ class _Parsed:
                 # Where no fused kernel fits (float32, odd heads), several kernels do; else the build would fail.
                 layer.attention.decomposable = True
 
-    def _parse(self, path: Path, sizes: Mapping[str, int] | None) -> bool:
-        if sizes:
+    def _parse(self, path: Path, sizes: Mapping[str, int] | None, graph: bytes | None) -> bool:
+        if sizes or graph:
             # The path says where the weights lie.
-            return bool(self.parser.parse(fix_dimensions(path.read_bytes(), sizes), str(path)))
+            return bool(self.parser.parse(fix_dimensions(graph or path.read_bytes(), sizes or {}), str(path)))
         return bool(self.parser.parse_from_file(str(path)))
 
     def profile(self, ranges: Mapping[str, Range]) -> Any:

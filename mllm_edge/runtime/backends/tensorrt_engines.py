@@ -1,21 +1,25 @@
 """Engines of a bundle: which shapes they take, under which names they lie in `engines/`, when one is good.
 
 An engine's file says which component, target, GPU and TensorRT it is for, and the hash of the graph and its weights;
-a JSON file beside it holds its limits and its own hash. What does not match is never opened.
+a JSON file beside it holds its limits and its own hash. What does not match is never opened. A decoder has one engine,
+or one for each of its segments.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from mllm_edge.bundle import Bundle, sha256
 from mllm_edge.errors import BackendError
 from mllm_edge.runtime.backends.cuda import Cuda
 from mllm_edge.runtime.backends.tensorrt_build import Module, Options, Range, Sizes, build, modules
+from mllm_edge.runtime.backends.tensorrt_segments import Segment, divisions, whole
 from mllm_edge.runtime.doctor import MINIMUM
 from mllm_edge.runtime.generate import PREFILL_CHUNK
 from mllm_edge.spec import ImageSpec, Variant
@@ -30,7 +34,10 @@ __all__ = [
     "building_memory",
     "default_limits",
     "find_engine",
+    "find_engines",
     "make_engine",
+    "make_engines",
+    "plan_segments",
     "usable",
 ]
 
@@ -69,10 +76,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class StoredEngine:
-    """An engine in its file, and what was found out about it."""
+    """An engine in its file, what it runs, and the seconds it took to build; 0 when it was there."""
 
     path: Path
     limits: Limits
+    segment: Segment
+    seconds: float = 0.0
 
 
 def default_limits(bundle: Bundle, max_seq: int | None = None, max_images: int = 4, max_batch: int = 1) -> Limits:
@@ -87,11 +96,34 @@ def default_limits(bundle: Bundle, max_seq: int | None = None, max_images: int =
     return Limits(-(-wanted // _PLACES) * _PLACES, max_images, max_batch)
 
 
-def building_memory(bundle: Bundle, variant: Variant) -> int:
-    """Bytes of host memory that building the engine of a variant takes, roughly."""
-    data = bundle.manifest.files.get(f"{variant.file}.data")
-    weights = bundle.manifest.files[variant.file].nbytes + (data.nbytes if data else 0)
-    return _WEIGHTS_TIMES * weights + _BUILDER
+def building_memory(segment: Segment) -> int:
+    """Bytes of host memory that building the engine takes, roughly."""
+    return _WEIGHTS_TIMES * segment.weight_bytes + _BUILDER
+
+
+def plan_segments(bundle: Bundle, variant: Variant, count: int | None, free: int) -> tuple[Segment, ...]:
+    """What to build engines of: `count` segments of a decoder, one of all else. None: the fewest that `free` bytes of
+    memory are enough for (0: unknown), or that take least where they never are.
+
+    Raises BackendError when the decoder cannot be cut into as many.
+    """
+    if count is not None and variant.kv_mode is not None:
+        found = list(islice(divisions(bundle, variant), count))
+        if len(found) < count:
+            what = f"{variant.file} can be cut into {len(found)} segments at most, not {count}"
+            raise BackendError(what, f"--segments {len(found)} or fewer")
+        return found[-1]
+    best: tuple[Segment, ...] = (whole(bundle, variant),)
+    for segments in divisions(bundle, variant):
+        if _most(segments) < _most(best):
+            best = segments
+        if not free or _most(best) <= free:
+            break
+    return best
+
+
+def _most(segments: Sequence[Segment]) -> int:
+    return max(building_memory(segment) for segment in segments)
 
 
 def build_workspace(cuda: Cuda) -> int:
@@ -129,25 +161,68 @@ def usable(target: str) -> bool:
         return False
 
 
-def find_engine(bundle: Bundle, variant: Variant, module: Module, device: str) -> StoredEngine | None:
-    """The engine for a GPU ("sm86"), None when there is none or it is damaged or another's."""
-    path = _path(bundle, variant, module, device)
+def find_engines(bundle: Bundle, variant: Variant, module: Module, device: str) -> list[StoredEngine]:
+    """The engine for a GPU ("sm86"), or those of all segments in their order; empty when there are none, or one of them
+    is missing, damaged or another's."""
+    for count in _counts(bundle, variant, module, device):
+        for segments in islice(divisions(bundle, variant), count - 1, count):
+            found = [find_engine(bundle, variant, module, device, segment) for segment in segments]
+            good = [stored for stored in found if stored is not None]
+            if len(good) == count and all(stored.limits == good[0].limits for stored in good):
+                return good
+    return []
+
+
+def find_engine(
+    bundle: Bundle, variant: Variant, module: Module, device: str, segment: Segment | None = None
+) -> StoredEngine | None:
+    """The engine of a segment, or of the whole, for a GPU ("sm86"), None when there is none or it is damaged or
+    another's."""
+    segment = segment or whole(bundle, variant)
+    path, identity = _path(bundle, segment, module, device), _identity(bundle, segment, module, device)
     try:
         facts = json.loads(_facts(path).read_text(encoding="utf-8"))
-        good = facts["identity"] == _identity(bundle, variant, module, device) and facts["sha256"] == sha256(path)
-        return StoredEngine(path, Limits(**facts["limits"])) if good else None
+        good = facts["identity"] == identity and facts["sha256"] == sha256(path)
+        return StoredEngine(path, Limits(**facts["limits"]), segment) if good else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def build_inputs(bundle: Bundle, variant: Variant, limits: Limits) -> tuple[list[dict[str, Range]], Options]:
     """Profiles, and what has to be known about caches and logits, to `build` the engine of a variant with."""
+    caches = sum(t.name.startswith("past_key_values.") for t in variant.inputs)
+    in_place = variant.kv_mode == "in_place"
+    options = Options({"capacity": limits.max_seq}, caches) if in_place else Options(cache_updates=0)
     best = variant.kv_mode is not None and any(t.name == "logits" for t in variant.outputs)
-    if variant.kv_mode != "in_place":
-        options = Options(cache_updates=0, best=best)
-    else:
-        options = Options({"capacity": limits.max_seq}, 2 * bundle.manifest.model.cache.layers, best=best)
+    options = replace(options, best=best)
     return _profiles(variant, limits, bundle.manifest.model.image), options
+
+
+def make_engines(
+    bundle: Bundle,
+    segments: Sequence[Segment],
+    module: Module,
+    device: str,
+    limits: Limits,
+    workspace: int = 0,
+    begin: Callable[[Segment], Callable[[float], None] | None] = lambda segment: None,
+    anew: bool = False,
+) -> list[StoredEngine]:
+    """Build one engine after the other, but (unless `anew`) those that are there with the same limits; engines for the
+    same graph and GPU that divide it otherwise are removed in the end.
+
+    `begin(segment)` is told before a build, and returns whom to tell its progress. Raises as `make_engine`; engines
+    that are done stay.
+    """
+    found = []
+    for segment in segments:
+        stored = None if anew else find_engine(bundle, segment.variant, module, device, segment)
+        if stored is None or stored.limits != limits:
+            progress = begin(segment)
+            stored = make_engine(bundle, segment.variant, module, device, limits, workspace, progress, segment)
+        found.append(stored)
+    _remove_others(bundle, found, module, device)
+    return found
 
 
 def make_engine(
@@ -158,27 +233,33 @@ def make_engine(
     limits: Limits,
     workspace: int = 0,
     progress: Callable[[float], None] | None = None,
+    segment: Segment | None = None,
 ) -> StoredEngine:
-    """Build the engine for a GPU and store it in the bundle; an engine that was there is replaced at the end.
+    """Build the engine of a segment, or of the whole, for a GPU and store it in the bundle; an engine that was there is
+    replaced at the end.
 
     Raises BackendError when TensorRT refuses or the bundle cannot be written.
     """
-    path = _path(bundle, variant, module, device)
+    segment, start = segment or whole(bundle, variant), time.perf_counter()
+    path = _path(bundle, segment, module, device)
     with _writing(path.parent):
         path.parent.mkdir(exist_ok=True)
-    profiles, sizes = build_inputs(bundle, variant, limits)
+    profiles, sizes = build_inputs(bundle, segment.variant, limits)
     timings = None if module.builds_ahead else path.parent / f"timings-{_engine_of(module)}-{device}.cache"
+    more = segment.count + 1 if variant.kv_mode is not None else 0
     options = replace(sizes, workspace=workspace, timing_cache=timings, progress=progress)
+    options = replace(options, graph=segment.graph, segments=more)
     capabilities = [module.capability(device)] if module.builds_ahead else []
+    file = bundle.listed(variant.file)
     with _writing(path.parent):
-        engine = build(bundle.listed(variant.file), profiles, capabilities, module, options)
+        engine = build(file.with_stem(f"{file.stem}{segment.suffix}"), profiles, capabilities, module, options)
     digest = hashlib.sha256(engine.data).hexdigest()
-    facts = {"identity": _identity(bundle, variant, module, device), "limits": asdict(limits), "sha256": digest}
+    facts = {"identity": _identity(bundle, segment, module, device), "limits": asdict(limits), "sha256": digest}
     with _writing(path.parent):
         _facts(path).unlink(missing_ok=True)
         _write(path, engine.data)
         _write(_facts(path), json.dumps(facts, indent=1).encode())
-    return StoredEngine(path, limits)
+    return StoredEngine(path, limits, segment, time.perf_counter() - start)
 
 
 def _profiles(variant: Variant, limits: Limits, image: ImageSpec | None) -> list[dict[str, Range]]:
@@ -230,18 +311,41 @@ def _prefill(limits: Limits) -> int:
     return min(PREFILL_CHUNK, limits.max_seq)
 
 
-def _identity(bundle: Bundle, variant: Variant, module: Module, device: str) -> dict[str, str]:
+def _identity(bundle: Bundle, segment: Segment, module: Module, device: str) -> dict[str, str]:
     """What an engine is of and for."""
     files = bundle.manifest.files
-    names = [name for name in (variant.file, f"{variant.file}.data") if name in files]
+    names = [name for name in (segment.variant.file, f"{segment.variant.file}.data") if name in files]
     graph = hashlib.sha256("".join(files[name].sha256 for name in names).encode()).hexdigest()
-    return {"graph": graph, "module": module.name, "version": module.version, "device": device}
+    part = {} if segment.graph is None else {"segment": hashlib.sha256(segment.graph).hexdigest()}
+    return {"graph": graph, "module": module.name, "version": module.version, "device": device} | part
 
 
-def _path(bundle: Bundle, variant: Variant, module: Module, device: str) -> Path:
-    graph = _identity(bundle, variant, module, device)["graph"][:12]
-    name = f"{Path(variant.file).stem}-{graph}-{_engine_of(module)}-{device}.engine"
+def _path(bundle: Bundle, segment: Segment, module: Module, device: str) -> Path:
+    graph = _identity(bundle, segment, module, device)["graph"][:12]
+    name = f"{Path(segment.variant.file).stem}-{graph}-{_engine_of(module)}-{device}{segment.suffix}.engine"
     return bundle.file(f"{FOLDER}/{name}")
+
+
+def _segment_paths(bundle: Bundle, variant: Variant, module: Module, device: str) -> list[Path]:
+    """Engines of segments that lie in the bundle, of any division."""
+    path = _path(bundle, whole(bundle, variant), module, device)
+    return sorted(path.parent.glob(f"{path.stem}-seg*of*.engine"))
+
+
+def _counts(bundle: Bundle, variant: Variant, module: Module, device: str) -> list[int]:
+    """The numbers of segments of which there may be engines."""
+    numbers = [p.stem.rpartition("of")[2] for p in _segment_paths(bundle, variant, module, device)]
+    return sorted({1, *(int(number) for number in numbers if number.isdecimal())})
+
+
+def _remove_others(bundle: Bundle, engines: Sequence[StoredEngine], module: Module, device: str) -> None:
+    """Engines with the same facts in another number of segments."""
+    variant, kept = engines[0].segment.variant, {stored.path for stored in engines}
+    others = {_path(bundle, whole(bundle, variant), module, device), *_segment_paths(bundle, variant, module, device)}
+    for path in others - kept:
+        with _writing(path.parent):
+            for file in (_facts(path), path, path.with_name(f"{path.name}.cache")):
+                file.unlink(missing_ok=True)
 
 
 def _engine_of(module: Module) -> str:

@@ -8,8 +8,8 @@ __all__ = ["LayerTimes", "Runs", "layer_kind", "layer_profiler"]
 
 # Of each run of an engine, its layers in order: name and seconds.
 Runs = list[list[tuple[str, float]]]
-# By the file of the graph that an engine was built from.
-LayerTimes = dict[str, Runs]
+# By the file of a graph: of its engine, or of those of its segments in order.
+LayerTimes = dict[str, list[Runs]]
 
 # The first word of a name that TensorRT gave: "__myl_FcMul_myl0_3", "{ForeignNode[...]}", "Reformatting CopyNode ...".
 _WORD = re.compile(r"[\W_]*(?:myl_)?([A-Za-z]+)")
