@@ -57,7 +57,7 @@ def _smolvlm(bundle: Path) -> None:
     from mllm_edge.export.pipeline import export
 
     checkpoint = bundle.with_name("checkpoint")
-    smolvlm_256m(checkpoint)
+    smolvlm_256m(checkpoint, longest_edge=512)
     export(str(checkpoint), bundle, recipe_name="int4", verify_mode="off")
 
 
