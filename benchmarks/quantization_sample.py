@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import Report
+from mllm_edge.bundle import MANIFEST
 from mllm_edge.calibration.recipes import CALIBRATED, FLOAT16, HEAD_8, Precision, Recipe
 from mllm_edge.export.pipeline import export
-from mllm_edge.export.quantize import quantize
+from mllm_edge.export.quantize import FIGURE, quantize
 from mllm_edge.runtime.vlm import VLM
 
 __all__ = ["add", "add_text_only"]
@@ -151,4 +152,5 @@ def _interval(truth: np.ndarray, right: np.ndarray) -> tuple[float, float]:
 
 
 def _nbytes(bundle: Path) -> int:
-    return sum(p.stat().st_size for p in bundle.iterdir() if p.name != "manifest.json")
+    """Of what runs: neither the manifest nor the picture of the errors."""
+    return sum(p.stat().st_size for p in bundle.iterdir() if p.name not in (MANIFEST, FIGURE))

@@ -32,6 +32,12 @@ class Layer:
     bias: ir.Value | None
     nodes: tuple[ir.Node, ...]
 
+    @property
+    def stored_bytes(self) -> int:
+        """Of the weight in its file."""
+        assert self.weight.const_value is not None
+        return self.weight.const_value.nbytes
+
     def read_weight(self) -> np.ndarray:
         """The weight [out, in] float32."""
         return _read(self.weight).T

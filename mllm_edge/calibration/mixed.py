@@ -9,6 +9,8 @@ from mllm_edge.calibration.recipes import Precision, Recipe, Rule, block_size, p
 __all__ = ["Candidate", "by_loss", "by_size", "ranked", "weight_bytes"]
 
 _SCALE_BYTES = 4
+# Each array in a file of weights begins on one.
+_PAGE = 4096
 
 
 @dataclass(frozen=True)
@@ -48,15 +50,20 @@ def by_loss(recipe: Recipe, most: float, order: Sequence[Candidate]) -> tuple[Re
     return _raise(recipe, chosen), max(left, 0.0) if len(chosen) < len(order) else 0.0
 
 
-def weight_bytes(shape: tuple[int, int], precision: Precision) -> float:
+def weight_bytes(shape: tuple[int, int], precision: Precision) -> int:
     """What a weight [out, in] takes on disk, its scales included."""
     rows, row = shape
     if precision.kind in ("float32", "float16"):
-        return rows * row * precision.bits / 8
+        return _pages(rows * row * precision.bits // 8)
     if not precision.in_blocks:
-        return rows * (row + _SCALE_BYTES)
+        return _pages(rows * row) + _pages(rows * _SCALE_BYTES)
     block = block_size(row, precision.largest_block)
-    return rows * math.ceil(row / block) * (block * max(precision.bits, 4) / 8 + _SCALE_BYTES)
+    blocks = rows * math.ceil(row / block)
+    return _pages(blocks * block * max(precision.bits, 4) // 8) + _pages(blocks * _SCALE_BYTES)
+
+
+def _pages(nbytes: int) -> int:
+    return -(-nbytes // _PAGE) * _PAGE
 
 
 def _raise(recipe: Recipe, chosen: Sequence[Candidate]) -> Recipe:

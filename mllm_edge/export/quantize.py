@@ -317,11 +317,15 @@ class _Job:
         return [(name, layer) for name in self._source.manifest.components for layer in _layers(self._source, name)]
 
     def _room(self) -> float:
-        """Bytes that the linear layers may take, for the part of the half-precision size that the recipe allows."""
+        """Bytes that the linear layers may take, for the part of the half-precision size that the recipe allows. Of
+        several targets the first one's size counts."""
         manifest = self._source.manifest
         graphs = {v.file for c in manifest.components.values() for v in c.variants}
-        others = sum(e.nbytes for n, e in manifest.files.items() if n.removesuffix(".data") not in graphs)
+        own = {c.variants[0].file for c in manifest.components.values()}
+        counted = {n: e.nbytes for n, e in manifest.files.items() if n.removesuffix(".data") not in graphs - own}
         layers = self._all_layers()
+        # Graphs, norms, embeddings and the tokenizer stay as they are.
+        others = sum(counted.values()) - sum(layer.stored_bytes for _, layer in layers)
         half = sum(2 * math.prod(layer.shape) for _, layer in layers)
         chosen = [(layer.shape, precision_of(self._recipe, name, layer.name)) for name, layer in layers]
         fixed = sum(weight_bytes(shape, precision) for shape, precision in chosen if not precision.needs_data)

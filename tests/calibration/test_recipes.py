@@ -129,6 +129,8 @@ def test_layers_with_one_input_are_raised_together() -> None:
 
 
 def test_weight_bytes() -> None:
-    assert weight_bytes((10, 256), FLOAT16) == 5120
-    assert weight_bytes((10, 256), INT8_STATIC) == 2600
-    assert weight_bytes((10, 256), Precision("blocks", 4)) == 10 * 2 * (64 + 4)
+    """Codes and scales begin on a page of 4096 bytes each."""
+    assert weight_bytes((256, 256), FLOAT16) == 256 * 256 * 2
+    assert weight_bytes((256, 256), INT8_STATIC) == 256 * 256 + 4096
+    assert weight_bytes((1024, 256), Precision("blocks", 4)) == 1024 * 2 * (64 + 4)
+    assert weight_bytes((10, 256), Precision("blocks", 4)) == 4096 + 4096

@@ -216,6 +216,21 @@ def _logits(bundle: Bundle, target: str) -> np.ndarray:
         return vlm.decoder.forward(embeds, prompt.positions).copy()
 
 
+@pytest.mark.parametrize("size", [0.55, 0.7])
+def test_mixed_keeps_to_its_size(float_bundle: Path, size: float, tmp_path: Path) -> None:
+    """Of the first target's files; a quantized graph itself is some kilobytes longer."""
+    (tmp_path / "r.toml").write_text(f'base = "mixed"\nsize = {size}')
+    quantize(float_bundle, tmp_path / "out", recipe=str(tmp_path / "r.toml"), data=samples())
+    nbytes = []
+    for path in (float_bundle, tmp_path / "out"):
+        manifest = Bundle.load(path).manifest
+        components = manifest.components.values()
+        others = {v.file for c in components for v in c.variants} - {c.variants[0].file for c in components}
+        files = {n: f.nbytes for n, f in manifest.files.items() if n.removesuffix(".data") not in others}
+        nbytes.append(sum(f for n, f in files.items() if n != FIGURE))
+    assert nbytes[1] / nbytes[0] < size + 0.02
+
+
 def test_mixed_takes_as_many_bits_as_a_gate_wants(float_bundle: Path, tmp_path: Path) -> None:
     def layers_raised(gate: Gate | None, name: str) -> tuple[int, float]:
         report = quantize(float_bundle, tmp_path / name, recipe="mixed", data=samples(), gate=gate)
