@@ -9,7 +9,7 @@ from mllm_edge.calibration.recipes import Precision, Recipe, Rule, block_size, p
 __all__ = ["Candidate", "by_loss", "by_size", "ranked", "weight_bytes"]
 
 _SCALE_BYTES = 4
-# Each array in a file of weights begins on one.
+# Each array in a file of weights begins on one, see `export/datafile.py`.
 _PAGE = 4096
 
 

@@ -39,11 +39,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         for bias in (first.self_attn.out_proj.bias, first.mlp.fc2.bias):
             bias[5], bias[6] = PLANTED, -PLANTED
-        for norm, old, new in zip(norms, before, image_squares(norms, vision), strict=True):
-            norm.weight *= (new / old) ** 0.5
-            norm.weight[5:7] = 0
+        pass_over(norms, before, image_squares(norms, vision))
     model.save_pretrained(folder)
     return folder
+
+
+def pass_over(norms: list[Any], before: list[float], now: list[float]) -> None:
+    """Let norms ignore the two channels, and give what they gave when mean squares were those `before`."""
+    for norm, old, new in zip(norms, before, now, strict=True):
+        norm.weight *= (new / old) ** 0.5
+        norm.weight[5:7] = 0
 
 
 def image_squares(norms: list[Any], vision: Any) -> list[float]:
@@ -80,9 +85,7 @@ def decoder_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         before = token_squares(norms, model)
         first.mlp.down_proj.weight[5:7] = 0
         first.mlp.down_proj.weight[5, :units], first.mlp.down_proj.weight[6, :units] = 3e3, -3e3
-        for norm, old, new in zip(norms, before, token_squares(norms, model), strict=True):
-            norm.weight *= (new / old) ** 0.5
-            norm.weight[5:7] = 0
+        pass_over(norms, before, token_squares(norms, model))
     model.save_pretrained(folder)
     return folder
 

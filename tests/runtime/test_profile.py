@@ -322,7 +322,10 @@ def test_pictures_are_predicted_as_decoded_and_as_pixel_values(result: Profile, 
     assert result.memory.predicted.images == 3 * 640 * 480 + 4 * pixels
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process does not tell what it takes")
+@pytest.mark.skipif(
+    sys.platform != "linux",
+    reason="what stages take is read from Linux's /proc; elsewhere there is no base to predict from",
+)
 def test_the_prediction_of_a_fresh_process_is_near(tiny_bundle: Path) -> None:
     code = (
         "import sys; from mllm_edge.runtime.profiling.measure import profile\n"

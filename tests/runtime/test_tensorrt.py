@@ -193,11 +193,17 @@ def test_batches_and_snapshots(machine: StandIn, bundle: Path, target: str) -> N
     opened = Bundle.load(bundle)
     variant = opened.variant("decoder", target)
     make_engine(opened, variant, modules(variant.minimum)[0], "sm87", Limits(128, max_batch=2))
+    agrees_in_batches(opened, target)
+
+
+def agrees_in_batches(bundle: Bundle, target: str) -> None:
+    """The decoder's engines, made for a batch of two, against ONNX Runtime: batches, snapshots, chosen rows."""
+    variant, model = bundle.variant("decoder", target), bundle.manifest.model
     rng = np.random.default_rng(0)
-    prompts = [rng.standard_normal((n, opened.manifest.model.hidden_size)).astype(np.float32) for n in (7, 4)]
+    prompts = [rng.standard_normal((n, model.hidden_size)).astype(np.float32) for n in (7, 4)]
     found = []
     for chosen in (open_backend(target), OnnxRuntimeCpu(target=target)):
-        decoder = Decoder(chosen.open(opened.listed(variant.file), variant), variant, opened.manifest.model, chosen)
+        decoder = Decoder(chosen.open(bundle.listed(variant.file), variant), variant, model, chosen)
         rows = batch_and_again(decoder, prompts)
         decoder.reset(32)
         rows.append(decoder.forward(prompts[0], rows=[0, 3, 6]).copy())

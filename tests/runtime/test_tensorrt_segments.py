@@ -13,14 +13,12 @@ from mllm_edge.errors import BackendError
 from mllm_edge.export.pipeline import export
 from mllm_edge.runtime.backend import open_backend
 from mllm_edge.runtime.backends import tensorrt_engines as engines
-from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.backends.tensorrt_build import modules
 from mllm_edge.runtime.backends.tensorrt_engines import FOLDER, Limits, find_engines, make_engines, plan_segments
 from mllm_edge.runtime.backends.tensorrt_segments import SegmentedSession
-from mllm_edge.runtime.decoder import Decoder
 from mllm_edge.runtime.operators import profile_operators
 from tests.runtime.tensorrt_stand_in import StandIn
-from tests.runtime.test_tensorrt import SAVE, TARGETS, answers, batch_and_again, load, reference
+from tests.runtime.test_tensorrt import SAVE, TARGETS, agrees_in_batches, answers, load, reference
 
 FREE = Callable[[int], None]
 LIMITS = Limits(1024)
@@ -101,19 +99,7 @@ def test_layers_of_all_segments_are_told(machine: StandIn, bundle: Bundle) -> No
 @pytest.mark.parametrize("target", TARGETS)
 def test_batches_and_snapshots(machine: StandIn, bundle: Bundle, target: str) -> None:
     build(bundle, target, 3, Limits(128, max_batch=2))
-    variant = bundle.variant("decoder", target)
-    rng = np.random.default_rng(0)
-    prompts = [rng.standard_normal((n, bundle.manifest.model.hidden_size)).astype(np.float32) for n in (7, 4)]
-    found = []
-    for chosen in (open_backend(target), OnnxRuntimeCpu(target=target)):
-        session = chosen.open(bundle.listed(variant.file), variant)
-        decoder = Decoder(session, variant, bundle.manifest.model, chosen)
-        rows = batch_and_again(decoder, prompts)
-        decoder.reset(32)
-        rows.append(decoder.forward(prompts[0], rows=[0, 3, 6]).copy())
-        found.append(rows)
-    for mine, theirs in zip(*found, strict=True):
-        np.testing.assert_allclose(mine, theirs, atol=2e-3 * np.ptp(theirs))
+    agrees_in_batches(bundle, target)
 
 
 def test_segments_share_memory(machine: StandIn, bundle: Bundle) -> None:

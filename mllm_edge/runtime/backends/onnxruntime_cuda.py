@@ -2,8 +2,9 @@
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +69,14 @@ class OnnxRuntimeCuda:
 
     def memory_used(self) -> int | None:
         """Bytes of device memory in use, by all processes; None where neither cuda-bindings nor the driver tell."""
-        if self._device != "cuda":
-            return None
+        return self._used_memory() if self._device == "cuda" else None
+
+    @cached_property
+    def _used_memory(self) -> Callable[[], int | None]:
         try:
-            return Cuda().used_memory()
+            return Cuda().used_memory
         except BackendError:
-            return _told_by_the_driver()
+            return _told_by_the_driver
 
 
 def _told_by_the_driver() -> int | None:

@@ -237,7 +237,11 @@ class _Session:
 
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
         self._fed.update({name: self._checked(name, value) for name, value in inputs.items()})
-        self._targets = {name: t for name, t in {**self._targets, **outputs}.items() if t is not None}
+        for name, target in outputs.items():
+            if target is None:
+                self._targets.pop(name, None)
+            else:
+                self._targets[name] = target
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         self.bind(feeds, {})
@@ -325,7 +329,8 @@ class _Session:
             if wanted and not isinstance(self._targets.get(tensor.name), CudaArray):
                 found[tensor.name] = self._landing(tensor, shapes[tensor.name])
                 self._cuda.download(found[tensor.name], addresses[tensor.name])
-        self._cuda.wait()
+        if found:  # else the next segment can be enqueued at once
+            self._cuda.wait()
         for name in [name for name in found if name in self._targets]:
             np.copyto(self._targets[name], found.pop(name))
         return {name: array.copy() for name, array in found.items()}

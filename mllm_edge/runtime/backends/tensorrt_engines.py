@@ -191,10 +191,11 @@ def find_engine(
 def build_inputs(bundle: Bundle, variant: Variant, limits: Limits) -> tuple[list[dict[str, Range]], Options]:
     """Profiles, and what has to be known about caches and logits, to `build` the engine of a variant with."""
     caches = sum(t.name.startswith("past_key_values.") for t in variant.inputs)
-    in_place = variant.kv_mode == "in_place"
-    options = Options({"capacity": limits.max_seq}, caches) if in_place else Options(cache_updates=0)
     best = variant.kv_mode is not None and any(t.name == "logits" for t in variant.outputs)
-    options = replace(options, best=best)
+    if variant.kv_mode == "in_place":
+        options = Options({"capacity": limits.max_seq}, caches, best=best)
+    else:
+        options = Options(cache_updates=0, best=best)
     return _profiles(variant, limits, bundle.manifest.model.image), options
 
 
