@@ -108,8 +108,10 @@ def _scenes() -> Any:
 
 def _questions(split: str, count: int) -> Iterator[tuple[Any, str, str]]:
     scenes = _scenes()
+    from questions import held_out  # type: ignore[import-not-found]
+
     last, picture = -1, None
-    for index, scene, question in scenes.held_out(split, count):
+    for index, scene, question in held_out(split, count):
         if index != last:
             last, picture = index, scenes.render(scene)
         yield picture, question.question, question.answer

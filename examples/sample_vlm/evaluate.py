@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import scenes
+from questions import TASKS, held_out
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -53,7 +54,7 @@ class Answer:
 def items(split: str, count: int) -> Iterator[Item]:
     picture: Image | None = None
     last = -1
-    for index, scene, question in scenes.held_out(split, count):
+    for index, scene, question in held_out(split, count):
         if picture is None or index != last:
             picture, last = scenes.render(scene), index
         yield Item(index, question.task, question.question, question.answer, picture)
@@ -120,7 +121,7 @@ def score(answered: list[tuple[Item, Answer]]) -> dict:
     every = [hit for hits in right.values() for hit in hits]
     return {
         "exact_match": percent(every),
-        "tasks": {task: percent(right[task]) for task in scenes.TASKS if task in right},
+        "tasks": {task: percent(right[task]) for task in TASKS if task in right},
         "questions": len(every),
     }
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import scenes
+from questions import Question, ask
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,13 +25,13 @@ _FIRST = 50_000
 _PER_SCENE = 4
 
 
-def samples(count: int) -> Iterator[tuple[str, Image, scenes.Question]]:
+def samples(count: int) -> Iterator[tuple[str, Image, Question]]:
     """`count` questions: the name of the scene, its picture, the question with its answer."""
     done, index = 0, _FIRST
     while done < count:
         scene = scenes.make_scene(("clean", "hard")[index % 2], index)
         picture = scenes.render(scene)
-        for question in scenes.ask(scene, np.random.default_rng(index))[: min(_PER_SCENE, count - done)]:
+        for question in ask(scene, np.random.default_rng(index))[: min(_PER_SCENE, count - done)]:
             yield f"{index}", picture, question
             done += 1
         index += 1

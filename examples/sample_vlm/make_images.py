@@ -13,6 +13,7 @@ from pathlib import Path
 import evaluate
 import numpy as np
 import scenes
+from questions import TASKS, Question, ask, describe
 
 CIRCLES = "How many circles are there?"
 
@@ -42,13 +43,13 @@ WANTED: dict[str, Callable[[scenes.Scene], bool]] = {
 """Picture names and what each shows."""
 
 
-def questions(scene: scenes.Scene, index: int) -> list[scenes.Question]:
+def questions(scene: scenes.Scene, index: int) -> list[Question]:
     """One question a task, the count of circles always among them."""
-    asked = scenes.ask(scene, np.random.default_rng([4, index, 1]))
+    asked = ask(scene, np.random.default_rng([4, index, 1]))
     first = {question.task: question for question in reversed(asked) if question.answer != "none"}
-    first["count"] = scenes.Question("count", CIRCLES, str(_circles(scene)))
-    first["caption"] = scenes.Question("caption", "What is in the picture?", scenes.describe(scene))
-    return [first[task] for task in scenes.TASKS if task in first]
+    first["count"] = Question("count", CIRCLES, str(_circles(scene)))
+    first["caption"] = Question("caption", "What is in the picture?", describe(scene))
+    return [first[task] for task in TASKS if task in first]
 
 
 def answered_rightly(model: Path, scene: scenes.Scene, index: int) -> bool:
@@ -56,7 +57,7 @@ def answered_rightly(model: Path, scene: scenes.Scene, index: int) -> bool:
     image = scenes.render(scene)
     asked = questions(scene, index)
     for turn in (2, 3, 4):
-        asked += scenes.ask(scene, np.random.default_rng([4, index, turn]))
+        asked += ask(scene, np.random.default_rng([4, index, turn]))
     listed = (evaluate.Item(index, q.task, q.question, q.answer, image) for q in asked)
     run = evaluate.run_transformers(model, listed)
     return all(answer.text == item.expected for item, answer in run)

@@ -18,6 +18,7 @@ import numpy as np
 import scenes
 from layout import END, FAKE, GLOBAL, IMAGE, IMAGE_SIZE, IMAGE_TOKENS, START
 from PIL import Image
+from questions import Question, training_rounds
 from tokenizers import Tokenizer
 
 Encoder = Callable[[str], list[int]]
@@ -52,7 +53,7 @@ class Data:
 def corpus(count: int) -> Iterator[str]:
     """Texts for the tokenizer: questions and answers of the first scenes, and the two roles."""
     for index in range(count):
-        for question in scenes.training_rounds(index, 1)[1][0]:
+        for question in training_rounds(index, 1)[1][0]:
             yield question.question
             yield f" {question.answer}"
     for text in (suffix_text().removeprefix(END), "User:", "User: ", "Assistant: "):
@@ -69,12 +70,12 @@ def suffix_text() -> str:
     return f"{END}\nAssistant:"
 
 
-def weight(item: scenes.Question) -> int:
+def weight(item: Question) -> int:
     """What is above what is asked less than left or right, and learnt last: it weighs four."""
     return 4 if "above" in item.question or "below" in item.question else 1
 
 
-def pack(questions: list[scenes.Question], encode: Encoder, length: int) -> Row:
+def pack(questions: list[Question], encode: Encoder, length: int) -> Row:
     """Ids, block numbers and answer weights of one row; questions that don't fit are left out.
 
     Long answers go first, because what is left out should not always be the captions.
@@ -138,7 +139,7 @@ def _fill(folder: Path, plan: DataPlan, tokenizer_file: str, span: tuple[int, in
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in _shapes(plan)}
     encode = encoder(tokenizer_file)
     for index in range(*span):
-        scene, rounds = scenes.training_rounds(index, plan.rounds)
+        scene, rounds = training_rounds(index, plan.rounds)
         arrays["pixels"][index] = shrink(scenes.render(scene))
         arrays["labels"][index] = scenes.patch_labels(scene)
         for r, questions in enumerate(rounds):

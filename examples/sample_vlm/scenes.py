@@ -1,4 +1,4 @@
-"""Synthetic scenes with question/answer pairs: the world that the sample model knows.
+"""Synthetic scenes: the world that the sample model knows. What is asked about them: `questions.py`.
 
 A scene holds one to four coloured shapes on a plain background, and sometimes a number or a word.
 It is a pure function of a split name and an index, so that every set can be made again, bit for
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -42,7 +41,6 @@ WORDS = (
 )
 # fmt: on
 CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-TASKS = ("caption", "count", "colour", "shape", "relation", "yes/no", "number", "word")
 
 MARGIN = 16
 """Least distance in pixels between two centres along an axis for an order along it to be asked."""
@@ -82,7 +80,7 @@ ROUGH = Style(
     noise=(0.0, 26.0),
 )
 
-_SPLITS = {"train": 1, "clean": 2, "hard": 3, "example": 4}
+SPLITS = {"train": 1, "clean": 2, "hard": 3, "example": 4}
 """First word of the seed of each set: no two sets share a seed."""
 
 
@@ -136,15 +134,6 @@ class Scene:
     contrast: float
     noise: float
     seed: int
-
-
-@dataclass(frozen=True)
-class Question:
-    """One question about a scene, with its only right answer."""
-
-    task: str
-    question: str
-    answer: str
 
 
 # --------------------------------------------------------------------------------------- geometry
@@ -219,7 +208,7 @@ def _text_area(text: Text) -> tuple[float, float, float, float]:
 # --------------------------------------------------------------------------------------- sampling
 
 
-def _pick(rng: np.random.Generator, options: list[str] | tuple[str, ...]) -> str:
+def pick(rng: np.random.Generator, options: list[str] | tuple[str, ...]) -> str:
     return options[int(rng.integers(len(options)))]
 
 
@@ -230,13 +219,13 @@ def _jitter(rng: np.random.Generator, rgb: tuple[int, ...], spread: int) -> tupl
 
 def _names(rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
     """Distinct (kind, colour) pairs; often several of one kind or colour, so that counts vary."""
-    leading_kind = _pick(rng, KINDS) if rng.random() < 0.4 else None
-    leading_colour = _pick(rng, tuple(COLOURS)) if rng.random() < 0.2 else None
+    leading_kind = pick(rng, KINDS) if rng.random() < 0.4 else None
+    leading_colour = pick(rng, tuple(COLOURS)) if rng.random() < 0.2 else None
     names: list[tuple[str, str]] = []
     while len(names) < count:
-        kind = leading_kind if leading_kind and rng.random() < 0.65 else _pick(rng, KINDS)
+        kind = leading_kind if leading_kind and rng.random() < 0.65 else pick(rng, KINDS)
         lead = leading_colour and rng.random() < 0.6
-        colour = leading_colour if leading_colour and lead else _pick(rng, tuple(COLOURS))
+        colour = leading_colour if leading_colour and lead else pick(rng, tuple(COLOURS))
         if (kind, colour) not in names:
             names.append((kind, colour))
     return names
@@ -254,7 +243,7 @@ def _backdrop(rng: np.random.Generator, colours: list[tuple[int, int, int]]) -> 
             best, best_distance = rgb, distance
         if distance >= 105:
             break
-    kind = _pick(rng, ("flat", "gradient", "blocks"))
+    kind = pick(rng, ("flat", "gradient", "blocks"))
     other = _jitter(rng, best, 26)
     return Backdrop(kind, best, other, float(rng.uniform(0, 2 * math.pi)), int(rng.integers(4, 13)))
 
@@ -266,7 +255,7 @@ def _text(rng: np.random.Generator, style: Style, dark: bool) -> Text | None:
         digits = 2 + int(rng.choice(3, p=style.digit_weights))
         value = str(rng.integers(10 ** (digits - 1), 10**digits))
     elif draw < style.number + style.word:
-        kind, value = "word", _pick(rng, WORDS)
+        kind, value = "word", pick(rng, WORDS)
     else:
         return None
     size = int(rng.integers(38, 50))
@@ -328,7 +317,7 @@ def _sample(rng: np.random.Generator, style: Style) -> Scene:
 
 def make_scene(split: str, index: int) -> Scene:
     """Scene `index` of a split: train, clean, hard or example."""
-    rng = np.random.default_rng([_SPLITS[split], index])
+    rng = np.random.default_rng([SPLITS[split], index])
     if split == "train":
         return _sample(rng, CLEAN if rng.random() < 0.5 else ROUGH)
     return _sample(rng, HARD if split == "hard" else CLEAN)
@@ -401,181 +390,3 @@ def patch_labels(scene: Scene) -> np.ndarray:
             rows = (centres >= box[1] - scale / 4) & (centres < box[3] + scale / 4)
             characters[np.ix_(rows, columns)] = CHARACTERS.index(character) + 1
     return labels
-
-
-# -------------------------------------------------------------------------------------- questions
-
-
-def _a(name: str) -> str:
-    return f"an {name}" if name[0] in "aeio" else f"a {name}"
-
-
-def _plural(kind: str) -> str:
-    return kind + ("es" if kind == "cross" else "s")
-
-
-def describe(scene: Scene) -> str:
-    """The caption: shapes from left to right, then the number or word."""
-    parts = [_a(shape.name) for shape in scene.shapes]
-    if scene.text:
-        parts.append(f"the {scene.text.kind} {scene.text.value}")
-    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
-
-
-def _caption(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    asked = _pick(rng, ("What is in the picture?", "Describe the image.", "What do you see?"))
-    return [Question("caption", asked, describe(scene))]
-
-
-def _counts(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    kinds = [shape.kind for shape in scene.shapes]
-    colours = [shape.colour for shape in scene.shapes]
-    asked = []
-    for kind in dict.fromkeys((_pick(rng, kinds), _pick(rng, KINDS))):
-        form = _pick(rng, ("How many {} are there?", "How many {} can you see?"))
-        asked.append((form.format(_plural(kind)), kinds.count(kind)))
-    colour = _pick(rng, colours) if rng.random() < 0.6 else _pick(rng, tuple(COLOURS))
-    form = _pick(rng, ("How many {} shapes are there?", "How many shapes are {}?"))
-    asked.append((form.format(colour), colours.count(colour)))
-    if rng.random() < 0.5:
-        total = _pick(rng, ("How many shapes are there?", "How many shapes are in the picture?"))
-        asked.append((total, len(kinds)))
-    return [Question("count", question, str(answer)) for question, answer in asked]
-
-
-def _attributes(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """Colour of a shape that is alone of its kind; shape of the only thing of its colour."""
-    kinds = [shape.kind for shape in scene.shapes]
-    colours = [shape.colour for shape in scene.shapes]
-    single_kinds = [shape for shape in scene.shapes if kinds.count(shape.kind) == 1]
-    single_colours = [shape for shape in scene.shapes if colours.count(shape.colour) == 1]
-    questions = []
-    for i in rng.permutation(len(single_kinds))[:2]:
-        shape = single_kinds[i]
-        form = _pick(rng, ("What colour is the {}?", "What color is the {}?"))
-        questions.append(Question("colour", form.format(shape.kind), shape.colour))
-    for i in rng.permutation(len(single_colours))[:2]:
-        shape = single_colours[i]
-        form = _pick(rng, ("What shape is {}?", "Which shape is {}?"))
-        questions.append(Question("shape", form.format(shape.colour), shape.kind))
-    return questions
-
-
-def _reference(scene: Scene, shape: Shape, rng: np.random.Generator) -> str:
-    """The short name where it suffices, half of the time."""
-    alone = sum(other.kind == shape.kind for other in scene.shapes) == 1
-    return f"the {shape.kind}" if alone and rng.random() < 0.4 else f"the {shape.name}"
-
-
-def _pair(scene: Scene, rng: np.random.Generator) -> tuple[Shape, Shape, str, str]:
-    """Two shapes A and B and their names."""
-    i, j = rng.choice(len(scene.shapes), 2, replace=False)
-    a, b = scene.shapes[i], scene.shapes[j]
-    return a, b, _reference(scene, a, rng), _reference(scene, b, rng)
-
-
-def _relations(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    if len(scene.shapes) == 1:
-        return []
-    questions = []
-    a, b, name_a, name_b = _pair(scene, rng)
-    answer = "left" if a.x < b.x else "right"
-    questions.append(
-        Question("relation", f"Is {name_a} left or right of {name_b}?", answer),
-    )
-    a, b, name_a, name_b = _pair(scene, rng)
-    if abs(a.y - b.y) >= MARGIN and rng.random() < 0.6:
-        answer = "above" if a.y < b.y else "below"
-        questions.append(Question("relation", f"Is {name_a} above or below {name_b}?", answer))
-    if rng.random() < 0.6:
-        side = _pick(rng, ("left", "right"))
-        form = _pick(rng, ("What is on the far {}?", "Which shape is furthest {}?"))
-        end = scene.shapes[0] if side == "left" else scene.shapes[-1]
-        questions.append(Question("relation", form.format(side), _a(end.name)))
-    return questions
-
-
-def _position_question(scene: Scene, rng: np.random.Generator, across: bool) -> Question | None:
-    a, b, name_a, name_b = _pair(scene, rng)
-    if not across and abs(a.y - b.y) < MARGIN:
-        return None
-    first = rng.random() < 0.5
-    if across:
-        forms = ("left of", "to the left of") if first else ("right of", "to the right of")
-        holds = (a.x < b.x) == first
-    else:
-        forms = ("above", "above") if first else ("below", "below")
-        holds = (a.y < b.y) == first
-    asked = f"Is {name_a} {_pick(rng, forms)} {name_b}?"
-    return Question("yes/no", asked, "yes" if holds else "no")
-
-
-def _presence_question(scene: Scene, rng: np.random.Generator) -> Question:
-    """Half are there; of the others, half share a colour or a kind with something that is there."""
-    present = {(shape.kind, shape.colour) for shape in scene.shapes}
-    shape = scene.shapes[int(rng.integers(len(scene.shapes)))]
-    kind, colour = shape.kind, shape.colour
-    if rng.random() < 0.5:
-        keep = rng.random()
-        while (kind, colour) in present:
-            kind = shape.kind if keep < 0.25 else _pick(rng, KINDS)
-            colour = shape.colour if 0.25 <= keep < 0.5 else _pick(rng, tuple(COLOURS))
-    form = _pick(rng, ("Is there {}?", "Can you see {}?"))
-    answer = "yes" if (kind, colour) in present else "no"
-    return Question("yes/no", form.format(_a(f"{colour} {kind}")), answer)
-
-
-def _yes_no(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    questions: list[Question | None] = [_presence_question(scene, rng)]
-    if len(scene.shapes) > 1:
-        # Order is the hardest thing to learn here and gives one bit a question: it is asked most.
-        questions += [_position_question(scene, rng, across=True) for _ in range(3)]
-        questions.append(_position_question(scene, rng, across=False))
-    else:
-        questions.append(_presence_question(scene, rng))
-    kept = [question for question in questions if question is not None]
-    return list({question.question: question for question in kept}.values())
-
-
-def _reading(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    questions = []
-    forms = {
-        "number": ("What number is written?", "Which number do you see?"),
-        "word": ("What word is written?", "Which word do you see?"),
-    }
-    for kind, asked in forms.items():
-        if scene.text is not None and scene.text.kind == kind:
-            questions.append(Question(kind, _pick(rng, asked), scene.text.value))
-        elif rng.random() < 0.15:
-            questions.append(Question(kind, _pick(rng, asked), "none"))
-    return questions
-
-
-def ask(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """All questions of one round about a scene, about a dozen, in random order."""
-    makers = (_caption, _counts, _attributes, _relations, _yes_no, _reading)
-    questions = [question for maker in makers for question in maker(scene, rng)]
-    return [questions[i] for i in rng.permutation(len(questions))]
-
-
-def held_out(split: str, count: int) -> Iterator[tuple[int, Scene, Question]]:
-    """The first `count` questions of an evaluation set: (scene index, scene, question).
-
-    Ten a scene at most; the tasks that a scene offers one question of are always among them.
-    """
-    done = index = 0
-    while done < count:
-        scene = make_scene(split, index)
-        asked = ask(scene, np.random.default_rng([_SPLITS[split], index, 1]))
-        asked.sort(key=lambda question: question.task not in ("caption", "number", "word"))
-        for question in asked[: min(10, count - done)]:
-            yield index, scene, question
-            done += 1
-        index += 1
-
-
-def training_rounds(index: int, rounds: int) -> tuple[Scene, list[list[Question]]]:
-    """Training scene `index` and that many independent rounds of questions about it."""
-    scene = make_scene("train", index)
-    seeds = [[_SPLITS["train"], index, 1 + i] for i in range(rounds)]
-    return scene, [ask(scene, np.random.default_rng(seed)) for seed in seeds]

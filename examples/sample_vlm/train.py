@@ -24,6 +24,7 @@ import packing
 import scenes
 import torch
 from learner import IMAGE_START, PREFIX, Learner
+from questions import training_rounds
 from torch import Tensor, nn
 from transformers import Idefics3ForConditionalGeneration, Idefics3Processor
 from transformers.utils import logging
@@ -231,7 +232,7 @@ def check_inputs(processor: Idefics3Processor, tokenizer_file: Path, count: int 
     """Training inputs are what the processor makes of a PNG and a question, to the last bit."""
     encode = packing.encoder(str(tokenizer_file))
     for index in range(count):
-        scene, rounds = scenes.training_rounds(index, 1)
+        scene, rounds = training_rounds(index, 1)
         image, question = scenes.render(scene), rounds[0][0]
         turns = conversation(question.question)
         text = processor.apply_chat_template(turns, add_generation_prompt=True)
@@ -252,7 +253,7 @@ def check_inputs(processor: Idefics3Processor, tokenizer_file: Path, count: int 
 def check_logits(learner: Learner, processor: Idefics3Processor, tokenizer_file: Path) -> float:
     """Largest difference between the training forward, packed, and transformers, one by one."""
     encode = packing.encoder(str(tokenizer_file))
-    scene, rounds = scenes.training_rounds(1, 1)
+    scene, rounds = training_rounds(1, 1)
     image = scenes.render(scene)
     ids, block, _answer = packing.pack(rounds[0], encode, 320)
     pixels = torch.from_numpy(packing.shrink(image).copy())[None]
