@@ -1,12 +1,12 @@
 """Work in a process of its own: how long it takes and how much memory."""
 
 import multiprocessing
-import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from mllm_edge.runtime.device import peak_rss
 
 __all__ = ["Measured", "in_process"]
 
@@ -39,5 +39,4 @@ def _run(send: Any, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Non
     begin = time.perf_counter()
     result = work(*arguments)
     seconds = time.perf_counter() - begin
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    send.send(Measured(seconds, used * (1 if sys.platform == "darwin" else 1024) / 1e9, result))
+    send.send(Measured(seconds, peak_rss() / 1e9, result))

@@ -30,7 +30,7 @@ __all__ = [
     "predict_images",
 ]
 
-_CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
 # Values that live at once in a layer, in tensors as large as its input: residual, norm, q, k, v, and a feed-forward
 # part of four times the width.
 _LIVE = 9
@@ -106,7 +106,7 @@ class WatchedTrace(Trace):
         _forget_peak()
         with super().span(name):
             yield
-        self.peaks[name] = max(self.peaks.get(name, 0), _peak())
+        self.peaks[name] = max(self.peaks.get(name, 0), peak_rss())
         used = None if self._backend is None else gpu_memory(self._backend)
         if used is not None:
             self.gpu[name] = max(self.gpu.get(name, 0), used)
@@ -116,7 +116,7 @@ def can_watch() -> bool:
     """Whether this system tells and forgets a process's peak."""
     try:
         _forget_peak()
-        return _peak() > 0
+        return peak_rss() > 0
     except OSError:
         return False
 
@@ -150,8 +150,7 @@ def measured(
         notes.append("GPU memory: no GPU is in use" if target == "cpu" else f"GPU memory: not told on target {target}")
     return MemoryUse(
         base=base,
-        # A process has its parent's peak as its own from getrusage, if it was started by vfork.
-        peak=max([_peak(), *peaks.values()]) if peaks is not None else peak_rss(),
+        peak=max([peak_rss(), *(peaks or {}).values()]),
         stages=peaks,
         weights=bytes_of.weights,
         mapped=bytes_of.mapped,
@@ -194,10 +193,3 @@ def _run_bytes(bundle: Bundle, name: str, variant: Variant, prompt_tokens: int) 
 
 def _forget_peak() -> None:
     _CLEAR.write_text("5")
-
-
-def _peak() -> int:
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return 1024 * int(line.split()[1])
-    return 0
