@@ -3,7 +3,7 @@
 Everything that is found lies in a folder, so that a calibration that was interrupted goes on with the next piece.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from mllm_edge.errors import DataError
 from mllm_edge.runtime.backend import Backend
 from mllm_edge.spec import Variant
 
-__all__ = ["calibrate"]
+__all__ = ["calibrate", "row_weights"]
 
 SEGMENT_BYTES = 768 << 20
 Progress = Callable[[int], None]
@@ -74,6 +74,18 @@ def _caches(graph: ir.Graph, segment: Segment) -> list[str]:
     return [v.name for v in graph.outputs if v.name and v.name in made and v.name.startswith("present.")]
 
 
+def row_weights(inputs: Mapping[str, np.ndarray], value: np.ndarray) -> np.ndarray | None:
+    """Weights [S] of a decoder's rows [1, S, K]: those that make the answer count together as much as the prompt's,
+    which are many more and mostly an image's, although no token comes of them. None: all alike."""
+    tokens = inputs["inputs_embeds"].shape[1] if "inputs_embeds" in inputs else 0
+    answer = inputs["logits_indices"].ravel() if "logits_indices" in inputs else np.zeros(0, np.int64)
+    if value.shape[:-1] != (1, tokens) or not 0 < len(answer) < tokens:
+        return None
+    weights = np.full(tokens, 0.5 * tokens / (tokens - len(answer)), np.float32)
+    weights[answer] = 0.5 * tokens / len(answer)
+    return weights
+
+
 class _State:
     """Where a calibration stands: the values between the last piece and the next, run by run."""
 
@@ -122,7 +134,7 @@ class _State:
             for name, found in statistics.items():
                 value = outputs[name] if name in outputs else inputs[name]
                 try:
-                    found.add(value)
+                    found.add(value, row_weights(inputs, value))
                 except ValueError as e:
                     raise DataError(
                         f"{self._graph_file}: {name}: {e} in run {i}", "use a recipe that keeps this part in float32"

@@ -103,7 +103,8 @@ def _run(vlm: VLM, recorder: "_Recorder", sample: Sample) -> None:
     whole = np.concatenate([embeds, vlm.embed(answer)])
     recorder.decoder = True
     vlm.decoder.reset(len(whole))
-    vlm.decoder.forward(whole, continued(positions, len(answer)), rows=range(len(whole)))
+    # The rows that are projected are those that make the answer: see `calibrate`.
+    vlm.decoder.forward(whole, continued(positions, len(answer)), rows=range(len(embeds) - 1, len(whole)))
 
 
 class _Recorder:

@@ -6,7 +6,7 @@ import numpy as np
 
 from mllm_edge.calibration.findings import Findings, LayerFindings
 from mllm_edge.calibration.layers import Group, Layer
-from mllm_edge.calibration.methods import awq, gptq, rtn, smoothquant
+from mllm_edge.calibration.methods import awq, descent, gptq, rtn, smoothquant
 from mllm_edge.calibration.methods.ranges import SEARCHED, Range, activation_range
 from mllm_edge.calibration.recipes import FLOAT32, Precision, block_size
 from mllm_edge.calibration.statistics import InputStatistics
@@ -14,6 +14,7 @@ from mllm_edge.calibration.statistics import InputStatistics
 __all__ = ["Decision"]
 
 _ALPHAS = (0.2, 0.35, 0.5, 0.65, 0.8)
+_SWEEPS = 4  # of coordinate descent; eight gain 1% more
 
 
 class Decision:
@@ -132,6 +133,8 @@ class Decision:
             gram = self._statistics.gram
             gram = gram if factors is None else gram / np.outer(factors, factors)
             codes, scales = gptq.quantize(weight, gram, precision.bits, block)
+            if precision.bits < 8:  # of 8 bits' error, that of the inputs is the larger part
+                codes, scales = descent.refine(weight, gram, codes, scales, precision.bits, _SWEEPS)
             return codes, scales, block
         if precision.method == "awq" and self._statistics.rows and block is not None and whole:
             sample = self._statistics.sample if factors is None else self._statistics.sample / factors

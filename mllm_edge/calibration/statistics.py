@@ -44,7 +44,7 @@ class Histogram:
 
 class InputStatistics:
     """Of inputs x [rows, K]: how many rows, the extremes and mean|x| of each channel, a histogram of all values, some
-    rows as they were, and (if `with_gram`) the mean of xᵀx [K, K]."""
+    rows as they were, and (if `with_gram`) the weighted mean of xᵀx [K, K]."""
 
     def __init__(self, width: int, with_gram: bool = False):
         self.width, self.rows = width, 0
@@ -56,8 +56,9 @@ class InputStatistics:
         self._sample: list[np.ndarray] = []
         self._stride, self._kept = 1, 0
 
-    def add(self, x: np.ndarray) -> None:
-        """Take in rows [..., K]; raises ValueError for values that are not finite."""
+    def add(self, x: np.ndarray, weights: np.ndarray | None = None) -> None:
+        """Take in rows [..., K], with `weights` [rows] float32 of mean 1 in the Gram matrix, by default all alike;
+        raises ValueError for values that are not finite."""
         x = np.ascontiguousarray(x.reshape(-1, self.width), np.float32)
         if len(x) == 0:
             return
@@ -69,7 +70,7 @@ class InputStatistics:
         self._sums += np.abs(x).sum(axis=0, dtype=np.float64)
         self.histogram.add(x)
         if self._gram is not None:
-            self._gram += x.T @ x
+            self._gram += (x if weights is None else x * weights[:, None]).T @ x
         self._keep(x)
         self.rows += len(x)
 

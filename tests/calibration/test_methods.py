@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mllm_edge.calibration.methods import awq, gptq, rtn, smoothquant
+from mllm_edge.calibration.methods import awq, descent, gptq, rtn, smoothquant
 from mllm_edge.calibration.methods.ranges import activation_range, entropy_limit, mse_limit, percentile_limit
 from mllm_edge.calibration.statistics import Histogram, InputStatistics
 
@@ -105,6 +105,58 @@ def test_gptq_bears_channels_that_are_never_used_and_rows_of_zeros() -> None:
     assert np.isfinite(scales).all()
     assert not codes[3].any()
     assert error(x, weight, codes * scales) < error(x, weight, np.zeros_like(weight)) / 20
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_descent_mends_what_gptq_left(bits: int) -> None:
+    x, weight = problem(boost=1)
+    gram, fresh = seen(x[: ROWS // 2]).gram, x[ROWS // 2 :]
+    codes, scales = gptq.quantize(weight, gram, bits, BLOCK)
+    errors = []
+    for sweeps in (0, 1, 2, 4):
+        better, finer = descent.refine(weight, gram, codes, scales, bits, sweeps)
+        assert better.min() >= -(1 << (bits - 1))
+        assert better.max() <= (1 << (bits - 1)) - 1
+        assert (finer > 0).all()
+        errors.append(error(fresh, weight, better * np.repeat(finer, BLOCK, axis=1)))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.9 * errors[0]
+
+
+def test_descent_ends_where_no_code_and_no_scale_can_be_better() -> None:
+    x, weight = problem(boost=1)
+    x, weight = x[:, :8], weight[:5, :8]
+    gram = x.T @ x / len(x)
+    codes, scales = descent.refine(weight, gram, *gptq.quantize(weight, gram, 3, 4), 3, 50)
+    damped = gram + 0.01 * np.diag(gram).mean() * np.eye(8)
+
+    def lost(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+        missing = weight - codes * np.repeat(scales, 4, axis=1)
+        return np.einsum("nk,kj,nj->n", missing, damped, missing)
+
+    least = lost(codes, scales) * (1 - 1e-5)
+    for channel in range(8):
+        for value in range(-4, 4):
+            other = codes.copy()
+            other[:, channel] = value
+            assert (lost(other, scales) >= least).all()
+    for block in range(2):
+        for factor in (0.98, 1.02):
+            scaled = scales.copy()
+            scaled[:, block] *= factor
+            assert (lost(codes, scaled) >= least).all()
+
+
+def test_descent_bears_channels_that_are_never_used_and_rows_of_zeros() -> None:
+    x, weight = problem(boost=1)
+    x[:, 3], weight[2] = 0, 0
+    gram = x.T @ x
+    start = gptq.quantize(weight, gram, 4, BLOCK)
+    for used in (gram, np.zeros_like(gram)):
+        codes, scales = descent.refine(weight, used, *start, 4, 2)
+        assert np.isfinite(scales).all()
+        assert not (codes[2] * np.repeat(scales[2], BLOCK)).any()
+    np.testing.assert_array_equal(codes, start[0])  # nothing is known of the inputs: nothing changes
 
 
 def test_smoothquant_balances_channels() -> None:

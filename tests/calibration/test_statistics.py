@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from mllm_edge.calibration.calibrate import row_weights
 from mllm_edge.calibration.statistics import Histogram, InputStatistics
 
 
@@ -46,3 +47,15 @@ def test_values_that_are_not_finite_are_refused() -> None:
     statistics = InputStatistics(2)
     with pytest.raises(ValueError, match="not finite"):
         statistics.add(np.array([[1.0, np.nan]]))
+
+
+def test_rows_of_the_answer_count_as_much_as_the_prompt() -> None:
+    x = np.random.default_rng(0).standard_normal((1, 8, 4)).astype(np.float32)
+    inputs = {"inputs_embeds": np.zeros((1, 8, 16), np.float32), "logits_indices": np.array([[6, 7]])}
+    statistics = InputStatistics(4, with_gram=True)
+    statistics.add(x, row_weights(inputs, x))
+    prompt, answer = x[0, :6], x[0, 6:]
+    expected = (prompt.T @ prompt / 6 + answer.T @ answer / 2) / 2
+    np.testing.assert_allclose(statistics.gram, expected, rtol=1e-5)
+    assert row_weights(inputs, answer[None]) is None  # the head's input: rows of the answer alone
+    assert row_weights({"pixel_values": x}, x) is None

@@ -1,0 +1,86 @@
+"""Coordinate descent: codes and scales that another method found are changed one by one, each to what is best beside
+all others as they are, so that the error of the outputs can only fall.
+
+The codes' part is Behdin et al., "QuantEase: Optimization-based Quantization for Language Models", 2023, section 3;
+scales are coordinates like any other.
+"""
+
+import numpy as np
+
+from mllm_edge.calibration.chunks import for_each_chunk
+
+__all__ = ["refine"]
+
+_DAMP = 0.01  # of the mean power, added to the diagonal, as GPTQ does
+_LAZY = 128  # channels between products with the whole Gram matrix
+# Elements of a row in a piece of the work: few enough rows for a core's cache, enough for the products.
+_ROW = 256
+
+
+def refine(
+    weight: np.ndarray, gram: np.ndarray, codes: np.ndarray, scales: np.ndarray, bits: int, sweeps: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Better codes [N, K] int8 and scales [N, blocks] float32 for a weight [N, K] float32 whose inputs have the Gram
+    matrix `gram` [K, K], from `sweeps` times over all channels. Positive scales stay positive."""
+    better_codes, better_scales = np.empty_like(codes), np.empty_like(scales)
+
+    def work(start: int, stop: int) -> None:
+        rows = slice(start, stop)
+        found = _descended(weight[rows], gram, codes[rows], scales[rows], bits, sweeps)
+        better_codes[rows], better_scales[rows] = (a.T for a in found)
+
+    for_each_chunk(len(weight), _ROW, work)
+    return better_codes, better_scales
+
+
+def _descended(
+    weight: np.ndarray, gram: np.ndarray, codes: np.ndarray, scales: np.ndarray, bits: int, sweeps: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes [K, N] float32 and scales [blocks, N]: channels first, for each is read and written as a whole."""
+    width = weight.shape[1] // scales.shape[1]
+    step = max(_LAZY // width, 1) * width
+    scales, codes = scales.T.copy(), codes.T.astype(np.float32)
+    missing = weight.T - codes * np.repeat(scales, width, axis=0)
+    damp = np.float32(_DAMP * np.diag(gram).mean())
+    for start in [*range(0, len(codes), step)] * sweeps:
+        part = slice(start, min(start + step, len(codes)))
+        own = gram[part, part] + damp * np.eye(part.stop - start, dtype=np.float32)
+        # Half the slope of the squared error by each weight.
+        pull = gram[part] @ missing + damp * missing[part]
+        part_scales = scales[part.start // width : part.stop // width]
+        _move_codes(codes[part], part_scales, missing[part], pull, own, bits)
+        _move_scales(codes[part], part_scales, missing[part], pull, own)
+    return codes, scales
+
+
+def _move_codes(
+    codes: np.ndarray, scales: np.ndarray, missing: np.ndarray, pull: np.ndarray, own: np.ndarray, bits: int
+) -> None:
+    """Each code [k, N] to the best one, one channel after another; `missing` and `pull` follow."""
+    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    width = len(codes) // len(scales)
+    inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
+    for i, code in enumerate(codes):
+        if own[i, i] <= 0:
+            continue
+        wanted = code + pull[i] * inverse[i // width] / own[i, i]
+        change = np.clip(np.rint(wanted), low, high) - code
+        code += change
+        change *= scales[i // width]
+        missing[i] -= change
+        pull -= own[:, i, None] * change
+
+
+def _move_scales(codes: np.ndarray, scales: np.ndarray, missing: np.ndarray, pull: np.ndarray, own: np.ndarray) -> None:
+    """Each scale [N] of a block to the best one; `missing` and `pull` follow."""
+    width = len(codes) // len(scales)
+    for b, scale in enumerate(scales):
+        block = slice(b * width, (b + 1) * width)
+        toward = own[:, block] @ codes[block]
+        power = np.einsum("kn,kn->n", codes[block], toward[block])
+        slope = np.einsum("kn,kn->n", codes[block], pull[block])
+        change = np.divide(slope, power, out=np.zeros_like(scale), where=power > 0)
+        change[scale + change <= 0] = 0
+        scale += change
+        missing[block] -= codes[block] * change
+        pull -= toward * change
