@@ -201,12 +201,12 @@ def test_fewer_steps_on_text_that_repeats(tiny_bundle: Path) -> None:
 
 
 # ---------------------------------------------------------------- the cache
-def run(vlm: VLM, tokens: int, guesser: Any = None, trace: Trace | None = None, **params: Any) -> list[int]:
+def run(vlm: VLM, tokens: int, guesser: Any = None, trace: Trace | None = None, stops: Any = ()) -> list[int]:
     """Ids of an answer to the same prompt."""
     ids = np.array(vlm.tokenizer.encode(TEXT))
     vlm.decoder.reset(len(ids) + 64)
-    sampler, embeds = Sampler(SamplingParams(**params), ids), vlm.embed(ids)
-    steps = generate(vlm.decoder, vlm.embed, embeds, sampler, (), tokens, trace or Trace(), guesser=guesser)
+    sampler, embeds = Sampler(SamplingParams(), ids), vlm.embed(ids)
+    steps = generate(vlm.decoder, vlm.embed, embeds, sampler, stops, tokens, trace or Trace(), guesser=guesser)
     return list(steps)
 
 
@@ -264,3 +264,11 @@ def test_an_answer_that_was_left_alone_does_not_touch_the_next(tiny_bundle: Path
         assert rest[-1].result is not None
         assert rest[-1].result.token_ids == expected
         assert first.token_ids == expected[:1]
+
+
+def test_nothing_is_guessed_from_a_stop_id_on(tiny_bundle: Path) -> None:
+    with VLM.load(tiny_bundle, threads=1) as vlm:
+        answer, trace = run(vlm, 20), Trace()
+        end = next(i for i in range(4, 20) if answer[i] not in answer[:i])
+        assert run(vlm, 20, Known(answer, 15), trace, [answer[end]]) == answer[:end]
+    assert trace.counts["guessed"] == trace.counts["accepted"] == end - 1
