@@ -147,20 +147,22 @@ def test_answers_are_those_of_whole_logits(machine: StandIn, bundle: Path, targe
 @pytest.mark.parametrize("target", TARGETS)
 def test_guesses_are_checked_by_the_largest_logits_alone(machine: StandIn, bundle: Path, target: str) -> None:
     options: dict[str, Any] = {"max_new_tokens": 48, "ignore_eos": True, "seed": 5}
-    few = _BEST * (4 + 4) + 4
+    few, guessed = _BEST * (4 + 4) + 4, 0
     with _load(bundle, target) as vlm:
         for choice in FEW:
-            expected = vlm.generate("abcabcabc", **options, **choice)
+            expected = vlm.generate("Tell me. " * 4, **options, **choice)
             machine.counts["bytes downloaded"] = 0
-            found = vlm.generate("abcabcabc", speculation=15, **options, **choice)
+            found = vlm.generate("Tell me. " * 4, speculation=15, **options, **choice)
             assert found.token_ids == expected.token_ids
+            guessed += found.metrics.guessed
             rows = 48 - found.metrics.accepted + found.metrics.guessed
             assert machine.counts["bytes downloaded"] == few * rows
         for choice in ({"frequency_penalty": -1.0}, {"frequency_penalty": -1.0, "temperature": 0.5}):
-            expected = vlm.generate("abcabcabc", **options, **choice)
-            found = vlm.generate("abcabcabc", speculation=15, **options, **choice)
+            expected = vlm.generate("Tell me. " * 4, **options, **choice)
+            found = vlm.generate("Tell me. " * 4, speculation=15, **options, **choice)
             assert found.token_ids == expected.token_ids
             assert found.metrics.accepted > 10
+    assert guessed > 10
     assert not machine.memory, "everything was freed"
 
 
