@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mllm_edge.calibration.recipes import Recipe
     from mllm_edge.export.decoder.spec import DecoderSpec
 
-__all__ = ["build", "command"]
+__all__ = ["build", "command", "open_decoder"]
 
 _GRAPH, _EMBEDDINGS, _DESCRIPTION = "decoder.onnx", "embed_tokens.npy", "decoder.json"
 
@@ -75,15 +75,20 @@ def _model_spec(geometry: Geometry, spec: "DecoderSpec") -> ModelSpec:
     )
 
 
+def open_decoder(folder: Path, threads: int) -> tuple[Decoder, Embedder]:
+    """The decoder that `build` wrote, and its embeddings."""
+    description = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
+    model = from_json(ModelSpec, description["model"])
+    variant = from_json(Variant, description["variant"])
+    backend = open_backend("cpu", threads)
+    decoder = Decoder(backend.open(folder / _GRAPH, variant), variant, model, backend)
+    return decoder, Embedder(np.load(folder / _EMBEDDINGS, mmap_mode="r"), model.embedding)
+
+
 class _Engine:
     def __init__(self, folder: Path, threads: int, capacity: int):
-        description = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
-        model = from_json(ModelSpec, description["model"])
-        variant = from_json(Variant, description["variant"])
-        backend = open_backend("cpu", threads)
         self._capacity = capacity
-        self._decoder = Decoder(backend.open(folder / _GRAPH, variant), variant, model, backend)
-        self._embed = Embedder(np.load(folder / _EMBEDDINGS, mmap_mode="r"), model.embedding)
+        self._decoder, self._embed = open_decoder(folder, threads)
         self._tokens: Iterator[int] = iter(())
 
     def prefill(self, ids: Sequence[int]) -> None:

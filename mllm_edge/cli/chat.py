@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mllm_edge.cli.options import runtime_options, sampling_options
+from mllm_edge.cli.options import runtime_options, sampling_options, speculation_option
 from mllm_edge.cli.output import note, write_answer
 from mllm_edge.errors import ContextError, MllmEdgeError
 
@@ -32,6 +32,7 @@ _HELP = """/image FILE  attach an image to the next message; several are allowed
 @click.argument("bundle", type=click.Path())
 @click.option("--system", metavar="TEXT", help="A system message before the conversation.")
 @sampling_options
+@speculation_option
 @runtime_options
 @click.option("--quiet", is_flag=True, help="No rates on standard error.")
 @click.pass_context

@@ -14,6 +14,7 @@ __all__ = [
     "json_option",
     "runtime_options",
     "sampling_options",
+    "speculation_option",
     "target_option",
 ]
 
@@ -21,6 +22,7 @@ __all__ = [
 TARGETS = ("cpu", "cuda", "tensorrt", "tensorrt-10.3")
 POSITIVE = click.IntRange(min=1)
 _COUNT = click.IntRange(min=0)
+_MOST_GUESSED = 15  # as in runtime/speculation.py
 _FRACTION = click.FloatRange(0, 1)
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -56,6 +58,17 @@ def sampling_options(command: _F) -> _F:
 def runtime_options(command: _F) -> _F:
     """How a bundle is opened, by the names that `VLM.load` has for them."""
     return _apply(_RUNTIME, command)
+
+
+def speculation_option(command: _F) -> _F:
+    """`--speculation`, which the verbs have that make answers."""
+    return click.option(
+        "--speculation",
+        type=click.IntRange(0, _MOST_GUESSED),
+        default=0,
+        show_default=True,
+        help="Guess up to N tokens by prompt lookup and check them in one step; the answer stays the same.",
+    )(command)
 
 
 class RecipeName(click.ParamType):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mllm_edge.cli.options import POSITIVE, runtime_options
+from mllm_edge.cli.options import POSITIVE, runtime_options, speculation_option
 from mllm_edge.cli.output import note, print_json, write_answer
 from mllm_edge.cli.profile_diff import diff
 from mllm_edge.cli.progress import stages
@@ -50,6 +50,7 @@ class _Profile(click.Command):
 @click.option("--no-roofline", is_flag=True, help="Leave out what the stages reach of the processor's limits.")
 @click.option("--ops", "operators", is_flag=True, help="Show the longest operators, on the processor or TensorRT.")
 @click.option("--power", is_flag=True, help="Measure watts, joules and heat, where this machine has sensors.")
+@speculation_option
 @runtime_options
 @click.option(
     "--json",
@@ -74,6 +75,7 @@ def command(
     no_roofline: bool,
     operators: bool,
     power: bool,
+    speculation: int,
     threads: int | None,
     max_context: int | None,
     backend: str,
@@ -86,7 +88,7 @@ def command(
 
     The answer always has as many tokens as asked for: the model's own end is ignored. The bundle is loaded several
     times, for what a load finds differs; the first load and the call after it are shown apart. Several bundles, or
-    --sweep, measure one after the other; keys are prompt, images, size, new, threads and bundle.
+    --sweep, measure one after the other; keys are prompt, images, size, new, threads, speculation and bundle.
 
     `mllm-edge profile diff A.json B.json` compares two measurements; a bundle in a folder called diff is ./diff.
     """
@@ -117,6 +119,7 @@ def command(
             warmup=warmup,
             iterations=iterations,
             threads=threads,
+            speculation=speculation,
             max_context=max_context,
             backend=backend,
             limits=not no_roofline,

@@ -152,6 +152,8 @@ def _figures(result: "Profile") -> str:
     rows = []
     if result.tokens_per_second:
         rows.append(["decode rate", f"{result.tokens_per_second:.1f} tok/s"])
+    if result.setting.speculation:
+        rows.append(["speculation", _speculation(result)])
     if result.jitter:
         share = f"{result.jitter.relative:.1%} of an interval"
         rows.append(["jitter", f"{milliseconds(result.jitter.seconds)} ms from token to token, {share}"])
@@ -161,6 +163,14 @@ def _figures(result: "Profile") -> str:
     stages = ", ".join(f"{NAMES[name]} {milliseconds(seconds)}" for name, seconds in first.cold.stages.items())
     rows.append(["", stages])
     return "\n".join(f"{name:<13}{value}" for name, value in rows)
+
+
+def _speculation(result: "Profile") -> str:
+    s = result.speculation
+    if s.acceptance is None or s.tokens_per_step is None:
+        return f"up to {result.setting.speculation} tokens, none was guessed"
+    accepted = f"{s.acceptance:.0%} of the guesses accepted, {s.tokens_per_step:.2f} tokens a step"
+    return f"up to {result.setting.speculation} tokens: {accepted}; TPOT is each call's mean"
 
 
 def _memory(result: "Profile") -> str:
@@ -209,9 +219,13 @@ def _roofline(result: "Profile") -> str:
         [
             table(header, rows),
             f"limits of this processor: reads {result.limits.read_bytes_per_second / 1e9:.1f} GB/s, {rates}; "
-            "decode is one token",
+            f"decode is one {_step(result)}",
         ]
     )
+
+
+def _step(result: "Profile") -> str:
+    return "step" if result.setting.speculation else "token"
 
 
 def _operators(operators: "Sequence[Operator]") -> str:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mllm_edge.cli.options import json_option, runtime_options, sampling_options
+from mllm_edge.cli.options import json_option, runtime_options, sampling_options, speculation_option
 from mllm_edge.cli.output import milliseconds, note, print_json, write_answer
 from mllm_edge.errors import MllmEdgeError
 
@@ -21,6 +21,7 @@ __all__ = ["command"]
 @click.option("--image", "images", multiple=True, metavar="FILE", help="An image, '-' for standard input; repeatable.")
 @click.option("--system", metavar="TEXT", help="A system message before the question.")
 @sampling_options
+@speculation_option
 @click.option("--raw", is_flag=True, help="PROMPT is rendered already, with one image placeholder per image.")
 @runtime_options
 @click.option("--quiet", is_flag=True, help="No latencies on standard error.")
@@ -114,5 +115,6 @@ def _latencies(result: "Result") -> str:
     first = " + ".join(f"{name} {milliseconds(seconds)}" for name, seconds in parts.items())
     images = f" ({m.image_tokens} of images)" if m.image_tokens else ""
     rate = f"TPOT {milliseconds(m.tpot)} ms = {m.tokens_per_second:.1f} tok/s, " if m.token_seconds else ""
+    guesses = f"{m.accepted} of {m.guessed} guesses accepted, " if m.guessed else ""
     counts = f"{m.prompt_tokens} prompt tokens{images}, {m.new_tokens} new, ended by {result.finish_reason}"
-    return f"TTFT {milliseconds(m.ttft)} ms = {first}\n{rate}{counts}"
+    return f"TTFT {milliseconds(m.ttft)} ms = {first}\n{rate}{guesses}{counts}"

@@ -9,7 +9,8 @@ from mllm_edge.runtime.backend import Backend, Buffer, Session
 from mllm_edge.runtime.best import IDS, SUM, VALUES, Best
 from mllm_edge.runtime.contracts import Step, contract_for
 from mllm_edge.runtime.kv_cache import KVCache
-from mllm_edge.runtime.positions import check_positions
+from mllm_edge.runtime.positions import check_positions, inverse_frequencies
+from mllm_edge.runtime.speculation import MOST_ROWS
 from mllm_edge.spec import ModelSpec, Variant
 
 __all__ = ["Decoder"]
@@ -18,8 +19,9 @@ __all__ = ["Decoder"]
 class Decoder:
     """Steps sequences through a decoder graph of any dialect; what the dialect wants to know is the contract's part.
 
-    `table`: the array that `PositionSpec.table` names. Single-token steps of one sequence reuse the same bound arrays:
-    a step writes into them and runs.
+    `table`: the array that `PositionSpec.table` names. `best` and `rows`: how many of the largest logits of a row the
+    session finds itself, and how many rows a step that checks guesses may ask for. Single-token steps of one sequence
+    reuse the same bound arrays: a step writes into them and runs.
     """
 
     def __init__(
@@ -35,10 +37,12 @@ class Decoder:
         self._token = np.zeros((1, 1, model.hidden_size), self._dtype)
         self._last = np.zeros((1, 1), np.int64)
         self._bound_token = False
-        self._logits = np.zeros((0, 0, 0), np.float32)
+        self._logits = self._rows = np.zeros((0, 0, 0), np.float32)
         self._largest: dict[str, np.ndarray] = {}
         self._kept: Buffer | None = None
+        self._kept_rows: Buffer | None = None
         self.best = session.limits.get("best", 0)
+        self.rows = min(MOST_ROWS, session.limits.get("rows", MOST_ROWS))
         self.cache: KVCache | None = None
 
     def reset(self, capacity: int, batch: int = 1) -> KVCache:
@@ -105,10 +109,23 @@ class Decoder:
         """As `forward`, but of the last position's logits only the `best` largest leave the device; for sessions that
         find them. What is returned is overwritten by the next call."""
         self._step([inputs_embeds], positions, length, None, blocks, None, best=True)
-        kept, largest = self._kept, self._largest
-        assert kept is not None
-        total = float(largest[SUM][0, 0, 0])
-        return Best(largest[VALUES][0, 0], largest[IDS][0, 0], total, lambda: kept.read(0, 1)[0, 0])
+        return self._best_of(0)
+
+    def best_rows(self, inputs_embeds: np.ndarray, rows: Sequence[int]) -> list[Best]:
+        """As `forward_best`, of the positions `rows` [K] within these S."""
+        self._step([inputs_embeds], None, None, rows, None, None, best=True)
+        return [self._best_of(row) for row in range(len(rows))]
+
+    def turns_alike(self, tokens: int) -> bool:
+        """Whether the next `tokens` tokens of the only sequence get the same rotary tables in one step as one by one;
+        those of ropes that depend on the sequence's length may not."""
+        cache = self._opened()
+        first = cache.length + 1 + (0 if cache.shifts is None else int(cache.shifts[0]))
+        return all(
+            np.array_equal(inverse_frequencies(rope, first), inverse_frequencies(rope, first + tokens - 1))
+            for rope in self._model.positions.ropes
+            if rope.depends_on_length
+        )
 
     def forward_batch(
         self, inputs_embeds: Sequence[np.ndarray], positions: Sequence[np.ndarray] | None = None
@@ -175,17 +192,41 @@ class Decoder:
 
     def _place_logits(self, shape: tuple[int, int, int], best: bool) -> None:
         """Where the run leaves its logits: in an array, or on the device, and the largest of them in arrays."""
-        if best and self._kept is None:
-            assert shape[:2] == (1, 1), "the last position of one sequence"
-            self._kept, self._logits = self._backend.allocate(shape, "float32"), np.zeros((0, 0, 0), np.float32)
+        found = self._largest[SUM].shape[1] if best and self._largest else 0
+        if best and found != shape[1]:
+            assert shape[0] == 1, "positions of one sequence"
+            self._kept, self._logits = self._device_rows(shape), np.zeros((0, 0, 0), np.float32)
             sizes = {VALUES: self.best, IDS: self.best, SUM: 1}
             types = {VALUES: np.float32, IDS: np.int32, SUM: np.float32}
-            self._largest = {name: np.zeros((1, 1, size), types[name]) for name, size in sizes.items()}
+            self._largest = {name: np.zeros((1, shape[1], size), types[name]) for name, size in sizes.items()}
             self._session.bind({}, {"logits": self._kept, **self._largest})
         elif not best and self._logits.shape != shape:
             unbound = dict.fromkeys(self._largest)
-            self._logits, self._kept, self._largest = np.zeros(shape, np.float32), None, {}
+            self._logits, self._largest = self._host_rows(shape), {}
+            self._kept = self._kept_rows = None
             self._session.bind({}, {"logits": self._logits, **unbound})
+
+    def _host_rows(self, shape: tuple[int, int, int]) -> np.ndarray:
+        """An array for logits. Steps that check guesses change their width all the time: they share one."""
+        batch, rows, size = shape
+        if batch == 1 < rows <= MOST_ROWS and not self._rows.size:
+            self._rows = np.zeros((1, MOST_ROWS, size), np.float32)
+        return self._rows[:, :rows] if batch == 1 and rows <= self._rows.shape[1] else np.zeros(shape, np.float32)
+
+    def _device_rows(self, shape: tuple[int, int, int]) -> Buffer:
+        """Likewise on the device."""
+        _, rows, size = shape
+        if self._kept_rows is None or self._kept_rows.nbytes < 4 * rows * size:
+            most = 1 if rows == 1 else max(rows, MOST_ROWS)
+            self._kept_rows = self._backend.allocate((1, most, size), "float32")
+        return self._kept_rows.part(1, 0, rows)
+
+    def _best_of(self, row: int) -> Best:
+        kept, largest = self._kept, self._largest
+        assert kept is not None
+        total = float(largest[SUM][0, row, 0])
+        whole = kept.part(1, row, row + 1)
+        return Best(largest[VALUES][0, row], largest[IDS][0, row], total, lambda: whole.read(0, 1)[0, 0])
 
     def _placed(self, embeds: np.ndarray, past: int) -> np.ndarray:
         """Embeddings [S, H] with their learned positions, where the model has such."""

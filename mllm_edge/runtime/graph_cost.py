@@ -79,17 +79,18 @@ def read_graph(path: Path) -> Graph:
         raise BundleError(f"{path}: the graph is damaged ({e})", "check it with `mllm-edge inspect --verify`") from e
 
 
-def graph_cost(graph: Graph, sizes: Mapping[str, int], rows: int, pairs: float) -> GraphCost:
-    """The cost of a run. `sizes`: the numbers for symbolic dimensions; `rows`: tokens that a product takes where the
-    graph does not tell; `pairs`: of tokens that see each other in a layer's attention, in all sequences together."""
+def graph_cost(graph: Graph, sizes: Mapping[str, float], rows: float, pairs: float) -> GraphCost:
+    """The cost of a run, or the mean one of several. `sizes`: the numbers for symbolic dimensions; `rows`: tokens that
+    a product takes where the graph does not tell; `pairs`: of tokens that see each other in a layer's attention, in all
+    sequences together."""
     return _Counter(graph, sizes, rows).cost(pairs)
 
 
 @dataclass
 class _Counter:
     graph: Graph
-    sizes: Mapping[str, int]
-    rows: int
+    sizes: Mapping[str, float]
+    rows: float
     users: dict[str, list[Node]] = field(default_factory=dict)
     makers: dict[str, Node] = field(default_factory=dict)
 
@@ -121,7 +122,7 @@ class _Counter:
         if not users:
             return 0
         if tensor.shape and all(user.kind == "Gather" and user.inputs[0] == name for user in users):
-            return min(tensor.nbytes, self.rows * tensor.nbytes // max(1, int(tensor.shape[0])))
+            return min(tensor.nbytes, int(self.rows * tensor.nbytes // max(1, int(tensor.shape[0]))))
         return tensor.nbytes
 
     def _weight(self, node: Node) -> Tensor | None:
@@ -144,7 +145,7 @@ class _Counter:
             return tensor
         return Tensor(tensor.dtype, (*tensor.shape[:-2], *reversed(tensor.shape[-2:])))
 
-    def _rows(self, node: Node) -> int:
+    def _rows(self, node: Node) -> float:
         """How often a product's weights are used: the tokens of a matrix, the places of a convolution."""
         if "Conv" in node.kind:
             shape = self._shape(node.outputs[0])
@@ -188,7 +189,7 @@ class _Counter:
                     todo.append(user)
         return 0
 
-    def _shape(self, name: str) -> tuple[int, ...] | None:
+    def _shape(self, name: str) -> tuple[float, ...] | None:
         tensor = self.graph.tensors.get(name)
         if tensor is None or not tensor.shape:
             return None

@@ -109,6 +109,13 @@ class KVCache:
         if not wanted.any():
             self.shifts = None
 
+    def extend(self, tokens: int) -> None:
+        """Count `tokens` positions behind the end of each sequence again, which `truncate` left out and nothing has
+        overwritten since; raises ValueError when they lie beyond the capacity."""
+        if tokens < 0 or self.length + tokens > self.capacity:
+            raise ValueError(f"cannot extend a cache of length {_plain(self.lengths)} by {tokens} of {self.capacity}")
+        self.lengths += tokens
+
     def snapshot(self) -> Snapshot:
         """Copy what the cache holds."""
         lengths, longest = tuple(self.lengths.tolist()), self.length

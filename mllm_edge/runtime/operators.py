@@ -53,9 +53,11 @@ def profile_operators(
     new_tokens: int = 32,
     threads: int | None = None,
     target: str = "cpu",
+    speculation: int = 0,
 ) -> tuple[Operator, ...]:
     """Every node that one warm call runs, by stage and then by time, the longest first. `target`: cpu, or one of
     TensorRT's, whose engines are built first where there are none; what it leaves to the processor is not among them.
+    `speculation` as in `VLM.stream`.
 
     Stages: the components but the decoder, whose runs are prefill or decode. The profiler slows small operators down:
     the shares say where to look, and how long a stage takes is measured without it.
@@ -68,8 +70,9 @@ def profile_operators(
     with tempfile.TemporaryDirectory(prefix="mllm-edge-") as folder:
         backend = _timed(target, times) if target in TENSORRT else OnnxRuntimeCpu(threads, profiles=Path(folder))
         with VLM(bundle, backend, threads=threads, notice=lambda text: None) as vlm:
+            options: dict[str, Any] = {"ignore_eos": True, "speculation": speculation}
             warm, measured = (
-                len(vlm.generate(prompt, pictures, max_new_tokens=tokens, ignore_eos=True).token_ids) - 1
+                vlm.generate(prompt, pictures, max_new_tokens=tokens, **options).metrics.decode_steps
                 for tokens in (min(2, new_tokens), new_tokens)
             )
         files = {name: bundle.variant(name, target).file for name in bundle.manifest.components}

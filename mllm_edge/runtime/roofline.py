@@ -52,19 +52,21 @@ class MachineLimits:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a call does: tokens of the prompt (those of images among them), new tokens, tiles and images."""
+    """What a call does: tokens of the prompt (those of images among them), new tokens, tiles and images, and the tokens
+    that the decoder runs in a step, on average: more than one where guesses are checked."""
 
     prompt_tokens: int
     image_tokens: int
     new_tokens: int
     tiles: int
     images: int = 1
+    step_tokens: float = 1.0
 
 
 @dataclass(frozen=True)
 class StageRoof:
     """A stage's `seconds`, the `bytes` that it must read and its `flops`, which of both bounds it, what it reaches of
-    that limit, and what to do about it. `decode` is one token."""
+    that limit, and what to do about it. `decode` is one step: one token, unless guesses are checked."""
 
     stage: str
     seconds: float
@@ -169,9 +171,9 @@ def roofline(
     bundle: Bundle, variants: Mapping[str, Variant], seconds: Mapping[str, float], work: Workload, limits: MachineLimits
 ) -> tuple[StageRoof, ...]:
     """What the stages reach of the machine's limits: those of vision_encoder, connector, prefill and decode that have
-    `seconds`; decode's are of ONE token. `variants`: the graph that each component runs. Raises BundleError.
+    `seconds`; decode's are of ONE step. `variants`: the graph that each component runs. Raises BundleError.
 
-    Bytes are lower bounds: weights once a run, the cache once a token. A window that keeps attention short is not
+    Bytes are lower bounds: weights once a run, the cache once a step. A window that keeps attention short is not
     subtracted.
     """
     found = []
@@ -214,8 +216,8 @@ def _costs(
         runs = math.ceil(tokens / PREFILL_CHUNK)
         found.append(("prefill", GraphCost(runs * cost.weight_bytes, cost.flops), tokens * token))
     if "decode" in stages:
-        context = tokens + work.new_tokens // 2
-        cost = graph_cost(graph, {"batch": 1, "sequence": 1, "rows": 1}, 1, context)
+        context, width = tokens + work.new_tokens // 2, work.step_tokens
+        cost = graph_cost(graph, {"batch": 1, "sequence": width, "rows": width}, width, width * context)
         found.append(("decode", cost, context * token))
     return found
 

@@ -1,6 +1,7 @@
 """Spans around every stage, and the metrics of one call made of them."""
 
 import time
+from collections import Counter
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -10,7 +11,7 @@ import numpy as np
 __all__ = ["LOAD_STAGES", "STAGES", "Metrics", "Span", "Trace"]
 
 # In the order they run; none lies in another, and together they are the call, but for the glue between them. The last
-# three take turns, once a token; the first token's sampling is a stage of its own.
+# three take turns, decode once a step and the others once a token; the first token's sampling is a stage of its own.
 STAGES = (
     "preprocess",
     "vision_encoder",
@@ -51,10 +52,11 @@ class _Running:
 
 @dataclass
 class Trace:
-    """Collects spans, those of a call by the names in STAGES."""
+    """Collects spans, those of a call by the names in STAGES, and `counts` of what happened within them."""
 
     spans: list[Span] = field(default_factory=list)
     origin: float = field(default_factory=time.perf_counter)
+    counts: Counter[str] = field(default_factory=Counter)
 
     def span(self, name: str) -> AbstractContextManager[None]:
         """Time the body of a `with` statement."""
@@ -63,6 +65,14 @@ class Trace:
     def add(self, name: str, begin: float, end: float) -> None:
         """Record a span between two readings of `time.perf_counter`."""
         self.spans.append(Span(name, begin - self.origin, end - begin))
+
+    def count(self, name: str, amount: int = 1) -> None:
+        """Add to one of the counts."""
+        self.counts[name] += amount
+
+    def runs(self, name: str) -> int:
+        """How many spans of that name there are."""
+        return sum(s.name == name for s in self.spans)
 
     def seconds(self, name: str) -> float:
         """Total time of all spans of that name."""
@@ -76,6 +86,9 @@ class Metrics:
     The stages are STAGES, each one's whole time (`allocate`: the cache), 0 where not run. `ttft` runs from the call to
     the first token (preprocessing included); `tpot` is the mean time per token after the first; `token_seconds` are the
     single intervals. An image of cells (see `ImageSpec`) counts as one of `tiles`.
+
+    `decode_steps`: runs of the decoder after the prompt; with speculation, of `guessed` tokens `accepted` ones took no
+    step of their own. Tokens of one step come together: of their intervals only the mean means something.
     """
 
     prompt_tokens: int
@@ -96,6 +109,9 @@ class Metrics:
     total: float
     token_seconds: tuple[float, ...]
     kv_cache_bytes: int
+    decode_steps: int = 0
+    guessed: int = 0
+    accepted: int = 0
 
     @property
     def tpot(self) -> float:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mllm_edge.bundle import CHAT_TEMPLATE, Bundle
-from mllm_edge.errors import ContextError, MllmEdgeError, PromptError
+from mllm_edge.errors import BackendError, ContextError, MllmEdgeError, PromptError
 from mllm_edge.runtime.arrays import in_cuda_memory, on_host
 from mllm_edge.runtime.backend import Backend, open_backend
 from mllm_edge.runtime.components import open_component
@@ -20,6 +20,7 @@ from mllm_edge.runtime.grids import TILES_PER_RUN, encoder_feeds
 from mllm_edge.runtime.image import ImageSource
 from mllm_edge.runtime.processor import Messages, Processor, Prompt
 from mllm_edge.runtime.sampling import Sampler, SamplingParams
+from mllm_edge.runtime.speculation import PromptLookup, check_speculation
 from mllm_edge.runtime.tokenizer import ChatTemplate, StopStrings, StreamDecoder, Tokenizer
 from mllm_edge.runtime.trace import STAGES, Metrics, Trace
 
@@ -156,6 +157,7 @@ class VLM:
         stop: str | Sequence[str] = (),
         raw: bool = False,
         ignore_eos: bool = False,
+        speculation: int = 0,
         trace: Trace | None = None,
     ) -> Iterator[Chunk]:
         """Answer piece by piece. Arguments are checked and the prompt is processed before the first piece is asked for.
@@ -163,10 +165,14 @@ class VLM:
         `prompt`: a question, or messages in chat format. `images`: paths, bytes, PIL images or arrays [H, W, 3] RGB.
         `temperature` 0 is greedy. `stop`: strings that end the answer and are not part of it. `raw`: the prompt is
         rendered already, with one image placeholder per image. `ignore_eos`: go on after the model's end, for
-        measurements of one length. `trace` gets the call's spans; it must be new.
+        measurements of one length. `speculation`: the most tokens (0 to 15) that are guessed from the prompt and the
+        answer so far, and checked by the decoder in one step: the tokens are the same, but for ties that rounding
+        decides, which may differ with the width of a step. `trace` gets the call's spans; it must be new.
 
-        Raises PromptError, ImageError, ContextError (too many tokens), ValueError (an option out of range).
+        Raises PromptError, ImageError, ContextError (too many tokens), ValueError (an option out of range),
+        BackendError (speculation is more than the decoder's engine was built for).
         """
+        self._check_speculation(speculation)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be positive, not {max_new_tokens}")
         trace = trace or Trace()
@@ -176,11 +182,13 @@ class VLM:
         stops = StopStrings([stop] if isinstance(stop, str) else stop)
         with trace.span("preprocess"):
             processed = self._process(prompt, images, raw)
+            ids, places = processed.token_ids, processed.image_positions
+            guesser = PromptLookup(ids, speculation, places) if speculation else None
         room = self._room(processed)
         self._calls += 1
         stop_ids = frozenset() if ignore_eos else self.stop_ids
         sampler = Sampler(params, processed.token_ids)
-        return self._run(processed, sampler, stop_ids, stops, min(max_new_tokens, room), trace)
+        return self._run(processed, sampler, stop_ids, stops, min(max_new_tokens, room), trace, guesser)
 
     def count_tokens(self, prompt: Messages, image_sizes: Sequence[tuple[int, int]] = ()) -> int:
         """Prompt tokens, image tokens included, for images of these (height, width); nothing is run."""
@@ -231,6 +239,15 @@ class VLM:
             raise PromptError("raw=True takes one rendered string", "give messages without raw=True")
         return self.processor.process_text(prompt, images)
 
+    def _check_speculation(self, count: int) -> None:
+        check_speculation(count)
+        rows = self.decoder.rows
+        if count >= rows:
+            raise BackendError(
+                f"speculation={count} takes steps of {count + 1} tokens; the decoder's engine checks {rows} at most",
+                f"build it anew with `mllm-edge build`, or use speculation up to {rows - 1}",
+            )
+
     def _room(self, prompt: Prompt) -> int:
         """Tokens that still fit behind the prompt; raises ContextError when there is not even one."""
         tokens, image = len(prompt.token_ids), len(prompt.image_positions)
@@ -255,6 +272,7 @@ class VLM:
         stops: StopStrings,
         max_new_tokens: int,
         trace: Trace,
+        guesser: PromptLookup | None,
     ) -> Iterator[Chunk]:
         call = self._calls
         tokens = len(prompt.token_ids) + max_new_tokens
@@ -268,9 +286,8 @@ class VLM:
         times: list[float] = []
         texts: list[str] = []
         tail = ""
-        steps = generate(
-            self.decoder, self.embed, embeds, sampler, stop_ids, max_new_tokens, trace, positions=prompt.positions
-        )
+        setting = (sampler, stop_ids, max_new_tokens, trace)
+        steps = generate(self.decoder, self.embed, embeds, *setting, positions=prompt.positions, guesser=guesser)
         for token in steps:
             times.append(time.perf_counter())
             with trace.span("detokenize"):
@@ -319,4 +336,7 @@ def _metrics(prompt: Prompt, tiles: int, trace: Trace, times: Sequence[float], k
         total=end - trace.origin,
         token_seconds=tuple(np.diff(times).tolist()),
         kv_cache_bytes=kv_cache_bytes,
+        decode_steps=trace.runs("decode"),
+        guessed=trace.counts["guessed"],
+        accepted=trace.counts["accepted"],
     )

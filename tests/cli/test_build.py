@@ -65,7 +65,7 @@ def test_real_engines_for_a_gpu_that_is_not_here(cli: Cli, bundle: Path, target:
     assert "of memory" in result.stderr
     report = json.loads(result.stdout)
     assert report["module"]["name"] == "tensorrt_rtx"
-    assert report["limits"] == {"max_seq": 320, "max_images": 4, "max_batch": 1}
+    assert report["limits"] == {"max_seq": 320, "max_images": 4, "max_batch": 1, "max_rows": 16}
     assert [engine["component"] for engine in report["engines"]] == list(Bundle.load(bundle).manifest.components)
     for engine in report["engines"]:
         assert (bundle / engine["file"]).stat().st_size == engine["nbytes"] > 0

@@ -34,6 +34,13 @@ def test_a_conversation_is_what_the_library_answers(cli: Cli, tiny_bundle: Path,
     assert result.stderr.splitlines()[-1].endswith(" tok/s")
 
 
+def test_speculation_says_the_same(cli: Cli, tiny_bundle: Path, image_file: Path) -> None:
+    lines = f"/image {image_file}\nHi\nAnd?\n"
+    plain = cli("chat", tiny_bundle, "--max-new-tokens", "30", input=lines)
+    guessed = cli("chat", tiny_bundle, "--max-new-tokens", "30", "--speculation", "8", input=lines)
+    assert (guessed.exit_code, guessed.stdout) == (0, plain.stdout)
+
+
 def test_a_terminal_without_readline(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on Windows."""
     monkeypatch.setitem(sys.modules, "readline", None)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -165,6 +166,18 @@ def test_several_bundles(cli: Cli, tiny_bundle: Path, tmp_path: Path) -> None:
     assert [p["point"]["bundle"] for p in data["profiles"]] == [str(tiny_bundle), str(tmp_path / "b")]
 
 
+def test_speculation(cli: Cli, tiny_bundle: Path, monkeypatch) -> None:
+    """Few guesses come true here; what is said of none is tested, too."""
+    options = ("--runs", "1", "--warmup", "0", "--iterations", "1", "--threads", "1", "--no-roofline")
+    prompt = ("--prompt", "abcabcabcabc " * 3)
+    text = cli("profile", tiny_bundle, "--speculation", "4", *prompt, "-n", "40", *options).stdout
+    assert re.search(r"speculation  up to 4 tokens: \d+% of the guesses accepted, 1\.\d\d tokens a step; TPOT", text)
+    assert "jitter" not in text
+    none = cli("profile", tiny_bundle, "--speculation", "4", "-n", "1", *options).stdout
+    assert "speculation  up to 4 tokens, none was guessed" in none
+    assert "speculation" not in cli("profile", tiny_bundle, "-n", "1", *options).stdout
+
+
 def test_bad_input(cli: Cli, tiny_bundle: Path, tmp_path: Path) -> None:
     assert cli("profile", tiny_bundle, "--iterations", "0").exit_code == 2
     absent = cli("profile", tiny_bundle, "--image", tmp_path / "absent.png")
@@ -172,8 +185,9 @@ def test_bad_input(cli: Cli, tiny_bundle: Path, tmp_path: Path) -> None:
     assert "absent.png" in absent.stderr
     unknown = cli("profile", tiny_bundle, "--sweep", "zzz=1")
     assert unknown.exit_code == 2
-    assert "prompt, images, size, new, threads, bundle" in unknown.stderr
-    assert "no speculation" in cli("profile", tiny_bundle, "--sweep", "speculation=on,off").stderr
+    assert "prompt, images, size, new, threads, speculation, bundle" in unknown.stderr
+    assert "0 to 15" in cli("profile", tiny_bundle, "--sweep", "speculation=on,off").stderr
+    assert cli("profile", tiny_bundle, "--speculation", "16").exit_code == 2
     place = cli("profile", tmp_path / "no bundle", "--csv", tmp_path / "absent" / "a.csv")
     assert "absent does not exist" in place.stderr  # before anything is measured
     assert cli("profile").exit_code == 2

@@ -1,6 +1,7 @@
 """`mllm-edge run`: answers to standard output, everything else to standard error."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -45,6 +46,21 @@ def test_json(cli: Cli, tiny_bundle: Path, image_file: Path, expected: str) -> N
     assert data["finish_reason"] == "length"
     assert data["metrics"]["image_tokens"] > 0
     assert result.stderr == ""
+
+
+def test_speculation_says_the_same(cli: Cli, tiny_bundle: Path) -> None:
+    command = ("run", tiny_bundle, "abcabcabcabc " * 3, "--max-new-tokens", "40", "--frequency-penalty", "-1")
+    plain = cli(*command)
+    guessed = cli(*command, "--speculation", "8")
+    assert guessed.exit_code == 0, guessed.stderr
+    assert guessed.stdout == plain.stdout
+    assert re.search(r"tok/s, \d+ of \d+ guesses accepted, \d+ prompt tokens", guessed.stderr)
+    assert "guesses" not in plain.stderr
+    metrics = json.loads(cli(*command, "--speculation", "8", "--json").stdout)["metrics"]
+    assert 0 < metrics["accepted"] <= metrics["guessed"]
+    refused = cli(*command, "--speculation", "16")
+    assert refused.exit_code == 2
+    assert "0<=x<=15" in refused.stderr
 
 
 def test_text_alone_has_no_vision_stages(cli: Cli, tiny_bundle: Path) -> None:

@@ -131,6 +131,18 @@ def test_generation_says_the_same(bundles: tuple[Bundle, Bundle]) -> None:
     assert bundles[1].manifest.recipe["kv"] == "int8"
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_speculation_changes_no_token(bundles: tuple[Bundle, Bundle], target: str) -> None:
+    with opened(bundles[1], target) as vlm:
+        options: dict[str, Any] = {"max_new_tokens": 32, "ignore_eos": True, "frequency_penalty": -1.0}
+        sample = samples()[1]
+        expected = vlm.generate(sample["prompt"], sample["images"], **options)
+        for speculation in (1, 8):
+            found = vlm.generate(sample["prompt"], sample["images"], speculation=speculation, **options)
+            assert found.token_ids == expected.token_ids
+            assert found.metrics.accepted > 0
+
+
 def test_caches_in_place_are_refused_by_name(tmp_path: Path) -> None:
     save_tiny_idefics3(tmp_path / "model")
     export(str(tmp_path / "model"), tmp_path / "fp16", targets=["tensorrt"], recipe_name="fp16", verify_mode="off")

@@ -144,6 +144,28 @@ def test_answers_are_those_of_whole_logits(machine: StandIn, bundle: Path, targe
     assert not machine.memory, "everything was freed"
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_guesses_are_checked_by_the_largest_logits_alone(machine: StandIn, bundle: Path, target: str) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 48, "ignore_eos": True, "seed": 5}
+    few, guessed = _BEST * (4 + 4) + 4, 0
+    with _load(bundle, target) as vlm:
+        for choice in FEW:
+            expected = vlm.generate("Tell me. " * 4, **options, **choice)
+            machine.counts["bytes downloaded"] = 0
+            found = vlm.generate("Tell me. " * 4, speculation=15, **options, **choice)
+            assert found.token_ids == expected.token_ids
+            guessed += found.metrics.guessed
+            rows = 48 - found.metrics.accepted + found.metrics.guessed
+            assert machine.counts["bytes downloaded"] == few * rows
+        for choice in ({"frequency_penalty": -1.0}, {"frequency_penalty": -1.0, "temperature": 0.5}):
+            expected = vlm.generate("Tell me. " * 4, **options, **choice)
+            found = vlm.generate("Tell me. " * 4, speculation=15, **options, **choice)
+            assert found.token_ids == expected.token_ids
+            assert found.metrics.accepted > 10
+    assert guessed > 10
+    assert not machine.memory, "everything was freed"
+
+
 def test_equal_logits_are_copied_whole(machine: StandIn, bundle: Path) -> None:
     vocabulary = Bundle.load(bundle).manifest.model.vocab_size
     machine.spoil = {"logits": 0, VALUES: 0, SUM: 0}
@@ -212,9 +234,11 @@ def test_tensorrt_for_rtx_builds_them(recipe: str, tmp_path: Path) -> None:
     vocabulary, layers = bundle.manifest.model.vocab_size, bundle.manifest.model.cache.layers
     for target in TARGETS:
         variant = bundle.variant("decoder", target)
-        path = bundle.listed(variant.file)
+        path, batch = bundle.listed(variant.file), 2 if target == "tensorrt" else 1
         profiles, options = tensorrt_engines.build_inputs(bundle, variant, tensorrt_engines.Limits(64, max_batch=2))
         assert options.best
+        assert [ranges["logits_indices"][2] for ranges in profiles] == 2 * [(batch, 16)]
+        assert profiles[-1]["inputs_embeds"][2][:2] == (batch, 16), "a step that checks 15 guesses is a decode step"
         parsed = tensorrt_build._Parsed(path, module, options.sizes)
         before = tensorrt_build._report(parsed)
         assert before.cache_updates == (2 * layers if target == "tensorrt" else 0)
@@ -247,3 +271,15 @@ def test_a_decoder_gives_both(machine: StandIn, bundle: Path, target: str) -> No
     decoder.reset(32)
     rows = decoder.forward(prompt, rows=[0, 3, 6])
     assert np.array_equal(rows[2], whole)
+    # Any number of rows, more and fewer by turns: the same memory.
+    for chosen in ([0, 3, 6], [6], range(7), [2, 5]):
+        decoder.reset(32)
+        expected = decoder.forward(prompt, rows=chosen).copy()
+        for again in (chosen, [1, 4], chosen):
+            decoder.reset(32)
+            found = decoder.best_rows(prompt, again)
+        for one, row in zip(found, expected, strict=True):
+            assert np.array_equal(one.values, np.sort(row)[::-1][:_BEST])
+            assert np.array_equal(row[one.ids], one.values)
+            assert one.total == pytest.approx(row.sum(), abs=1e-3)
+            assert np.array_equal(one.whole(), row)

@@ -19,6 +19,7 @@ from PIL import Image
 from mllm_edge import VLM
 from mllm_edge.bundle import Bundle
 from mllm_edge.errors import BackendError, BundleError, ImageError, MllmEdgeError
+from mllm_edge.runtime import roofline
 from mllm_edge.runtime.power import IDLE_SAMPLES, PowerMeter
 from mllm_edge.runtime.profiling import files, measure, memory
 from mllm_edge.runtime.profiling import runs as runs_module
@@ -471,7 +472,8 @@ def test_points_are_all_combinations() -> None:
 @pytest.mark.parametrize(
     ("texts", "words"),
     [
-        (["speculation=on,off"], "no speculation"),
+        (["speculation=on,off"], "speculation=on: .*, a whole number from 0 to 15"),
+        (["speculation=0,16"], "speculation=16"),
         (["zzz=1"], ", ".join(KEYS)),
         (["new=0"], "new=0"),
         (["new="], "new="),
@@ -504,6 +506,40 @@ def test_a_sweep_measures_what_its_points_say(tiny_bundle: Path) -> None:
     assert data["profiles"][3]["point"] == {"images": 2, "size": "64x32", "new": 3, "prompt": 9}
     header = files.csv_text(found).splitlines()[0]
     assert header == "bundle,run,call,stage,seconds,images,size,new,prompt"
+
+
+def test_a_sweep_over_speculation(tiny_bundle: Path, tmp_path: Path, monkeypatch) -> None:
+    """The decoder's share of the limit is that of a step, which runs the guesses as well."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(roofline, "_SECONDS", 0.01)
+    sweep = parse_sweep(["speculation=0,4"], [str(tiny_bundle)])
+    text, options = "abcabcabcabc " * 3, {"new_tokens": 40, "warmup": 0, "iterations": 2, "limits": True}
+    without, guessed = run_sweep(tiny_bundle, text, (), sweep, runs=1, threads=1, **options)
+    data = json.loads(json.dumps(sweep_dict(sweep, [without, guessed])))
+    check_schema(data, files.schema(), files.schema())
+    assert [p["point"] for p in data["profiles"]] == [{"speculation": 0}, {"speculation": 4}]
+    assert [p["setting"]["speculation"] for p in data["profiles"]] == [0, 4]
+    assert "speculation" not in data["profiles"][0]
+    s = guessed.speculation
+    assert 0 < s.accepted < s.guessed
+    assert s.decode_steps + s.accepted == 2 * 39
+    assert data["profiles"][1]["speculation"]["acceptance"] == s.accepted / s.guessed
+    assert data["profiles"][1]["speculation"]["tokens_per_step"] == pytest.approx(78 / s.decode_steps)
+    assert all(call["decode_steps"] == s.decode_steps / 2 for call in data["profiles"][1]["runs"][0]["calls"])
+    assert (without.jitter is None, guessed.jitter) == (False, None)
+    assert without.tpot is not None
+    assert guessed.tpot is not None
+    assert (without.tpot.count, guessed.tpot.count) == (2 * 39, 2)
+    roofs = [next(roof for roof in p.roofline or () if roof.stage == "decode") for p in (without, guessed)]
+    assert roofs[0].seconds == pytest.approx(without.stages["decode"].median / 39)
+    assert roofs[1].seconds == pytest.approx(guessed.stages["decode"].median / (s.decode_steps / 2))
+    assert roofs[1].flops / roofs[0].flops == pytest.approx(1 + s.guessed / s.decode_steps, rel=1e-6)
+    assert roofs[1].bytes == roofs[0].bytes
+
+
+def test_speculation_out_of_range_is_found_before_the_load(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="speculation must be"):
+        profile(tmp_path, "Hi", speculation=16)
 
 
 def test_given_images_are_resized_in_a_sweep(tiny_bundle: Path, tmp_path: Path) -> None:

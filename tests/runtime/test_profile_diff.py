@@ -40,6 +40,15 @@ def test_a_profile_equals_itself(data: dict[str, Any]) -> None:
     assert all(change.growth == 0 for change in found.changes)
 
 
+def test_another_speculation_is_named(data: dict[str, Any]) -> None:
+    """Profiles that say nothing of it were written before there was any."""
+    guessed, before = copy.deepcopy(data), copy.deepcopy(data)
+    guessed["setting"]["speculation"] = 4
+    del before["setting"]["speculation"]
+    assert compare_profiles(data, before).warnings == ()
+    assert compare_profiles(before, guessed).warnings == ("different speculation: 0 and 4",)
+
+
 def test_noise_is_both_spreads_together(data: dict[str, Any]) -> None:
     within, beyond = (_change(data, _scaled(data, "prefill", f), "prefill") for f in (1.15, 1.16))
     assert within.noise == pytest.approx(within.before * 0.1 * (1 + 1.15**2) ** 0.5)

@@ -1,5 +1,6 @@
 """The TensorRT backend on a stand-in for TensorRT and CUDA: answers equal those of ONNX Runtime on the same graphs."""
 
+import json
 import shutil
 import sys
 import warnings
@@ -18,6 +19,7 @@ from mllm_edge.runtime.backends import tensorrt as backend
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.backends.tensorrt_build import modules
 from mllm_edge.runtime.backends.tensorrt_engines import FOLDER, Limits, find_engine, make_engine
+from mllm_edge.runtime.build import build_engines, plan_build
 from mllm_edge.runtime.decoder import Decoder
 from mllm_edge.runtime.vlm import VLM
 from tests.runtime.tensorrt_stand_in import StandIn, install
@@ -164,6 +166,56 @@ def test_steps_that_cannot_be_recorded_run_all_the_same(machine: StandIn, bundle
     with load(bundle, "tensorrt")[0] as vlm:
         assert answers(vlm) == expected
     assert machine.counts["replays"] == replays
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_guesses_are_checked_in_decode_steps(machine: StandIn, exported: Path, tmp_path: Path, target: str) -> None:
+    """The tokens of single steps, with and without images; the decode profile takes them."""
+    path = Path(shutil.copytree(exported, tmp_path / "bundle"))
+    accepted = rejected = 0
+    with load(path, target)[0] as vlm:
+        for text, images in QUESTIONS:
+            options: dict[str, Any] = {"max_new_tokens": 40, "ignore_eos": True}
+            for choice in ({}, {"frequency_penalty": -0.5}):
+                expected = vlm.generate(text, images, **options, **choice).token_ids
+                for speculation in (1, 15):
+                    found = vlm.generate(text, images, speculation=speculation, **options, **choice)
+                    assert found.token_ids == expected
+                    m = found.metrics
+                    accepted, rejected = accepted + m.accepted, rejected + m.guessed - m.accepted
+    assert accepted > 50
+    assert rejected > 20
+
+
+def test_engines_built_for_fewer_rows(machine: StandIn, bundle: Path) -> None:
+    """Those whose facts do not tell took 8; they go on working, and `build` makes new ones."""
+    opened = Bundle.load(bundle)
+    variant = opened.variant("decoder", "tensorrt")
+    (module,) = modules(variant.minimum)
+    stored = make_engine(opened, variant, module, "sm87", Limits(1024, max_rows=8))
+    facts = stored.path.with_name(f"{stored.path.name}.json")
+    told = json.loads(facts.read_text())
+    del told["limits"]["max_rows"]
+    facts.write_text(json.dumps(told))
+    with load(bundle, "tensorrt")[0] as vlm:
+        expected = vlm.generate("abcabc", max_new_tokens=40, ignore_eos=True, frequency_penalty=-1.0)
+        found = vlm.generate("abcabc", max_new_tokens=40, ignore_eos=True, frequency_penalty=-1.0, speculation=7)
+        assert found.token_ids == expected.token_ids
+        assert found.metrics.accepted > 10
+        with pytest.raises(BackendError, match=r"speculation=8 takes steps of 9 tokens; .* checks 8 at most") as caught:
+            vlm.stream("abcabc", speculation=8)
+        assert "mllm-edge build" in str(caught.value)
+    plan = plan_build(bundle, target="tensorrt", max_seq=1024)
+    assert [e.seconds > 0 for e in build_engines(plan, Quiet()) if e.component == "decoder"] == [True]
+    with load(bundle, "tensorrt")[0] as vlm:
+        assert vlm.decoder.rows == 16
+        assert vlm.generate("abcabc", max_new_tokens=4, speculation=15)
+
+
+class Quiet:
+    def stage(self, title: str, total: int = 0) -> None: ...
+
+    def advance(self, amount: int) -> None: ...
 
 
 def test_a_long_prompt_comes_in_chunks(machine: StandIn, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

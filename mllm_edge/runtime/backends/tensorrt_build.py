@@ -13,6 +13,7 @@ from mllm_edge.errors import BackendError
 from mllm_edge.runtime.backends.installed import engines, version_numbers
 from mllm_edge.runtime.backends.onnx_dimensions import fix_dimensions
 from mllm_edge.runtime.backends.tensorrt_best import add_best
+from mllm_edge.runtime.speculation import MOST_ROWS
 from mllm_edge.spec import TensorSpec
 
 __all__ = [
@@ -148,9 +149,11 @@ def shape_ranges(
     """The smallest, usual and largest shape of each input of a decoder, text encoder or cross_kv graph.
 
     `sequence`: new tokens; `past`: positions before them; `features`: what cross-attention looks at. One sequence.
+    Logits are wanted of as many as there are, `MOST_ROWS` at most.
     """
     length = tuple(new + old for new, old in zip(sequence, past, strict=True))
-    sizes = {"batch": (1, 1, 1), "rows": (1, 1, 1), "sequence": sequence, "past": past, "length": length}
+    rows = (1, 1, min(MOST_ROWS, sequence[2]))
+    sizes = {"batch": (1, 1, 1), "rows": rows, "sequence": sequence, "past": past, "length": length}
     sizes["features"] = features
 
     def shape(tensor: TensorSpec, which: int) -> tuple[int, ...]:

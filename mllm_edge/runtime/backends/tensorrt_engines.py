@@ -22,6 +22,7 @@ from mllm_edge.runtime.backends.tensorrt_build import Module, Options, Range, Si
 from mllm_edge.runtime.backends.tensorrt_segments import Segment, divisions, whole
 from mllm_edge.runtime.doctor import MINIMUM
 from mllm_edge.runtime.generate import PREFILL_CHUNK
+from mllm_edge.runtime.speculation import MOST_ROWS
 from mllm_edge.spec import ImageSpec, Variant
 
 __all__ = [
@@ -46,9 +47,10 @@ FOLDER = "engines"
 _PLACES = 64
 # A longest sequence that no one asked for: longer ones cost memory from the start.
 _USUAL_SEQ = 4096
-# Tokens in one run of a decode profile. One alone would make TensorRT keep the weights twice.
-_DECODE = 8
-_ROWS = 8
+# Tokens in one run of a decode profile: those that check guesses. One alone would make TensorRT keep the weights twice.
+_DECODE = MOST_ROWS
+# Rows of engines whose facts do not tell.
+_UNTOLD_ROWS = 8
 # Host memory for a build, measured with TensorRT for RTX: 3 times the weights, and what the builder itself takes.
 _WEIGHTS_TIMES, _BUILDER = 3, 500 << 20
 
@@ -56,11 +58,13 @@ _WEIGHTS_TIMES, _BUILDER = 3, 500 << 20
 @dataclass(frozen=True)
 class Limits:
     """The largest shapes an engine takes. `max_seq`: tokens of prompt and answer together; `max_images`: images or
-    tiles in one run of the vision encoder; `max_batch`: sequences at once."""
+    tiles in one run of the vision encoder; `max_batch`: sequences at once; `max_rows`: tokens of a run whose logits are
+    wanted."""
 
     max_seq: int
     max_images: int = 4
     max_batch: int = 1
+    max_rows: int = MOST_ROWS
 
     def covers(self, other: "Limits") -> bool:
         """Whether everything that `other` allows fits."""
@@ -71,7 +75,7 @@ class Limits:
         if variant.kv_mode is None:
             return {"tiles": self.max_images}
         batch = 1 if variant.kv_mode == "append" else self.max_batch
-        return {"batch": batch, "sequence": _prefill(self), "capacity": self.max_seq}
+        return {"batch": batch, "sequence": _prefill(self), "capacity": self.max_seq, "rows": self.max_rows}
 
 
 @dataclass(frozen=True)
@@ -183,7 +187,8 @@ def find_engine(
     try:
         facts = json.loads(_facts(path).read_text(encoding="utf-8"))
         good = facts["identity"] == identity and facts["sha256"] == sha256(path)
-        return StoredEngine(path, Limits(**facts["limits"]), segment) if good else None
+        limits = {"max_rows": _UNTOLD_ROWS, **facts["limits"]}
+        return StoredEngine(path, Limits(**limits), segment) if good else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -280,7 +285,7 @@ def _profiles(variant: Variant, limits: Limits, image: ImageSpec | None) -> list
         length = (1, max(half, usual), longest) if not append else spanned
         symbols: dict[str, Sizes] = {
             "batch": (1, 1, batch),
-            "rows": (1, 1, min(_ROWS, most)),
+            "rows": (1, 1, limits.max_rows),
             "sequence": sequence,
             "past": past,
             "length": (length[0], length[1], length[2]),

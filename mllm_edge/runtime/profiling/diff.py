@@ -31,8 +31,11 @@ _SAME = (
     ("setting", "image_sizes", "image sizes"),
     ("setting", "prompt_tokens", "prompt tokens"),
     ("setting", "new_tokens", "new tokens"),
+    ("setting", "speculation", "speculation"),
     ("bundle", "digest", "bundle"),
 )
+# What profiles mean that were written before there was such a setting.
+_UNTOLD = {"speculation": 0}
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ def _noise(a: Mapping[str, Any], b: Mapping[str, Any]) -> float | None:
 def _warnings(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     found = []
     for section, name, words in _SAME:
-        x, y = a[section].get(name), b[section].get(name)
+        x, y = (side[section].get(name, _UNTOLD.get(name)) for side in (a, b))
         if x != y:
             shown = f"{a['bundle']['path']} and {b['bundle']['path']}" if name == "digest" else f"{x} and {y}"
             found.append(f"different {words}: {shown}")

@@ -28,10 +28,11 @@ from mllm_edge.runtime.profiling.memory import MemoryUse, WatchedTrace, can_watc
 from mllm_edge.runtime.profiling.runs import Asker, Call, Run, shares
 from mllm_edge.runtime.profiling.statistics import Distribution, Jitter, Noise, jitter, noise
 from mllm_edge.runtime.roofline import MachineLimits, StageRoof, Workload, machine_limits, roofline
+from mllm_edge.runtime.speculation import check_speculation
 from mllm_edge.runtime.trace import LOAD_STAGES, STAGES, Metrics, Trace
 from mllm_edge.runtime.vlm import VLM
 
-__all__ = ["TITLE", "VERSION", "BundleInfo", "Profile", "Setting", "profile", "synthetic_image"]
+__all__ = ["TITLE", "VERSION", "BundleInfo", "Profile", "Setting", "Speculation", "profile", "synthetic_image"]
 
 VERSION = 2  # of the JSON form, see profile.schema.json
 TITLE = "mllm_edge.title"  # what an image is, in the `info` of a picture made here
@@ -53,7 +54,8 @@ class BundleInfo:
 @dataclass(frozen=True)
 class Setting:
     """What was asked, and how. `images` in words; `image_sizes` (width, height) in px; `warmup`: the most calls that
-    each run could take to settle; `iterations`: counted calls of all runs together."""
+    each run could take to settle; `iterations`: counted calls of all runs together; `speculation`: as in
+    `VLM.stream`."""
 
     backend: str
     threads: int | None
@@ -67,6 +69,36 @@ class Setting:
     runs: int
     warmup: int
     iterations: int
+    speculation: int = 0
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """Of all counted calls: the decoder's steps after the prompt, tokens that were guessed, and those of them that came
+    true and took no step of their own."""
+
+    decode_steps: int
+    guessed: int
+    accepted: int
+
+    @property
+    def acceptance(self) -> float | None:
+        """The share of guesses that came true, 0 to 1; None where there was none."""
+        return self.accepted / self.guessed if self.guessed else None
+
+    @property
+    def tokens_per_step(self) -> float | None:
+        """1 without guesses that came true; None for answers of one token."""
+        return 1 + self.accepted / self.decode_steps if self.decode_steps else None
+
+    @property
+    def width(self) -> float:
+        """Tokens that the decoder runs in a step, on average."""
+        return 1 + self.guessed / self.decode_steps if self.decode_steps else 1.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {**asdict(self), "acceptance": self.acceptance, "tokens_per_step": self.tokens_per_step}
 
 
 @dataclass(frozen=True)
@@ -75,7 +107,8 @@ class Profile:
 
     Every figure is of the counted calls of all `runs`; the cold calls and those for warming up are in none. `stages`
     are those that ran, in order: each is its whole time in a call, and together they are the call, of which they make
-    `coverage`. `tpot` is over all intervals between tokens, None when every answer had one token. `memory` was measured
+    `coverage`. `tpot` is over all intervals between tokens (with speculation, of which several come together, over the
+    calls' means), None when every answer had one token. `memory` was measured
     in the first run. `point`: what is special about it in a sweep. `traces` have the spans of every load and call, with
     their titles. `power` is that of the counted calls; `operators` those of another call; `roofline` what the stages
     reach of the machine's `limits`. All are None where they were not asked for, `limits` and `roofline` also on other
@@ -119,8 +152,10 @@ class Profile:
 
     @property
     def tpot(self) -> Distribution | None:
-        """Intervals between tokens."""
-        return self._distribution(lambda call: call.token_seconds) if self.calls[0].token_seconds else None
+        """Intervals between tokens; with speculation, their mean in each call."""
+        if not self.calls[0].token_seconds:
+            return None
+        return self._distribution(_tpot if self.setting.speculation else lambda call: call.token_seconds)
 
     @property
     def tokens_per_second(self) -> float:
@@ -135,8 +170,16 @@ class Profile:
 
     @property
     def jitter(self) -> Jitter | None:
-        """Between tokens; None for answers of fewer than three."""
+        """Between tokens; None for answers of fewer than three, and with speculation, where tokens come together."""
+        if self.setting.speculation:
+            return None
         return jitter([call.token_seconds for call in self.calls])
+
+    @property
+    def speculation(self) -> Speculation:
+        """Of the counted calls."""
+        counts = ((call.decode_steps, call.guessed, call.accepted) for call in self.calls)
+        return Speculation(*map(sum, zip(*counts, strict=True)))
 
     @property
     def noise(self) -> Noise:
@@ -165,6 +208,7 @@ class Profile:
             "jitter": asdict(self.jitter) if self.jitter else None,
             "noise": {**asdict(self.noise), "noisy": self.noise.noisy},
             "memory": memory,
+            **({"speculation": self.speculation.as_dict()} if self.setting.speculation else {}),
             **({} if self.limits is None else {"limits": self.limits.as_dict()}),
             **({} if self.roofline is None else {"roofline": [stage.as_dict() for stage in self.roofline]}),
             **({} if self.operators is None else {"operators": [asdict(o) for o in self.operators]}),
@@ -193,6 +237,7 @@ def profile(
     backend: str = "auto",
     threads: int | None = None,
     max_context: int | None = None,
+    speculation: int = 0,
     power: bool = False,
     operators: bool = False,
     limits: bool = False,
@@ -205,15 +250,17 @@ def profile(
     call (the first one's memory is watched), up to `warmup` calls until they settle, and this run's share of the
     `iterations` that are counted; a run has one at least. The model's end is ignored, so that all answers have one
     length (the context can still cut them short). A model that takes images and is given none gets `synthetic_image()`.
-    `power` measures what the counted calls draw, and `operators` where another call's time goes, on the processor or
-    TensorRT. `limits`: compare the stages with what the processor can do, which takes some seconds the first time.
-    `progress(1)` is called after each call; `notice` as in `VLM.load`.
+    `speculation` as in `VLM.stream`. `power` measures what the counted calls draw, and `operators` where another call's
+    time goes, on the processor or TensorRT. `limits`: compare the stages with what the processor can do, which takes
+    some seconds the first time. `progress(1)` is called after each call; `notice` as in `VLM.load`.
 
     Raises what `VLM.load` and `VLM.stream` raise, ImageError for an image that cannot be read, before the load,
-    ValueError for no runs or iterations, and BackendError when operators are asked of a backend that tells none.
+    ValueError for no runs or iterations and for a speculation out of range, and BackendError when operators are asked
+    of a backend that tells none.
     """
     if min(runs, iterations) < 1:
         raise ValueError(f"runs and iterations must be positive, not {runs} and {iterations}")
+    check_speculation(speculation)
     given = list(images)
     sizes = [load_image(image).size for image in given]
     machine, before, watch = read_environment(), peak_rss(), can_watch()
@@ -232,7 +279,7 @@ def profile(
                 given, sizes = [synthetic_image()], [_SIZE]
             if meter is not None and found is None:
                 meter.watch_idle()
-            asker = Asker(vlm, prompt, given, new_tokens, progress)
+            asker = Asker(vlm, prompt, given, new_tokens, speculation, progress)
             opened = gpu_memory(vlm.backend)
             first = WatchedTrace(vlm.backend) if watched else Trace()  # a call begins with its trace
             cold = asker.ask("cold", first)
@@ -243,7 +290,7 @@ def profile(
                     bundle=_bundle_info(vlm, vlm.backend.target),
                     versions=versions(vlm.backend.name),
                     machine=machine,
-                    setting=_setting(vlm, cold, given, sizes, max_context, (runs, warmup, iterations)),
+                    setting=_setting(vlm, cold, given, sizes, max_context, (runs, warmup, iterations, speculation)),
                     runs=(),
                     memory=_memory(vlm, cold, sizes, (loading, first), opened, before, new),
                 )
@@ -258,7 +305,9 @@ def profile(
     if operators:
         few = min(new_tokens, _OPERATOR_TOKENS)
         target = found.bundle.target
-        told = profile_operators(path, prompt, given, new_tokens=few, threads=threads, target=target)
+        told = profile_operators(
+            path, prompt, given, new_tokens=few, threads=threads, target=target, speculation=speculation
+        )
         found = replace(found, operators=told)
     return found
 
@@ -269,9 +318,9 @@ def _setting(
     images: Sequence[ImageSource],
     sizes: Sequence[tuple[int, int]],
     max_context: int | None,
-    counts: tuple[int, int, int],
+    counts: tuple[int, int, int, int],
 ) -> Setting:
-    runs, warmup, iterations = counts
+    runs, warmup, iterations, speculation = counts
     return Setting(
         backend=vlm.backend.name,
         threads=getattr(vlm.backend, "threads", None),
@@ -285,6 +334,7 @@ def _setting(
         runs=runs,
         warmup=warmup,
         iterations=iterations,
+        speculation=speculation,
     )
 
 
@@ -319,9 +369,10 @@ def _with_roofline(found: Profile) -> Profile:
     bundle, s = Bundle.load(found.bundle.path), found.setting
     limits = machine_limits(s.threads)
     seconds = {name: figure.median for name, figure in found.stages.items()}
-    if "decode" in seconds:  # of one token
-        seconds["decode"] /= s.new_tokens - 1
-    work = Workload(s.prompt_tokens, s.image_tokens, s.new_tokens, s.tiles, len(s.image_sizes))
+    steps = found.speculation
+    if "decode" in seconds:  # of one step
+        seconds["decode"] /= steps.decode_steps / len(found.calls)
+    work = Workload(s.prompt_tokens, s.image_tokens, s.new_tokens, s.tiles, len(s.image_sizes), steps.width)
     variants = {name: bundle.variant(name, "cpu") for name in bundle.manifest.components}
     return replace(found, limits=limits, roofline=roofline(bundle, variants, seconds, work, limits))
 

@@ -16,19 +16,24 @@ __all__ = ["Asker", "Call", "Run", "shares"]
 
 @dataclass(frozen=True)
 class Call:
-    """One call, in seconds. `stages` are those that ran; `token_seconds` the intervals between tokens."""
+    """One call, in seconds. `stages` are those that ran; `token_seconds` the intervals between tokens; the others as in
+    `Metrics`."""
 
     total: float
     ttft: float
     stages: Mapping[str, float]
     token_seconds: tuple[float, ...]
+    decode_steps: int = 0
+    guessed: int = 0
+    accepted: int = 0
 
     @classmethod
     def of(cls, metrics: Metrics) -> "Call":
         """From the metrics that a call reports."""
         stages = {name: getattr(metrics, name) for name in STAGES}
         ran = {name: seconds for name, seconds in stages.items() if seconds}
-        return cls(metrics.total, metrics.ttft, ran, metrics.token_seconds)
+        counts = (metrics.decode_steps, metrics.guessed, metrics.accepted)
+        return cls(metrics.total, metrics.ttft, ran, metrics.token_seconds, *counts)
 
 
 @dataclass(frozen=True)
@@ -49,21 +54,23 @@ class Run:
 class Asker:
     """Asks an open model the same thing, greedily, for `new_tokens` tokens whatever the model's own end.
 
-    `traces` are those of the calls so far with their titles; `progress(1)` is called after each.
+    `speculation`: as in `VLM.stream`; `traces`: those of the calls so far with their titles; `progress(1)` is called
+    after each.
     """
 
     vlm: VLM
     prompt: Messages
     images: Sequence[ImageSource]
     new_tokens: int
+    speculation: int = 0
     progress: Callable[[int], None] = lambda calls: None
     traces: list[tuple[str, Trace]] = field(default_factory=list)
 
     def ask(self, title: str, trace: Trace | None = None) -> Metrics:
         """One call; `trace` must be new."""
         trace = trace or Trace()
-        options = {"max_new_tokens": self.new_tokens, "ignore_eos": True, "trace": trace}
-        metrics = self.vlm.generate(self.prompt, self.images, **options).metrics
+        options = {"max_new_tokens": self.new_tokens, "ignore_eos": True, "speculation": self.speculation}
+        metrics = self.vlm.generate(self.prompt, self.images, trace=trace, **options).metrics
         self.traces.append((title, trace))
         self.progress(1)
         return metrics

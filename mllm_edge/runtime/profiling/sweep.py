@@ -1,4 +1,5 @@
-"""One profile for each combination of values: prompt length, images, image size, output length, threads, bundles."""
+"""One profile for each combination of values: prompt length, images, image size, output length, threads, speculation,
+bundles."""
 
 import itertools
 import re
@@ -14,6 +15,7 @@ from mllm_edge.bundle import Bundle
 from mllm_edge.errors import PromptError
 from mllm_edge.runtime.image import ImageSource, load_image
 from mllm_edge.runtime.profiling.measure import TITLE, VERSION, Profile, profile, synthetic_image
+from mllm_edge.runtime.speculation import MOST_GUESSED
 from mllm_edge.runtime.tokenizer import Tokenizer
 
 __all__ = ["KEYS", "Sweep", "parse_sweep", "points", "prompt_of", "run_sweep", "sweep_dict"]
@@ -27,6 +29,7 @@ KEYS: Mapping[str, str] = {
     "size": "WIDTHxHEIGHT of every image in px",
     "new": "tokens of the answer",
     "threads": "threads inside one operator",
+    "speculation": "tokens that are guessed and checked in one step, at most",
     "bundle": "bundles, such as those of several precisions",
 }
 _SIZE = re.compile(r"([1-9]\d*)x([1-9]\d*)")
@@ -40,8 +43,6 @@ def parse_sweep(texts: Iterable[str], bundles: Sequence[str]) -> dict[str, list[
     found: dict[str, list[str | int]] = {}
     for text in texts:
         key, _, values = text.partition("=")
-        if key == "speculation":
-            raise ValueError("there is no speculation in the runtime to switch on or off")
         if key not in KEYS:
             raise ValueError(f"unknown key {key!r}; there are: {', '.join(KEYS)}")
         if key in found:
@@ -69,6 +70,7 @@ def run_sweep(
     *,
     new_tokens: int = 128,
     threads: int | None = None,
+    speculation: int = 0,
     notice: Callable[[str], None] = warnings.warn,
     **options: Any,
 ) -> list[Profile]:
@@ -90,6 +92,7 @@ def run_sweep(
                 pictures,
                 new_tokens=int(point.get("new", new_tokens)),
                 threads=int(point["threads"]) if "threads" in point else threads,
+                speculation=int(point.get("speculation", speculation)),
                 notice=notice,
                 **options,
             ),
@@ -134,6 +137,10 @@ def _value(key: str, text: str) -> str | int:
         if not _SIZE.fullmatch(text):
             raise ValueError(f"size={text}: write WIDTHxHEIGHT, such as 640x480")
         return text
+    if key == "speculation":
+        if not text.isdecimal() or int(text) > MOST_GUESSED:
+            raise ValueError(f"speculation={text}: {KEYS[key]}, a whole number from 0 to {MOST_GUESSED}")
+        return int(text)
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"{key}={text}: {KEYS[key]}, a whole number from 1 on")
     return int(text)
