@@ -3,7 +3,7 @@
 Everything that is found lies in a folder, so that a calibration that was interrupted goes on with the next piece.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from mllm_edge.spec import Variant
 __all__ = ["calibrate", "row_weights"]
 
 SEGMENT_BYTES = 768 << 20
+# The values between pieces: of the float model, and of one whose earlier pieces are rounded.
+_EXACT, _ROUNDED = "exact", "rounded"
 Progress = Callable[[int], None]
 
 
@@ -37,18 +39,21 @@ def calibrate(
     begin: Progress = lambda runs: None,
     progress: Progress = lambda runs: None,
     cache: bool = False,
+    sequential: bool = True,
 ) -> Findings:
     """Run the float graph of a component over `feeds`, piece by piece, and find what its layers' precisions ask for.
 
-    `precision(layer name)` as the recipe says; `cache`: the range of keys and values, too. `begin` gets the number of
-    runs, and `progress(1)` follows each. Raises DataError when an activation is not finite.
+    `precision(layer name)` as the recipe says; `cache`: the range of keys and values, too; `sequential`: layers that
+    GPTQ rounds are shown what the rounded layers before them give, and not what the float ones do. `begin` gets the
+    number of runs, and `progress(1)` follows each. Raises DataError when an activation is not finite.
     """
     model = ir.load(graph_file)
     findings = Findings(folder / "layers")
     folder.mkdir(parents=True, exist_ok=True)
-    state = _State(folder, feeds, graph_file, variant, backend, progress)
     groups = {layer.name: group for group in find_groups(find_layers(model.graph)) for layer in group.layers}
-    segments = cut(model.graph, SEGMENT_BYTES)
+    sequential = sequential and any("gptq" in precision(name).method for name in groups)
+    segments = cut(model.graph, 0 if sequential else SEGMENT_BYTES)
+    state = _State(folder, feeds, graph_file, variant, backend, progress, sequential)
     begin(len(segments) * len(feeds))
     for number, segment in enumerate(segments):
         own = list(dict.fromkeys(groups[name] for name in segment.layers))
@@ -64,6 +69,8 @@ def calibrate(
             Decision(group, statistics[group.x.name or ""], precision, row_factors, findings).make()
         for name, found in peaks.items():
             findings.add_cache(name, found)
+        if sequential and segment.gives:
+            state.pass_rounded(number, segment, findings)
         state.finish(number)
     return findings
 
@@ -90,18 +97,26 @@ class _State:
     """Where a calibration stands: the values between the last piece and the next, run by run."""
 
     def __init__(
-        self, folder: Path, feeds: Feeds, graph_file: Path, variant: Variant, backend: Backend, progress: Progress
+        self,
+        folder: Path,
+        feeds: Feeds,
+        graph_file: Path,
+        variant: Variant,
+        backend: Backend,
+        progress: Progress,
+        sequential: bool,
     ):
         self._folder, self._feeds, self._graph_file = folder, feeds, graph_file
         self._variant, self._backend, self._progress = variant, backend, progress
-        self._inputs: list[str] = []
+        self._sequential = sequential
+        self._part: ir.Model | None = None
 
     def done(self, number: int) -> bool:
         return (self._folder / f"done-{number}").exists()
 
     def finish(self, number: int) -> None:
         (self._folder / f"done-{number}").touch()
-        for path in self._folder.glob(f"passing-{number - 1}-*.npz"):
+        for path in self._folder.glob(f"passing-*-{number - 1}-*.npz"):
             path.unlink()
 
     def run(
@@ -113,8 +128,8 @@ class _State:
         precision: Any,
         caches: Sequence[str],
     ) -> tuple[dict[str, InputStatistics], dict[str, np.ndarray]]:
-        """Statistics of the groups' inputs and the largest magnitudes [heads, D] of the `caches`, by name; what passes
-        to the next piece is left on disk."""
+        """Statistics of the groups' inputs and the largest magnitudes [heads, D] of the `caches`, by name; what the
+        float piece passes to the next is left on disk."""
         statistics = {
             group.x.name or "": InputStatistics(
                 group.width, any("gptq" in precision(layer.name).method for layer in group.layers)
@@ -125,28 +140,58 @@ class _State:
         if not statistics and not segment.gives and not caches:
             self._progress(len(self._feeds))
             return statistics, peaks
-        session = self._open(model, number, segment, [*statistics, *caches])
-        own = [v.name or "" for v in model.graph.inputs]
+        self._part = self._extract(model, number, segment, [*statistics, *caches])
+        session = self._open()
         for i in range(len(self._feeds)):
-            passed = self._passed(number - 1, i)
-            inputs = {**self._feeds.read(i, own), **passed}
-            outputs = session.run({n: inputs[n] for n in self._inputs}) if session else {}
+            exact = self._values(session, _EXACT, number, i)
+            rounded = exact
+            if self._sequential and number and statistics:
+                rounded = self._values(session, _ROUNDED, number, i, statistics)
             for name, found in statistics.items():
-                value = outputs[name] if name in outputs else inputs[name]
+                weights = row_weights(exact, exact[name])
                 try:
-                    found.add(value, row_weights(inputs, value))
+                    found.add(rounded[name], weights, None if rounded is exact else exact[name])
                 except ValueError as e:
                     raise DataError(
                         f"{self._graph_file}: {name}: {e} in run {i}", "use a recipe that keeps this part in float32"
                     ) from e
             for name in caches:
-                found_peaks = self._peaks(outputs[name], tokens=inputs["inputs_embeds"].shape[1])
+                found_peaks = self._peaks(exact[name], tokens=exact["inputs_embeds"].shape[1])
                 peaks[name] = np.maximum(peaks.get(name, found_peaks), found_peaks)
-            if segment.gives:
-                passing = {n: outputs[n] if n in outputs else inputs[n] for n in segment.gives}
-                save_arrays(self._folder / f"passing-{number}-{i}.npz", passing)
+            self._pass(_EXACT, number, i, segment, exact)
             self._progress(1)
         return statistics, peaks
+
+    def pass_rounded(self, number: int, segment: Segment, findings: Findings) -> None:
+        """Run the piece with the weights that were found, on what the rounded pieces before it gave; what it passes to
+        the next is left on disk."""
+        for layer in find_layers(self._part.graph) if self._part else ():
+            found = findings.layer(layer.name)
+            weight = None if found is None else found.replaced()
+            stored = layer.weight.const_value
+            if weight is not None and stored is not None:
+                layer.weight.const_value = ir.tensor(
+                    np.ascontiguousarray(weight.T, stored.numpy().dtype), name=layer.weight.name
+                )
+        session = self._open()
+        for i in range(len(self._feeds)):
+            stream = _ROUNDED if number else _EXACT
+            self._pass(_ROUNDED, number, i, segment, self._values(session, stream, number, i))
+
+    def _values(
+        self, session: Any, stream: str, number: int, run: int, wanted: Collection[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """What piece `number` is given in a run, and what it makes of that; it is not run where it is given all that
+        is `wanted`."""
+        inputs = {**self._feeds.read(run, self._own), **self._passed(stream, number - 1, run)}
+        if self._part is None or (wanted is not None and inputs.keys() >= set(wanted)):
+            return inputs
+        return {**inputs, **session.run({v.name or "": inputs[v.name or ""] for v in self._part.graph.inputs})}
+
+    def _pass(self, stream: str, number: int, run: int, segment: Segment, values: Mapping[str, np.ndarray]) -> None:
+        if segment.gives:
+            passing = {name: values[name] for name in segment.gives}
+            save_arrays(self._folder / f"passing-{stream}-{number}-{run}.npz", passing)
 
     def _peaks(self, rows: np.ndarray, tokens: int) -> np.ndarray:
         """Largest magnitudes [heads, D] of the first `tokens` keys or values."""
@@ -154,22 +199,25 @@ class _State:
         new = rows[:, :, :tokens] if in_place else rows[:, :tokens]
         return np.abs(new).max(axis=(0, 2) if in_place else (0, 1)).astype(np.float32)
 
-    def _open(self, model: ir.Model, number: int, segment: Segment, record: Sequence[str]) -> Any:
-        """A session of the piece, or None: values that it is given it need not compute."""
-        given = {*(v.name for v in model.graph.inputs), *segment.needs}
-        types = {n: ir.DataType.from_numpy(v.dtype) for n, v in self._passed(number - 1, 0).items()}
+    def _extract(self, model: ir.Model, number: int, segment: Segment, record: Sequence[str]) -> ir.Model | None:
+        """The piece as a model; values that it is given it need not compute. None where nothing is left."""
+        self._own = [v.name or "" for v in model.graph.inputs]
+        given = {*self._own, *segment.needs}
+        types = {n: ir.DataType.from_numpy(v.dtype) for n, v in self._passed(_EXACT, number - 1, 0).items()}
         kept = Segment(segment.needs, tuple(n for n in segment.gives if n not in given), segment.layers)
         missing = [n for n in record if n not in given]
-        if not kept.gives and not missing:
+        return extract(model, kept, missing, types) if kept.gives or missing else None
+
+    def _open(self) -> Any:
+        """A session of the piece, or None where it has nothing to compute."""
+        if self._part is None:
             return None
-        part = extract(model, kept, missing, types)
         path = self._folder / "piece.onnx"
-        ir.save(part, path, external_data=f"{path.name}.data")
-        self._inputs = [v.name or "" for v in part.graph.inputs]
+        ir.save(self._part, path, external_data=f"{path.name}.data")
         return self._backend.open(path, self._variant)
 
-    def _passed(self, number: int, run: int) -> dict[str, np.ndarray]:
-        path = self._folder / f"passing-{number}-{run}.npz"
+    def _passed(self, stream: str, number: int, run: int) -> dict[str, np.ndarray]:
+        path = self._folder / f"passing-{stream}-{number}-{run}.npz"
         if not path.is_file():
             return {}
         with np.load(path) as data:

@@ -6,7 +6,7 @@ import numpy as np
 
 from mllm_edge.calibration.findings import Findings, LayerFindings
 from mllm_edge.calibration.layers import Group, Layer
-from mllm_edge.calibration.methods import awq, descent, gptq, rtn, smoothquant
+from mllm_edge.calibration.methods import awq, descent, drift, gptq, rtn, smoothquant
 from mllm_edge.calibration.methods.ranges import SEARCHED, Range, activation_range
 from mllm_edge.calibration.recipes import FLOAT32, Precision, block_size
 from mllm_edge.calibration.statistics import InputStatistics
@@ -47,8 +47,11 @@ class Decision:
             self._findings.add(self._layer(name, weight, factors, where))
 
     def _weight(self, layer: Layer) -> np.ndarray:
-        rows = self._row_factors.get(layer.name)
-        return layer.read_weight() if rows is None else layer.read_weight() * rows[:, None]
+        weight, rows = layer.read_weight(), self._row_factors.get(layer.name)
+        moved = self._statistics.drift if "gptq" in self._precisions[layer.name].method else None
+        if moved is not None:
+            weight = drift.compensated(weight, self._statistics.gram, moved)
+        return weight if rows is None else weight * rows[:, None]
 
     def _factors(self, weights: Sequence[np.ndarray]) -> np.ndarray | None:
         """Factors [K] of the input, where all layers of the group agree on a method that has them."""

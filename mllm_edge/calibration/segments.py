@@ -28,14 +28,15 @@ class Segment:
 
 def cut(graph: ir.Graph, most_bytes: int) -> list[Segment]:
     """Pieces with at most `most_bytes` of weights each (more where a piece can't be smaller), cut where few values
-    pass, and never inside a group or between it and the layer that takes its factors."""
+    pass and before a weight, and never inside a group or between it and the layer that takes its factors."""
     nodes, layers = list(graph), find_layers(graph)
     passing = _passing(nodes)
     inside = _inside_groups(nodes, layers)
     bounds, held, place = [0], 0, 0
     for i, node in enumerate(nodes):
-        held += _weight_bytes(node)
-        if held > most_bytes and place > bounds[-1]:
+        own = _weight_bytes(node)
+        held += own
+        if own and held > most_bytes and place > bounds[-1]:
             bounds.append(place)
             held = sum(_weight_bytes(n) for n in nodes[place : i + 1])
         if 0 < len(passing[i]) <= _MOST_PASSING and i not in inside:

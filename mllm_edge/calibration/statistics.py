@@ -44,7 +44,7 @@ class Histogram:
 
 class InputStatistics:
     """Of inputs x [rows, K]: how many rows, the extremes and mean|x| of each channel, a histogram of all values, some
-    rows as they were, and (if `with_gram`) the weighted mean of xᵀx [K, K]."""
+    rows as they were, and (if `with_gram`) the weighted means of xᵀx [K, K] and of (exact − x)ᵀx [K, K]."""
 
     def __init__(self, width: int, with_gram: bool = False):
         self.width, self.rows = width, 0
@@ -53,12 +53,16 @@ class InputStatistics:
         self.histogram = Histogram()
         self._sums = np.zeros(width)
         self._gram = np.zeros((width, width), np.float32) if with_gram else None
+        self._drift: np.ndarray | None = None
         self._sample: list[np.ndarray] = []
         self._stride, self._kept = 1, 0
 
-    def add(self, x: np.ndarray, weights: np.ndarray | None = None) -> None:
-        """Take in rows [..., K], with `weights` [rows] float32 of mean 1 in the Gram matrix, by default all alike;
-        raises ValueError for values that are not finite."""
+    def add(self, x: np.ndarray, weights: np.ndarray | None = None, exact: np.ndarray | None = None) -> None:
+        """Take in rows [..., K], with `weights` [rows] float32 of mean 1 in the matrices, by default all alike. `exact`
+        [..., K]: what the float model has in their place, where that is known to differ.
+
+        Raises ValueError for values that are not finite.
+        """
         x = np.ascontiguousarray(x.reshape(-1, self.width), np.float32)
         if len(x) == 0:
             return
@@ -70,7 +74,12 @@ class InputStatistics:
         self._sums += np.abs(x).sum(axis=0, dtype=np.float64)
         self.histogram.add(x)
         if self._gram is not None:
-            self._gram += (x if weights is None else x * weights[:, None]).T @ x
+            weighted = x if weights is None else x * weights[:, None]
+            self._gram += weighted.T @ x
+            if exact is not None:
+                difference = exact.reshape(-1, self.width).astype(np.float32) - x
+                moved = difference.T @ weighted
+                self._drift = moved if self._drift is None else np.add(self._drift, moved, out=self._drift)
         self._keep(x)
         self.rows += len(x)
 
@@ -89,6 +98,11 @@ class InputStatistics:
         """The mean of xᵀx [K, K] float32; only with `with_gram`."""
         assert self._gram is not None, "the Gram matrix was not asked for"
         return self._gram / np.float32(max(self.rows, 1))
+
+    @property
+    def drift(self) -> np.ndarray | None:
+        """The mean of (exact − x)ᵀx [K, K] float32; None where nothing exact was given."""
+        return None if self._drift is None else self._drift / np.float32(max(self.rows, 1))
 
     @property
     def sample(self) -> np.ndarray:

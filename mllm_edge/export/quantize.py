@@ -273,7 +273,9 @@ class _Job:
         path = self._source.listed(variant.file)
         begin = partial(self._progress.stage, f"calibrating the {component.replace('_', ' ')}")
         advance = self._progress.advance
-        return calibrate(path, variant, self._backend, feeds, precision, folder, begin, advance, cache)
+        # Layers that are raised later would leave those behind them tuned to errors that are gone.
+        sequential = self._recipe.raised is None
+        return calibrate(path, variant, self._backend, feeds, precision, folder, begin, advance, cache, sequential)
 
     def _losses(self, findings: Mapping[str, Findings]) -> tuple[dict[str, float], bool]:
         """What rounding each unit alone costs, by its key; and whether that is a divergence in nats. Of a model too

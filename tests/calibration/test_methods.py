@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mllm_edge.calibration.methods import awq, descent, gptq, rtn, smoothquant
+from mllm_edge.calibration.methods import awq, descent, drift, gptq, rtn, smoothquant
 from mllm_edge.calibration.methods.ranges import activation_range, entropy_limit, mse_limit, percentile_limit
 from mllm_edge.calibration.statistics import Histogram, InputStatistics
 
@@ -67,6 +67,28 @@ def test_outlier_channels_cost_at_most_half_of_what_rounding_loses(boost: float,
     lost = error(x, weight, nearest(weight, bits))
     assert error(x, weight, by_gptq(weight, statistics.gram, bits)) <= lost * (0.5 if bits > 2 else 0.8)
     assert error(x, weight, by_awq(weight, statistics, bits)) <= lost * 0.5
+
+
+def test_a_compensated_weight_gives_the_exact_outputs_from_inputs_that_drifted() -> None:
+    exact, weight = problem(1)
+    random = np.random.default_rng(1)
+    # An earlier layer lost a tenth of each channel, leaked some of it into others, and has noise of its own.
+    leak = 0.9 * np.eye(IN) + 0.02 * random.standard_normal((IN, IN))
+    x = (exact @ leak + 0.01 * random.standard_normal(exact.shape)).astype(np.float32)
+    statistics = InputStatistics(IN, with_gram=True)
+    statistics.add(x[: ROWS // 2], exact=exact[: ROWS // 2])
+    assert statistics.drift is not None
+    better = drift.compensated(weight, statistics.gram, statistics.drift)
+    outputs = exact[ROWS // 2 :] @ weight.T  # of inputs that were not seen
+    lost = np.square(x[ROWS // 2 :] @ weight.T - outputs).mean()
+    assert np.square(x[ROWS // 2 :] @ better.T - outputs).mean() <= 0.1 * lost
+
+
+def test_without_drift_or_without_inputs_a_weight_stays() -> None:
+    x, weight = problem(1)
+    gram, none = seen(x).gram, np.zeros((IN, IN), np.float32)
+    np.testing.assert_array_equal(drift.compensated(weight, gram, none), weight)
+    np.testing.assert_array_equal(drift.compensated(weight, none, none), weight)
 
 
 def test_methods_help_on_inputs_they_did_not_see() -> None:

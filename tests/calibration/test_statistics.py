@@ -59,3 +59,17 @@ def test_rows_of_the_answer_count_as_much_as_the_prompt() -> None:
     np.testing.assert_allclose(statistics.gram, expected, rtol=1e-5)
     assert row_weights(inputs, answer[None]) is None  # the head's input: rows of the answer alone
     assert row_weights({"pixel_values": x}, x) is None
+
+
+def test_drift_is_told_from_the_exact_inputs() -> None:
+    random = np.random.default_rng(2)
+    exact, x = random.standard_normal((2, 60, 5)).astype(np.float32)
+    weights = np.linspace(0.5, 1.5, 60, dtype=np.float32)
+    statistics = InputStatistics(5, with_gram=True)
+    for rows in (slice(0, 7), slice(7, 60)):
+        statistics.add(x[rows], weights[rows], exact=exact[rows].reshape(1, -1, 5))
+    assert statistics.drift is not None
+    np.testing.assert_allclose(statistics.drift, (exact - x).T @ (x * weights[:, None]) / 60, atol=1e-5)
+    alike = InputStatistics(5, with_gram=True)
+    alike.add(x)
+    assert alike.drift is None

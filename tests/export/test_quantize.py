@@ -246,6 +246,13 @@ def test_mixed_takes_as_many_bits_as_a_gate_wants(float_bundle: Path, tmp_path: 
         layers_raised(Gate(max_kl=1e-12), "impossible")
 
 
+def test_layers_are_not_tuned_to_errors_that_raising_takes_away(
+    float_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrate_module._State, "pass_rounded", None)  # would fail
+    assert quantize(float_bundle, tmp_path / "out", recipe="mixed", data=samples()).layers["decoder"]
+
+
 def test_missed_gate_names_layers_and_writes_nothing(float_bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(AccuracyError, match=r"KL divergence .* > 1e-12\. Layers with the largest error: decoder: "):
         quantize(float_bundle, tmp_path / "out", recipe="int4", data=samples(), gate=Gate(max_kl=1e-12))
