@@ -53,7 +53,7 @@ def calibrate(
     groups = {layer.name: group for group in find_groups(find_layers(model.graph)) for layer in group.layers}
     sequential = sequential and any("gptq" in precision(name).method for name in groups)
     segments = cut(model.graph, 0 if sequential else SEGMENT_BYTES)
-    state = _State(folder, feeds, graph_file, variant, backend, progress, sequential)
+    state = _State(model, folder, feeds, graph_file, variant, backend, progress, sequential)
     begin(len(segments) * len(feeds))
     for number, segment in enumerate(segments):
         own = list(dict.fromkeys(groups[name] for name in segment.layers))
@@ -62,7 +62,7 @@ def calibrate(
             progress(len(feeds))
             continue
         caches = _caches(model.graph, segment) if cache else []
-        statistics, peaks = state.run(model, number, segment, wanted, precision, caches)
+        statistics, peaks = state.run(number, segment, wanted, precision, caches)
         row_factors: dict[str, np.ndarray] = {}
         # From the last to the first: a layer's rows may take the factors of the group behind it.
         for group in reversed(wanted):
@@ -98,6 +98,7 @@ class _State:
 
     def __init__(
         self,
+        model: ir.Model,
         folder: Path,
         feeds: Feeds,
         graph_file: Path,
@@ -106,6 +107,7 @@ class _State:
         progress: Progress,
         sequential: bool,
     ):
+        self._model, self._own = model, [v.name or "" for v in model.graph.inputs]
         self._folder, self._feeds, self._graph_file = folder, feeds, graph_file
         self._variant, self._backend, self._progress = variant, backend, progress
         self._sequential = sequential
@@ -121,7 +123,6 @@ class _State:
 
     def run(
         self,
-        model: ir.Model,
         number: int,
         segment: Segment,
         groups: Sequence[Group],
@@ -140,7 +141,7 @@ class _State:
         if not statistics and not segment.gives and not caches:
             self._progress(len(self._feeds))
             return statistics, peaks
-        self._part = self._extract(model, number, segment, [*statistics, *caches])
+        self._part = self._extract(number, segment, [*statistics, *caches])
         session = self._open()
         for i in range(len(self._feeds)):
             exact = self._values(session, _EXACT, number, i)
@@ -171,7 +172,7 @@ class _State:
             stored = layer.weight.const_value
             if weight is not None and stored is not None:
                 layer.weight.const_value = ir.tensor(
-                    np.ascontiguousarray(weight.T, stored.numpy().dtype), name=layer.weight.name
+                    np.ascontiguousarray(weight.T, stored.dtype.numpy()), name=layer.weight.name
                 )
         session = self._open()
         for i in range(len(self._feeds)):
@@ -199,14 +200,13 @@ class _State:
         new = rows[:, :, :tokens] if in_place else rows[:, :tokens]
         return np.abs(new).max(axis=(0, 2) if in_place else (0, 1)).astype(np.float32)
 
-    def _extract(self, model: ir.Model, number: int, segment: Segment, record: Sequence[str]) -> ir.Model | None:
+    def _extract(self, number: int, segment: Segment, record: Sequence[str]) -> ir.Model | None:
         """The piece as a model; values that it is given it need not compute. None where nothing is left."""
-        self._own = [v.name or "" for v in model.graph.inputs]
         given = {*self._own, *segment.needs}
         types = {n: ir.DataType.from_numpy(v.dtype) for n, v in self._passed(_EXACT, number - 1, 0).items()}
         kept = Segment(segment.needs, tuple(n for n in segment.gives if n not in given), segment.layers)
         missing = [n for n in record if n not in given]
-        return extract(model, kept, missing, types) if kept.gives or missing else None
+        return extract(self._model, kept, missing, types) if kept.gives or missing else None
 
     def _open(self) -> Any:
         """A session of the piece, or None where it has nothing to compute."""
