@@ -24,6 +24,8 @@ from mllm_edge.spec import Variant
 __all__ = ["calibrate", "row_weights"]
 
 SEGMENT_BYTES = 768 << 20
+# What tells a decoder's rows of the answer.
+_ROWS = ("inputs_embeds", "logits_indices")
 # The values between pieces: of the float model, and of one whose earlier pieces are rounded.
 _EXACT, _ROUNDED = "exact", "rounded"
 Progress = Callable[[int], None]
@@ -108,6 +110,7 @@ class _State:
         sequential: bool,
     ):
         self._model, self._own = model, [v.name or "" for v in model.graph.inputs]
+        self._read: list[str] = []  # of the graph's own inputs those that the piece wants
         self._folder, self._feeds, self._graph_file = folder, feeds, graph_file
         self._variant, self._backend, self._progress = variant, backend, progress
         self._sequential = sequential
@@ -184,7 +187,7 @@ class _State:
     ) -> dict[str, np.ndarray]:
         """What piece `number` is given in a run, and what it makes of that; it is not run where it is given all that
         is `wanted`."""
-        inputs = {**self._feeds.read(run, self._own), **self._passed(stream, number - 1, run)}
+        inputs = {**self._feeds.read(run, self._read), **self._passed(stream, number - 1, run)}
         if self._part is None or (wanted is not None and inputs.keys() >= set(wanted)):
             return inputs
         return {**inputs, **session.run({v.name or "": inputs[v.name or ""] for v in self._part.graph.inputs})}
@@ -206,7 +209,10 @@ class _State:
         types = {n: ir.DataType.from_numpy(v.dtype) for n, v in self._passed(_EXACT, number - 1, 0).items()}
         kept = Segment(segment.needs, tuple(n for n in segment.gives if n not in given), segment.layers)
         missing = [n for n in record if n not in given]
-        return extract(self._model, kept, missing, types) if kept.gives or missing else None
+        part = extract(self._model, kept, missing, types) if kept.gives or missing else None
+        wanted = {*record, *_ROWS, *(v.name for v in part.graph.inputs)} if part else {*record, *_ROWS}
+        self._read = [name for name in self._own if name in wanted]
+        return part
 
     def _open(self) -> Any:
         """A session of the piece, or None where it has nothing to compute."""

@@ -7,6 +7,8 @@ __all__ = ["Histogram", "InputStatistics"]
 _BINS = 2048
 # Rows kept as they are, for methods that try candidates on real inputs; spread evenly over all that were seen.
 _SAMPLE_ROWS = 512
+# Rows that wait for a product together: a few alone take as long as these, for the whole matrix passes through memory.
+_WAITING_ROWS = 1024
 
 
 class Histogram:
@@ -54,6 +56,8 @@ class InputStatistics:
         self._sums = np.zeros(width)
         self._gram = np.zeros((width, width), np.float32) if with_gram else None
         self._drift: np.ndarray | None = None
+        # (x, weighted x, exact − x) of rows that are not in the matrices yet.
+        self._waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []
         self._sample: list[np.ndarray] = []
         self._stride, self._kept = 1, 0
 
@@ -75,11 +79,10 @@ class InputStatistics:
         self.histogram.add(x)
         if self._gram is not None:
             weighted = x if weights is None else x * weights[:, None]
-            self._gram += weighted.T @ x
-            if exact is not None:
-                difference = exact.reshape(-1, self.width).astype(np.float32) - x
-                moved = difference.T @ weighted
-                self._drift = moved if self._drift is None else np.add(self._drift, moved, out=self._drift)
+            moved = None if exact is None else exact.reshape(-1, self.width).astype(np.float32) - x
+            self._waiting.append((x, weighted, moved))
+            if sum(len(rows) for rows, _, _ in self._waiting) >= _WAITING_ROWS:
+                self._multiply()
         self._keep(x)
         self.rows += len(x)
 
@@ -97,11 +100,13 @@ class InputStatistics:
     def gram(self) -> np.ndarray:
         """The mean of xᵀx [K, K] float32; only with `with_gram`."""
         assert self._gram is not None, "the Gram matrix was not asked for"
+        self._multiply()
         return self._gram / np.float32(max(self.rows, 1))
 
     @property
     def drift(self) -> np.ndarray | None:
         """The mean of (exact − x)ᵀx [K, K] float32; None where nothing exact was given."""
+        self._multiply()
         return None if self._drift is None else self._drift / np.float32(max(self.rows, 1))
 
     @property
@@ -115,6 +120,19 @@ class InputStatistics:
         histogram = Histogram()
         histogram.add(self.sample / factors)
         return histogram
+
+    def _multiply(self) -> None:
+        """Add the rows that wait to the matrices."""
+        if not self._waiting:
+            return
+        rows, weighted, moved = zip(*self._waiting, strict=True)
+        self._waiting = []
+        together = np.concatenate(weighted)
+        self._gram += together.T @ np.concatenate(rows)
+        if any(difference is not None for difference in moved):
+            exact = [np.zeros_like(x) if d is None else d for x, d in zip(rows, moved, strict=True)]
+            product = np.concatenate(exact).T @ together
+            self._drift = product if self._drift is None else np.add(self._drift, product, out=self._drift)
 
     def _keep(self, x: np.ndarray) -> None:
         """Every `_stride`-th of all rows; when twice too many are kept, every other one is let go."""
