@@ -24,7 +24,7 @@ from mllm_edge.spec import Variant
 __all__ = ["calibrate", "row_weights"]
 
 SEGMENT_BYTES = 768 << 20
-# What tells a decoder's rows of the answer.
+# Inputs of a decoder that tell its rows of the answer: see `row_weights`.
 _ROWS = ("inputs_embeds", "logits_indices")
 # The values between pieces: of the float model, and of one whose earlier pieces are rounded.
 _EXACT, _ROUNDED = "exact", "rounded"
@@ -47,7 +47,7 @@ def calibrate(
 
     `precision(layer name)` as the recipe says; `cache`: the range of keys and values, too; `sequential`: layers that
     GPTQ rounds are shown what the rounded layers before them give, and not what the float ones do. `begin` gets the
-    number of runs, and `progress(1)` follows each. Raises DataError when an activation is not finite.
+    number of runs of float pieces, and `progress(1)` follows each. Raises DataError when an activation is not finite.
     """
     model = ir.load(graph_file)
     findings = Findings(folder / "layers")
@@ -179,14 +179,13 @@ class _State:
                 )
         session = self._open()
         for i in range(len(self._feeds)):
-            stream = _ROUNDED if number else _EXACT
-            self._pass(_ROUNDED, number, i, segment, self._values(session, stream, number, i))
+            self._pass(_ROUNDED, number, i, segment, self._values(session, _ROUNDED, number, i))
 
     def _values(
         self, session: Any, stream: str, number: int, run: int, wanted: Collection[str] | None = None
     ) -> dict[str, np.ndarray]:
-        """What piece `number` is given in a run, and what it makes of that; it is not run where it is given all that
-        is `wanted`."""
+        """By name what piece `number` is given in a run, and what it makes of that; it is not run where it is given all
+        that is `wanted`."""
         inputs = {**self._feeds.read(run, self._read), **self._passed(stream, number - 1, run)}
         if self._part is None or (wanted is not None and inputs.keys() >= set(wanted)):
             return inputs
@@ -210,7 +209,7 @@ class _State:
         kept = Segment(segment.needs, tuple(n for n in segment.gives if n not in given), segment.layers)
         missing = [n for n in record if n not in given]
         part = extract(self._model, kept, missing, types) if kept.gives or missing else None
-        wanted = {*record, *_ROWS, *(v.name for v in part.graph.inputs)} if part else {*record, *_ROWS}
+        wanted = {*record, *_ROWS, *(v.name for v in (part.graph.inputs if part else ()))}
         self._read = [name for name in self._own if name in wanted]
         return part
 

@@ -98,14 +98,14 @@ class InputStatistics:
 
     @property
     def gram(self) -> np.ndarray:
-        """The mean of xᵀx [K, K] float32; only with `with_gram`."""
+        """The weighted mean of xᵀx [K, K] float32; only with `with_gram`."""
         assert self._gram is not None, "the Gram matrix was not asked for"
         self._multiply()
         return self._gram / np.float32(max(self.rows, 1))
 
     @property
     def drift(self) -> np.ndarray | None:
-        """The mean of (exact − x)ᵀx [K, K] float32; None where nothing exact was given."""
+        """The weighted mean of (exact − x)ᵀx [K, K] float32; None where nothing exact was given."""
         self._multiply()
         return None if self._drift is None else self._drift / np.float32(max(self.rows, 1))
 
