@@ -195,7 +195,8 @@ def _provenance(bundle: "Bundle") -> str:
     provenance = bundle.manifest.provenance
     tools = ", ".join(f"{name} {version}" for name, version in provenance.get("tools", {}).items())
     revision = f" at {provenance['revision']}" if provenance.get("revision") else ""
-    return _facts({"source": f"{provenance.get('source', '')}{revision}", "made with": tools})
+    facts = _facts({"source": f"{provenance.get('source', '')}{revision}", "made with": tools})
+    return "\n".join([facts, *(f"note: {text}" for text in provenance.get("notices", []))])
 
 
 def _files(bundle: "Bundle") -> str:

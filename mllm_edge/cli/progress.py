@@ -30,6 +30,10 @@ class StageLines:
         """Some of the current stage is done."""
         self._check()
 
+    def notice(self, text: str) -> None:
+        """The user should know `text`."""
+        note(f"note: {text}")
+
     def close(self) -> None:
         """The current stage is over, done or not."""
 
@@ -64,6 +68,14 @@ class StageBars:
         if self._bar is not None:
             self._bar.update(amount)
         self._check()
+
+    def notice(self, text: str) -> None:
+        """The user should know `text`: on lines of its own, the stage goes on below."""
+        if self._open:
+            note()
+        note(f"note: {text}")
+        if self._bar is not None:
+            self._bar.render_progress()
 
     def close(self) -> None:
         """The current stage is over, done or not."""

@@ -47,7 +47,8 @@ _OTHER_FILES = 16 << 20  # bytes; room for tokenizer and graphs in the estimate
 @dataclass(frozen=True)
 class ExportReport:
     """What an export did, or (dry run) would do. `components` maps names to bytes of weights, embeddings included;
-    `float32_operators` are those of half-precision graphs that half precision would have overflowed in."""
+    `float32_operators` are those of half-precision graphs that half precision would have overflowed in; `notices` say
+    what the user should know of how the checkpoint was read."""
 
     source: str
     adapters: tuple[str, ...]
@@ -61,6 +62,7 @@ class ExportReport:
     nbytes: int
     dry_run: bool
     float32_operators: Float32Operators = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -94,7 +96,7 @@ def export(
     if not dry_run:
         check_out(out, force)
     progress.stage("reading the checkpoint")
-    source = open_source(model, revision, adapters)
+    source = open_source(model, revision, adapters, progress.notice)
     family = family_for(source)
     weights = source.weights()
     plan: Plan = family.plan(source, weights)
@@ -114,6 +116,7 @@ def export(
         parity={},
         nbytes=sum(sizes.values()),
         dry_run=dry_run,
+        notices=tuple(source.notices),
     )
     if dry_run:
         return report
@@ -125,10 +128,18 @@ def export(
                 manifest = keep_in_range(folder, manifest, progress=progress)
             parity = job.verify(folder, manifest, whole=whole)
             manifest = replace(manifest, parity=parity)
+        # The comparison reads files, too.
+        manifest = replace(manifest, provenance={**manifest.provenance, "notices": list(source.notices)})
         write_manifest(folder, manifest)
     nbytes = sum(entry.nbytes for entry in manifest.files.values())
     operators = manifest.recipe.get(KEY, {})
-    return replace(report, parity=manifest.parity, nbytes=nbytes, float32_operators=operators)
+    return replace(
+        report,
+        parity=manifest.parity,
+        nbytes=nbytes,
+        float32_operators=operators,
+        notices=tuple(source.notices),
+    )
 
 
 class _Job:
@@ -325,5 +336,6 @@ def _provenance(source: Source) -> dict[str, Any]:
         "source": Path(source.name).resolve().name if local else source.name,
         "revision": source.revision,
         "adapters": [adapter.provenance() for adapter in source.adapters],
+        "notices": list(source.notices),
         "tools": {"python": platform.python_version(), **tools},
     }

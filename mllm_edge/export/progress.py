@@ -16,6 +16,10 @@ class Progress(Protocol):
         """Some of the current stage is done."""
         ...
 
+    def notice(self, text: str) -> None:
+        """The user should know `text`."""
+        ...
+
 
 class Silent:
     """Reports nothing."""
@@ -23,3 +27,5 @@ class Silent:
     def stage(self, title: str, total: int = 0) -> None: ...
 
     def advance(self, amount: int) -> None: ...
+
+    def notice(self, text: str) -> None: ...

@@ -2,13 +2,14 @@
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mllm_edge.errors import ConfigError, SourceError
 from mllm_edge.export.adapters import Adapter, merge, open_adapter, skeleton
+from mllm_edge.export.checkpoint.notices import Notices
 from mllm_edge.export.safetensors import Weights, open_weights
 
 __all__ = ["ConfigReader", "Source", "load_config", "model_readers", "nearest", "open_source", "read_json"]
@@ -43,13 +44,15 @@ _INERT = {
 @dataclass(frozen=True)
 class Source:
     """A checkpoint on disk. `name` is what the user typed, `revision` the hub's commit (None for a local directory);
-    `adapters` are merged into the weights in their order."""
+    `adapters` are merged into the weights in their order; whoever reads a file adds to `notices` what the user should
+    know about it."""
 
     name: str
     folder: Path
     revision: str | None
     config: Mapping[str, Any]
     adapters: tuple[Adapter, ...] = ()
+    notices: Notices = field(default_factory=Notices, compare=False)
 
     @property
     def model_type(self) -> str:
@@ -68,9 +71,14 @@ class Source:
         return read_json(path) if path.is_file() else {}
 
 
-def open_source(model: str, revision: str | None = None, adapters: Sequence[str | Path] = ()) -> Source:
+def open_source(
+    model: str,
+    revision: str | None = None,
+    adapters: Sequence[str | Path] = (),
+    tell: Callable[[str], None] = lambda text: None,
+) -> Source:
     """A local directory with config.json, or else a hub id `owner/name` (downloaded into the hub's own cache), and
-    directories of LoRA adapters.
+    directories of LoRA adapters. `tell` hears the source's notices as they come.
 
     Raises SourceError when one of them cannot be had, ConfigError for an adapter that cannot be merged.
     """
@@ -80,7 +88,7 @@ def open_source(model: str, revision: str | None = None, adapters: Sequence[str 
     if not (folder / "config.json").is_file():
         raise SourceError(f"{folder}: no config.json here", "name a transformers checkpoint directory or a hub id")
     opened = tuple(open_adapter(adapter) for adapter in adapters)
-    return Source(model, folder, revision, read_json(folder / "config.json"), opened)
+    return Source(model, folder, revision, read_json(folder / "config.json"), opened, Notices(tell))
 
 
 def nearest(word: str, known: list[str]) -> str:

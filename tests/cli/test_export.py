@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from click.testing import Result
@@ -15,7 +16,9 @@ from mllm_edge.bundle import Bundle
 from mllm_edge.calibration.recipes import RECIPES
 from mllm_edge.cli import export as verb
 from mllm_edge.cli.signals import Interrupted, interruptible
+from mllm_edge.export import pipeline
 from mllm_edge.export.pipeline import TARGETS
+from mllm_edge.export.source import Source
 
 Cli = Callable[..., Result]
 
@@ -62,6 +65,26 @@ def test_json(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert report["nbytes"] == Bundle.load(out).nbytes
     assert report["seconds"] > 0
     assert "bundle" not in result.stderr
+
+
+def test_notices_of_the_reading_are_told_once_and_kept(
+    cli: Cli, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "a.json and b.json differ in x: a.json's is taken"
+    family_for = pipeline.family_for
+
+    def reader(source: Source) -> ModuleType:
+        source.notices.add(text)
+        source.notices.add(text)
+        return family_for(source)
+
+    monkeypatch.setattr(pipeline, "family_for", reader)
+    out = tmp_path / "bundle"
+    result = cli("export", tiny_checkpoint, out, "--recipe", "fp32", "--verify", "off", "--json")
+    assert result.stderr.splitlines().count(f"note: {text}") == 1
+    assert json.loads(result.stdout)["notices"] == [text]
+    assert Bundle.load(out).manifest.provenance["notices"] == [text]
+    assert f"note: {text}" in cli("inspect", out).stdout
 
 
 def test_dry_run_writes_nothing(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:
