@@ -205,7 +205,8 @@ class ImagePrompt:
     placeholder tokens, `{row}` and `{col}` for 1-based tile coordinates. (Cells of patches count as tiles.)
 
     An image with grid (0, 0) becomes `single`; with grid (R, C) it becomes `begin`, then, row by row, C times `tile`
-    followed by `row_end`, and at the end `overview`.
+    followed by `row_end`, and at the end `overview`. `inline`: what a chat template for plain text gets in a message
+    for an image, `{image}` being one placeholder.
     """
 
     token: str
@@ -216,6 +217,7 @@ class ImagePrompt:
     row_end: str = ""
     overview: str = ""
     begin: str = ""
+    inline: str = "{image}"
 
 
 @dataclass(frozen=True)
@@ -367,14 +369,34 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
+class GenerationDefaults:
+    """What the checkpoint's own generation settings ask for, named as in transformers' GenerationConfig. Applied where
+    a call does not say otherwise; `top_k`, `top_p` and `min_p` only to drawn answers."""
+
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    min_new_tokens: int = 0
+    min_length: int = 0
+    max_new_tokens: int | None = None
+    stop_strings: tuple[str, ...] = ()
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+
+@dataclass(frozen=True)
 class GenerationSpec:
-    """generation.json: stop ids and the sampling defaults of the checkpoint."""
+    """generation.json: stop ids, special tokens by name, and the checkpoint's own generation settings."""
 
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None = None
     pad_token_id: int | None = None
     add_special_tokens: bool = True
     special_tokens: Mapping[str, str] = field(default_factory=dict)
+    defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
 
 
 # ---------------------------------------------------------------- bundle

@@ -28,7 +28,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from mllm_edge.export.reference import without_video
+from mllm_edge.export.checkpoint.processing import for_images
 
 __all__ = [
     "LLAVA_TEMPLATE",
@@ -283,7 +283,7 @@ def save_tiny_qwen2_vl(
     sides = {"patch_size": tower.patch_size, "merge_size": tower.spatial_merge_size}
     frames = {"temporal_patch_size": tower.temporal_patch_size}
     bounds = {"min_pixels": 4 * 16**2, "max_pixels": 64 * 16**2}
-    processor = without_video(Qwen2VLProcessor)(
+    processor = for_images(Qwen2VLProcessor)(
         Qwen2VLImageProcessorPil(**{**sides, **frames, **bounds, **(image_settings or {})}),
         tokenizer,
         chat_template=template,

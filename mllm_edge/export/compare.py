@@ -43,7 +43,7 @@ def compare_with_source(
         expected, found = [], []
         for case in chosen:
             prompt = vlm.processor.process(case.prompt, case.images)
-            result = run(prompt.text, case.images)
+            result = run(case.prompt, case.images, prompt.text)
             expected.append(
                 Outputs(
                     result["input_ids"],

@@ -26,7 +26,6 @@ from mllm_edge.export.progress import Progress, Silent
 from mllm_edge.export.safetensors import Weights
 from mllm_edge.export.source import Source, open_source
 from mllm_edge.export.targets import TARGETS, Form, forms
-from mllm_edge.export.tokenizers import load_tokenizer
 from mllm_edge.export.tokens import check_generation
 from mllm_edge.export.trace import lower, trace
 from mllm_edge.export.verify import Scope, verify
@@ -100,7 +99,7 @@ def export(
     family = family_for(source)
     weights = source.weights()
     plan: Plan = family.plan(source, weights)
-    check_generation(source, plan.generation, plan.model)
+    check_generation(source, plan.texts.generation, plan.model)
     job = _Job(source, plan, weights, chosen, wanted, progress)
     sizes = job.plan_sizes()
     _require_all_used(source, plan, weights)
@@ -309,13 +308,10 @@ class _Job:
             yield self._weights.rows(name, start, min(start + _ROWS, rows))
 
     def _write_texts(self, folder: Path) -> None:
-        stored = self._source.folder / "tokenizer.json"
-        if stored.is_file():
-            shutil.copyfile(stored, folder / TOKENIZER)
-        else:
-            load_tokenizer(self._source).save(str(folder / TOKENIZER))
-        (folder / CHAT_TEMPLATE).write_text(self._plan.chat_template, encoding="utf-8")
-        (folder / GENERATION).write_text(json.dumps(to_json(self._plan.generation), indent=1) + "\n", encoding="utf-8")
+        texts = self._plan.texts
+        texts.tokenizer.save(str(folder / TOKENIZER))
+        (folder / CHAT_TEMPLATE).write_text(texts.chat_template, encoding="utf-8")
+        (folder / GENERATION).write_text(json.dumps(to_json(texts.generation), indent=1) + "\n", encoding="utf-8")
 
 
 def _require_all_used(source: Source, plan: Plan, weights: Weights) -> None:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mllm_edge.export.checkpoint.texts import Texts
 from mllm_edge.export.decoder.spec import DecoderSpec
-from mllm_edge.spec import GenerationSpec, ModelSpec, TensorSpec
+from mllm_edge.spec import ModelSpec, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +40,5 @@ class Plan:
     decoder: DecoderSpec
     traced: tuple[TracedComponent, ...]
     embedding: str
-    generation: GenerationSpec
-    chat_template: str
+    texts: Texts
     ignored: tuple[str, ...] = ()

@@ -8,7 +8,7 @@ from typing import Any
 
 from mllm_edge.export.source import Source
 
-__all__ = ["adapted", "forget_prompts", "load_reference", "quiet_transformers", "without_video"]
+__all__ = ["adapted", "forget_prompts", "load_reference", "quiet_transformers"]
 
 _OWN_MERGE = "the reference's adapters were merged by mllm-edge, too: pip install peft lets PEFT do it"
 
@@ -48,18 +48,6 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def without_video(processor: Any) -> Any:
-    """A processor class of transformers that takes images and text only: the part for video needs torchvision."""
-
-    class ForImages(processor):
-        # transformers reads the names of the parts from this signature.
-        def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None):
-            super().__init__(image_processor, tokenizer, chat_template=chat_template)
-
-    ForImages.__name__ = processor.__name__
-    return ForImages
 
 
 def adapted(model: Any, source: Source) -> tuple[Any, tuple[str, ...]]:

@@ -125,8 +125,8 @@ def test_files_that_contradict_each_other(
 
 def test_special_token_missing_from_the_vocabulary(checkpoint: Path) -> None:
     path = checkpoint / "tokenizer.json"
-    path.write_text(path.read_text().replace("<global-img>", "<other>"))
-    assert_fails(checkpoint, ConfigError, "<global-img>", "tokenizer.json")
+    path.write_text(path.read_text().replace("<image>", "<other>"))
+    assert_fails(checkpoint, ConfigError, "<image>", "tokenizer.json")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model.safetensors"])

@@ -104,7 +104,10 @@ def test_image_processor(checkpoint: Path, change: Callable[[dict[str, Any]], An
 
 
 def test_image_processor_in_a_file_of_its_own(checkpoint: Path) -> None:
-    stated = json.loads((checkpoint / "processor_config.json").read_text())["image_processor"]
+    path = checkpoint / "processor_config.json"
+    settings = json.loads(path.read_text())
+    stated = settings.pop("image_processor")
+    path.write_text(json.dumps(settings))
     (checkpoint / "preprocessor_config.json").write_text(json.dumps({**stated, "merge_size": 3}))
     assert_fails(checkpoint, ConfigError, "merge_size is 3, the vision tower's 2", "preprocessor_config.json")
 

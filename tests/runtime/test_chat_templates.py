@@ -215,7 +215,7 @@ def test_named_templates_without_a_default(tmp_path: Path) -> None:
 
 
 def test_named_special_tokens_of_the_model(tmp_path: Path) -> None:
-    extra = {"image_token": "<image>", "boi_token": {"content": "<global-img>"}}
+    extra = {"image_token": "<image>", "boi_token": {"__type": "AddedToken", "content": "<global-img>"}}
     template = "{{ image_token }}{{ boi_token }}{{ unk_token is defined }}"
     files = {"tokenizer_config__json": {"chat_template": template, "extra_special_tokens": {"image_token": "<image>"}}}
     assert _check(_checkpoint(tmp_path / "a", **files)) == "<image>False"
@@ -251,7 +251,7 @@ def test_every_family_has_a_template_of_its_own(tmp_path: Path, module: str) -> 
     source = open_source(str(tmp_path))
     weights = source.weights()
     plan = family_for(source).plan(source, weights)
-    template = ChatTemplate(plan.chat_template, plan.generation.special_tokens)
+    template = ChatTemplate(plan.texts.chat_template, plan.texts.generation.special_tokens)
     assert plan.model.image is not None
     token = plan.model.image.prompt.token
     assert template.render(CONVERSATIONS["pictures"]).count(token) == 3

@@ -6,14 +6,23 @@ as the last tile; in the prompt each tile is announced by its row and column. Wi
 
 from collections.abc import Mapping
 from typing import Any
+from unittest.mock import patch
 
 from mllm_edge.errors import ConfigError
+from mllm_edge.export.checkpoint.chat import chat_template
+from mllm_edge.export.checkpoint.processing import (
+    processor_class,
+    read_image_processor,
+    read_processor,
+    read_tokenizer,
+)
+from mllm_edge.export.checkpoint.texts import read_texts
 from mllm_edge.export.decoder.llama import llama_spec
-from mllm_edge.export.images import constructor_arguments, image_settings, resample_name, value_transforms
+from mllm_edge.export.images import resample_name, value_transforms
 from mllm_edge.export.plan import Plan, TracedComponent
 from mllm_edge.export.safetensors import Weights
 from mllm_edge.export.source import ConfigReader, Source, load_config, model_readers
-from mllm_edge.export.tokens import chat_template, check_vocabulary, generation_spec
+from mllm_edge.export.tokens import check_vocabulary
 from mllm_edge.spec import (
     EmbeddingSpec,
     ImagePrompt,
@@ -37,20 +46,9 @@ SUMMARY = {
 
 _TEXT, _VISION, _CONNECTOR = "model.text_model", "model.vision_model.", "model.connector."
 _POSITIONS = f"{_VISION}embeddings.position_embedding.weight"
-_FAKE, _IMAGE, _GLOBAL = "<fake_token_around_image>", "<image>", "<global-img>"
 _SIDE_LIMIT = 4096  # px; the processor's absolute maximum
-_SETTINGS = (
-    "do_convert_rgb",
-    "do_image_splitting",
-    "do_normalize",
-    "do_rescale",
-    "do_resize",
-    "image_mean",
-    "image_std",
-    "max_image_size",
-    "resample",
-    "size",
-)
+_PROCESSORS = ("Idefics3ImageProcessor", "SmolVLMImageProcessor")
+_CLASS = {"idefics3": "Idefics3Processor", "smolvlm": "SmolVLMProcessor"}
 _TEMPLATE = (
     "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
     "{{ ':' if message['content'][0]['type'] == 'image' else ': ' }}"
@@ -66,12 +64,13 @@ def plan(source: Source, weights: Weights) -> Plan:
     image_token_id, scale = top.take("image_token_id"), top.take("scale_factor")
     decoder = llama_spec(text, weights, _TEXT, tied=bool(top.take("tie_word_embeddings", False)))
     context = text.take("max_position_embeddings")
-    tower = _tower(vision, _tile(source))
+    processor = load_processor(source)
+    tower = _tower(vision, _longest_edge(processor.image_processor, "max_image_size"))
     for reader in (top, text, vision):
         reader.finish()
-    tokens = _tokens_per_tile(source, tower.patches, scale)
-    image = _image_spec(source, tower, tokens, image_token_id)
-    check_vocabulary(source, {_IMAGE: image_token_id}, (_FAKE, _GLOBAL), decoder.vocab_size)
+    tokens = _tokens_per_tile(processor, tower.patches, scale)
+    image = _image_spec(processor, tower, tokens, image_token_id)
+    check_vocabulary(source, {image.prompt.token: image_token_id}, (), decoder.vocab_size)
     model = ModelSpec(
         family="smolvlm" if source.model_type == "smolvlm" else "idefics3",
         model_type=source.model_type,
@@ -89,32 +88,27 @@ def plan(source: Source, weights: Weights) -> Plan:
         decoder=decoder,
         traced=_traced(tower, scale, tokens, decoder.hidden_size, weights),
         embedding=f"{_TEXT}.embed_tokens.weight",
-        generation=generation_spec(source, config.text_config.to_dict()),
-        chat_template=chat_template(source, _TEMPLATE),
+        texts=read_texts(source, processor, config.text_config.to_dict()),
         ignored=tuple(n for n in weights if n.endswith("rotary_emb.inv_freq")),
     )
 
 
 def load_processor(source: Source) -> Any:
-    """Idefics3Processor over the Pillow image processor.
+    """What transformers loads from the folder: Idefics3Processor or SmolVLMProcessor, for images and text."""
+    from transformers import Idefics3Processor
+    from transformers.models.smolvlm import processing_smolvlm
 
-    SmolVLM's own class does the same to images and text and needs two packages more (for video), so it is not used.
-    """
-    from transformers import AutoTokenizer
-    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
-    from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
-
-    image_processor = Idefics3ImageProcessorPil(**constructor_arguments(image_settings(source)))
-    stated = source.json("processor_config.json").get("image_seq_len")
-    vision = source.config["vision_config"]
-    patches = image_processor.max_image_size["longest_edge"] // vision.get("patch_size", 32)
-    tokens = stated or (patches // source.config.get("scale_factor", 2)) ** 2
-    return Idefics3Processor(
-        image_processor,
-        AutoTokenizer.from_pretrained(source.folder),
-        image_seq_len=tokens,
-        chat_template=chat_template(source, _TEMPLATE),
-    )
+    classes = {cls.__name__: cls for cls in (Idefics3Processor, processing_smolvlm.SmolVLMProcessor)}
+    chosen = classes[processor_class(source, _CLASS[source.model_type], classes)]
+    image_processor, tokenizer = read_image_processor(source, _PROCESSORS), read_tokenizer(source)
+    vision = source.config.get("vision_config") or {}
+    patches = image_processor.max_image_size["longest_edge"] // (vision.get("patch_size") or 32)
+    tokens = (patches // (source.config.get("scale_factor") or 2)) ** 2
+    # The package num2words, which spells the number of a video's frames, is asked for even where there is no video.
+    with patch.object(processing_smolvlm, "num2words", processing_smolvlm.num2words or str):
+        processor = read_processor(source, chosen, image_processor, tokenizer, image_seq_len=tokens)
+    processor.chat_template = chat_template(source, _TEMPLATE, tokenizer)
+    return processor
 
 
 def image_features(model: Any, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -156,7 +150,10 @@ def _tower(vision: ConfigReader, tile: int) -> Any:
         )
     hidden, heads = vision.take("hidden_size"), vision.take("num_attention_heads")
     if hidden % heads:
-        raise ConfigError(f"vision_config: hidden_size {hidden} is no multiple of num_attention_heads {heads}", "")
+        raise ConfigError(
+            f"vision_config: hidden_size {hidden} is no multiple of num_attention_heads {heads}",
+            "use the config.json that belongs to these weights",
+        )
     return SiglipConfig(
         hidden_size=hidden,
         intermediate_size=vision.take("intermediate_size"),
@@ -199,59 +196,52 @@ def _traced(
     return encoder, connector
 
 
-def _processor(source: Source) -> Mapping[str, Any]:
-    """The image processor's settings: class defaults, overridden by the checkpoint's."""
-    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil as Defaults
-
-    settings = image_settings(source)
-    stated = {name: settings.get(name, getattr(Defaults, name)) for name in _SETTINGS}
-    return {**stated, "rescale_factor": settings.get("rescale_factor", 1 / 255)}
+def _longest_edge(settings: Any, key: str) -> int:
+    value = dict(getattr(settings, key) or {})
+    if not isinstance(value.get("longest_edge"), int) or value["longest_edge"] <= 0:
+        raise ConfigError(f"preprocessor_config.json: {key} = {value!r}", 'expected {"longest_edge": pixels}')
+    return value["longest_edge"]
 
 
-def _tile(source: Source) -> int:
-    return _longest_edge(_processor(source), "max_image_size")
-
-
-def _longest_edge(settings: Mapping[str, Any], key: str) -> int:
-    value = settings[key].get("longest_edge") if isinstance(settings[key], Mapping) else None
-    if not isinstance(value, int) or value <= 0:
-        raise ConfigError(f"preprocessor_config.json: {key} = {settings[key]!r}", 'expected {"longest_edge": pixels}')
-    return value
-
-
-def _tokens_per_tile(source: Source, patches: int, scale: int) -> int:
+def _tokens_per_tile(processor: Any, patches: int, scale: int) -> int:
     if patches % scale:
-        raise ConfigError(f"scale_factor {scale} does not divide the {patches} patches of a tile's side", "")
-    tokens = (patches // scale) ** 2
-    stated = source.json("processor_config.json").get("image_seq_len", tokens)
-    if stated != tokens:
         raise ConfigError(
-            f"processor_config.json: image_seq_len = {stated}, but the model makes {tokens} tokens of a tile",
+            f"scale_factor {scale} does not divide the {patches} patches of a tile's side",
+            "use the config.json that belongs to these weights",
+        )
+    tokens = (patches // scale) ** 2
+    if processor.image_seq_len != tokens:
+        raise ConfigError(
+            f"processor_config.json: image_seq_len = {processor.image_seq_len}, but the model makes {tokens} tokens of "
+            "a tile",
             "use the processor files that belong to this model",
         )
     return tokens
 
 
-def _image_spec(source: Source, tower: Any, tokens: int, token_id: int) -> ImageSpec:
-    settings = _processor(source)
-    if not settings["do_convert_rgb"]:
+def _image_spec(processor: Any, tower: Any, tokens: int, token_id: int) -> ImageSpec:
+    settings = processor.image_processor
+    if not settings.do_convert_rgb:
         raise ConfigError("preprocessor_config.json: do_convert_rgb = False", "only true is supported")
-    resample = resample_name(settings["resample"])
+    resample = resample_name(settings.resample)
     transforms: list[Transform] = []
-    if settings["do_resize"]:
+    if settings.do_resize:
         transforms.append(ResizeLongestEdge(_longest_edge(settings, "size"), resample, _SIDE_LIMIT))
-    if settings["do_image_splitting"]:
+    if settings.do_image_splitting:
         transforms += [ResizeToMultiple(tower.tile, resample), SplitTiles(tower.tile, resample)]
     else:
         transforms.append(Resize(tower.tile, tower.tile, resample))
     transforms += value_transforms(settings)
+    # Words that are not in the vocabulary are text like any other, as in the first Idefics3.
+    fake = processor.fake_image_token
+    whole = getattr(processor, "global_image_tag", None) or processor.global_image_token
     prompt = ImagePrompt(
-        token=_IMAGE,
+        token=processor.image_token,
         token_id=token_id,
         tokens_per_tile=tokens,
-        single=f"{_FAKE}{_GLOBAL}{{image}}{_FAKE}",
-        tile=f"{_FAKE}<row_{{row}}_col_{{col}}>{{image}}",
+        single=f"{fake}{whole}{{image}}{fake}",
+        tile=f"{fake}<row_{{row}}_col_{{col}}>{{image}}",
         row_end="\n",
-        overview=f"\n{_FAKE}{_GLOBAL}{{image}}{_FAKE}",
+        overview=f"\n{fake}{whole}{{image}}{fake}",
     )
     return ImageSpec(tuple(transforms), prompt, tower.tile, tower.tile, tower.channels)

@@ -12,19 +12,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mllm_edge.errors import ConfigError
+from mllm_edge.export.checkpoint.chat import chat_template
+from mllm_edge.export.checkpoint.processing import (
+    for_images,
+    processor_class,
+    read_image_processor,
+    read_processor,
+    read_tokenizer,
+)
+from mllm_edge.export.checkpoint.texts import Texts, read_texts
 from mllm_edge.export.decoder.internlm2 import internlm2_spec
 from mllm_edge.export.decoder.llama import llama_spec
 from mllm_edge.export.decoder.spec import DecoderSpec
 from mllm_edge.export.families.internvl_layouts import Checkpoint, Names, cut_vision_qkv, read_checkpoint
-from mllm_edge.export.images import constructor_arguments, resample_name, value_transforms
+from mllm_edge.export.images import resample_name, value_transforms
 from mllm_edge.export.plan import Plan, TracedComponent
 from mllm_edge.export.reference import load_reference
 from mllm_edge.export.safetensors import Weights
 from mllm_edge.export.source import ConfigReader, Source, model_readers
-from mllm_edge.export.tokens import chat_template, check_vocabulary, generation_spec, vocabulary
+from mllm_edge.export.tokens import check_vocabulary, vocabulary
 from mllm_edge.spec import (
     EmbeddingSpec,
-    GenerationSpec,
     ImagePrompt,
     ImageSpec,
     ModelSpec,
@@ -66,8 +74,10 @@ def plan(source: Source, weights: Weights) -> Plan:
     top.take("image_seq_length")  # of the processor, which states it again
     for reader in (top, text, vision):
         reader.finish()
-    image = _image_spec(checkpoint, tower.tile, tokens, image_token_id)
     start, context_token, end = checkpoint.image_tokens
+    check_vocabulary(source, {}, checkpoint.image_tokens, decoder.vocab_size)
+    processor = _load_processor(checkpoint)
+    image = _image_spec(checkpoint, processor, tower.tile, tokens, image_token_id)
     check_vocabulary(source, {context_token: image_token_id}, (start, end), decoder.vocab_size)
     embedding = checkpoint.names.stored(_EMBEDDING)
     model = ModelSpec(
@@ -87,43 +97,55 @@ def plan(source: Source, weights: Weights) -> Plan:
         decoder=decoder,
         traced=traced,
         embedding=embedding,
-        generation=_generation(checkpoint),
-        chat_template=_template(checkpoint),
+        texts=_texts(checkpoint, processor),
         ignored=_ignored(checkpoint, tower, weights),
     )
 
 
 def load_processor(source: Source) -> Any:
-    """InternVLProcessor over the Pillow image processor, without the one for videos, which needs torchvision."""
-    from transformers import AutoTokenizer, InternVLProcessor, PreTrainedTokenizerFast
+    """What transformers loads from the folder: InternVLProcessor, for images and text. Of the original layout, which
+    transformers does not know, the same class with what the original code has built in."""
+    return _load_processor(read_checkpoint(source, source.weights()))
+
+
+def _load_processor(checkpoint: Checkpoint) -> Any:
+    from transformers import InternVLProcessor, PreTrainedTokenizerFast
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-    checkpoint = read_checkpoint(source, source.weights())
-    start, context, end = checkpoint.image_tokens
+    source = checkpoint.source
+    if not checkpoint.original:
+        processor_class(source, "InternVLProcessor", ("InternVLProcessor",))
+        image_processor, tokenizer = read_image_processor(source, ("GotOcr2ImageProcessor",)), read_tokenizer(source)
+        if not hasattr(tokenizer, "context_image_token"):
+            tokenizer = read_tokenizer(source, extra_special_tokens=_names(checkpoint))
+        processor = read_processor(source, InternVLProcessor, image_processor, tokenizer)
+        processor.chat_template = _template(checkpoint, tokenizer)
+        return processor
 
     class ImageProcessor(GotOcr2ImageProcessorPil):
         def crop_image_to_patches(self, *args: Any, **kwargs: Any) -> Any:
             return super().crop_image_to_patches(*args, **{**kwargs, "use_thumbnail": checkpoint.overview})
 
-    class Processor(InternVLProcessor):
-        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-            checked = argument_name != "video_processor"
-            return super().check_argument_for_proper_class(argument_name, argument) if checked else None
+    # A checkpoint may name a tokenizer class of its own code; tokenizer.json is the same without it.
+    tokenizer = read_tokenizer(source, PreTrainedTokenizerFast, extra_special_tokens=_names(checkpoint))
+    processor = for_images(InternVLProcessor)(
+        ImageProcessor(**checkpoint.images),
+        tokenizer,
+        None,
+        image_seq_length=_tokens_per_tile(checkpoint.config),
+    )
+    processor.chat_template = _template(checkpoint, tokenizer)
+    return processor
 
-    # The original layout may name a tokenizer class of its own code; tokenizer.json is the same without it.
-    tokenizer_class = PreTrainedTokenizerFast if checkpoint.original else AutoTokenizer
-    names = {
+
+def _names(checkpoint: Checkpoint) -> dict[str, str]:
+    start, context, end = checkpoint.image_tokens
+    return {
         "start_image_token": start,
         "end_image_token": end,
         "context_image_token": context,
         "video_token": "<video>",
     }
-    return Processor(
-        ImageProcessor(**constructor_arguments(checkpoint.images)),
-        tokenizer_class.from_pretrained(source.folder, extra_special_tokens=names),
-        image_seq_length=_tokens_per_tile(checkpoint.config),
-        chat_template=_template(checkpoint),
-    )
 
 
 def load_model(source: Source, decoder_layers: int | None = None) -> Any:
@@ -168,21 +190,21 @@ def _decoder(checkpoint: Checkpoint, text: ConfigReader, weights: Weights, tied:
     return llama_spec(text, weights, prefix, False, checkpoint.config.text_config.model_type, head)
 
 
-def _generation(checkpoint: Checkpoint) -> GenerationSpec:
+def _texts(checkpoint: Checkpoint, processor: Any) -> Texts:
     """With the token that ends a turn, which the original code knows by the prompt's form alone."""
-    generation = generation_spec(checkpoint.source, checkpoint.config.text_config.to_dict())
-    number = vocabulary(checkpoint.source).get(checkpoint.stop or "")
+    texts = read_texts(checkpoint.source, processor, checkpoint.config.text_config.to_dict())
+    number, generation = vocabulary(checkpoint.source).get(checkpoint.stop or ""), texts.generation
     if number is None or number in generation.eos_token_ids:
-        return generation
-    return replace(generation, eos_token_ids=(*generation.eos_token_ids, number))
+        return texts
+    return replace(texts, generation=replace(generation, eos_token_ids=(*generation.eos_token_ids, number)))
 
 
-def _template(checkpoint: Checkpoint) -> str:
+def _template(checkpoint: Checkpoint, tokenizer: Any) -> str:
     """What the original code would build comes before the tokenizer's template, which is often the bare decoder's."""
     folder, known = checkpoint.source.folder, checkpoint.template or ""
     if checkpoint.original and known and not (folder / "chat_template.jinja").is_file():
         return known
-    template = chat_template(checkpoint.source, known)
+    template = chat_template(checkpoint.source, known, tokenizer)
     if not template:
         raise ConfigError(
             f"{folder}: no chat template, and config.json names none that is known here",
@@ -331,10 +353,14 @@ def _tokens_per_tile(config: Any) -> int:
     return int(size // patch * config.downsample_ratio) ** 2
 
 
-def _image_spec(checkpoint: Checkpoint, tile: int, tokens: int, token_id: int) -> ImageSpec:
-    start, context, end = checkpoint.image_tokens
-    if not checkpoint.original:
-        _check_tokens(checkpoint.source, tokens)
+def _image_spec(checkpoint: Checkpoint, processor: Any, tile: int, tokens: int, token_id: int) -> ImageSpec:
+    start, context, end = processor.start_image_token, processor.image_token, processor.end_image_token
+    if processor.image_seq_length != tokens:
+        raise ConfigError(
+            f"{checkpoint.source.folder / 'processor_config.json'}: image_seq_length = {processor.image_seq_length} "
+            f"(256 if it is not given), but the model makes {tokens} tokens of a tile",
+            "use the processor files that belong to this model",
+        )
     overview = checkpoint.overview
     prompt = ImagePrompt(
         token=context,
@@ -345,29 +371,11 @@ def _image_spec(checkpoint: Checkpoint, tile: int, tokens: int, token_id: int) -
         tile="{image}",
         overview=f"{{image}}{end}" if overview else end,
     )
-    return ImageSpec(_transforms(checkpoint, tile), prompt, tile, tile)
+    return ImageSpec(_transforms(checkpoint, processor.image_processor, tile), prompt, tile, tile)
 
 
-def _check_tokens(source: Source, tokens: int) -> None:
-    stated = source.json("processor_config.json").get("image_seq_length", 256)
-    if stated != tokens:
-        raise ConfigError(
-            f"{source.folder / 'processor_config.json'}: image_seq_length = {stated} (256 if it is not given), but the "
-            f"model makes {tokens} tokens of a tile",
-            "use the processor files that belong to this model",
-        )
-
-
-def _transforms(checkpoint: Checkpoint, tile: int) -> tuple[Transform, ...]:
-    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
-
+def _transforms(checkpoint: Checkpoint, settings: Any, tile: int) -> tuple[Transform, ...]:
     where = checkpoint.source.folder
-    try:
-        settings: Any = GotOcr2ImageProcessorPil(**constructor_arguments(checkpoint.images))
-    except (TypeError, ValueError) as e:
-        raise ConfigError(
-            f"{where}: the image processor's settings are wrong ({e})", "use this model's own files"
-        ) from None
     for key in ("do_convert_rgb", "do_resize"):
         if not getattr(settings, key):
             raise ConfigError(f"{where}: the image processor's {key} = False", "only true is supported")
@@ -385,5 +393,4 @@ def _transforms(checkpoint: Checkpoint, tile: int) -> tuple[Transform, ...]:
     resample = resample_name(settings.resample)
     # transformers' processor always selects tiles, whatever crop_to_patches says.
     split = SelectTiles(tile, least, most, checkpoint.overview, resample) if most > 1 else Resize(tile, tile, resample)
-    names = ("do_rescale", "do_normalize", "image_mean", "image_std", "rescale_factor")
-    return (split, *value_transforms({name: getattr(settings, name) for name in names}))
+    return (split, *value_transforms(settings))

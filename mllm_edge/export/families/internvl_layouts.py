@@ -11,7 +11,6 @@ from typing import Any
 
 from mllm_edge.errors import ConfigError, WeightsError
 from mllm_edge.export.decoder.fused import cut_groups
-from mllm_edge.export.images import image_settings
 from mllm_edge.export.safetensors import Weights
 from mllm_edge.export.source import ConfigReader, Source, load_config
 from mllm_edge.export.tokens import vocabulary
@@ -26,7 +25,6 @@ _LLMS = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
-_IMAGE_PROCESSOR = "GotOcr2ImageProcessor"
 _START, _CONTEXT, _END = "<img>", "<IMG_CONTEXT>", "</img>"
 # What the original classes assume where config.json says nothing.
 _CHAT_DEFAULTS: Mapping[str, Any] = {
@@ -129,9 +127,10 @@ class Checkpoint:
     """A checkpoint of either layout.
 
     `source`: with the configuration as transformers would write it; `config`: that as an InternVLConfig. `images`: the
-    image processor's settings; `overview`: several tiles are followed by the whole image. `image_tokens`: the words
-    before an image, for each of its features, and after it. `template`: the chat template where the files hold none
-    (None: unknown); `stop`: a token that ends answers beside those that the files name.
+    image processor's settings that the original code has built in; `overview`: several tiles are followed by the whole
+    image. `image_tokens`: the words before an image, for each of its features, and after it. `template`: the chat
+    template where the files hold none (None: unknown); `stop`: a token that ends answers beside those that the files
+    name.
     """
 
     source: Source
@@ -170,12 +169,6 @@ def _transformers(source: Source, weights: Weights) -> Checkpoint:
         raise ConfigError(
             f"{source.folder / 'config.json'}: text_config.model_type = {kind!r}", f"supported: {', '.join(_DECODERS)}"
         )
-    settings = image_settings(source)
-    stated = str(settings.get("image_processor_type", _IMAGE_PROCESSOR))
-    if stated.removesuffix("Fast").removesuffix("Pil") != _IMAGE_PROCESSOR:
-        raise ConfigError(
-            f"{source.folder}: image processor {stated!r} is not supported", f"supported: {_IMAGE_PROCESSOR}"
-        )
     tokenizer = source.json("tokenizer_config.json")
     extra = tokenizer.get("extra_special_tokens")
     named = {**tokenizer, **(extra if isinstance(extra, Mapping) else {})}
@@ -190,7 +183,7 @@ def _transformers(source: Source, weights: Weights) -> Checkpoint:
             "the weights are not those of InternVLForConditionalGeneration, or a shard is missing",
         )
     template = _chatml("", "\n", context)
-    return Checkpoint(source, config, names, settings, True, (start, context, end), template)
+    return Checkpoint(source, config, names, {}, True, (start, context, end), template)
 
 
 # ---------------------------------------------------------------- the original layout

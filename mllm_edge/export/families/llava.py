@@ -11,13 +11,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mllm_edge.errors import ConfigError, WeightsError
+from mllm_edge.export.checkpoint.chat import chat_template
+from mllm_edge.export.checkpoint.processing import (
+    processor_class,
+    read_image_processor,
+    read_processor,
+    read_tokenizer,
+)
+from mllm_edge.export.checkpoint.texts import read_texts
 from mllm_edge.export.decoder.llama import llama_spec
 from mllm_edge.export.decoder.spec import DecoderSpec
-from mllm_edge.export.images import constructor_arguments, image_settings, resample_name, value_transforms
+from mllm_edge.export.images import resample_name, value_transforms
 from mllm_edge.export.plan import Plan, TracedComponent
 from mllm_edge.export.safetensors import Weights
 from mllm_edge.export.source import ConfigReader, Source, load_config, model_readers
-from mllm_edge.export.tokens import chat_template, check_vocabulary, generation_spec
+from mllm_edge.export.tokens import check_vocabulary
 from mllm_edge.spec import (
     CenterCrop,
     EmbeddingSpec,
@@ -41,13 +49,7 @@ MODEL_TYPES = ("llava",)
 _DECODERS = ("llama", "mistral", "qwen2")
 SUMMARY = {"decoders": list(_DECODERS), "examples": ["llava-hf/llava-1.5-7b-hf"]}
 _CLIP, _SIGLIP = "clip_vision_model", "siglip_vision_model"
-# Class of the image processor, as checkpoints of any age call it → module and class without torchvision.
-_PROCESSORS = {
-    "CLIPImageProcessor": ("clip.image_processing_pil_clip", "CLIPImageProcessorPil"),
-    "CLIPFeatureExtractor": ("clip.image_processing_pil_clip", "CLIPImageProcessorPil"),
-    "LlavaImageProcessor": ("llava.image_processing_pil_llava", "LlavaImageProcessorPil"),
-    "SiglipImageProcessor": ("siglip.image_processing_pil_siglip", "SiglipImageProcessorPil"),
-}
+_PROCESSORS = ("CLIPImageProcessor", "LlavaImageProcessor", "SiglipImageProcessor")
 # Vicuna's form, for checkpoints that come without a template: images first, then the text.
 _TEMPLATE = (
     "{% for message in messages %}"
@@ -101,7 +103,8 @@ def plan(source: Source, weights: Weights) -> Plan:
     top.take("image_seq_length")  # neither the reference's model nor its processor reads it
     for reader in (top, text, vision_reader):
         reader.finish()
-    image = _image_spec(source, vision, image_token_id)
+    processor = load_processor(source)
+    image = _image_spec(source, processor, vision, image_token_id)
     check_vocabulary(source, {image.prompt.token: image_token_id}, (), decoder.vocab_size)
     embedding = f"{names.text}.embed_tokens.weight"
     model = ModelSpec(
@@ -121,28 +124,30 @@ def plan(source: Source, weights: Weights) -> Plan:
         decoder=decoder,
         traced=traced,
         embedding=embedding,
-        generation=generation_spec(source, config.text_config.to_dict()),
-        chat_template=chat_template(source, _TEMPLATE),
+        texts=read_texts(source, processor, config.text_config.to_dict()),
         ignored=tuple(name for name in weights if _ignored(name, names, vision.config.layers)),
     )
 
 
 def load_processor(source: Source) -> Any:
-    """LlavaProcessor over the Pillow image processor that the checkpoint names; gaps are filled from the model."""
-    from transformers import AutoTokenizer, LlavaProcessor
+    """What transformers loads from the folder: LlavaProcessor over the image processor that the folder names; settings
+    that older files leave out are the model's."""
+    from transformers import LlavaProcessor
 
-    settings, config = source.json("processor_config.json"), _config(source)
-    clip = config.vision_config.model_type == _CLIP
-    return LlavaProcessor(
-        _image_processor(source),
-        AutoTokenizer.from_pretrained(source.folder),
-        patch_size=settings.get("patch_size") or config.vision_config.patch_size,
-        vision_feature_select_strategy=settings.get("vision_feature_select_strategy")
-        or config.vision_feature_select_strategy,
-        num_additional_image_tokens=settings.get("num_additional_image_tokens", int(clip)),
-        image_token=settings.get("image_token", "<image>"),
-        chat_template=chat_template(source, _TEMPLATE),
+    processor_class(source, "LlavaProcessor", ("LlavaProcessor",))
+    image_processor, tokenizer = read_image_processor(source, _PROCESSORS), read_tokenizer(source)
+    config = _config(source)
+    processor = read_processor(
+        source,
+        LlavaProcessor,
+        image_processor,
+        tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=int(config.vision_config.model_type == _CLIP),
     )
+    processor.chat_template = chat_template(source, _TEMPLATE, tokenizer)
+    return processor
 
 
 def image_features(model: Any, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -301,30 +306,9 @@ def _positions(vision: _Vision, names: _Names, weights: Weights) -> Callable[[],
 
 
 # ---------------------------------------------------------------- processor
-def _image_processor(source: Source) -> Any:
-    """The reference's image processor on Pillow, which also understands settings of older versions."""
-    import importlib
-
-    settings = image_settings(source)
-    stated = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "LlavaImageProcessor"
-    name = str(stated).removesuffix("Fast").removesuffix("Pil")
-    if name not in _PROCESSORS:
-        raise ConfigError(
-            f"{source.folder}: image processor {stated!r} is not supported", f"supported: {', '.join(_PROCESSORS)}"
-        )
-    module, cls = _PROCESSORS[name]
-    try:
-        return getattr(importlib.import_module(f"transformers.models.{module}"), cls)(**constructor_arguments(settings))
-    except (TypeError, ValueError) as e:
-        raise ConfigError(
-            f"{source.folder}: the image processor's settings are wrong ({e})", "use this model's own files"
-        ) from None
-
-
-def _image_spec(source: Source, vision: _Vision, token_id: int) -> ImageSpec:
-    settings = source.json("processor_config.json")
+def _image_spec(source: Source, processor: Any, vision: _Vision, token_id: int) -> ImageSpec:
     tile = vision.config.tile
-    transforms = _transforms(_image_processor(source), source)
+    transforms = _transforms(processor.image_processor, source)
     size = next((t for t in reversed(transforms) if isinstance(t, (CenterCrop, Resize))), None)
     if size is None or (size.height, size.width) != (tile, tile):
         made = "images of any size" if size is None else f"{size.height}×{size.width} px"
@@ -332,9 +316,8 @@ def _image_spec(source: Source, vision: _Vision, token_id: int) -> ImageSpec:
             f"{source.folder}: the image processor makes {made}, the vision tower takes {tile}×{tile} px",
             "use the preprocessor_config.json that belongs to this model",
         )
-    _check_tokens(source, settings, vision)
-    token = settings.get("image_token", "<image>")
-    return ImageSpec(transforms, ImagePrompt(token, token_id, vision.tokens, "{image}"), tile, tile)
+    _check_tokens(source, processor, vision)
+    return ImageSpec(transforms, ImagePrompt(processor.image_token, token_id, vision.tokens, "{image}"), tile, tile)
 
 
 def _transforms(processor: Any, source: Source) -> tuple[Transform, ...]:
@@ -355,16 +338,14 @@ def _transforms(processor: Any, source: Source) -> tuple[Transform, ...]:
         )
     if processor.do_center_crop:
         transforms.append(CenterCrop(crop.height, crop.width))
-    names = ("do_rescale", "do_normalize", "image_mean", "image_std", "rescale_factor")
-    return (*transforms, *value_transforms({name: getattr(processor, name) for name in names}))
+    return (*transforms, *value_transforms(processor))
 
 
-def _check_tokens(source: Source, settings: Mapping[str, Any], vision: _Vision) -> None:
+def _check_tokens(source: Source, processor: Any, vision: _Vision) -> None:
     """What the processor's file states must give the features' number; the reference fails otherwise, when it runs."""
-    tower, skip = vision.config, vision.taps.skip
-    strategy = settings.get("vision_feature_select_strategy") or ("default" if skip else "full")
-    patches = (tower.tile // (settings.get("patch_size") or tower.patch)) ** 2
-    tokens = patches + settings.get("num_additional_image_tokens", int(vision.kind == _CLIP)) - (strategy == "default")
+    patches = (vision.config.tile // processor.patch_size) ** 2
+    less = processor.vision_feature_select_strategy == "default"
+    tokens = patches + processor.num_additional_image_tokens - less
     if tokens != vision.tokens:
         raise ConfigError(
             f"{source.folder / 'processor_config.json'}: patch_size, num_additional_image_tokens and "

@@ -11,13 +11,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mllm_edge.errors import ConfigError, WeightsError
+from mllm_edge.export.checkpoint.chat import chat_template
+from mllm_edge.export.checkpoint.processing import (
+    processor_class,
+    read_image_processor,
+    read_processor,
+    read_tokenizer,
+)
+from mllm_edge.export.checkpoint.texts import read_texts
 from mllm_edge.export.decoder.llama import llama_spec
-from mllm_edge.export.images import constructor_arguments, image_settings, resample_name, value_transforms
+from mllm_edge.export.images import resample_name, value_transforms
 from mllm_edge.export.plan import Plan, TracedComponent
-from mllm_edge.export.reference import without_video
 from mllm_edge.export.safetensors import Weights
 from mllm_edge.export.source import ConfigReader, Source, load_config, model_readers
-from mllm_edge.export.tokens import chat_template, check_vocabulary, generation_spec
+from mllm_edge.export.tokens import check_vocabulary
 from mllm_edge.spec import (
     EmbeddingSpec,
     GridRope,
@@ -37,8 +44,7 @@ __all__ = ["MODEL_TYPES", "SUMMARY", "image_features", "load_processor", "plan"]
 MODEL_TYPES = ("qwen2_vl",)
 SUMMARY = {"decoders": ["qwen2"], "examples": ["Qwen/Qwen2-VL-2B-Instruct"]}
 
-_IMAGE, _START, _END = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"
-_PROCESSORS = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
+_START, _END = "<|vision_start|>", "<|vision_end|>"
 _MAX_RATIO = 200.0  # of an image's sides; fixed in the reference
 _NORM_EPS = 1e-6  # fixed in the reference
 # For checkpoints that come without a template: turns between <|im_start|> and <|im_end|>, a system message first.
@@ -89,8 +95,9 @@ def plan(source: Source, weights: Weights) -> Plan:
         top.take(unused)
     for reader in (top, text, vision_reader):
         reader.finish()
-    image = _image_spec(source, vision, image_token_id)
-    check_vocabulary(source, {_IMAGE: image_token_id}, (_START, _END), decoder.vocab_size)
+    processor = load_processor(source)
+    image = _image_spec(source, processor, vision, image_token_id)
+    check_vocabulary(source, {image.prompt.token: image_token_id}, (_START, _END), decoder.vocab_size)
     embedding = f"{names.text}.embed_tokens.weight"
     model = ModelSpec(
         family="qwen2_vl",
@@ -109,21 +116,20 @@ def plan(source: Source, weights: Weights) -> Plan:
         decoder=decoder,
         traced=_traced(vision, names, decoder.hidden_size, weights),
         embedding=embedding,
-        generation=generation_spec(source, config.text_config.to_dict()),
-        chat_template=chat_template(source, _TEMPLATE),
+        texts=read_texts(source, processor, config.text_config.to_dict()),
         ignored=tuple(name for name in weights if name.endswith("rotary_emb.inv_freq")),
     )
 
 
 def load_processor(source: Source) -> Any:
-    """Qwen2VLProcessor over the Pillow image processor, for images and text."""
-    from transformers import AutoTokenizer, Qwen2VLProcessor
+    """What transformers loads from the folder: Qwen2VLProcessor, for images and text."""
+    from transformers import Qwen2VLProcessor
 
-    return without_video(Qwen2VLProcessor)(
-        _image_processor(source),
-        AutoTokenizer.from_pretrained(source.folder),
-        chat_template=chat_template(source, _TEMPLATE),
-    )
+    processor_class(source, "Qwen2VLProcessor", ("Qwen2VLProcessor",))
+    image_processor, tokenizer = read_image_processor(source, ("Qwen2VLImageProcessor",)), read_tokenizer(source)
+    processor = read_processor(source, Qwen2VLProcessor, image_processor, tokenizer)
+    processor.chat_template = chat_template(source, _TEMPLATE, tokenizer)
+    return processor
 
 
 def image_features(model: Any, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -225,26 +231,8 @@ def _patch_embedding(vision: _Vision, names: _Names, weights: Weights) -> Callab
 
 
 # ---------------------------------------------------------------- processor
-def _image_processor(source: Source) -> Any:
-    """The reference's image processor on Pillow, which also understands settings of older versions."""
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    settings = image_settings(source)
-    stated = settings.get("image_processor_type") or _PROCESSORS[0]
-    if stated not in _PROCESSORS:
-        raise ConfigError(
-            f"{source.folder}: image processor {stated!r} is not supported", f"supported: {_PROCESSORS[0]}"
-        )
-    try:
-        return Qwen2VLImageProcessorPil(**constructor_arguments(settings))
-    except (AttributeError, TypeError, ValueError) as e:
-        raise ConfigError(
-            f"{source.folder}: the image processor's settings are wrong ({e})", "use this model's own files"
-        ) from None
-
-
-def _image_spec(source: Source, vision: _Vision, token_id: int) -> ImageSpec:
-    processor, patches = _image_processor(source), vision.patches
+def _image_spec(source: Source, loaded: Any, vision: _Vision, token_id: int) -> ImageSpec:
+    processor, patches = loaded.image_processor, vision.patches
     for key, value in (
         ("patch_size", patches.patch),
         ("merge_size", patches.merge),
@@ -261,13 +249,14 @@ def _image_spec(source: Source, vision: _Vision, token_id: int) -> ImageSpec:
             raise ConfigError(f"{source.folder}: the image processor's {key} is false", "only true is supported")
     side = patches.patch * patches.merge
     least, most = _bounds(source, processor)
-    names = ("do_rescale", "do_normalize", "image_mean", "image_std", "rescale_factor")
     transforms = (
         ResizeToPixels(side, least, most, resample_name(processor.resample), _MAX_RATIO),
-        *value_transforms({name: getattr(processor, name) for name in names}),
+        *value_transforms(processor),
         patches,
     )
-    prompt = ImagePrompt(_IMAGE, token_id, tokens_per_tile=1, single="{image}", tile="{image}")
+    prompt = ImagePrompt(
+        loaded.image_token, token_id, 1, single="{image}", tile="{image}", inline=f"{_START}{{image}}{_END}"
+    )
     return ImageSpec(transforms, prompt, side, side, vision.channels, (vision.rope,))
 
 
