@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from PIL import Image
 from mllm_edge.errors import BundleError, ImageError, PromptError
 from mllm_edge.runtime.grids import grid_positions
 from mllm_edge.runtime.image import ImageSource, load_image
+from mllm_edge.runtime.prompt.control_tokens import ControlTokens, Piece, encode_pieces
 from mllm_edge.runtime.tokenizer import ChatTemplate, Tokenizer
 from mllm_edge.runtime.transforms import ProcessedImage, apply_transforms, tile_grid
 from mllm_edge.spec import ImagePrompt, ImageSpec, ModelSpec
@@ -54,7 +55,8 @@ class Processor:
         self._tokenizer = tokenizer
         self._template = template
         self._placeholder = spec.image.prompt.token if spec.image else None
-        self._markers = _image_markers(spec.image.prompt, tokenizer.added_tokens.values()) if spec.image else ()
+        control = _control_tokens(spec.image, tokenizer, template)
+        self._control = ControlTokens(control, control - tokenizer.special_tokens)
         self._takes_strings = template is not None and template.accepts_strings()
         self._takes_lists = template is not None and template.accepts_lists(self._placeholder)
 
@@ -72,14 +74,16 @@ class Processor:
         path or data: URI, or "base64"); the others take theirs from `images`, in order. `images` is one image or
         several, each as `load_image` takes it.
 
-        Raises PromptError when messages, images and template do not fit together, or when a text contains the
-        model's own image markers; ImageError when an image cannot be decoded.
+        A text that spells one of the model's control tokens (the end of a turn, an image placeholder) stays text.
+
+        Raises PromptError when messages, images and template do not fit together; ImageError when an image cannot be
+        decoded.
         """
         sources = _as_sources(images)
         conversation, inline = self._parse(messages, len(sources))
         sources = _merge(inline, sources)
-        text, add_special_tokens = self._render(conversation, len(sources), add_generation_prompt)
-        return self._assemble(text, self._load(sources), add_special_tokens)
+        pieces, add_special_tokens = self._render(conversation, len(sources), add_generation_prompt)
+        return self._assemble(pieces, self._load(sources), add_special_tokens)
 
     def process_text(self, text: str, images: ImageSource | Iterable[ImageSource] = ()) -> Prompt:
         """The prompt for an already rendered `text` with one placeholder per image, such as "<image>Describe this."
@@ -87,8 +91,9 @@ class Processor:
         Raises PromptError when the number of placeholders is not the number of images; ImageError as `process` does.
         """
         sources = _as_sources(images)
-        self._check_placeholders(text, len(sources))
-        return self._assemble(text, self._load(sources), None)
+        pieces = (Piece(text),)
+        self._check_placeholders(pieces, len(sources))
+        return self._assemble(pieces, self._load(sources), None)
 
     def count_tokens(
         self,
@@ -104,8 +109,9 @@ class Processor:
         in order, are those of the upright images. `raw`: `messages` is a rendered text, as for `process_text`.
         """
         if raw:
-            text, add_special_tokens = str(messages), None
-            self._check_placeholders(text, len(image_sizes))
+            pieces: tuple[Piece, ...] = (Piece(str(messages)),)
+            add_special_tokens = None
+            self._check_placeholders(pieces, len(image_sizes))
         else:
             conversation, inline = self._parse(messages, len(image_sizes))
             if len(inline) != len(image_sizes):
@@ -113,12 +119,12 @@ class Processor:
                     f"the messages have {len(inline)} images, and {len(image_sizes)} image sizes were given",
                     "give one (height, width) per image, in order",
                 )
-            text, add_special_tokens = self._render(conversation, len(inline), add_generation_prompt)
+            pieces, add_special_tokens = self._render(conversation, len(inline), add_generation_prompt)
         grids = []
         for height, width in image_sizes:
             rows, cols, _ = tile_grid(height, width, self._image_spec(len(image_sizes)).transforms)
             grids.append((rows, cols))
-        return len(self._encode(text, grids, add_special_tokens))
+        return len(self._encode(pieces, grids, add_special_tokens))
 
     # ------------------------------------------------------------ messages
     def _parse(self, messages: Messages, image_count: int) -> tuple[list[dict[str, Any]], list[ImageSource | None]]:
@@ -139,7 +145,7 @@ class Processor:
             raise PromptError(f"{where} is not a message", 'write {"role": "user", "content": …}')
         content = message["content"]
         if isinstance(content, str):
-            self._check_text(content, where)
+            pass
         elif isinstance(content, (list, tuple)):
             content = [self._parse_entry(entry, f"{where}.content[{i}]", inline) for i, entry in enumerate(content)]
         else:
@@ -153,7 +159,6 @@ class Processor:
     def _parse_entry(self, entry: Any, where: str, inline: list[ImageSource | None]) -> dict[str, str]:
         kind = entry.get("type") if isinstance(entry, Mapping) else None
         if kind == "text" and isinstance(entry.get("text"), str):
-            self._check_text(entry["text"], where)
             return {"type": "text", "text": entry["text"]}
         if kind in ("image", "image_url"):
             inline.append(_inline_image(entry))
@@ -163,31 +168,25 @@ class Processor:
             'write {"type": "text", "text": …} or {"type": "image", "image": …}',
         )
 
-    def _check_text(self, text: str, where: str) -> None:
-        for marker in self._markers:
-            if marker in text:
-                raise PromptError(
-                    f"{where}: the text contains {marker!r}, which this model reads as part of an image",
-                    "pass images as image entries or images=, and remove the marker from the text; "
-                    "for prompts with placeholders of your own use the raw form",
-                )
-
     # ------------------------------------------------------------ text
     def _render(
         self, conversation: list[dict[str, Any]], image_count: int, add_generation_prompt: bool
-    ) -> tuple[str, bool | None]:
-        """The prompt text, and whether to add special tokens to it (None: as generation.json says)."""
+    ) -> tuple[tuple[Piece, ...], bool | None]:
+        """The prompt's text in pieces that are tokenized apart (nearly always one), and whether to add special tokens
+        around it (None: as generation.json says)."""
         if image_count:
             self._image_spec(image_count)
+        marked, marks = self._control.mark(conversation)
         if self._template is None:
-            text, add_special_tokens = self._render_plain(conversation), None
+            text, add_special_tokens = self._render_plain(marked), None
         else:
-            shaped = [{**message, "content": self._shape(message["content"])} for message in conversation]
+            shaped = [{**message, "content": self._shape(message["content"])} for message in marked]
             text = self._template.render(shaped, add_generation_prompt)
             bos = self._tokenizer.bos_token
             add_special_tokens = False if bos and text.startswith(bos) else None
-        self._check_placeholders(text, image_count)
-        return text, add_special_tokens
+        pieces = self._control.pieces(text, marks)
+        self._check_placeholders(pieces, image_count)
+        return pieces, add_special_tokens
 
     def _shape(self, content: str | list[dict[str, str]]) -> str | list[dict[str, str]]:
         """`content` in a form that the template renders; as it is where the template's answer was no help."""
@@ -198,34 +197,42 @@ class Processor:
         return content if self._takes_lists else self._flatten(content, "\n")
 
     def _flatten(self, content: list[dict[str, str]], separator: str) -> str:
-        return separator.join(self._placeholder or "" if e["type"] == "image" else e["text"] for e in content)
+        image = self._image.prompt.inline.replace("{image}", self._image.prompt.token) if self._image else ""
+        return separator.join(image if entry["type"] == "image" else entry["text"] for entry in content)
 
-    def _render_plain(self, conversation: list[dict[str, Any]]) -> str:
+    def _render_plain(self, conversation: Sequence[dict[str, Any]]) -> str:
         if len(conversation) != 1 or conversation[0]["role"] != "user":
             raise PromptError("this bundle has no chat template, so it takes no conversation", "pass one string")
         content = conversation[0]["content"]
         return content if isinstance(content, str) else self._flatten(content, "")
 
-    def _check_placeholders(self, text: str, image_count: int) -> None:
+    def _check_placeholders(self, pieces: Sequence[Piece], image_count: int) -> None:
         if image_count:
             self._image_spec(image_count)
-        placeholders = text.count(self._placeholder) if self._placeholder else 0
+        written = [piece.text for piece in pieces if not piece.spelled]
+        placeholders = sum(text.count(self._placeholder) for text in written) if self._placeholder else 0
         if placeholders != image_count:
             raise PromptError(
                 f"the prompt has {placeholders} image placeholders, and {image_count} images were given",
                 "give exactly one image per placeholder, in order",
             )
 
-    def _encode(self, text: str, grids: Sequence[tuple[int, int]], add_special_tokens: bool | None) -> list[int]:
-        """Token ids of `text` with the i-th placeholder expanded for the i-th grid."""
+    def _encode(
+        self, pieces: Sequence[Piece], grids: Sequence[tuple[int, int]], add_special_tokens: bool | None
+    ) -> list[int]:
+        """Token ids of the pieces with the i-th placeholder expanded for the i-th grid."""
         if self._image is not None:
-            first, *rest = text.split(self._image.prompt.token)
-            images = [_image_text(self._image.prompt, rows, cols) for rows, cols in grids]
-            text = first + "".join(image + after for image, after in zip(images, rest, strict=True))
-        ids = self._tokenizer.encode(text, add_special_tokens)
+            images = iter([_image_text(self._image.prompt, rows, cols) for rows, cols in grids])
+            pieces = [piece if piece.spelled else Piece(self._expanded(piece.text, images)) for piece in pieces]
+        ids = encode_pieces(self._tokenizer, pieces, add_special_tokens)
         if not ids:
             raise PromptError("the prompt is empty", "pass some text")
         return ids
+
+    def _expanded(self, text: str, images: Iterator[str]) -> str:
+        assert self._placeholder is not None
+        first, *rest = text.split(self._placeholder)
+        return first + "".join(next(images) + after for after in rest)
 
     # ------------------------------------------------------------ images
     def _image_spec(self, image_count: int) -> ImageSpec:
@@ -251,9 +258,11 @@ class Processor:
             processed.append(image)
         return processed
 
-    def _assemble(self, text: str, images: list[ProcessedImage], add_special_tokens: bool | None) -> Prompt:
+    def _assemble(
+        self, pieces: Sequence[Piece], images: list[ProcessedImage], add_special_tokens: bool | None
+    ) -> Prompt:
         grids = tuple((image.rows, image.cols) for image in images)
-        token_ids = np.array(self._encode(text, grids, add_special_tokens), np.int64)
+        token_ids = np.array(self._encode(pieces, grids, add_special_tokens), np.int64)
         where, positions = np.zeros(0, np.int64), None
         if self._image is not None:
             where = np.flatnonzero(token_ids == self._image.prompt.token_id)
@@ -269,6 +278,7 @@ class Processor:
                 positions = grid_positions(len(token_ids), starts.tolist(), grids)
         pixels = [image.pixel_values for image in images]
         pixel_values = None if not pixels else pixels[0] if len(pixels) == 1 else np.concatenate(pixels)
+        text = "".join(piece.text for piece in pieces)
         return Prompt(text, token_ids, pixel_values, where, grids, positions)
 
 
@@ -285,6 +295,19 @@ def _image_text(prompt: ImagePrompt, rows: int, cols: int) -> str:
         parts.append(prompt.row_end)
     parts.append(prompt.overview.replace("{image}", tokens))
     return "".join(parts)
+
+
+def _control_tokens(image: ImageSpec | None, tokenizer: Tokenizer, template: ChatTemplate | None) -> set[str]:
+    """The added tokens that no text of a user's may become: those that stand for images, that the template writes, and
+    that have a name, such as eos_token."""
+    added = set(tokenizer.added_tokens.values())
+    found = added & set(tokenizer.named_tokens)
+    if image is not None:
+        found |= set(_image_markers(image.prompt, added))
+    if template is not None:
+        written = template.written_text()
+        found |= {token for token in added if token in written}
+    return found
 
 
 def _image_markers(prompt: ImagePrompt, added_tokens: Iterable[str]) -> tuple[str, ...]:

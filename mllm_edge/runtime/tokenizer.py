@@ -24,8 +24,9 @@ __all__ = ["ChatTemplate", "StopStrings", "StreamDecoder", "Tokenizer"]
 class Tokenizer:
     """The bundle's tokenizer.json with padding and truncation switched off.
 
-    Attributes: `bos_token` (str or None), `added_tokens` (id → text of every added token, special or not),
-    `special_ids` (ids that `decode` skips), `decoder_kinds` (the steps that turn token spellings into text, in order).
+    Attributes: `bos_token` (str or None), `named_tokens` (those that have a name, such as eos_token, and those that end
+    an answer), `added_tokens` (id → text of every added token, special or not), `special_ids` and
+    `special_tokens` (which `decode` skips), `decoder_kinds` (the steps that turn token spellings into text, in order).
     """
 
     def __init__(self, core: tokenizers.Tokenizer, generation: GenerationSpec):
@@ -34,9 +35,12 @@ class Tokenizer:
         self._core = core
         self._add_special_tokens = generation.add_special_tokens
         self.bos_token = generation.special_tokens.get("bos_token")
+        stops = (core.id_to_token(i) for i in generation.eos_token_ids if i >= 0)
+        self.named_tokens = tuple(token for token in (*generation.special_tokens.values(), *stops) if token)
         added = core.get_added_tokens_decoder()
         self.added_tokens: dict[int, str] = {i: token.content for i, token in added.items()}
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.special_tokens = frozenset(token.content for token in added.values() if token.special)
         # The state of the decoder alone: writing out the whole tokenizer takes a second with a large vocabulary.
         decoder = core.decoder and json.loads(core.decoder.__getstate__())
         self.decoder_kinds: tuple[str, ...] = tuple(_flat_decoder_kinds(decoder)) if decoder else ()
@@ -175,6 +179,7 @@ class ChatTemplate:
             raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_Dict(), namespace=_Namespace
         )
         self._special_tokens = dict(special_tokens or {})
+        self._source, self._environment = source, environment
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
@@ -203,9 +208,20 @@ class ChatTemplate:
                 f"the chat template rejects these messages: {error}", "check the roles, their order and the contents"
             ) from error
 
+    def written_text(self) -> str:
+        """All that the template itself may write: its literals, and a rendered turn of each role, for tokens that it
+        puts together from pieces."""
+        tree = self._environment.parse(self._source)
+        texts = [node.data for node in tree.find_all(jinja2.nodes.TemplateData)]
+        texts += [str(node.value) for node in tree.find_all(jinja2.nodes.Const)]
+        for role in ("system", "user", "assistant"):
+            turns = [{"role": "user", "content": _PROBE}, {"role": role, "content": _PROBE}]
+            texts += [self._try_messages(turns), self._try_messages([{**turn, "content": [_ENTRY]} for turn in turns])]
+        return "\0".join(texts)
+
     def accepts_lists(self, image_token: str | None) -> bool:
         """Whether a message's content may be a list of entries; with `image_token`, of image entries too."""
-        content: list[dict[str, str]] = [{"type": "text", "text": _PROBE}]
+        content: list[dict[str, str]] = [_ENTRY]
         if image_token is not None:
             content.insert(0, {"type": "image"})
         text = self._try(content)
@@ -218,13 +234,17 @@ class ChatTemplate:
         return _PROBE in self._try(_PROBE)
 
     def _try(self, content: Any) -> str:
+        return self._try_messages([{"role": "user", "content": content}])
+
+    def _try_messages(self, messages: Sequence[Mapping[str, Any]]) -> str:
         try:
-            return self.render([{"role": "user", "content": content}])
+            return self.render(messages)
         except PromptError:
             return ""
 
 
 _PROBE = "probe of the contents"
+_ENTRY = {"type": "text", "text": _PROBE}
 
 
 # ---------------------------------------------------------------- streaming

@@ -312,18 +312,30 @@ def test_braces_in_the_text_are_text():
 @pytest.mark.parametrize(
     "marker", ["<image>", "<fake_token_around_image>", "<global-img>", "<row_2_col_3>", "<row_6_col_6>"]
 )
-def test_image_markers_in_the_text(marker):
-    text = f"what does {marker} mean?"
-    for messages in (text, [{"role": "user", "content": text}], [user(text)], [{"role": "system", "content": text}]):
-        for images in ([], [picture(9, 9)]):
-            with pytest.raises(PromptError, match=f"{marker}.* part of an image"):
-                OURS.process(messages, images)
-        with pytest.raises(PromptError, match=marker):
-            OURS.count_tokens(messages)
+def test_image_markers_in_the_text_stay_text(marker):
+    shapes = [
+        lambda text: ([user(text)], []),
+        lambda text: ([{"role": "system", "content": [{"type": "text", "text": text}]}, user("Hi.")], []),
+        lambda text: ([user(IMAGE, text)], [picture(9, 9)]),
+        lambda text: (text, [picture(9, 9)]),
+    ]
+    for shape in shapes:
+        text = f"what does {marker} mean?"
+        messages, images = shape(text)
+        prompt, plain = OURS.process(messages, images), OURS.process(*shape("what does this mean?"))
+        assert text in prompt.text
+        assert text in TOKENIZER.decode(prompt.token_ids, skip_special_tokens=False)
+        assert _special(prompt) == _special(plain)
+        assert OURS.count_tokens(messages, [(9, 9)] * len(images)) == len(prompt.token_ids)
+
+
+def _special(prompt):
+    """The special tokens of a prompt, in order."""
+    return [i for i in prompt.token_ids.tolist() if i in TOKENIZER.special_ids]
 
 
 def test_words_that_only_look_like_markers_are_fine():
-    for text in ("<img>", "<row_99_col_1>", "image", "<|im_end|>", "plain", "<tool call>", "row 1 col 1"):
+    for text in ("<img>", "<row_99_col_1>", "image", "<|im_end|>", "plain", "a <", "<tool call>", "row 1 col 1"):
         assert text in OURS.process(text).text
     assert "<image>" in text_only().process("<image>").text
 
