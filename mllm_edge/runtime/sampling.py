@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mllm_edge.runtime.best import Best
+from mllm_edge.runtime.decode.token_rules import TokenRules
 
 __all__ = ["Sampler", "SamplingParams"]
 
@@ -50,10 +51,15 @@ def _check(field: str, value: float, ok: bool, rule: str) -> None:
 
 
 class Sampler:
-    """Chooses one token after another for one answer; remembers the tokens for the penalties."""
+    """Chooses one token after another for one answer; remembers the tokens for the penalties and for `rules`."""
 
-    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int] | np.ndarray = ()):
-        self._params = params
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_ids: Sequence[int] | np.ndarray = (),
+        rules: TokenRules | None = None,
+    ):
+        self._params, self._rules = params, rules
         # numpy.random takes 0.1 s to import: a greedy answer does without it.
         self._random = None if params.temperature == 0 else np.random.default_rng(params.seed)
         self._seen = np.unique(np.asarray(prompt_ids, np.int64))
@@ -63,6 +69,8 @@ class Sampler:
     def needs(self) -> int | None:
         """How many of the largest logits decide, with all that equal the smallest of these; None: all logits do."""
         params = self._params
+        if self._rules is not None:
+            return None
         if params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0:
             return None
         return 1 if params.temperature == 0 else params.top_k or None
@@ -100,6 +108,8 @@ class Sampler:
         if token not in self._counts and self._params.repetition_penalty != 1.0:
             self._seen = np.append(self._seen, token)
         self._counts[token] = self._counts.get(token, 0) + 1
+        if self._rules is not None:
+            self._rules.observe(token)
 
     def distribution(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Candidates for `logits` [V] float32: ids [K] int64 and their probabilities [K] float64, which sum to 1.
@@ -126,6 +136,12 @@ class Sampler:
         logits = np.asarray(logits)
         if logits.ndim != 1 or logits.size == 0:
             raise ValueError(f"logits must be one row [V], not {logits.shape}")
+        if self._rules is None:
+            return self._with_penalties(logits)
+        # Last, so that a forbidden token stays so.
+        return self._rules.apply(self._with_penalties(logits))
+
+    def _with_penalties(self, logits: np.ndarray) -> np.ndarray:
         params = self._params
         repetition = params.repetition_penalty != 1.0 and len(self._seen) > 0
         counted = bool(self._counts) and (params.frequency_penalty != 0.0 or params.presence_penalty != 0.0)
