@@ -5,17 +5,15 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.sandbox
 import numpy as np
 import tokenizers
 
 from mllm_edge.errors import BundleError, PromptError
+from mllm_edge.runtime.prompt.sandbox import Sandbox
 from mllm_edge.spec import GenerationSpec
 
 __all__ = ["ChatTemplate", "StopStrings", "StreamDecoder", "Tokenizer"]
@@ -95,66 +93,6 @@ def _read_text(path: Path) -> str:
 
 
 # ---------------------------------------------------------------- chat template
-class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}` marks the assistant's text for training; here it only prints it."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2's own interface)
-
-    def parse(self, parser: Any) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """`namespace()` without underscore names: templates come from strangers, and those reach into Python."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        self, *rest = args
-        values = dict(*rest, **kwargs)
-        for name in values:
-            _forbid_underscore(name)
-        jinja2.utils.Namespace.__init__(self, values)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _forbid_underscore(name)
-        super().__setitem__(name, value)
-
-
-def _forbid_underscore(name: Any) -> None:
-    if str(name).startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"namespace attribute {name!r} starts with an underscore")
-
-
-class _Dict:
-    """`dict(…)` and `dict.fromkeys(…)` of a template, and nothing else of Python's type."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, *args: Any) -> dict:
-        return dict.fromkeys(*args)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own filter escapes HTML, which models were not trained on.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.exceptions.TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
-
-
 # A message's reasoning has several names; the first is the one that most templates read.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
@@ -171,13 +109,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None):
         """`special_tokens` (bos_token, …) are variables of the template. Raises BundleError for bad syntax."""
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals.update(
-            raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_Dict(), namespace=_Namespace
-        )
+        environment = Sandbox()
         self._special_tokens = dict(special_tokens or {})
         self._source, self._environment = source, environment
         try:
@@ -202,7 +134,8 @@ class ChatTemplate:
         values = {"tools": None, "documents": None, **self._special_tokens, **variables}
         try:
             told = [_as_templates_expect(message) for message in messages]
-            return self._template.render(messages=told, add_generation_prompt=add_generation_prompt, **values)
+            given = {"messages": told, "add_generation_prompt": add_generation_prompt, **values}
+            return self._environment.render(self._template, given)
         except Exception as error:  # a template can fail like any program: TypeError, ZeroDivisionError, …
             raise PromptError(
                 f"the chat template rejects these messages: {error}", "check the roles, their order and the contents"

@@ -15,7 +15,7 @@ from mllm_edge.errors import ConfigError, PromptError
 from mllm_edge.export.families import FAMILIES, family_for
 from mllm_edge.export.source import Source, open_source
 from mllm_edge.export.tokens import chat_template, generation_spec
-from mllm_edge.runtime import tokenizer as runtime
+from mllm_edge.runtime.prompt import sandbox as runtime
 from mllm_edge.runtime.tokenizer import ChatTemplate
 from tests.tiny import make_tokenizer, save_tiny_llava
 from tests.tiny_families import SAVE
@@ -297,6 +297,47 @@ ESCAPES = [
     "{% macro m() %}{{ caller.__code__ }}{% endmacro %}{% call m() %}{% endcall %}",
     "{% generation %}{{ loop.__class__.__init__.__globals__ }}{% endgeneration %}",
 ]
+
+
+# More work, or more text, than any prompt is. (The numbers keep a sandbox without bounds busy, not the machine.)
+ENDLESS = [
+    "{% for a in range(3000) %}{% for b in range(3000) %}{% endfor %}{% endfor %}",
+    "{% for a in range(3000) %}{% for b in range(3000) %}x{% endfor %}{% endfor %}",
+    "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(40) }}",
+    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "{% set n = namespace(x='xx') %}{% for i in range(30) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "{% set n = namespace(x='xx') %}{% for i in range(30) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "{% set n = namespace(x=[1]) %}{% for i in range(30) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "{% set n = namespace(x='xx') %}{% for i in range(30) %}{% set n.x = [n.x, n.x] | join %}{% endfor %}",
+    "{% set n = namespace(x='xx') %}{% for i in range(30) %}{% set n.x = n.x.replace('x', 'xx') %}{% endfor %}",
+    "{% set x = 'x' * 300000 %}{% for i in range(3000) %}{{ x }}{% endfor %}",
+    "{{ ('x' * 1000000000) | length }}",
+    "{{ (1000000000 * 'x') | length }}",
+    "{{ 10 ** 10000000 }}",
+    "{{ '%1000000000d' % 1 }}",
+    "{{ '%1000000000d' | format(1) }}",
+    "{{ '%*d' % (1000000000, 1) }}",
+    "{{ 'x'.ljust(1000000000) | length }}",
+    "{{ 'x' | center(1000000000) | length }}",
+    "{{ '{:1000000000}'.format(1) | length }}",
+    "{% call(a) m() %}{% endcall %}{% macro m() %}{% for i in range(90000) %}{% for j in range(90000) %}"
+    "{{ caller(1) }}{% endfor %}{% endfor %}{% endmacro %}",
+]
+
+
+@pytest.mark.parametrize("source", ENDLESS)
+def test_template_without_end_is_stopped(source: str) -> None:
+    template = ChatTemplate(source, TOKENS)
+    with pytest.raises(PromptError, match="chat template rejects"):
+        template.render([{"role": "user", "content": "x"}])
+
+
+def test_a_bound_is_for_one_prompt() -> None:
+    """What one rendering took does not count for the next; a long conversation fits."""
+    loops = "{% for m in messages %}{% for i in range(400) %}{{ m.content | trim }}{% endfor %}{% endfor %}"
+    template, messages = ChatTemplate(loops, TOKENS), [{"role": "user", "content": "x"}] * 1000
+    for _ in range(2):
+        assert len(template.render(messages)) == 400_000
 
 
 @pytest.mark.parametrize("source", ESCAPES)

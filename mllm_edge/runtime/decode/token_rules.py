@@ -60,7 +60,7 @@ class TokenRules:
             found |= set(self._stop_ids)
         for word in self._words:
             before = len(word) - 1
-            if before == 0 or (before < len(self._ids) and tuple(self._ids[-before:]) == word[:-1]):
+            if before == 0 or (before <= len(self._ids) and tuple(self._ids[-before:]) == word[:-1]):
                 found.add(word[-1])
         size = self._defaults.no_repeat_ngram_size
         if size and len(self._ids) + 1 >= size:
