@@ -12,8 +12,11 @@ _RESAMPLE: tuple[Resample, ...] = ("nearest", "lanczos", "bilinear", "bicubic", 
 _OWN_FILES = "use this model's own files"
 
 
-def resample_name(number: int) -> Resample:
-    """Pillow's filter number as a word; raises ConfigError for a number that Pillow does not have."""
+def resample_name(number: int | None) -> Resample:
+    """Pillow's filter number as a word; None is bilinear, as in transformers' Pillow backend. Raises ConfigError for a
+    number that Pillow does not have."""
+    if number is None:
+        return "bilinear"
     if not 0 <= int(number) < len(_RESAMPLE):
         raise ConfigError(f"preprocessor_config.json: resample = {number!r}", "Pillow's filters are 0 to 5")
     return _RESAMPLE[int(number)]
@@ -22,9 +25,10 @@ def resample_name(number: int) -> Resample:
 def value_transforms(settings: Any) -> tuple[Transform, Transform]:
     """Rescale and Normalize, which every supported image processor (transformers' object) ends with; raises ConfigError
     when one is off, or cannot be applied to three channels."""
-    for key in ("do_rescale", "do_normalize"):
+    for key in ("do_rescale", "do_normalize", "rescale_factor"):
         if not getattr(settings, key):
-            raise ConfigError(f"preprocessor_config.json: {key} = {getattr(settings, key)!r}", "only true is supported")
+            wanted = "a number is needed, such as 1/255" if key == "rescale_factor" else "only true is supported"
+            raise ConfigError(f"preprocessor_config.json: {key} = {getattr(settings, key)!r}", wanted)
     mean, std = (_channels(key, getattr(settings, key)) for key in ("image_mean", "image_std"))
     if not all(std):
         raise ConfigError(f"preprocessor_config.json: image_std = {list(std)} divides by zero", _OWN_FILES)

@@ -17,6 +17,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.filters
 import jinja2.sandbox
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError
@@ -28,7 +29,8 @@ _MOST_WORK = 1_000_000  # passes and calls; the longest templates of real models
 _LONGEST = 16 << 20  # characters of a text
 _MOST = 1 << 20  # entries of a list
 _LARGEST = 1 << 20  # numbers that a template may hand to a function, such as the width of a column
-_WIDTH = re.compile(r"%[^a-zA-Z%]*?(\d{6,}|\*)")
+# Of a column in a format string, printf's or str.format's: six digits, or taken from the values.
+_WIDTH = re.compile(r"%[^a-zA-Z%]*?(\d{6,}|\*)|\{[^{}]*:[^{}]*(\d{6,}|\{)")
 
 
 class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
@@ -71,14 +73,16 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if getattr(__obj, "__self__", None) is __self:  # the two above
             return __obj(*args)
         __self.tick()
+        if getattr(__obj, "__name__", "") in ("format", "format_map"):
+            _check_widths(getattr(__obj, "__self__", None))
         _check_numbers(args, kwargs)
         return __self._checked(super().call(__context, __obj, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "**" and (abs(left) > _LARGEST or abs(right) > 64):
             raise SecurityError(f"{left} ** {right} is too large")
-        if operator == "%" and isinstance(left, str) and _WIDTH.search(left):
-            raise SecurityError(f"the width in {left!r:.40} is too large")
+        if operator == "%":
+            _check_widths(left)
         if operator == "*":
             for text, times in ((left, right), (right, left)):
                 if hasattr(text, "__len__") and isinstance(times, int):
@@ -93,6 +97,8 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
             self.tick()
+            if function is jinja2.filters.do_format:
+                _check_widths(args[0])
             _check_numbers(args, kwargs)
             return self._checked(function(*args, **kwargs))
 
@@ -135,6 +141,11 @@ class _Counted(NodeTransformer):
     def _call(self, name: str, args: list[nodes.Expr], line: int) -> nodes.Call:
         function = nodes.EnvironmentAttribute(name, lineno=line)
         return nodes.Call(function, args, [], None, None, lineno=line)
+
+
+def _check_widths(text: Any) -> None:
+    if isinstance(text, str) and _WIDTH.search(text):
+        raise SecurityError(f"the width in {text!r:.40} is too large")
 
 
 def _check_numbers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
