@@ -19,6 +19,7 @@ import numpy as np
 
 from mllm_edge.bundle import sha256
 from mllm_edge.errors import ConfigError, SourceError, WeightsError
+from mllm_edge.export.checkpoint.files import read_json
 from mllm_edge.export.safetensors import Change, Weights, open_files
 
 if TYPE_CHECKING:
@@ -109,8 +110,6 @@ class Skeleton:
 def open_adapter(folder: str | Path) -> Adapter:
     """Read and check the configuration in `folder`. Raises SourceError when it is no adapter, ConfigError for an option
     that cannot be merged."""
-    from mllm_edge.export.source import read_json
-
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
         raise SourceError(f"{folder}: no {CONFIG} here", "--adapter takes a directory that PEFT wrote")

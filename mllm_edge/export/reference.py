@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from mllm_edge.export.checkpoint.quantized import without_quantization
 from mllm_edge.export.source import Source
 
 __all__ = ["adapted", "forget_prompts", "load_reference", "quiet_transformers", "without_video"]
@@ -18,7 +19,7 @@ def load_reference(source: Source, decoder_layers: int | None = None) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    config = AutoConfig.from_pretrained(source.folder)
+    config = without_quantization(AutoConfig.from_pretrained(source.folder))  # the weights were found to be float
     if decoder_layers is not None:
         text = config.get_text_config()
         text.num_hidden_layers = min(decoder_layers, text.num_hidden_layers)
