@@ -78,6 +78,16 @@ class Weights:
         """
         self._derived[name] = _Derived(source, shape, cut)
 
+    def renamed(self, names: Mapping[str, str]) -> "Weights":
+        """The tensors that are among `names` (name → the new one), unread and unchanged; raises WeightsError for two
+        that get the same name."""
+        entries: dict[str, _Entry] = {}
+        for name, new in names.items():
+            if new in entries:
+                raise WeightsError(f"{self._entry(name).file}: two tensors are {new}", "download the checkpoint again")
+            entries[new] = self._entry(name)
+        return Weights(entries)
+
     def alter(self, name: str, change: Change) -> None:
         """Let `change(values, start)` correct rows [n, ...] from row `start` on, in place and in float32, whenever they
         are read. Several changes of a tensor follow one another."""

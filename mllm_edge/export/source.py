@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mllm_edge.errors import ConfigError, SourceError
-from mllm_edge.export.adapters import Adapter, merge, open_adapter, skeleton
+from mllm_edge.export.adapters import Adapter, merge, own_skeleton, skeleton
+from mllm_edge.export.checkpoint import own_lora
+from mllm_edge.export.checkpoint.adapter_files import open_adapters
 from mllm_edge.export.checkpoint.download import WANTED, download
 from mllm_edge.export.checkpoint.files import local_path, read_json
 from mllm_edge.export.checkpoint.notices import Notices
@@ -61,14 +63,22 @@ class Source:
     def model_type(self) -> str:
         return str(self.config.get("model_type", ""))
 
+    @property
+    def in_transformers(self) -> bool:
+        """Whether transformers has a class for the checkpoint."""
+        from transformers import CONFIG_MAPPING
+
+        return self.model_type in CONFIG_MAPPING
+
     def weights(self) -> Weights:
         """Open the weights, adapters merged; see `weight_files`, `check_float` and `adapters.merge` for
         the errors."""
         files = weight_files(self.folder, self.config, self.notices)
         check_float(self.folder, self.config, stored_types(files), self.notices)
-        weights = open_files(files)
+        weights = own_lora.merged(open_files(files), self.config, self.folder)
         if self.adapters:
-            merge(weights, self.adapters, skeleton(_empty_model(self)), self.name)
+            names = skeleton(_empty_model(self)) if self.in_transformers else own_skeleton(weights, self.config)
+            merge(weights, self.adapters, names, self.name)
         return weights
 
     def json(self, name: str) -> dict[str, Any]:
@@ -84,7 +94,8 @@ def open_source(
     tell: Callable[[str], None] = lambda text: None,
 ) -> Source:
     """A local directory with config.json, or else a hub id `owner/name` (downloaded into the hub's own cache), and
-    directories of LoRA adapters. `tell` hears the source's notices as they come.
+    LoRA adapters, likewise. One that lies in the folder comes first, unless "none" is among `adapters`. `tell` hears
+    the source's notices as they come.
 
     Raises SourceError when one of them cannot be had, ConfigError for an adapter that cannot be merged.
     """
@@ -100,8 +111,12 @@ def open_source(
         folder, revision = download(model, revision)
     if not (folder / "config.json").is_file():
         raise SourceError(f"{folder}: no config.json here", "name a transformers checkpoint directory or a hub id")
-    opened = tuple(open_adapter(adapter) for adapter in adapters)
-    return Source(model, folder, revision, read_json(folder / "config.json"), opened, Notices(tell))
+    notices = Notices(tell)
+    opened = open_adapters(folder, adapters, notices)
+    config = read_json(folder / "config.json")
+    if any(config.get(key) for key in own_lora.RANKS.values()):
+        config = own_lora.with_merged_settings(config, open_files(weight_files(folder, config)), folder)
+    return Source(model, folder, revision, config, opened, notices)
 
 
 def _check_id(model: str) -> None:
