@@ -51,7 +51,8 @@ _STOPPED = interrupted_message("the export") + "; its temporary files are gone"
     type=click.Path(),
     multiple=True,
     metavar="DIR",
-    help="Merge a LoRA adapter as PEFT saves it; may be repeated, each is merged on top of those before.",
+    help="Merge a LoRA adapter, a directory or a hub id; may be repeated, each is merged on top of those before. One "
+    "that lies in MODEL is merged first, unless 'none' is given.",
 )
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--force", is_flag=True, help="Replace the bundle in OUT.")

@@ -5,95 +5,30 @@ An adapter is a directory with `adapter_config.json` and `adapter_model.safetens
 stored dtypes. Several adapters follow one another, each on top of the ones before.
 
 Which module a name means is decided by transformers' own renaming of checkpoints, so an adapter fits whether it was
-trained with today's module names or with those that the checkpoint on the hub still has.
+trained with today's module names or with those that the checkpoint on the hub still has. A checkpoint that transformers
+does not know is merged by its own names.
 """
 
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mllm_edge.bundle import sha256
-from mllm_edge.errors import ConfigError, SourceError, WeightsError
-from mllm_edge.export.safetensors import Change, Weights, open_files
+from mllm_edge.errors import ConfigError, WeightsError
+from mllm_edge.export.checkpoint.adapter_files import CONFIG, WEIGHTS, Adapter, open_adapter
+from mllm_edge.export.checkpoint.adapter_names import TOKENS, Part
+from mllm_edge.export.safetensors import Change, Weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Adapter", "Skeleton", "merge", "open_adapter", "skeleton"]
+__all__ = ["Adapter", "Skeleton", "add_product", "merge", "open_adapter", "own_skeleton", "skeleton", "targeted"]
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 _BLOCK = 1024  # rows that are changed at a time: their delta is all the memory that a merge takes
-# Options that are read here, and those of training alone.
-_READ = {
-    "alpha_pattern",
-    "base_model_name_or_path",
-    "exclude_modules",
-    "fan_in_fan_out",
-    "init_lora_weights",
-    "layers_pattern",
-    "layers_to_transform",
-    "lora_alpha",
-    "modules_to_save",
-    "peft_type",
-    "r",
-    "rank_pattern",
-    "target_modules",
-    "use_dora",
-    "use_rslora",
-}
-_TRAINING = {
-    "auto_mapping",
-    "bias",  # trained biases are stored, and every stored tensor is used
-    "corda_config",
-    "ensure_weight_tying",
-    "eva_config",
-    "inference_mode",
-    "loftq_config",
-    "lora_bias",  # likewise
-    "lora_dropout",
-    "lora_ga_config",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "runtime_config",
-    "task_type",
-}
-# Ways to start the training that leave the base weights alone.
-_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 _NUMBER = re.compile(r".*?\.[^.]*\.(\d+)\.")
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter on disk, checked but for its fit to a model. `config` is adapter_config.json."""
-
-    folder: Path
-    config: Mapping[str, Any]
-
-    @property
-    def base(self) -> str:
-        """The model that the adapter says it was trained for."""
-        return str(self.config.get("base_model_name_or_path") or "an unnamed model")
-
-    def weights(self) -> Weights:
-        """The adapter's tensors; raises WeightsError for a damaged file."""
-        return open_files([self.folder / WEIGHTS])
-
-    def provenance(self) -> dict[str, Any]:
-        """What the manifest says about the adapter."""
-        return {
-            "name": self.folder.resolve().name,
-            "base_model": self.base,
-            "rank": self.config["r"],
-            "sha256": sha256(self.folder / WEIGHTS),
-        }
 
 
 @dataclass(frozen=True)
@@ -104,21 +39,6 @@ class Skeleton:
     rename: Callable[[str], str]
     tied: Mapping[str, str]
     transposed: frozenset[str]
-
-
-def open_adapter(folder: str | Path) -> Adapter:
-    """Read and check the configuration in `folder`. Raises SourceError when it is no adapter, ConfigError for an option
-    that cannot be merged."""
-    from mllm_edge.export.source import read_json
-
-    folder = Path(folder)
-    if not (folder / CONFIG).is_file():
-        raise SourceError(f"{folder}: no {CONFIG} here", "--adapter takes a directory that PEFT wrote")
-    if not (folder / WEIGHTS).is_file():
-        raise _no_weights(folder)
-    config = read_json(folder / CONFIG)
-    _check_options(folder / CONFIG, config)
-    return Adapter(folder, config)
 
 
 def merge(weights: Weights, adapters: Sequence[Adapter], model: Skeleton, name: str) -> None:
@@ -147,6 +67,24 @@ def skeleton(model: "PreTrainedModel") -> Skeleton:
     )
 
 
+def own_skeleton(weights: Weights, config: Mapping[str, Any]) -> Skeleton:
+    """The names of a checkpoint that transformers does not know: its own, and those that its language model has where
+    that was wrapped alone. Embeddings are the head where the configuration says so and no head is stored."""
+    parts = (config, *(config.get(key) for key in ("llm_config", "text_config", "language_config")))
+    shared = any(isinstance(part, Mapping) and part.get("tie_word_embeddings") for part in parts)
+    tied: dict[str, str] = {}
+    for embeddings, head in (("model.embed_tokens", "lm_head"), ("model.tok_embeddings", "output")):
+        one, other = (f"language_model.{name}.weight" for name in (embeddings, head))
+        if shared and one in weights and other not in weights:
+            tied |= {one: other, other: one}
+
+    def rename(name: str) -> str:
+        inner = f"language_model.{name}"
+        return inner if name not in weights and (inner in weights or inner in tied) else name
+
+    return Skeleton(rename, tied, frozenset())
+
+
 def _tied(model: "PreTrainedModel") -> dict[str, str]:
     first: dict[int, str] = {}
     tied: dict[str, str] = {}
@@ -157,37 +95,7 @@ def _tied(model: "PreTrainedModel") -> dict[str, str]:
     return tied
 
 
-# ---------------------------------------------------------------- configuration
-def _no_weights(folder: Path) -> SourceError:
-    if (folder / "adapter_model.bin").is_file():
-        return WeightsError(
-            f"{folder}: the adapter is pickled (adapter_model.bin), and unpickling can run code",
-            'save it once as safetensors: python -c "import torch; from safetensors.torch import save_file; '
-            f"save_file(torch.load('{folder}/adapter_model.bin', weights_only=True), '{folder}/{WEIGHTS}')\"",
-        )
-    return WeightsError(f"{folder}: no {WEIGHTS} here", "the download is incomplete: fetch the adapter again")
-
-
-def _check_options(where: Path, config: Mapping[str, Any]) -> None:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise ConfigError(f"{where}: peft_type = {kind!r} is not supported", "only LORA adapters can be merged")
-    if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), int | float):
-        raise ConfigError(f"{where}: r and lora_alpha are not both numbers", "fetch the adapter again")
-    start = config.get("init_lora_weights", True)
-    if start not in _PLAIN_STARTS:
-        raise ConfigError(
-            f"{where}: init_lora_weights = {start!r} changed the base weights before the training",
-            "save it as plain LoRA: model.save_pretrained(OUT, path_initial_model_for_weight_conversion=INITIAL)",
-        )
-    for key, value in config.items():
-        if key not in _READ | _TRAINING and value not in (None, False, "", [], {}):
-            raise ConfigError(
-                f"{where}: {key} = {value!r} is not supported",
-                "merge with PEFT (merge_and_unload), save the whole model and export that",
-            )
-
-
+# ---------------------------------------------------------------- which modules
 def _matches(patterns: Iterable[str], module: str) -> str | None:
     """The first pattern, a regular expression for the end of a name, that `module` has."""
     return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", module)), None)
@@ -200,7 +108,7 @@ def _named(wanted: Any, module: str) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in wanted)
 
 
-def _targeted(config: Mapping[str, Any], module: str) -> bool:
+def targeted(config: Mapping[str, Any], module: str) -> bool:
     """Whether the configuration gives `module` a LoRA, as PEFT reads it."""
     targets, excluded, layers = (config.get(k) for k in ("target_modules", "exclude_modules", "layers_to_transform"))
     if targets == "all-linear":
@@ -217,9 +125,6 @@ def _targeted(config: Mapping[str, Any], module: str) -> bool:
 
 
 # ---------------------------------------------------------------- tensors
-_LORA = re.compile(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight|\.bias|)")
-
-
 @dataclass(frozen=True)
 class _Pair:
     """The two factors of a module's delta, as stored: `down` A and `up` B."""
@@ -255,60 +160,124 @@ class _Merger:
         self._tensors = adapter.weights()
 
     def merge(self) -> None:
-        modules: dict[str, set[str]] = {}
-        whole: dict[str, str] = {}
-        for key in self._tensors:
-            if not key.startswith(_PREFIX):
-                raise WeightsError(f"{self._where}: tensor {key} is not one of an adapter", "save it again with PEFT")
-            name = key.removeprefix(_PREFIX)
-            match = _LORA.fullmatch(name)
-            if match:
-                modules.setdefault(match[1], set()).add(match[2] + match[3])
-            else:
-                whole[name] = key
-        for name, key in whole.items():
-            self._replace(name, key)
-        self._check_saved(whole)
-        for module, parts in modules.items():
-            self._merge_module(module, parts)
-        unused = self._tensors.unused()
+        modules: dict[str, dict[str, str]] = {}  # module → part → the tensor
+        whole: dict[str, Part] = {}
+        parts = self._adapter.parts()
+        for part in parts:
+            if part.is_lora:
+                modules.setdefault(part.module, {})[part.kind] = part.key
+            elif part.kind != TOKENS:
+                whole[self._model.rename(f"{part.module}.{part.kind}")] = part
+        for live, part in whole.items():
+            self._replace(live, part, whole)
+        self._check_saved(part.module for part in parts if not part.is_lora)
+        for module, keys in modules.items():
+            self._merge_module(module, keys)
+        self._replace_tokens([part for part in parts if part.kind == TOKENS])
+        used = {part.key for part in parts}
+        unused = [key for key in self._tensors.unused() if key in used]
         if unused:
             raise WeightsError(
                 f"{self._where}: tensor {unused[0]} cannot be merged", "only what PEFT's LoRA stores can be merged"
             )
 
     # ------------------------------------------------------------ whole tensors
-    def _replace(self, name: str, key: str) -> None:
+    def _replace(self, live: str, part: Part, whole: Mapping[str, Part]) -> None:
         """A trained copy of a tensor: of `modules_to_save`, a bias, or an embedding stored along with its LoRA."""
-        target = self._target(name.replace(".base_layer.", ".").replace(".modules_to_save.", "."))
+        key, name = part.key, f"{part.module}.{part.kind}"
+        other = self._model.tied.get(live)
+        target = self._stored.get(live) or self._stored.get(other or "") or self._target(name)
         shape = self._weights.shape(target)
         if self._tensors.shape(key) != shape:
-            raise WeightsError(
-                f"{self._where}: tensor {key} has shape {list(self._tensors.shape(key))}, the model's {list(shape)}",
-                "the vocabulary was resized in training: merge with PEFT (merge_and_unload), save and export that",
-            )
+            raise self._wrong_shape(key, shape)
         self._tensors.use(key, shape)
+        if other is not None and self._equals_base(key, target):
+            return  # stored beside a LoRA, not trained
+        if other is not None and not self._trained_as_one(key, whole.get(other)):
+            raise self._shared(live, other, f"a {part.kind} of one of the two was trained (modules_to_save)")
 
         def change(values: np.ndarray, start: int) -> None:
             values[...] = self._tensors.rows(key, start, start + len(values))
 
         self._weights.alter(target, change)
 
-    def _check_saved(self, whole: Mapping[str, str]) -> None:
-        modules = {name.rpartition(".")[0] for name in whole}
+    def _wrong_shape(self, key: str, shape: tuple[int, ...]) -> WeightsError:
+        found = self._tensors.shape(key)
+        if found[1:] != shape[1:]:
+            return WeightsError(
+                f"{self._where}: tensor {key} has shape {list(found)}, the model's {list(shape)}: {self._pedigree()}",
+                "give the adapter of this model, or the model of this adapter",
+            )
+        return WeightsError(
+            f"{self._where}: tensor {key} has shape {list(found)}, the model's {list(shape)}: "
+            "the vocabulary was resized before the training",
+            f"make the whole model once: model.resize_token_embeddings({found[0]}), PEFT's merge_and_unload, "
+            "save_pretrained with the adapter's tokenizer; export that",
+        )
+
+    def _equals_base(self, key: str, target: str) -> bool:
+        return _equal(self._tensors, key, self._weights, target)
+
+    def _trained_as_one(self, key: str, other: Part | None) -> bool:
+        """Whether the shared matrix is stored under its other name, too, with the same values (ensure_weight_tying)."""
+        return other is not None and _equal(self._tensors, key, self._tensors, other.key)
+
+    def _check_saved(self, modules: Iterable[str]) -> None:
+        saved = set(modules)
         for wanted in self._config.get("modules_to_save") or ():
-            if not any(re.match(rf"(^|.*\.){wanted}($|\..*)", module) for module in modules):
+            if not any(re.match(rf"(^|.*\.){wanted}($|\..*)", module) for module in saved):
                 raise WeightsError(
                     f"{self._where}: {CONFIG} says modules_to_save = {wanted}, but no tensor of it is here",
                     "the adapter is incomplete: save it again with PEFT",
                 )
 
+    # ------------------------------------------------------------ rows of embeddings
+    def _replace_tokens(self, parts: Sequence[Part]) -> None:
+        """Embeddings of single tokens (trainable_token_indices), which stand for the rows themselves."""
+        wanted = self._config.get("trainable_token_indices")
+        if wanted and not parts:
+            raise WeightsError(
+                f"{self._where}: {CONFIG} says trainable_token_indices = {wanted}, but no tensor of it is here",
+                "the adapter is incomplete: save it again with PEFT",
+            )
+        changed: set[str] = set()
+        for part in parts:
+            live = self._model.rename(f"{part.module}.weight")
+            other = self._model.tied.get(live)
+            if other in changed:
+                raise self._shared(live, str(other), "tokens of both were trained apart (trainable_token_indices)")
+            changed.add(live)
+            target = self._stored.get(live) or self._stored.get(other or "") or self._target(f"{part.module}.weight")
+            self._weights.alter(target, self._token_rows(part, live, wanted, self._weights.shape(target)))
+
+    def _token_rows(self, part: Part, live: str, wanted: Any, shape: tuple[int, ...]) -> Change:
+        if isinstance(wanted, Mapping):
+            modules = (part.module, live.removesuffix(".weight"))
+            wanted = next((ids for name, ids in wanted.items() if any(_named([name], m) for m in modules)), None)
+        values = self._tensors.read(part.key)
+        ids = np.asarray(wanted if isinstance(wanted, list) else [], dtype=object)
+        whole = all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < shape[0] for i in ids)
+        if values.shape != (len(ids), *shape[1:]) or not whole or len(set(ids)) < len(ids):
+            raise WeightsError(
+                f"{self._where}: tensor {part.key} has shape {list(values.shape)}, which does not fit {CONFIG}'s "
+                f"trainable_token_indices = {wanted} and embeddings {list(shape)}",
+                "use the two files that belong together; a resized vocabulary has to be merged with PEFT first",
+            )
+        rows = {int(i): values[n] for n, i in enumerate(ids)}
+
+        def change(part: np.ndarray, start: int) -> None:
+            for row, value in rows.items():
+                if start <= row < start + len(part):
+                    part[row - start] = value
+
+        return change
+
     # ------------------------------------------------------------ LoRA
-    def _merge_module(self, module: str, parts: set[str]) -> None:
+    def _merge_module(self, module: str, keys: Mapping[str, str]) -> None:
         live = self._model.rename(f"{module}.weight").removesuffix(".weight")
-        pair = self._pair(module, parts)
+        pair = self._pair(module, keys)
         target = self._target(f"{module}.weight")
-        if not (_targeted(self._config, module) or _targeted(self._config, live)):
+        if not (targeted(self._config, module) or targeted(self._config, live)):
             raise ConfigError(
                 f"{self._where}: there is a LoRA for {module}, but {CONFIG} does not target it",
                 "use the two files that belong together",
@@ -323,18 +292,24 @@ class _Merger:
                 f"does not fit the model's weight {list(shape)}",
                 f"{self._pedigree()}; a grouped convolution cannot be merged here",
             )
-        magnitude = self._magnitude(module, parts, plain=not pair.embedding and not transposed and len(shape) == 2)
+        magnitude = self._magnitude(module, keys, plain=not pair.embedding and not transposed and len(shape) == 2)
         self._weights.alter(target, _delta(*factors, scaling, magnitude))
-        if "lora_B.bias" in parts:
-            self._add_bias(module, scaling)
+        if "lora_B.bias" in keys:
+            self._add_bias(module, keys["lora_B.bias"], scaling)
 
-    def _pair(self, module: str, parts: set[str]) -> _Pair:
+    def _pair(self, module: str, keys: Mapping[str, str]) -> _Pair:
         for down, up in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
-            if {down, up} <= parts:
-                read = [self._tensors.read(f"{_PREFIX}{module}.{part}") for part in (down, up)]
+            if {down, up} <= set(keys):
+                read = [self._tensors.read(keys[part]) for part in (down, up)]
+                if any(factor.ndim < 2 or not factor.size for factor in read):
+                    raise WeightsError(
+                        f"{self._where}: the LoRA of {module} is empty or flat ({list(read[1].shape)} · "
+                        f"{list(read[0].shape)}): shards of DeepSpeed or FSDP were not gathered when it was saved",
+                        "save it again from all shards (deepspeed.zero.GatheredParameters, summon_full_params)",
+                    )
                 return _Pair(read[0], read[1], down == "lora_embedding_A")
         raise WeightsError(
-            f"{self._where}: {module} has {', '.join(sorted(parts))} but not its partner",
+            f"{self._where}: {module} has {', '.join(sorted(keys))} (tensor {min(keys.values())}), but not its partner",
             "the adapter is incomplete: fetch it again",
         )
 
@@ -354,26 +329,26 @@ class _Merger:
         key = _matches(values, live) or _matches(values, module)
         return self._config[default] if key is None else values[key]
 
-    def _magnitude(self, module: str, parts: set[str], plain: bool) -> np.ndarray | None:
-        part = next((p for p in parts if p.startswith("lora_magnitude_vector")), None)
+    def _magnitude(self, module: str, keys: Mapping[str, str], plain: bool) -> np.ndarray | None:
+        kind = next((p for p in keys if p.startswith("lora_magnitude_vector")), None)
         dora = bool(self._config.get("use_dora"))
-        if dora != (part is not None):
+        if dora != (kind is not None):
             raise WeightsError(
                 f"{self._where}: {CONFIG} says use_dora = {dora}, but {module} "
                 + ("has no lora_magnitude_vector" if dora else "has a lora_magnitude_vector"),
                 "use the two files that belong together",
             )
-        if part is None:
+        if kind is None:
             return None
         if not plain:
             raise ConfigError(
                 f"{self._where}: use_dora on {module}: only DoRA of linear layers can be merged",
                 "merge with PEFT (merge_and_unload), save the whole model and export that",
             )
-        return self._tensors.read(f"{_PREFIX}{module}.{part}")
+        return self._tensors.read(keys[kind])
 
-    def _add_bias(self, module: str, scaling: float) -> None:
-        added = scaling * self._tensors.read(f"{_PREFIX}{module}.lora_B.bias")
+    def _add_bias(self, module: str, key: str, scaling: float) -> None:
+        added = scaling * self._tensors.read(key)
 
         def change(values: np.ndarray, start: int) -> None:
             values += added[start : start + len(values)]
@@ -387,11 +362,7 @@ class _Merger:
         target = self._stored.get(live)
         other = self._model.tied.get(live)
         if other is not None:
-            raise ConfigError(
-                f"{self._where}: the adapter changes {live}, which the model shares with {other}: "
-                "merged, both would change, which is not what was trained",
-                "untie them (tie_word_embeddings = False), merge with PEFT, save the whole model and export that",
-            )
+            raise self._shared(live, other, "it has a LoRA, whose delta PEFT adds to one of the two")
         if target is None:
             raise WeightsError(
                 f"{self._where}: the model has no {name}, which the adapter changes: {self._pedigree()}",
@@ -399,8 +370,29 @@ class _Merger:
             )
         return target
 
+    def _shared(self, live: str, other: str, how: str) -> ConfigError:
+        return ConfigError(
+            f"{self._where}: the adapter changes {live}, which the model shares with {other}: {how}; "
+            "merged into the one matrix, the model would not be what was trained",
+            "untie them (tie_word_embeddings = False), merge with PEFT, save the whole model and export that",
+        )
+
     def _pedigree(self) -> str:
         return f"the adapter was trained for {self._adapter.base}, the model is {self._checkpoint}"
+
+
+def _equal(one: Weights, name: str, other: Weights, other_name: str) -> bool:
+    """Whether two tensors hold the same numbers, read some rows at a time."""
+    if one.shape(name) != other.shape(other_name):
+        return False
+    count = one.shape(name)[0]
+    pieces = [(i, min(i + _BLOCK, count)) for i in range(0, count, _BLOCK)]
+    return all(np.array_equal(one.rows(name, *piece), other.rows(other_name, *piece)) for piece in pieces)
+
+
+def add_product(left: np.ndarray, right: np.ndarray, scaling: float) -> Change:
+    """Adds scaling · left [rows, r] · right [r, rest] to rows."""
+    return _delta(left, right, scaling, None)
 
 
 def _delta(left: np.ndarray, right: np.ndarray, scaling: float, magnitude: np.ndarray | None) -> Change:

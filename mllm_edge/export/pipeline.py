@@ -15,6 +15,7 @@ import onnx_ir as ir
 from mllm_edge.bundle import CHAT_TEMPLATE, GENERATION, TOKENIZER, file_entries, write_manifest
 from mllm_edge.calibration.recipes import Precision, Recipe, recipe
 from mllm_edge.errors import ExportError, WeightsError
+from mllm_edge.export.checkpoint.files import local_path
 from mllm_edge.export.datafile import DataFile, DataSink, DryFile
 from mllm_edge.export.decoder.build import build_decoder
 from mllm_edge.export.decoder.spec import DecoderSpec
@@ -327,9 +328,9 @@ def _require_all_used(source: Source, plan: Plan, weights: Weights) -> None:
 
 def _provenance(source: Source) -> dict[str, Any]:
     tools = {name: version(name) for name in ("onnx-ir", "onnxruntime", "torch", "transformers")}
-    local = Path(source.name).is_dir()
+    local = local_path(source.name).is_dir()
     return {
-        "source": Path(source.name).resolve().name if local else source.name,
+        "source": source.folder.resolve().name if local else source.name,
         "revision": source.revision,
         "adapters": [adapter.provenance() for adapter in source.adapters],
         "notices": list(source.notices),

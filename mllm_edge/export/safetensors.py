@@ -18,8 +18,10 @@ import numpy as np
 
 from mllm_edge.calibration.chunks import for_each_chunk
 from mllm_edge.errors import WeightsError
+from mllm_edge.export.checkpoint.files import LFS_POINTER
+from mllm_edge.export.checkpoint.weights import weight_files
 
-__all__ = ["Change", "Weights", "open_files", "open_weights"]
+__all__ = ["Change", "Weights", "open_files", "open_weights", "stored_types"]
 
 _DTYPES: dict[str, Any] = {
     "F64": np.float64,
@@ -27,6 +29,7 @@ _DTYPES: dict[str, Any] = {
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
     "I64": np.int64,
     "I32": np.int32,
     "I16": np.int16,
@@ -74,6 +77,16 @@ class Weights:
         `cut` makes the part, of `shape`, from the mapped source; it should slice and reshape, not compute.
         """
         self._derived[name] = _Derived(source, shape, cut)
+
+    def renamed(self, names: Mapping[str, str]) -> "Weights":
+        """The tensors that are among `names` (name → the new one), unread and unchanged; raises WeightsError for two
+        that get the same name."""
+        entries: dict[str, _Entry] = {}
+        for name, new in names.items():
+            if new in entries:
+                raise WeightsError(f"{self._entry(name).file}: two tensors are {new}", "download the checkpoint again")
+            entries[new] = self._entry(name)
+        return Weights(entries)
 
     def alter(self, name: str, change: Change) -> None:
         """Let `change(values, start)` correct rows [n, ...] from row `start` on, in place and in float32, whenever they
@@ -194,67 +207,53 @@ def _read(entry: _Entry, first: int, values: np.ndarray) -> None:
 
 
 def open_weights(folder: Path) -> Weights:
-    """Open `model.safetensors`, or all shards that `model.safetensors.index.json` lists.
+    """Open the weights of a checkpoint; `weight_files` says which files, and raises WeightsError where there are none.
 
-    Raises WeightsError for a missing shard, a truncated file, a broken header, or a checkpoint without safetensors.
+    Raises WeightsError for a truncated file or a broken header, too.
     """
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if index.is_file():
-        files = [folder / name for name in _shards(index)]
-    elif single.is_file():
-        files = [single]
-    else:
-        raise _no_safetensors(folder)
-    return open_files(files)
+    return open_files(weight_files(folder))
+
+
+def stored_types(files: Iterable[Path]) -> dict[str, str]:
+    """Tensor → its dtype in safetensors' words, whether it can be read here or not; errors as of `open_files`."""
+    return {name: str(info["dtype"]) for file in files for name, info in _read_header(file)[1].items()}
 
 
 def open_files(files: Iterable[Path]) -> Weights:
     """The tensors of some safetensors files together; raises WeightsError for a truncated file or a broken header."""
     entries: dict[str, _Entry] = {}
     for file in files:
-        entries.update(_read_header(file))
+        base, header = _read_header(file)
+        size = file.stat().st_size
+        entries.update({name: _entry(file, name, info, base, size) for name, info in header.items()})
     return Weights(entries)
 
 
-def _shards(index: Path) -> list[str]:
-    try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as e:
-        raise WeightsError(f"{index}: not a safetensors index ({e})", "download the checkpoint again") from None
-    for shard in shards:
-        if Path(shard).name != shard or not (index.parent / shard).is_file():
-            raise WeightsError(f"{index.parent}: shard {shard} is missing", "download the checkpoint again")
-    return shards
-
-
-def _no_safetensors(folder: Path) -> WeightsError:
-    pickled = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
-    if not pickled:
-        return WeightsError(f"{folder}: no model.safetensors here", "name a directory that holds a checkpoint")
-    return WeightsError(
-        f"{folder}: the weights are pickled ({pickled[0]}), and unpickling can run code",
-        'convert them once: python -c "from transformers import AutoModelForImageTextToText as M; '
-        f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\" "
-        "(and copy the tokenizer and processor files)",
-    )
-
-
-def _read_header(file: Path) -> dict[str, _Entry]:
+def _read_header(file: Path) -> tuple[int, dict[str, Mapping[str, Any]]]:
+    """Where the data begins, and what the header says of each tensor."""
     size = file.stat().st_size
     damaged = "the file is damaged or incomplete: download it again"
     with file.open("rb") as f:
         prefix = f.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if length == 0 or length > min(_MAX_HEADER, size - 8):
+            if LFS_POINTER.startswith(prefix) and prefix:
+                raise WeightsError(f"{file}: a pointer of git-lfs, not the weights", f"git -C {file.parent} lfs pull")
             raise WeightsError(f"{file}: not a safetensors file, or cut off inside its header", damaged)
         try:
             header = json.loads(f.read(length))
-            return {n: _entry(file, n, v, 8 + length, size) for n, v in header.items() if n != "__metadata__"}
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            if isinstance(e, WeightsError):
-                raise
+            return 8 + length, {n: _checked(v) for n, v in header.items() if n != "__metadata__"}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise WeightsError(f"{file}: the safetensors header is broken ({e})", damaged) from None
+
+
+def _checked(info: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a header says of a tensor, in the right types; raises ValueError, KeyError or TypeError."""
+    begin, end = (int(n) for n in info["data_offsets"])
+    shape = tuple(int(n) for n in info["shape"])
+    if not 0 <= begin <= end or any(n < 0 for n in shape):
+        raise ValueError(f"data_offsets {[begin, end]}, shape {list(shape)}")
+    return {"dtype": str(info["dtype"]), "shape": shape, "data_offsets": (begin, end)}
 
 
 def _entry(file: Path, name: str, info: Mapping[str, Any], base: int, size: int) -> _Entry:
@@ -264,7 +263,7 @@ def _entry(file: Path, name: str, info: Mapping[str, Any], base: int, size: int)
             f"save the checkpoint in one of {', '.join(_DTYPES)}; pre-quantized checkpoints are not read",
         )
     dtype = np.dtype(_DTYPES[info["dtype"]])
-    shape = tuple(int(n) for n in info["shape"])
+    shape = info["shape"]
     begin, end = info["data_offsets"]
     if base + end > size:
         raise WeightsError(

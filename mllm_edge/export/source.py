@@ -1,20 +1,25 @@
 """Where a model comes from: a local directory or a hub id, its configuration and its weights."""
 
 import difflib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mllm_edge.errors import ConfigError, SourceError
-from mllm_edge.export.adapters import Adapter, merge, open_adapter, skeleton
+from mllm_edge.export.adapters import Adapter, merge, own_skeleton, skeleton
+from mllm_edge.export.checkpoint import own_lora
+from mllm_edge.export.checkpoint.adapter_files import open_adapters
+from mllm_edge.export.checkpoint.download import WANTED, download
+from mllm_edge.export.checkpoint.files import local_path, read_json
 from mllm_edge.export.checkpoint.notices import Notices
-from mllm_edge.export.safetensors import Weights, open_weights
+from mllm_edge.export.checkpoint.quantized import check_float
+from mllm_edge.export.checkpoint.weights import weight_files
+from mllm_edge.export.safetensors import Weights, open_files, stored_types
 
 __all__ = ["ConfigReader", "Source", "load_config", "model_readers", "nearest", "open_source", "read_json"]
 
-_WANTED = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt", "*.tiktoken"]
+_WANTED = WANTED  # of a repository on the hub
 # Generation and bookkeeping settings: no effect on any tensor.
 _INERT = {
     "_name_or_path",
@@ -58,11 +63,22 @@ class Source:
     def model_type(self) -> str:
         return str(self.config.get("model_type", ""))
 
+    @property
+    def in_transformers(self) -> bool:
+        """Whether transformers has a class for the checkpoint."""
+        from transformers import CONFIG_MAPPING
+
+        return self.model_type in CONFIG_MAPPING
+
     def weights(self) -> Weights:
-        """Open the weights, adapters merged; see `open_weights` and `adapters.merge` for the errors."""
-        weights = open_weights(self.folder)
+        """Open the weights, adapters merged; see `weight_files`, `check_float` and `adapters.merge` for
+        the errors."""
+        files = weight_files(self.folder, self.config, self.notices)
+        check_float(self.folder, self.config, stored_types(files), self.notices)
+        weights = own_lora.merged(open_files(files), self.config, self.folder)
         if self.adapters:
-            merge(weights, self.adapters, skeleton(_empty_model(self)), self.name)
+            names = skeleton(_empty_model(self)) if self.in_transformers else own_skeleton(weights, self.config)
+            merge(weights, self.adapters, names, self.name)
         return weights
 
     def json(self, name: str) -> dict[str, Any]:
@@ -78,17 +94,39 @@ def open_source(
     tell: Callable[[str], None] = lambda text: None,
 ) -> Source:
     """A local directory with config.json, or else a hub id `owner/name` (downloaded into the hub's own cache), and
-    directories of LoRA adapters. `tell` hears the source's notices as they come.
+    LoRA adapters, likewise. One that lies in the folder comes first, unless "none" is among `adapters`. `tell` hears
+    the source's notices as they come.
 
     Raises SourceError when one of them cannot be had, ConfigError for an adapter that cannot be merged.
     """
-    folder = Path(model)
-    if not folder.is_dir():
-        folder, revision = _download(model, revision)
+    folder = local_path(model)
+    if folder.is_dir():
+        if revision is not None:
+            raise SourceError(
+                f"{model}: a directory has no revision {revision!r}",
+                "leave out --revision, or name the hub id owner/name",
+            )
+    else:
+        _check_id(model)
+        folder, revision = download(model, revision)
     if not (folder / "config.json").is_file():
         raise SourceError(f"{folder}: no config.json here", "name a transformers checkpoint directory or a hub id")
-    opened = tuple(open_adapter(adapter) for adapter in adapters)
-    return Source(model, folder, revision, read_json(folder / "config.json"), opened, Notices(tell))
+    notices = Notices(tell)
+    opened = open_adapters(folder, adapters, notices)
+    config = read_json(folder / "config.json")
+    if any(config.get(key) for key in own_lora.RANKS.values()):
+        config = own_lora.with_merged_settings(config, open_files(weight_files(folder, config)), folder)
+    return Source(model, folder, revision, config, opened, notices)
+
+
+def _check_id(model: str) -> None:
+    """Raise SourceError for what is no hub id and so was meant as a path."""
+    if local_path(model).is_file():
+        raise SourceError(
+            f"{model}: a file, not a directory", "name the directory of the checkpoint that it belongs to"
+        )
+    if model.count("/") != 1 or model.startswith((".", "/", "~", "file:")):
+        raise SourceError(f"{model}: no such directory", "give a checkpoint directory, or a hub id like owner/name")
 
 
 def nearest(word: str, known: list[str]) -> str:
@@ -164,30 +202,3 @@ def _empty_model(source: Source) -> Any:
 
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(load_config(source))
-
-
-def _download(model: str, revision: str | None) -> tuple[Path, str | None]:
-    from huggingface_hub import snapshot_download
-
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise SourceError(f"{model}: no such directory", "give a checkpoint directory, or a hub id like owner/name")
-    try:
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=_WANTED))
-    except Exception as e:  # the hub client raises many kinds; the first line says which
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise SourceError(
-            f"{model}: no such directory, and the hub has not delivered it ({type(e).__name__}: {reason})",
-            "check the spelling and the network; for a gated model run `hf auth login` first",
-        ) from e
-    return folder, folder.name
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; raises SourceError when the file holds none."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise SourceError(f"{path}: not valid JSON ({e})", "download the file again") from None
-    if not isinstance(data, dict):
-        raise SourceError(f"{path}: expected a JSON object", "download the file again")
-    return data

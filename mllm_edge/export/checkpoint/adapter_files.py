@@ -1,0 +1,166 @@
+"""The directory of a LoRA adapter: found, downloaded, and its configuration checked but for the fit to a model."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mllm_edge.bundle import sha256
+from mllm_edge.errors import ConfigError, SourceError, WeightsError
+from mllm_edge.export.checkpoint.adapter_names import Part, parts_of
+from mllm_edge.export.checkpoint.download import download_adapter
+from mllm_edge.export.checkpoint.files import local_path, read_json
+from mllm_edge.export.checkpoint.notices import Notices
+from mllm_edge.export.safetensors import Weights, open_files
+
+__all__ = ["CONFIG", "NONE", "WEIGHTS", "Adapter", "adapter_inside", "open_adapter", "open_adapters"]
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+NONE = "none"  # in the place of a directory: not even the adapter that lies in the checkpoint's own
+# Options that are read here, and those of training alone.
+_READ = {
+    "alpha_pattern",
+    "base_model_name_or_path",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "modules_to_save",
+    "peft_type",
+    "r",
+    "rank_pattern",
+    "target_modules",
+    "trainable_token_indices",
+    "use_dora",
+    "use_rslora",
+}
+_TRAINING = {
+    "auto_mapping",
+    "bias",  # trained biases are stored, and every stored tensor is used
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "inference_mode",
+    "loftq_config",
+    "lora_bias",  # likewise
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
+}
+# Ways to start the training that leave the base weights alone.
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter on disk, checked but for its fit to a model. `config` is adapter_config.json; `name` what the user
+    typed, `revision` the hub's commit (None for a directory)."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    name: str = ""
+    revision: str | None = None
+
+    @property
+    def base(self) -> str:
+        """The model that the adapter says it was trained for."""
+        return str(self.config.get("base_model_name_or_path") or "an unnamed model")
+
+    def weights(self) -> Weights:
+        """The adapter's tensors; raises WeightsError for a damaged file."""
+        return open_files([self.folder / WEIGHTS])
+
+    def parts(self) -> tuple[Part, ...]:
+        """What its tensors are; raises WeightsError as `parts_of`."""
+        return parts_of(self.weights(), self.folder / WEIGHTS)
+
+    def provenance(self) -> dict[str, Any]:
+        """What the manifest says about the adapter."""
+        return {
+            "name": self.folder.resolve().name if self.revision is None else self.name,
+            "revision": self.revision,
+            "base_model": self.base,
+            "rank": self.config["r"],
+            "sha256": sha256(self.folder / WEIGHTS),
+        }
+
+
+def open_adapters(folder: Path, names: Sequence[str | Path], notices: Notices) -> tuple[Adapter, ...]:
+    """The adapter that lies in the checkpoint's own `folder`, if any, and then those of `names`; `NONE` among the names
+    leaves the first one out. Raises as `open_adapter`."""
+    opened = [open_adapter(name) for name in names if str(name) != NONE]
+    inside = None if NONE in map(str, names) else adapter_inside(folder, notices)
+    if inside is not None and all(inside.folder.resolve() != other.folder.resolve() for other in opened):
+        notices.add(
+            f"{folder}: an adapter lies in the folder (trained for {inside.base}): it is merged, as transformers does "
+            f"where PEFT is installed; --adapter {NONE} leaves it out, which is right if these weights hold it already"
+        )
+        opened.insert(0, inside)
+    return tuple(opened)
+
+
+def adapter_inside(folder: Path, notices: Notices) -> Adapter | None:
+    """The adapter in a checkpoint's folder; raises as `open_adapter`."""
+    if not (folder / CONFIG).is_file():
+        return None
+    if not any((folder / name).is_file() for name in (WEIGHTS, "adapter_model.bin")):
+        notices.add(f"{folder}: {CONFIG} without an adapter's weights: left aside")
+        return None
+    try:
+        return open_adapter(folder)
+    except SourceError as e:
+        raise type(e)(e.message, f"{e.fix}; or leave out the adapter in this folder: --adapter {NONE}") from None
+
+
+def open_adapter(name: str | Path) -> Adapter:
+    """Read and check the configuration of an adapter in a directory, or on the hub (`owner/name`). Raises SourceError
+    when it is no adapter, ConfigError for an option that cannot be merged."""
+    folder, revision = local_path(name), None
+    if not folder.exists() and str(name).count("/") == 1 and not str(name).startswith((".", "/", "~", "file:")):
+        folder, revision = download_adapter(str(name))
+    if not (folder / CONFIG).is_file():
+        named = next(iter(sorted(folder.glob(f"*/{CONFIG}"))), None)
+        fix = "--adapter takes a directory that PEFT wrote, or a hub id owner/name"
+        raise SourceError(f"{name}: no {CONFIG} here", f"--adapter {named.parent}" if named else fix)
+    if not (folder / WEIGHTS).is_file():
+        raise _no_weights(folder)
+    config = read_json(folder / CONFIG)
+    _check_options(folder / CONFIG, config)
+    return Adapter(folder, config, str(name), revision)
+
+
+def _no_weights(folder: Path) -> SourceError:
+    if (folder / "adapter_model.bin").is_file():
+        return WeightsError(
+            f"{folder}: the adapter is pickled (adapter_model.bin), and unpickling can run code",
+            'save it once as safetensors: python -c "import torch; from safetensors.torch import save_file; '
+            f"save_file(torch.load('{folder}/adapter_model.bin', weights_only=True), '{folder}/{WEIGHTS}')\"",
+        )
+    return WeightsError(f"{folder}: no {WEIGHTS} here", "the download is incomplete: fetch the adapter again")
+
+
+def _check_options(where: Path, config: Mapping[str, Any]) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise ConfigError(f"{where}: peft_type = {kind!r} is not supported", "only LORA adapters can be merged")
+    if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), int | float):
+        raise ConfigError(f"{where}: r and lora_alpha are not both numbers", "fetch the adapter again")
+    start = config.get("init_lora_weights", True)
+    if start not in _PLAIN_STARTS:
+        raise ConfigError(
+            f"{where}: init_lora_weights = {start!r} changed the base weights before the training",
+            "save it as plain LoRA: model.save_pretrained(OUT, path_initial_model_for_weight_conversion=INITIAL)",
+        )
+    for key, value in config.items():
+        if key not in _READ | _TRAINING and value not in (None, False, "", [], {}):
+            raise ConfigError(
+                f"{where}: {key} = {value!r} is not supported",
+                "merge with PEFT (merge_and_unload), save the whole model and export that",
+            )
