@@ -9,20 +9,37 @@ from typing import Any
 import click
 
 from mllm_edge import __version__
+from mllm_edge.cli.doctor_checkpoint import checkpoint_report, checkpoint_text
 from mllm_edge.cli.options import json_option
 from mllm_edge.cli.output import bytes_text, print_json, write_answer
 
 __all__ = ["command"]
 
 
-@click.command("doctor", short_help="Tell which targets work on this machine.")
+@click.command("doctor", short_help="Tell which targets work on this machine, or whether a checkpoint exports.")
+@click.option("--checkpoint", type=click.Path(), metavar="DIR", help="Look at a checkpoint instead of this machine.")
+@click.option(
+    "--adapter", "adapters", multiple=True, metavar="DIR", help="A LoRA adapter to be merged; with --checkpoint."
+)
 @json_option("Print the findings as JSON.")
 @click.pass_context
-def command(ctx: click.Context, as_json: bool) -> None:
+def command(ctx: click.Context, checkpoint: str | None, adapters: tuple[str, ...], as_json: bool) -> None:
     """Tell what is installed and visible here, which targets work, and what would make the others work.
 
     A target works when this version runs its bundles on this machine. The exit code is 0 when at least one works.
+
+    With --checkpoint: tell in seconds what an export of it would do, and write nothing: its family, what would be
+    refused and why, files that contradict each other, bits, memory and time. The exit code is 0 when it would export.
     """
+    if checkpoint is not None:
+        report = checkpoint_report(checkpoint, adapters)
+        if as_json:
+            print_json(report)
+        else:
+            write_answer(checkpoint_text(report) + "\n")
+        ctx.exit(0 if report["exports"] else 1)
+    if adapters:
+        raise click.UsageError("--adapter goes with --checkpoint")
     from mllm_edge.runtime.backends.installed import engines, extras, wheels
     from mllm_edge.runtime.doctor import best_target, diagnose, machine_problems, precisions, wheel_problems
     from mllm_edge.runtime.machine import read_machine

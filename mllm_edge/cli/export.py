@@ -5,7 +5,8 @@ import ctypes
 import shlex
 import time
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +16,9 @@ from mllm_edge.cli.output import bytes_text, note, print_json, table
 from mllm_edge.cli.progress import stages
 from mllm_edge.cli.proof import float32_operators, proof_summary
 from mllm_edge.cli.signals import interrupted_message, interruptible
+
+if TYPE_CHECKING:
+    from mllm_edge.export.verify import VerifyCase
 
 __all__ = ["RECIPES", "TARGETS", "command"]
 
@@ -46,6 +50,17 @@ _STOPPED = interrupted_message("the export") + "; its temporary files are gone"
     help="Compare with the source model; auto takes the first decoder layers only when the model is large.",
 )
 @click.option(
+    "--verify-image",
+    "verify_images",
+    type=click.Path(),
+    multiple=True,
+    metavar="FILE",
+    help="A picture of your own to compare on, too; may be repeated, all go into one prompt.",
+)
+@click.option(
+    "--verify-prompt", metavar="TEXT", help="A prompt of your own to compare on, with --verify-image's pictures."
+)
+@click.option(
     "--adapter",
     "adapters",
     type=click.Path(),
@@ -70,6 +85,8 @@ def command(
     max_kl: float | None,
     min_agreement: float | None,
     verify: Any,
+    verify_images: tuple[str, ...],
+    verify_prompt: str | None,
     adapters: tuple[str, ...],
     revision: str | None,
     force: bool,
@@ -83,6 +100,7 @@ def command(
     """
     calibration = {"--prompt": prompt, "--held-back": held_back, "--max-kl": max_kl, "--min-agreement": min_agreement}
     _check(recipe, data, calibration, dry_run)
+    _check_verify(verify, verify_images, verify_prompt)
     began = time.perf_counter()
     _keep_freed_memory()
     with interruptible(_STOPPED) as check, stages(check) as progress:
@@ -94,6 +112,7 @@ def command(
             "verify_mode": verify,
             "revision": revision,
             "adapters": adapters,
+            "verify_cases": tuple(_verify_cases(verify_images, verify_prompt)),
         }
         if data is None:
             done = pipeline.export(
@@ -121,6 +140,24 @@ def command(
         print_json(report)
     else:
         note(f"\n{_summary(report) if data is None else proof_summary(report)}")
+
+
+def _check_verify(verify: str, images: tuple[str, ...], prompt: str | None) -> None:
+    """Raise UsageError for a picture that is not there, or where nothing is compared."""
+    if verify == "off" and (images or prompt is not None):
+        raise click.UsageError("--verify-image and --verify-prompt compare: leave out --verify off")
+    for image in images:
+        if not Path(image).expanduser().is_file():
+            raise click.UsageError(f"--verify-image {image}: no such file")
+
+
+def _verify_cases(images: tuple[str, ...], prompt: str | None) -> "list[VerifyCase]":
+    from mllm_edge.calibration.data import DEFAULT_PROMPT
+    from mllm_edge.export.verify import VerifyCase
+
+    if not images and prompt is None:
+        return []
+    return [VerifyCase(prompt or DEFAULT_PROMPT, tuple(str(Path(image).expanduser()) for image in images))]
 
 
 def _check(recipe: str, data: str | None, calibration: Mapping[str, Any], dry_run: bool) -> None:

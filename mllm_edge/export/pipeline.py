@@ -29,15 +29,15 @@ from mllm_edge.export.source import Source, open_source
 from mllm_edge.export.targets import TARGETS, Form, forms
 from mllm_edge.export.tokens import check_generation
 from mllm_edge.export.trace import lower, trace
-from mllm_edge.export.verify import Scope, verify
+from mllm_edge.export.verify import Scope, VerifyCase, verify
 from mllm_edge.export.workspace import check_out, check_space, workspace
 from mllm_edge.json_form import to_json
 from mllm_edge.spec import SCHEMA_VERSION, Component, Manifest, ModelSpec, PositionSpec, Variant
 
-__all__ = ["TARGETS", "ExportReport", "Verify", "export"]
+__all__ = ["TARGETS", "WHOLE_LIMIT", "ExportReport", "Verify", "export", "require_all_used"]
 
 Verify = Literal["auto", "full", "off"]
-_WHOLE_LIMIT = 2_000_000_000  # parameters; larger models are compared by their first layers
+WHOLE_LIMIT = 2_000_000_000  # parameters; larger models are compared by their first layers
 _PROBE_LAYERS = 2
 _POSITION_TABLE = "position_table.npy"
 _ROWS = 1024  # of the embeddings at a time
@@ -81,12 +81,14 @@ def export(
     dry_run: bool = False,
     revision: str | None = None,
     adapters: Sequence[str | Path] = (),
+    verify_cases: Sequence[VerifyCase] = (),
     progress: Progress | None = None,
 ) -> ExportReport:
     """Export `model` (a directory or a hub id) to a bundle in `out`.
 
-    The CPU's graphs are among those of other `targets`, unless `fallback` is False. `adapters` are directories of LoRA
-    adapters, merged into the weights in their order.
+    The CPU's graphs are among those of other `targets`, unless `fallback` is False. `adapters` are directories or hub
+    ids of LoRA adapters, merged into the weights in their order. `verify_cases`: questions and images of your own that
+    the bundle is compared with the source model on, too.
 
     Raises SourceError and its kinds, ExportError, ParityError; then `out` is as it was before.
     """
@@ -103,7 +105,7 @@ def export(
     check_generation(source, plan.texts.generation, plan.model)
     job = _Job(source, plan, weights, chosen, wanted, progress)
     sizes = job.plan_sizes()
-    _require_all_used(source, plan, weights)
+    require_all_used(source, plan, weights)
     report = ExportReport(
         source=model,
         adapters=tuple(str(adapter) for adapter in adapters),
@@ -122,11 +124,11 @@ def export(
         return report
     check_space(out, report.nbytes + _OTHER_FILES)
     with workspace(out) as folder:
-        manifest, whole = job.write(folder), verify_mode == "full" or plan.model.parameters <= _WHOLE_LIMIT
+        manifest, whole = job.write(folder), verify_mode == "full" or plan.model.parameters <= WHOLE_LIMIT
         if verify_mode != "off":
             if whole:  # all of it runs, in float32
                 manifest = keep_in_range(folder, manifest, progress=progress)
-            parity = job.verify(folder, manifest, whole=whole)
+            parity = job.verify(folder, manifest, whole=whole, cases=verify_cases)
             manifest = replace(manifest, parity=parity)
         # The comparison reads files, too.
         manifest = replace(manifest, provenance={**manifest.provenance, "notices": list(source.notices)})
@@ -201,24 +203,24 @@ class _Job:
             files=file_entries(folder, self._hashes),
         )
 
-    def verify(self, folder: Path, manifest: Manifest, whole: bool) -> dict[str, Any]:
+    def verify(self, folder: Path, manifest: Manifest, whole: bool, cases: Sequence[VerifyCase] = ()) -> dict[str, Any]:
         """Compare with the source model; a part of the decoder stands for it when the model is large. The results of
         the first form, and under `targets` those of the others."""
         self._progress.stage("comparing with the source model")
         if whole:
             write_manifest(folder, manifest)
-            return self._verify(folder, Scope(None))
+            return self._verify(folder, Scope(None), cases)
         probe = folder / "probe"
         probe.mkdir()
         try:
             write_manifest(probe, self._write_probe(folder, probe, manifest))
-            return self._verify(probe, Scope(_PROBE_LAYERS))
+            return self._verify(probe, Scope(_PROBE_LAYERS), cases)
         finally:
             shutil.rmtree(probe)
 
-    def _verify(self, folder: Path, scope: Scope) -> dict[str, Any]:
+    def _verify(self, folder: Path, scope: Scope, cases: Sequence[VerifyCase]) -> dict[str, Any]:
         targets = [form.target for form in self._forms]
-        first, *others = verify(self._source, folder, self._recipe.name, scope, targets)
+        first, *others = verify(self._source, folder, self._recipe.name, scope, targets, cases)
         results: dict[str, Any] = to_json(first)
         if others:
             results["targets"] = {parity.target: to_json(parity) for parity in others}
@@ -315,7 +317,8 @@ class _Job:
         (folder / GENERATION).write_text(json.dumps(to_json(texts.generation), indent=1) + "\n", encoding="utf-8")
 
 
-def _require_all_used(source: Source, plan: Plan, weights: Weights) -> None:
+def require_all_used(source: Source, plan: Plan, weights: Weights) -> None:
+    """Raise WeightsError for a tensor of the checkpoint that no part of the export uses."""
     weights.ignore(plan.ignored)
     unused = weights.unused()
     if unused:

@@ -32,6 +32,7 @@ from mllm_edge.export.pipeline import Verify, export
 from mllm_edge.export.progress import Progress, Silent
 from mllm_edge.export.quantize_source import check_float, check_images, open_work, read_samples, work_key
 from mllm_edge.export.requantize import requantize
+from mllm_edge.export.verify import VerifyCase
 from mllm_edge.export.workspace import check_out, check_space, workspace
 from mllm_edge.json_form import to_json
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
@@ -69,6 +70,7 @@ class FromCheckpoint:
     verify_mode: Verify = "auto"
     revision: str | None = None
     adapters: tuple[str, ...] = ()
+    verify_cases: tuple[VerifyCase, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -143,9 +143,8 @@ class _Reference:
             self.processor = self.family.load_processor(source)
             load = getattr(self.family, "load_model", load_reference)
             model, notes = adapted(load(source, scope.decoder_layers).eval(), source)
-        # What this adds to the folder's own is said: it is no proof of itself.
         self.model, self.notes = model, list(notes)
-        if hasattr(self.family, "own_reading") and self.family.own_reading(source):
+        if source.model_type in getattr(self.family, "OWN_READING", ()):
             self._note("transformers has no class for this checkpoint: its reading is our own on both sides")
 
     def run(self, prompt: str, images: tuple[Any, ...], rendered: str) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from click.testing import CliRunner
 from mllm_edge import VLM
 from mllm_edge.bundle import Bundle
 from mllm_edge.cli import main
-from mllm_edge.errors import PromptError
 from mllm_edge.export import pipeline
 from mllm_edge.export.compare import compare_with_source
 from mllm_edge.export.pipeline import export
@@ -120,9 +119,13 @@ def test_text_alone_is_turned_as_by_a_plain_rope(plain: Exported) -> None:
         np.testing.assert_array_equal(rope_tables(rope, places), rope_tables(rope, np.stack([places] * 3)))
 
 
-def test_image_markers_in_a_text_are_refused(plain: Exported) -> None:
-    with VLM.load(plain.bundle) as vlm, pytest.raises(PromptError, match="image_pad"):
-        vlm.generate("What is <|image_pad|>?", make_image(40, 40, 0))
+def test_image_markers_in_a_text_stay_text(plain: Exported) -> None:
+    with VLM.load(plain.bundle) as vlm:
+        image = make_image(40, 40, 0)
+        prompt = vlm.processor.process("What is <|image_pad|>?", image)
+        assert "What is <|image_pad|>?" in prompt.text
+        assert len(prompt.image_positions) == len(vlm.processor.process("What is this?", image).image_positions)
+        assert vlm.generate("What is <|image_pad|>?", image, max_new_tokens=2).token_ids
 
 
 def test_raw_prompts_take_one_placeholder_per_image(plain: Exported) -> None:

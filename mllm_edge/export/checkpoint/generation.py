@@ -130,8 +130,9 @@ def _tell_contradictions(source: Source, stops: tuple[int, ...], tokenizer: Any)
     stated = {
         FILE: _ids(source.json(FILE).get("eos_token_id")),
         "config.json": _ids(source.config.get("eos_token_id")),
-        "config.json text_config": _ids((source.config.get("text_config") or {}).get("eos_token_id")),
     }
+    if not (source.folder / FILE).is_file():  # beside it, text_config often holds a class's default
+        stated["config.json text_config"] = _ids((source.config.get("text_config") or {}).get("eos_token_id"))
     others = [f"{name} ({_shown(ids)})" for name, ids in stated.items() if ids and not set(ids) <= set(stops)]
     if others:
         source.notices.add(

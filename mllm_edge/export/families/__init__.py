@@ -4,7 +4,8 @@ Each has `MODEL_TYPES`, `SUMMARY` (facts for people), `plan(source, weights) -> 
 source model `load_processor(source)`, the reference's own processor without torchvision, and
 `image_features(model, inputs)`, the reference's tensors that answer to the components' outputs `vision_hidden` and
 `image_features`. Where transformers does not load a checkpoint itself, `load_model(source, decoder_layers)` gives the
-reference in float32, with only its first `decoder_layers` (None: all).
+reference in float32, with only its first `decoder_layers` (None: all). `OWN_READING` names those of `MODEL_TYPES` for
+which transformers has no class, so that their reference reads the checkpoint's files as the export does.
 """
 
 import importlib

@@ -47,9 +47,10 @@ if TYPE_CHECKING:
 
     from mllm_edge.export.vision.internvit import InternVitConfig
 
-__all__ = ["MODEL_TYPES", "SUMMARY", "image_features", "load_model", "load_processor", "plan"]
+__all__ = ["MODEL_TYPES", "OWN_READING", "SUMMARY", "image_features", "load_model", "load_processor", "plan"]
 
 MODEL_TYPES = ("internvl", "internvl_chat")
+OWN_READING = ("internvl_chat",)
 SUMMARY = {
     "decoders": ["internlm2", "llama", "qwen2", "qwen3"],
     "examples": ["OpenGVLab/InternVL2_5-1B", "OpenGVLab/InternVL3-1B-hf"],
