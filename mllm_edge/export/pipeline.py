@@ -32,7 +32,7 @@ from mllm_edge.export.trace import lower, trace
 from mllm_edge.export.verify import Scope, verify
 from mllm_edge.export.workspace import check_out, check_space, workspace
 from mllm_edge.json_form import to_json
-from mllm_edge.spec import SCHEMA_VERSION, Component, Manifest, ModelSpec, PositionSpec, Variant
+from mllm_edge.spec import SCHEMA_VERSION, Component, FileEntry, Manifest, ModelSpec, PositionSpec, Variant
 
 __all__ = ["TARGETS", "ExportReport", "Verify", "export"]
 
@@ -149,7 +149,7 @@ class _Job:
         types = dict.fromkeys(form.float_type for form in wanted)
         self._traces = {(c.name, dtype): trace(c, dtype) for dtype in types for c in plan.traced}
         self._components = [*(c.name for c in plan.traced), "decoder"]
-        self._hashes: dict[Path, str] = {}  # of the data files, which are hashed while they are written
+        self._hashes: dict[Path, FileEntry] = {}  # of the data files, which are hashed while they are written
 
     def plan_sizes(self) -> dict[str, int]:
         """Bytes of weights per component, computed without reading a weight; claims every weight on the way."""
@@ -244,7 +244,7 @@ class _Job:
                 model = self._build(name, form, data, decoder)
         except OverflowError as e:
             raise ExportError(f"recipe {self._recipe.name}: {e}", "use --recipe fp32 or int8") from e
-        self._hashes[data.path] = data.sha256
+        self._hashes[data.path] = data.entry
         save_model(model, folder / f"{stem}.onnx")
         precision = self._precision(name)
         return Variant(

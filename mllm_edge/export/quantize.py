@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from mllm_edge.bundle import MANIFEST, Bundle, file_entries, sha256, write_manifest
+from mllm_edge.bundle import MANIFEST, Bundle, file_entries, write_manifest
 from mllm_edge.calibration.calibrate import calibrate
 from mllm_edge.calibration.collect import Feeds, record
 from mllm_edge.calibration.data import DEFAULT_PROMPT, Sample
@@ -24,6 +24,7 @@ from mllm_edge.calibration.layers import Layer, find_groups, find_layers
 from mllm_edge.calibration.mixed import Candidate, by_loss, by_size, ranked, weight_bytes
 from mllm_edge.calibration.recipes import Recipe, calibrated_recipe, check_rules, precision_of
 from mllm_edge.calibration.sensitivity import Unit, affordable, measure
+from mllm_edge.checksums import file_entry
 from mllm_edge.errors import AccuracyError, ExportError, MllmEdgeError
 from mllm_edge.export.datafile import DataFile
 from mllm_edge.export.graph import save_model, tensor_specs
@@ -167,8 +168,7 @@ def _with_figure(folder: Path, manifest: Manifest, layers: Mapping[str, Mapping[
         return manifest
     path = folder / FIGURE
     draw_errors(layers, path)
-    entry = FileEntry(path.stat().st_size, sha256(path))
-    return replace(manifest, files={**manifest.files, FIGURE: entry})
+    return replace(manifest, files={**manifest.files, FIGURE: file_entry(path)})
 
 
 def _float_bundle(source: str | Path, work: Path, options: FromCheckpoint, progress: Progress) -> Bundle:
@@ -247,7 +247,7 @@ class _Job:
             if name.removesuffix(".data") not in rewritten and not name.startswith("engines/") and name != FIGURE:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self._source.listed(name), folder / name)
-        hashes: dict[Path, str] = {}
+        hashes: dict[Path, FileEntry] = {}
         components = {
             name: Component(tuple(self._write(folder, name, v, findings[name], hashes) for v in component.variants))
             for name, component in manifest.components.items()
@@ -334,7 +334,7 @@ class _Job:
         return self._recipe.size * (others + half) - others - fixed
 
     def _write(
-        self, folder: Path, component: str, variant: Variant, findings: Findings, hashes: dict[Path, str]
+        self, folder: Path, component: str, variant: Variant, findings: Findings, hashes: dict[Path, FileEntry]
     ) -> Variant:
         path = self._source.listed(variant.file)
         self._progress.stage(f"writing {path.stem}", self._source.manifest.files[variant.file].nbytes)
@@ -346,7 +346,7 @@ class _Job:
                 requantize(model, variant.dialect, precision, findings, sink)
         except OverflowError as e:
             raise ExportError(f"recipe {self._recipe.name}: {e}", "export the float bundle with --recipe fp32") from e
-        hashes[data] = sink.sha256
+        hashes[data] = sink.entry
         save_model(model, folder / variant.file)
         part = {"decoder": self._recipe.decoder, "connector": self._recipe.connector}
         chosen = part.get(component, self._recipe.vision)
