@@ -4,6 +4,7 @@ import json
 import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,7 @@ from mllm_edge.errors import ExportError, WeightsError
 from mllm_edge.export.datafile import DataFile, DataSink, DryFile
 from mllm_edge.export.decoder.build import build_decoder
 from mllm_edge.export.decoder.spec import DecoderSpec
+from mllm_edge.export.early import check_checkpoint
 from mllm_edge.export.families import family_for
 from mllm_edge.export.graph import save_model, tensor_specs
 from mllm_edge.export.half import KEY, Float32Operators, keep_in_range
@@ -30,7 +32,7 @@ from mllm_edge.export.tokenizers import load_tokenizer
 from mllm_edge.export.tokens import check_generation
 from mllm_edge.export.trace import lower, trace
 from mllm_edge.export.verify import Scope, verify
-from mllm_edge.export.workspace import check_out, check_space, workspace
+from mllm_edge.export.workspace import check_space, reserved, workspace
 from mllm_edge.json_form import to_json
 from mllm_edge.spec import SCHEMA_VERSION, Component, FileEntry, Manifest, ModelSpec, PositionSpec, Variant
 
@@ -86,13 +88,31 @@ def export(
     The CPU's graphs are among those of other `targets`, unless `fallback` is False. `adapters` are directories of LoRA
     adapters, merged into the weights in their order.
 
-    Raises SourceError and its kinds, ExportError, ParityError; then `out` is as it was before.
+    Raises SourceError and its kinds, ExportError, ParityError, BusyError (another process works on `out`); then `out`
+    is as it was before.
     """
-    out, progress = Path(out), progress or Silent()
+    check_checkpoint(model)
     chosen = recipe(recipe_name)
     wanted = forms(targets, chosen.name, fallback)
-    if not dry_run:
-        check_out(out, force)
+    with nullcontext(Path(out)) if dry_run else reserved(Path(out), force) as place:
+        return _export(
+            model, str(out), place, wanted, chosen, verify_mode, dry_run, revision, adapters, progress or Silent()
+        )
+
+
+def _export(
+    model: str,
+    out: str,
+    place: Path,
+    wanted: Sequence[Form],
+    chosen: Recipe,
+    verify_mode: Verify,
+    dry_run: bool,
+    revision: str | None,
+    adapters: Sequence[str | Path],
+    progress: Progress,
+) -> ExportReport:
+    """`out` is the user's name for the directory `place`."""
     progress.stage("reading the checkpoint")
     source = open_source(model, revision, adapters)
     family = family_for(source)
@@ -105,7 +125,7 @@ def export(
     report = ExportReport(
         source=model,
         adapters=tuple(str(adapter) for adapter in adapters),
-        out=str(out),
+        out=out,
         targets=tuple(form.target for form in wanted),
         recipe=chosen.name,
         family=plan.model.family,
@@ -117,8 +137,8 @@ def export(
     )
     if dry_run:
         return report
-    check_space(out, report.nbytes + _OTHER_FILES)
-    with workspace(out) as folder:
+    check_space(place, report.nbytes + _OTHER_FILES)
+    with workspace(place, report.nbytes + _OTHER_FILES) as folder:
         manifest, whole = job.write(folder), verify_mode == "full" or plan.model.parameters <= _WHOLE_LIMIT
         if verify_mode != "off":
             if whole:  # all of it runs, in float32
