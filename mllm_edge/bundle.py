@@ -1,17 +1,20 @@
 """The bundle on disk: reading, checking and choosing variants.
 
-A bundle is untrusted input: nothing is unpickled, and no file outside its directory is opened.
+A bundle is untrusted input: nothing is unpickled, and no name leads outside its directory. Opening it compares texts
+with their checksums; graphs and weights are compared when they are opened, embeddings when their rows are first read.
 """
 
-import hashlib
 import json
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
+from mllm_edge.checksums import Touched, damaged_block, file_entry, sha256
 from mllm_edge.errors import BundleError
 from mllm_edge.json_form import from_json, to_json
 from mllm_edge.spec import SCHEMA_VERSION, FileEntry, GenerationSpec, Manifest, Variant
@@ -22,13 +25,14 @@ MANIFEST = "manifest.json"
 GENERATION = "generation.json"
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
-_CHUNK = 1 << 20
 _EXPORT_AGAIN = "export it again with `mllm-edge export MODEL OUT --force`"
+_COPY_AGAIN = f"copy the bundle again from where it is whole, or {_EXPORT_AGAIN}"
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: its directory and its manifest. Opening checks schema, sizes and paths, not hashes."""
+    """An opened bundle: its directory and its manifest. Opening checks schema, sizes and names, and the
+    checksums of texts."""
 
     path: Path
     manifest: Manifest
@@ -50,16 +54,18 @@ class Bundle:
         for component in bundle.manifest.components.values():
             for variant in component.variants:
                 bundle.listed(variant.file)
+        for name in bundle.texts():
+            bundle.check(name)
         return bundle
 
     def file(self, name: str) -> Path:
         """The path of a file of the bundle; raises BundleError for a name that leads outside it."""
+        # Names are judged, and not where links lead: the hub's cache and the Nix store are made of links.
         parts = PurePosixPath(name)
-        path = self.path / name
-        escapes = parts.is_absolute() or ".." in parts.parts or "\\" in name or ":" in name
-        if escapes or not path.resolve().is_relative_to(self.path.resolve()):
+        escapes = parts.is_absolute() or ".." in parts.parts or any(c in name for c in "\\:\0")
+        if escapes or not parts.parts:
             raise BundleError(f"{self.path}: the manifest names {name!r}, outside the bundle", _EXPORT_AGAIN)
-        return path
+        return self.path / name
 
     def listed(self, name: str) -> Path:
         """Like `file`, for a file that must be in the manifest's list (so that its size was checked)."""
@@ -86,9 +92,11 @@ class Bundle:
         return from_json(GenerationSpec, _read_json(self.listed(GENERATION)), GENERATION)
 
     def embeddings(self) -> np.ndarray:
-        """Token embeddings [rows, hidden_size], memory-mapped; raises BundleError when shape or dtype are wrong."""
+        """Token embeddings [rows, hidden_size], memory-mapped; raises BundleError when shape or dtype are wrong. No row
+        is compared with its checksum yet: see `touched`."""
         model = self.manifest.model
-        table = self.array(model.embedding.file)
+        self.touched(model.embedding.file)(0, 1)  # the header
+        table = self._mapped(model.embedding.file)
         expected = (model.embedding.rows, model.hidden_size)
         if table.shape != expected or table.dtype != np.dtype(model.embedding.dtype):
             path = self.path / model.embedding.file
@@ -96,7 +104,11 @@ class Bundle:
         return table
 
     def array(self, name: str) -> np.ndarray:
-        """A .npy file of the bundle, memory-mapped; raises BundleError when it is none."""
+        """A .npy file of the bundle, memory-mapped; raises BundleError when it is none, or damaged."""
+        self.check(name)
+        return self._mapped(name)
+
+    def _mapped(self, name: str) -> np.ndarray:
         path = self.listed(name)
         try:
             return np.load(path, mmap_mode="r", allow_pickle=False)
@@ -108,27 +120,74 @@ class Bundle:
         """Size of all files in bytes."""
         return sum(entry.nbytes for entry in self.manifest.files.values())
 
+    def texts(self) -> list[str]:
+        """The files that are neither graphs nor weights nor arrays nor pictures, all of them small."""
+        graphs = tuple(v.file for c in self.manifest.components.values() for v in c.variants)
+        return [n for n in self.manifest.files if n.endswith((".json", ".jinja")) and not n.startswith(graphs)]
+
+    def check(self, name: str) -> None:
+        """Compare a file with its checksums; raises BundleError that names the damaged bytes. Bundles of older versions
+        have no checksums, and are only checked by `verify`."""
+        place = damaged_block(self.listed(name), self.manifest.files[name])
+        if place is not None:
+            raise self._damaged(name, place)
+
+    def check_all(self) -> None:
+        """`check` every file: before work that reads all of them."""
+        for name in self.manifest.files:
+            self.check(name)
+
+    @contextmanager
+    def checking(self, variant: Variant) -> Iterator[None]:
+        """Compare a variant's graph with its checksums now, and its weights in a thread while the body opens it.
+
+        Raises BundleError in the end, whatever the body made of a damaged file.
+        """
+        self.check(variant.file)
+        found: list[BaseException] = []
+        weights = [n for n in self.manifest.files if n.startswith(variant.file) and n != variant.file]
+
+        def compare() -> None:
+            try:
+                for name in weights:
+                    self.check(name)
+            except BaseException as e:  # raised again where it can be handled
+                found.append(e)
+
+        thread = threading.Thread(target=compare, name="checksums", daemon=True)
+        thread.start()
+        try:
+            yield
+        except Exception as e:
+            thread.join()
+            if found:
+                raise found[0] from e
+            raise
+        thread.join()
+        if found:
+            raise found[0]
+
+    def touched(self, name: str) -> Touched:
+        """What compares the blocks of an array with their checksums when they are first read."""
+        return Touched(self.listed(name), self.manifest.files[name], lambda place: self._damaged(name, place))
+
     def verify(self, progress: Callable[[int], None] = lambda n: None) -> None:
         """Compare every file with its SHA-256; `progress(n)` is called with bytes read. Raises BundleError."""
         for name, entry in self.manifest.files.items():
             if sha256(self.file(name), progress) != entry.sha256:
-                raise BundleError(f"{self.path}: {name} differs from what was exported", _EXPORT_AGAIN)
+                raise BundleError(f"{self.path}: {name} differs from what was exported", _COPY_AGAIN)
+
+    def _damaged(self, name: str, place: range) -> BundleError:
+        return BundleError(
+            f"{self.path}: {name} is damaged: bytes {place.start} to {place.stop - 1} differ from what was exported",
+            _COPY_AGAIN,
+        )
 
 
-def sha256(path: Path, progress: Callable[[int], None] = lambda n: None) -> str:
-    """SHA-256 of a file in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while chunk := f.read(_CHUNK):
-            digest.update(chunk)
-            progress(len(chunk))
-    return digest.hexdigest()
-
-
-def file_entries(folder: Path, hashes: Mapping[Path, str] | None = None) -> dict[str, FileEntry]:
-    """Size and hash of every file in `folder` but the manifest; `hashes` holds those that are known already."""
-    known, files = hashes or {}, sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    return {p.relative_to(folder).as_posix(): FileEntry(p.stat().st_size, known.get(p) or sha256(p)) for p in files}
+def file_entries(folder: Path, known: Mapping[Path, FileEntry] | None = None) -> dict[str, FileEntry]:
+    """Size and checksums of every file in `folder` but the manifest; `known` are those that need not be read again."""
+    found, files = known or {}, sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    return {p.relative_to(folder).as_posix(): found.get(p) or file_entry(p) for p in files}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -9,7 +9,9 @@ MllmEdgeError
 ├── ExportError        the export itself failed
 │   ├── ParityError             the exported graphs disagree with the source model
 │   ├── RecipeError             a recipe that cannot be read or names what the model does not have (also ValueError)
-│   └── AccuracyError           a quantized bundle loses more than was allowed
+│   ├── AccuracyError           a quantized bundle loses more than was allowed
+│   └── BusyError               another process works on the same directory
+├── WriteError         a file that cannot be written: no space, no permission
 ├── BundleError        not a bundle, damaged, or made by a newer version (also ValueError)
 ├── DataError          calibration data that cannot be read (also ValueError)
 ├── ImageError         an image that cannot be decoded (also ValueError)
@@ -25,6 +27,7 @@ __all__ = [
     "AccuracyError",
     "BackendError",
     "BundleError",
+    "BusyError",
     "ConfigError",
     "ContextError",
     "DataError",
@@ -37,6 +40,7 @@ __all__ = [
     "SourceError",
     "UnsupportedModelError",
     "WeightsError",
+    "WriteError",
 ]
 
 
@@ -82,6 +86,14 @@ class RecipeError(ExportError, ValueError):
 
 class AccuracyError(ExportError):
     """A quantized bundle loses more accuracy than was allowed."""
+
+
+class BusyError(ExportError):
+    """Another process works on the same directory."""
+
+
+class WriteError(MllmEdgeError):
+    """A file that cannot be written: no space, no permission, no such folder."""
 
 
 class BundleError(MllmEdgeError, ValueError):

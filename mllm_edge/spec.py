@@ -432,10 +432,13 @@ class Component:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """Size in bytes and SHA-256 of one file of the bundle."""
+    """Size in bytes and SHA-256 of one file of the bundle, and the XXH3 of each block of `block` bytes: 16 hexadecimal
+    digits each, one after the other. A bundle of an older version has no XXH3."""
 
     nbytes: int
     sha256: str
+    block: int = 0
+    xxh3: str = ""
 
 
 @dataclass(frozen=True)

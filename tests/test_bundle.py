@@ -1,6 +1,7 @@
 """Opening bundles: whole ones, damaged ones, hostile ones."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 
 from mllm_edge import VLM
 from mllm_edge.bundle import Bundle
+from mllm_edge.checksums import file_entry
 from mllm_edge.errors import BundleError
+from mllm_edge.json_form import to_json
 
 
 @pytest.fixture
@@ -73,7 +76,7 @@ def test_missing_and_truncated_files(bundle: Path) -> None:
         Bundle.load(bundle)
 
 
-def test_changed_byte_is_found_by_verify_only(bundle: Path) -> None:
+def test_changed_byte_is_found_by_verify(bundle: Path) -> None:
     data = bytearray((bundle / "decoder.onnx.data").read_bytes())
     data[100] ^= 1
     (bundle / "decoder.onnx.data").write_bytes(data)
@@ -90,12 +93,42 @@ def test_paths_cannot_leave_the_bundle(bundle: Path, name: str) -> None:
         Bundle.load(bundle)
 
 
-def test_links_cannot_leave_the_bundle(bundle: Path) -> None:
-    (bundle.parent / "secret").write_text("x")
-    (bundle / "link").symlink_to(bundle.parent / "secret")
-    edit(bundle, lambda m: m["files"].update(link={"nbytes": 1, "sha256": ""}))
-    with pytest.raises(BundleError, match="outside the bundle"):
+@pytest.mark.parametrize("name", ["", ".", "a\0b", "C:\\x", "//server/x"])
+def test_names_that_are_none(bundle: Path, name: str) -> None:
+    edit(bundle, lambda m: m["files"].update({name: {"nbytes": 1, "sha256": ""}}))
+    with pytest.raises(BundleError, match="manifest"):
         Bundle.load(bundle)
+
+
+def as_hub_cache(bundle: Path, folder: Path) -> Path:
+    """The bundle as the hub's cache and the Nix store have it: links to files with other names elsewhere."""
+    snapshot, blobs = folder / "snapshots" / "abc", folder / "blobs"
+    for path in (p for p in bundle.rglob("*") if p.is_file()):
+        blob, link = blobs / file_entry(path).sha256, snapshot / path.relative_to(bundle)
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, blob)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot
+
+
+def test_a_bundle_of_links_answers_alike(bundle: Path, tmp_path: Path) -> None:
+    answers = []
+    for path in (bundle, as_hub_cache(bundle, tmp_path / "hub")):
+        with VLM.load(path, verify=True) as vlm:
+            answers.append(vlm.generate("Hi", max_new_tokens=4).token_ids)
+    assert answers[0] == answers[1]
+
+
+def test_damage_behind_a_link_and_a_link_to_nowhere(bundle: Path, tmp_path: Path) -> None:
+    snapshot = as_hub_cache(bundle, tmp_path / "hub")
+    blob = (snapshot / "decoder.onnx.data").resolve()
+    blob.write_bytes(bytes(blob.stat().st_size))
+    with pytest.raises(BundleError, match=r"decoder\.onnx\.data is damaged"):
+        VLM.load(snapshot)
+    blob.unlink()
+    with pytest.raises(BundleError, match=r"decoder\.onnx\.data is missing"):
+        VLM.load(snapshot)
 
 
 def test_graph_that_is_not_listed(bundle: Path) -> None:
@@ -116,7 +149,7 @@ def test_embeddings_of_another_shape_or_pickled(bundle: Path) -> None:
 
     def store(array: np.ndarray) -> None:
         np.save(path, array, allow_pickle=True)
-        edit(bundle, lambda m: m["files"]["embed_tokens.npy"].update(nbytes=path.stat().st_size))
+        edit(bundle, lambda m: m["files"]["embed_tokens.npy"].update(to_json(file_entry(path))))
 
     store(np.zeros((3, 3), np.float32))
     with pytest.raises(BundleError, match=r"float32\[3, 3\]"):
@@ -131,7 +164,7 @@ def test_graph_that_onnx_runtime_refuses(bundle: Path) -> None:
 
     path = bundle / "connector.onnx"
     path.write_bytes(b"not a graph")
-    edit(bundle, lambda m: m["files"]["connector.onnx"].update(nbytes=path.stat().st_size))
+    edit(bundle, lambda m: m["files"]["connector.onnx"].update(to_json(file_entry(path))))
     with pytest.raises(BackendError, match=r"connector\.onnx"):
         VLM.load(bundle)
 

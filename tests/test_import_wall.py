@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mllm_edge"
-FOUNDATION = {"errors", "spec", "json_form", "bundle"}
-RUNTIME_LIBRARIES = {"PIL", "jinja2", "numpy", "tokenizers"}
+FOUNDATION = {"errors", "spec", "json_form", "checksums", "files", "lock", "bundle"}
+RUNTIME_LIBRARIES = {"PIL", "jinja2", "numpy", "tokenizers", "xxhash"}
 ENGINES = {"cuda", "onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"}
 FORBIDDEN = (
     "huggingface_hub",
@@ -83,7 +83,7 @@ def _run(code: str, *arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("name", sorted(FOUNDATION))
 def test_the_foundation_stands_alone(name: str) -> None:
     module = f"mllm_edge.{name}"
-    assert _roots(module) <= {"numpy", "mllm_edge"}
+    assert _roots(module) <= {"numpy", "xxhash", "mllm_edge"}
     assert {part.partition(".")[0] for part in _own(module)} <= FOUNDATION
 
 

@@ -70,7 +70,7 @@ def test_metadata(metadata: Message) -> None:
 def test_the_base_is_small(metadata: Message) -> None:
     needs = metadata.get_all("Requires-Dist", [])
     base = {_name(n) for n in needs if "extra ==" not in n}
-    assert base == {"click", "jinja2", "numpy", "pillow", "tokenizers"}
+    assert base == {"click", "jinja2", "numpy", "pillow", "tokenizers", "xxhash"}
     assert {_name(n) for n in needs if 'extra == "cpu"' in n} == {"onnxruntime"}
 
 

@@ -3,6 +3,8 @@
 Everything that is found lies in a folder, so that a calibration that was interrupted goes on with the next piece.
 """
 
+import json
+import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,13 @@ import onnx_ir as ir
 
 from mllm_edge.calibration.collect import Feeds
 from mllm_edge.calibration.decide import Decision
-from mllm_edge.calibration.findings import Findings, save_arrays
+from mllm_edge.calibration.findings import Findings, is_whole, save_arrays
 from mllm_edge.calibration.layers import Group, find_groups, find_layers
 from mllm_edge.calibration.recipes import Precision
 from mllm_edge.calibration.segments import Segment, cut, extract
 from mllm_edge.calibration.statistics import InputStatistics
 from mllm_edge.errors import DataError
+from mllm_edge.files import sync, write_whole
 from mllm_edge.runtime.backend import Backend
 from mllm_edge.spec import Variant
 
@@ -56,11 +59,12 @@ def calibrate(
     sequential = sequential and any("gptq" in precision(name).method for name in groups)
     segments = cut(model.graph, 0 if sequential else SEGMENT_BYTES)
     state = _State(model, folder, feeds, graph_file, variant, backend, progress, sequential)
+    done = state.pieces_done(segments)
     begin(len(segments) * len(feeds))
     for number, segment in enumerate(segments):
         own = list(dict.fromkeys(groups[name] for name in segment.layers))
         wanted = [group for group in own if any(precision(layer.name).needs_data for layer in group.layers)]
-        if state.done(number):
+        if number < done:
             progress(len(feeds))
             continue
         caches = _caches(model.graph, segment) if cache else []
@@ -116,11 +120,36 @@ class _State:
         self._sequential = sequential
         self._part: ir.Model | None = None
 
-    def done(self, number: int) -> bool:
-        return (self._folder / f"done-{number}").exists()
+    def pieces_done(self, segments: Sequence[Segment]) -> int:
+        """How many pieces an earlier attempt did. What it left must be whole, as far as it is needed: otherwise all is
+        cleared, and done again."""
+        count = 0
+        while count < len(segments) and (self._folder / f"done-{count}").exists():
+            count += 1
+        needed = self._layer_files(count - 1)
+        if needed is not None and count < len(segments) and segments[count - 1].gives:
+            streams = (_EXACT, _ROUNDED) if self._sequential else (_EXACT,)
+            runs = range(len(self._feeds))
+            needed += [self._passing(stream, count - 1, run) for stream in streams for run in runs]
+        if needed is not None and all(is_whole(path) for path in needed):
+            return count
+        shutil.rmtree(self._folder)
+        self._folder.mkdir(parents=True)
+        return 0
+
+    def _layer_files(self, number: int) -> list[Path] | None:
+        """What had been found when a piece was done; None when that cannot be read, or no piece was."""
+        try:
+            names = json.loads((self._folder / f"done-{number}").read_text(encoding="utf-8"))
+            return [self._folder / "layers" / name for name in names]
+        except (OSError, ValueError, TypeError):
+            return None
 
     def finish(self, number: int) -> None:
-        (self._folder / f"done-{number}").touch()
+        """The piece is done: said when all that it left is on the disk."""
+        sync(self._folder.glob(f"passing-*-{number}-*.npz"))
+        layers = sorted(path.name for path in (self._folder / "layers").glob("*.npz"))
+        write_whole(self._folder / f"done-{number}", json.dumps(layers))
         for path in self._folder.glob(f"passing-*-{number - 1}-*.npz"):
             path.unlink()
 
@@ -194,7 +223,10 @@ class _State:
     def _pass(self, stream: str, number: int, run: int, segment: Segment, values: Mapping[str, np.ndarray]) -> None:
         if segment.gives:
             passing = {name: values[name] for name in segment.gives}
-            save_arrays(self._folder / f"passing-{stream}-{number}-{run}.npz", passing)
+            save_arrays(self._passing(stream, number, run), passing, durable=False)
+
+    def _passing(self, stream: str, number: int, run: int) -> Path:
+        return self._folder / f"passing-{stream}-{number}-{run}.npz"
 
     def _peaks(self, rows: np.ndarray, tokens: int) -> np.ndarray:
         """Largest magnitudes [heads, D] of the first `tokens` keys or values."""
@@ -222,7 +254,7 @@ class _State:
         return self._backend.open(path, self._variant)
 
     def _passed(self, stream: str, number: int, run: int) -> dict[str, np.ndarray]:
-        path = self._folder / f"passing-{stream}-{number}-{run}.npz"
+        path = self._passing(stream, number, run)
         if not path.is_file():
             return {}
         with np.load(path) as data:

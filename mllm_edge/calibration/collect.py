@@ -1,5 +1,6 @@
 """Collection: samples run through the shipping runtime, and what every component was fed is kept on disk."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,14 @@ import numpy as np
 
 from mllm_edge.bundle import Bundle
 from mllm_edge.calibration.data import Sample
+from mllm_edge.calibration.findings import is_whole, save_arrays
 from mllm_edge.errors import ContextError, DataError, ImageError
+from mllm_edge.files import sync, write_whole
 from mllm_edge.runtime.backend import Backend, Buffer, Session
 from mllm_edge.runtime.vlm import VLM
 from mllm_edge.spec import Variant
 
-__all__ = ["Feeds", "answer_tokens", "continued", "greedy_tokens", "record"]
+__all__ = ["Feeds", "answer_tokens", "continued", "greedy_tokens", "is_recorded", "mark_recorded", "record"]
 
 _ANSWER_TOKENS = 32
 _CACHE = "past_key_values."
@@ -30,9 +33,8 @@ class Feeds:
 
     def add(self, feeds: Mapping[str, np.ndarray]) -> None:
         """Keep one run's inputs; of empty caches only the shape."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         kept = {name: _shape_only(array) if name.startswith(_CACHE) else array for name, array in feeds.items()}
-        np.savez(self.folder / f"{len(self):06d}.npz", **kept)  # type: ignore[arg-type]
+        save_arrays(self.folder / f"{len(self):06d}.npz", kept, durable=False)
 
     def read(self, i: int, names: Sequence[str]) -> dict[str, np.ndarray]:
         """The inputs called `names` of run i."""
@@ -60,6 +62,22 @@ def record(
             except (ContextError, ImageError) as e:
                 raise DataError(f"{sample.where}: {e.message}", e.fix) from e
             progress(1)
+
+
+def mark_recorded(note: Path, folder: Path) -> None:
+    """Write down, in `note`, that all samples are recorded in `folder`: what it names is on the disk."""
+    files = sorted(folder.rglob("*.npz"))
+    sync(files)
+    write_whole(note, json.dumps([path.relative_to(folder).as_posix() for path in files]))
+
+
+def is_recorded(note: Path, folder: Path) -> bool:
+    """Whether `note` says that all samples are recorded in `folder`, and all of that is there and can be read."""
+    try:
+        names = json.loads(note.read_text(encoding="utf-8"))
+        return all(is_whole(folder / name) for name in names)
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def answer_tokens(vlm: VLM, sample: Sample) -> np.ndarray | None:

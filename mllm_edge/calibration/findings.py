@@ -1,6 +1,8 @@
 """What calibration found for the layers of a component, as files in a folder."""
 
 import json
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +11,9 @@ import numpy as np
 
 from mllm_edge.calibration.methods import rtn
 from mllm_edge.calibration.methods.ranges import Range
+from mllm_edge.files import writing_whole
 
-__all__ = ["Findings", "LayerFindings", "save_arrays"]
+__all__ = ["Findings", "LayerFindings", "is_whole", "save_arrays"]
 
 _ARRAYS = ("codes", "scales", "factors", "row_factors")
 _NUMBERS = ("bits", "block", "input_range", "error", "nearest_error")
@@ -129,10 +132,17 @@ class Findings:
         return {f.name: (f.error, f.nearest_error) for f in found if f is not None}
 
 
-def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write an .npz that exists whole or not at all."""
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], durable: bool = True) -> None:
+    """Write an .npz that exists whole or not at all; `durable`: also after a power loss."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with part.open("wb") as f:
+    with writing_whole(path, sum(array.nbytes for array in arrays.values()), durable) as f:
         np.savez(f, **arrays)  # type: ignore[arg-type]
-    part.replace(path)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether an .npz is there and all of it can be read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error):
+        return False

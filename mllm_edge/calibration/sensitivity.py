@@ -14,6 +14,7 @@ from mllm_edge.calibration.collect import answer_tokens, continued
 from mllm_edge.calibration.data import Sample
 from mllm_edge.calibration.evaluate import divergence
 from mllm_edge.calibration.layers import find_layers
+from mllm_edge.files import write_whole
 from mllm_edge.runtime.backend import Backend, Session
 from mllm_edge.runtime.vlm import VLM
 from mllm_edge.spec import Variant
@@ -60,7 +61,7 @@ def measure(
     """
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "sensitivity.json"
-    found: dict[str, float] = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    found = _kept(note)
     exchanging = _Exchanging(backend, bundle, folder / "graphs")
     with VLM(bundle, exchanging) as vlm:
         runs = [_Run(vlm, sample) for sample in samples]
@@ -70,9 +71,17 @@ def measure(
                 session.exchange({layer: rounded(unit.component, layer) for layer in unit.layers})
                 found[unit.key] = float(np.mean([run.divergence(unit.component) for run in runs]))
                 session.restore()
-                note.write_text(json.dumps(found), encoding="utf-8")
+                write_whole(note, json.dumps(found))
             progress(1)
     return found
+
+
+def _kept(note: Path) -> dict[str, float]:
+    """What an earlier attempt measured; nothing where that cannot be read."""
+    try:
+        return {str(key): float(value) for key, value in json.loads(note.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
 
 
 class _Run:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mllm_edge.cli.exporter import load_exporter
+from mllm_edge.cli.exporter import load_exporter, require_exporter
 from mllm_edge.cli.options import TARGETS, RecipeName, calibration_options, json_option, target_option
 from mllm_edge.cli.output import bytes_text, note, print_json, table
 from mllm_edge.cli.progress import stages
@@ -81,6 +81,7 @@ def command(
     recipe: str,
     data: str | None,
     prompt: str | None,
+    skip_bad: bool,
     held_back: int | None,
     max_kl: float | None,
     min_agreement: float | None,
@@ -99,11 +100,13 @@ def command(
     leaves OUT as it was. With --data, weights are calibrated, as the verb quantize does it, and not only rounded.
     """
     calibration = {"--prompt": prompt, "--held-back": held_back, "--max-kl": max_kl, "--min-agreement": min_agreement}
+    calibration["--skip-bad"] = skip_bad or None
     _check(recipe, data, calibration, dry_run)
     _check_verify(verify, verify_images, verify_prompt)
     began = time.perf_counter()
     _keep_freed_memory()
     with interruptible(_STOPPED) as check, stages(check) as progress:
+        _check_places(model, out, data, force, dry_run)
         progress.stage("loading the exporter")
         pipeline = load_exporter()
         source: dict[str, Any] = {
@@ -131,6 +134,7 @@ def command(
                 held_back=held_back,
                 gate=Gate(max_kl, min_agreement),
                 checkpoint=FromCheckpoint(**source),
+                skip_bad=skip_bad,
                 force=force,
                 progress=progress,
             )
@@ -171,6 +175,17 @@ def _check(recipe: str, data: str | None, calibration: Mapping[str, Any], dry_ru
             raise click.UsageError(f"{option} needs --data")
     if recipe not in RECIPES:
         raise click.UsageError(f"without --data, --recipe is one of {', '.join(RECIPES)}, not {recipe!r}")
+
+
+def _check_places(model: str, out: str, data: str | None, force: bool, dry_run: bool) -> None:
+    """What can be told before the exporter is loaded, which takes seconds."""
+    from mllm_edge.export.early import check_export, check_quantize
+
+    require_exporter()
+    if data is None:
+        check_export(model, out, force, dry_run)
+    else:
+        check_quantize(model, out, data, force)
 
 
 def _keep_freed_memory() -> None:

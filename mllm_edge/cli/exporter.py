@@ -7,7 +7,7 @@ from typing import Any
 
 from mllm_edge.errors import MllmEdgeError
 
-__all__ = ["NEEDED", "load_exporter"]
+__all__ = ["NEEDED", "load_exporter", "require_exporter"]
 
 NEEDED = (
     "huggingface_hub",
@@ -22,14 +22,19 @@ NEEDED = (
 )
 
 
-def load_exporter() -> Any:
-    """The exporter, other libraries' chatter silenced; raises MllmEdgeError when the extra is not installed."""
+def require_exporter() -> None:
+    """Raise MllmEdgeError when the extra is not installed; nothing is imported yet."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise MllmEdgeError(
             f"exporting needs packages that are not installed: {', '.join(missing)}",
             'pip install "mllm-edge[export]" (a CPU build of torch is enough; install it first to save space)',
         )
+
+
+def load_exporter() -> Any:
+    """The exporter, other libraries' chatter silenced; raises MllmEdgeError when the extra is not installed."""
+    require_exporter()
     warnings.simplefilter("ignore")
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging

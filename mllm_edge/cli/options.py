@@ -94,6 +94,7 @@ def calibration_options(required: bool) -> Callable[[_F], _F]:
             help="A folder of images, or a .jsonl file of questions, to calibrate with.",
         ),
         click.option("--prompt", help="The question that goes with each image of a folder."),
+        click.option("--skip-bad", is_flag=True, help="Leave out samples whose image cannot be read, and list them."),
         click.option("--held-back", type=POSITIVE, help="Samples kept for the proof; default: a quarter, to 32."),
         click.option(
             "--max-kl", type=click.FloatRange(min=0), help="Fail when quantization's mean KL divergence is larger."

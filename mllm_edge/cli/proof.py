@@ -17,7 +17,9 @@ def proof_summary(report: dict[str, Any]) -> str:
         f"wrote {report['out']}: {bytes_text(report['nbytes'])} in {report['seconds']:.1f} s\n"
         f'next: mllm-edge run {out} "What is in the picture?" --image FILE'
     )
-    return "\n\n".join(part for part in (_proof(report), _layers(report), float32_operators(report), ending) if part)
+    return "\n\n".join(
+        part for part in (_proof(report), _layers(report), float32_operators(report), _skipped(report), ending) if part
+    )
 
 
 def float32_operators(report: dict[str, Any]) -> str:
@@ -29,6 +31,14 @@ def float32_operators(report: dict[str, Any]) -> str:
         more = f" and {len(found) - _WORST} more" if len(found) > _WORST else ""
         lines.append(f"{file}: in float32, where half precision would overflow: {names}{more}")
     return "\n".join(lines)
+
+
+def _skipped(report: dict[str, Any]) -> str:
+    """The samples that were left out, all of them: whoever asked for --skip-bad wants to know."""
+    lines = report.get("skipped", ())
+    if not lines:
+        return ""
+    return "\n".join([f"left out, an image cannot be read ({len(lines)}):", *(f"  {line}" for line in lines)])
 
 
 def _proof(report: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ import time
 
 import click
 
-from mllm_edge.cli.exporter import load_exporter
+from mllm_edge.cli.exporter import load_exporter, require_exporter
 from mllm_edge.cli.options import RecipeName, calibration_options, json_option, target_option
 from mllm_edge.cli.output import note, print_json
 from mllm_edge.cli.progress import stages
@@ -38,6 +38,7 @@ def command(
     data: str,
     recipe: str,
     prompt: str | None,
+    skip_bad: bool,
     held_back: int | None,
     max_kl: float | None,
     min_agreement: float | None,
@@ -53,6 +54,10 @@ def command(
     """
     began = time.perf_counter()
     with interruptible(_STOPPED) as check, stages(check) as progress:
+        from mllm_edge.export.early import check_quantize
+
+        require_exporter()
+        check_quantize(source, out, data, force)
         progress.stage("loading the exporter")
         load_exporter()
         from mllm_edge.calibration.data import DEFAULT_PROMPT
@@ -67,6 +72,7 @@ def command(
             held_back=held_back,
             gate=Gate(max_kl, min_agreement),
             checkpoint=FromCheckpoint(targets),
+            skip_bad=skip_bad,
             force=force,
             threads=threads,
             progress=progress,

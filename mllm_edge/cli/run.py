@@ -24,6 +24,7 @@ __all__ = ["command"]
 @speculation_option
 @click.option("--raw", is_flag=True, help="PROMPT is rendered already, with one image placeholder per image.")
 @runtime_options
+@click.option("--verify", is_flag=True, help="Compare every file of the bundle with its SHA-256 first.")
 @click.option("--quiet", is_flag=True, help="No latencies on standard error.")
 @json_option("Print answer, token ids and metrics as JSON.")
 def command(
@@ -35,6 +36,7 @@ def command(
     threads: int | None,
     max_context: int | None,
     backend: str,
+    verify: bool,
     quiet: bool,
     as_json: bool,
     **options: Any,
@@ -49,7 +51,8 @@ def command(
     messages = text if system is None else _conversation(system, text, len(sources))
     from mllm_edge.runtime.vlm import VLM
 
-    with VLM.load(bundle, backend=backend, threads=threads, max_context=max_context, notice=note) as vlm:
+    loading = {"backend": backend, "threads": threads, "max_context": max_context, "verify": verify}
+    with VLM.load(bundle, notice=note, **loading) as vlm:  # type: ignore[arg-type]
         result = _answer(vlm, messages, sources, show=not as_json, raw=raw, **options)
     if as_json:
         ids, metrics = list(result.token_ids), result.metrics.as_dict()

@@ -1,6 +1,5 @@
 """External data of one graph: tensors are computed, appended and forgotten, one at a time."""
 
-import hashlib
 import math
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,6 +8,9 @@ from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
+
+from mllm_edge.checksums import FileHasher
+from mllm_edge.spec import FileEntry
 
 __all__ = ["DataFile", "DataSink", "DryFile"]
 
@@ -33,14 +35,14 @@ class DataFile:
 
     Tensors are hashed and written by a thread while the next one is computed; at most one waits. An error of writing
     is raised by a later `add`, or at the end. `on_bytes(n)` is called after each tensor with the number of bytes, for a
-    progress bar. `sha256` is that of the whole file, once it is closed.
+    progress bar. `entry` is what the manifest says about the file, once it is closed.
     """
 
     def __init__(self, path: Path, on_bytes: Callable[[int], None] = lambda n: None):
         self.path, self._on_bytes = path, on_bytes
         self.nbytes = 0
-        self.sha256 = ""
-        self._file, self._hash = path.open("wb"), hashlib.sha256()
+        self.entry = FileEntry(0, "")
+        self._file, self._hash = path.open("wb"), FileHasher(path.name)
         self._writer = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
 
@@ -50,7 +52,7 @@ class DataFile:
     def __exit__(self, kind: object, *_: object) -> None:
         self._writer.shutdown()
         self._file.close()
-        self.sha256 = self._hash.hexdigest()
+        self.entry = self._hash.entry()
         if self.nbytes == 0:
             self.path.unlink()
         if kind is None:

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from mllm_edge.bundle import Bundle, FileEntry, sha256, write_manifest
+from mllm_edge.bundle import Bundle, write_manifest
 from mllm_edge.calibration.collect import Feeds, record
 from mllm_edge.calibration.data import Sample
 from mllm_edge.calibration.overflow import LIMIT, InFloat32, find_peaks, widen
+from mllm_edge.checksums import file_entry
 from mllm_edge.errors import ExportError
 from mllm_edge.export.gate import check_graph
 from mllm_edge.export.graph import save_model
@@ -67,7 +68,7 @@ def keep_in_range(
                 if operators:
                     found.setdefault(variant.file, {}).update(operators)
                     path = folder / variant.file
-                    files[variant.file] = FileEntry(path.stat().st_size, sha256(path))
+                    files[variant.file] = file_entry(path)
     recipe = {**manifest.recipe, KEY: found} if found else manifest.recipe
     return replace(manifest, recipe=recipe, files=files)
 

@@ -4,6 +4,7 @@ import json
 import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +20,7 @@ from mllm_edge.export.checkpoint.files import local_path
 from mllm_edge.export.datafile import DataFile, DataSink, DryFile
 from mllm_edge.export.decoder.build import build_decoder
 from mllm_edge.export.decoder.spec import DecoderSpec
+from mllm_edge.export.early import check_checkpoint
 from mllm_edge.export.families import family_for
 from mllm_edge.export.graph import save_model, tensor_specs
 from mllm_edge.export.half import KEY, Float32Operators, keep_in_range
@@ -30,9 +32,9 @@ from mllm_edge.export.targets import TARGETS, Form, forms
 from mllm_edge.export.tokens import check_generation
 from mllm_edge.export.trace import lower, trace
 from mllm_edge.export.verify import Scope, VerifyCase, verify
-from mllm_edge.export.workspace import check_out, check_space, workspace
+from mllm_edge.export.workspace import check_space, reserved, workspace
 from mllm_edge.json_form import to_json
-from mllm_edge.spec import SCHEMA_VERSION, Component, Manifest, ModelSpec, PositionSpec, Variant
+from mllm_edge.spec import SCHEMA_VERSION, Component, FileEntry, Manifest, ModelSpec, PositionSpec, Variant
 
 __all__ = ["TARGETS", "WHOLE_LIMIT", "ExportReport", "Verify", "export", "require_all_used"]
 
@@ -90,13 +92,42 @@ def export(
     ids of LoRA adapters, merged into the weights in their order. `verify_cases`: questions and images of your own that
     the bundle is compared with the source model on, too.
 
-    Raises SourceError and its kinds, ExportError, ParityError; then `out` is as it was before.
+    Raises SourceError and its kinds, ExportError, ParityError, BusyError (another process works on `out`); then `out`
+    is as it was before.
     """
-    out, progress = Path(out), progress or Silent()
+    check_checkpoint(model)
     chosen = recipe(recipe_name)
     wanted = forms(targets, chosen.name, fallback)
-    if not dry_run:
-        check_out(out, force)
+    with nullcontext(Path(out)) if dry_run else reserved(Path(out), force) as place:
+        return _export(
+            model,
+            str(out),
+            place,
+            wanted,
+            chosen,
+            verify_mode,
+            dry_run,
+            revision,
+            adapters,
+            verify_cases,
+            progress or Silent(),
+        )
+
+
+def _export(
+    model: str,
+    out: str,
+    place: Path,
+    wanted: Sequence[Form],
+    chosen: Recipe,
+    verify_mode: Verify,
+    dry_run: bool,
+    revision: str | None,
+    adapters: Sequence[str | Path],
+    verify_cases: Sequence[VerifyCase],
+    progress: Progress,
+) -> ExportReport:
+    """`out` is the user's name for the directory `place`."""
     progress.stage("reading the checkpoint")
     source = open_source(model, revision, adapters, progress.notice)
     family = family_for(source)
@@ -109,7 +140,7 @@ def export(
     report = ExportReport(
         source=model,
         adapters=tuple(str(adapter) for adapter in adapters),
-        out=str(out),
+        out=out,
         targets=tuple(form.target for form in wanted),
         recipe=chosen.name,
         family=plan.model.family,
@@ -122,8 +153,8 @@ def export(
     )
     if dry_run:
         return report
-    check_space(out, report.nbytes + _OTHER_FILES)
-    with workspace(out) as folder:
+    check_space(place, report.nbytes + _OTHER_FILES)
+    with workspace(place, report.nbytes + _OTHER_FILES) as folder:
         manifest, whole = job.write(folder), verify_mode == "full" or plan.model.parameters <= WHOLE_LIMIT
         if verify_mode != "off":
             if whole:  # all of it runs, in float32
@@ -162,7 +193,7 @@ class _Job:
         types = dict.fromkeys(form.float_type for form in wanted)
         self._traces = {(c.name, dtype): trace(c, dtype) for dtype in types for c in plan.traced}
         self._components = [*(c.name for c in plan.traced), "decoder"]
-        self._hashes: dict[Path, str] = {}  # of the data files, which are hashed while they are written
+        self._hashes: dict[Path, FileEntry] = {}  # of the data files, which are hashed while they are written
 
     def plan_sizes(self) -> dict[str, int]:
         """Bytes of weights per component, computed without reading a weight; claims every weight on the way."""
@@ -257,7 +288,7 @@ class _Job:
                 model = self._build(name, form, data, decoder)
         except OverflowError as e:
             raise ExportError(f"recipe {self._recipe.name}: {e}", "use --recipe fp32 or int8") from e
-        self._hashes[data.path] = data.sha256
+        self._hashes[data.path] = data.entry
         save_model(model, folder / f"{stem}.onnx")
         precision = self._precision(name)
         return Variant(

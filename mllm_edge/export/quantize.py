@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from mllm_edge.bundle import MANIFEST, Bundle, file_entries, sha256, write_manifest
+from mllm_edge.bundle import MANIFEST, Bundle, file_entries, write_manifest
 from mllm_edge.calibration.calibrate import calibrate
-from mllm_edge.calibration.collect import Feeds, record
+from mllm_edge.calibration.collect import Feeds, is_recorded, mark_recorded, record
 from mllm_edge.calibration.data import DEFAULT_PROMPT, Sample
 from mllm_edge.calibration.evaluate import Proof, prove
 from mllm_edge.calibration.figure import draw_errors
@@ -24,16 +24,18 @@ from mllm_edge.calibration.layers import Layer, find_groups, find_layers
 from mllm_edge.calibration.mixed import Candidate, by_loss, by_size, ranked, weight_bytes
 from mllm_edge.calibration.recipes import Recipe, calibrated_recipe, check_rules, precision_of
 from mllm_edge.calibration.sensitivity import Unit, affordable, measure
-from mllm_edge.errors import AccuracyError, ExportError, MllmEdgeError
+from mllm_edge.checksums import file_entry
+from mllm_edge.errors import AccuracyError, BundleError, ExportError, MllmEdgeError
 from mllm_edge.export.datafile import DataFile
+from mllm_edge.export.early import check_source
 from mllm_edge.export.graph import save_model, tensor_specs
 from mllm_edge.export.half import KEY, Float32Operators, keep_in_range
 from mllm_edge.export.pipeline import Verify, export
 from mllm_edge.export.progress import Progress, Silent
-from mllm_edge.export.quantize_source import check_float, check_images, open_work, read_samples, work_key
+from mllm_edge.export.quantize_source import check_float, check_images, open_work, read_samples, so_far, work_key
 from mllm_edge.export.requantize import requantize
 from mllm_edge.export.verify import VerifyCase
-from mllm_edge.export.workspace import check_out, check_space, workspace
+from mllm_edge.export.workspace import check_space, full_disk, reserved, workspace
 from mllm_edge.json_form import to_json
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.spec import Component, FileEntry, Manifest, Variant
@@ -77,7 +79,8 @@ class FromCheckpoint:
 class QuantizeReport:
     """What was done. `layers`: component → layer → (error, error of rounding to nearest), relative, for sampled
     inputs; only layers that calibration decided about. `float32_operators`: graph file → operator → magnitude, those
-    of half-precision graphs that half precision would have overflowed in."""
+    of half-precision graphs that half precision would have overflowed in. `skipped`: a line on each sample that was
+    left out because an image of it cannot be read."""
 
     source: str
     out: str
@@ -88,6 +91,7 @@ class QuantizeReport:
     proof: Proof
     nbytes: int
     float32_operators: Float32Operators
+    skipped: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -104,6 +108,7 @@ def quantize(
     held_back: int | None = None,
     gate: Gate | None = None,
     checkpoint: FromCheckpoint | None = None,
+    skip_bad: bool = False,
     force: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -113,18 +118,38 @@ def quantize(
     `recipe`: a name, a .toml file, or a Recipe. `data` as for `load_samples`, `prompt` for folders of images.
     `held_back` samples (default: a quarter, up to 32) are kept from calibration and prove the result. When `gate` is
     not met, nothing is written; a recipe that raises layers raises as many as meet it, in the place of its size.
-    `checkpoint`: options for a source that has to be exported first; a bundle keeps its targets. An interrupted
+    `checkpoint`: options for a source that has to be exported first; a bundle keeps its targets. `skip_bad`: leave out
+    samples with an image that cannot be read, and report them; else the first one is an error. An interrupted
     calibration leaves `.{out}.calibration` beside `out` and goes on from there when called again in the same way.
 
-    Raises SourceError, BundleError, DataError, RecipeError, AccuracyError, ExportError; then `out` is as it was.
+    Raises SourceError, BundleError, DataError, RecipeError, AccuracyError, BusyError (another process works on `out`),
+    ExportError; then `out` is as it was.
     """
-    out, progress = Path(out), progress or Silent()
     chosen = calibrated_recipe(recipe) if isinstance(recipe, str) else recipe
-    check_out(out, force)
-    samples, kept = read_samples(data, prompt, held_back)
-    work = out.parent / f".{out.name}.calibration"
-    options = checkpoint or FromCheckpoint()
-    open_work(work, work_key(source, chosen, samples, options))
+    check_source(str(source))
+    with reserved(Path(out), force) as place:
+        samples, kept, skipped = read_samples(data, prompt, held_back, skip_bad)
+        work, options = place.with_name(f".{place.name}.calibration"), checkpoint or FromCheckpoint()
+        with full_disk(work):
+            report = _quantize(
+                source, place, work, chosen, samples, kept, gate or Gate(), options, threads, progress or Silent()
+            )
+    return replace(report, out=str(out), skipped=tuple(skipped))
+
+
+def _quantize(
+    source: str | Path,
+    out: Path,
+    work: Path,
+    chosen: Recipe,
+    samples: list[Sample],
+    kept: list[Sample],
+    gate: Gate,
+    options: FromCheckpoint,
+    threads: int | None,
+    progress: Progress,
+) -> QuantizeReport:
+    again = open_work(work, work_key(source, chosen, samples, options))
     try:
         bundle = _float_bundle(source, work, options, progress)
         check_images(bundle, samples, chosen)
@@ -134,12 +159,13 @@ def quantize(
     except MllmEdgeError:
         shutil.rmtree(work)  # nothing in it is worth another try
         raise
-    gate = gate or Gate()
+    if again:
+        progress.stage(f"going on where it was interrupted; {so_far(work, bundle.manifest.components)}")
     job = _Job(bundle, chosen, samples, work, threads, progress)
     findings = job.calibrate()
     job.raise_worst(findings, gate)
     check_space(out, bundle.nbytes)
-    with workspace(out) as folder:
+    with workspace(out, bundle.nbytes) as folder:
         manifest, proof = job.prove(folder, findings, kept)
         while gate.missed(proof) and job.raise_more():
             manifest, proof = job.prove(folder, findings, kept)
@@ -169,8 +195,7 @@ def _with_figure(folder: Path, manifest: Manifest, layers: Mapping[str, Mapping[
         return manifest
     path = folder / FIGURE
     draw_errors(layers, path)
-    entry = FileEntry(path.stat().st_size, sha256(path))
-    return replace(manifest, files={**manifest.files, FIGURE: entry})
+    return replace(manifest, files={**manifest.files, FIGURE: file_entry(path)})
 
 
 def _float_bundle(source: str | Path, work: Path, options: FromCheckpoint, progress: Progress) -> Bundle:
@@ -178,11 +203,22 @@ def _float_bundle(source: str | Path, work: Path, options: FromCheckpoint, progr
     path = Path(source)
     if not (path / MANIFEST).is_file():
         path = work / "float"
-        if not path.exists():
+        if not _whole(path):
+            shutil.rmtree(path, ignore_errors=True)
             export(str(source), path, recipe_name="fp16", progress=progress, **vars(options))
     bundle = Bundle.load(path)
     check_float(bundle)
+    bundle.check_all()
     return bundle
+
+
+def _whole(path: Path) -> bool:
+    """Whether the bundle that an earlier attempt exported is there and undamaged."""
+    try:
+        Bundle.load(path).check_all()
+    except BundleError:
+        return False
+    return True
 
 
 class _Job:
@@ -206,13 +242,14 @@ class _Job:
 
     def calibrate(self) -> dict[str, Findings]:
         """What calibration finds for each component, or found before it was interrupted."""
-        feeds = self._work / "feeds"
-        if not (self._work / "recorded").exists():
-            shutil.rmtree(feeds, ignore_errors=True)
+        feeds, names = self._work / "feeds", self._source.manifest.components
+        if not is_recorded(self._work / "recorded", feeds):
+            for folder in (feeds, *(self._work / name for name in names)):
+                shutil.rmtree(folder, ignore_errors=True)
             self._progress.stage("recording the samples", len(self._samples))
             record(self._source, self._backend, self._samples, feeds, self._progress.advance)
-            (self._work / "recorded").touch()
-        return {n: self._calibrate(n, Feeds(feeds / n)) for n in self._source.manifest.components}
+            mark_recorded(self._work / "recorded", feeds)
+        return {n: self._calibrate(n, Feeds(feeds / n)) for n in names}
 
     def raise_worst(self, findings: Mapping[str, Findings], gate: Gate) -> None:
         """Give a recipe's `raised` precision to the layers that cost most: as many as the gate seems to want or, where
@@ -249,7 +286,7 @@ class _Job:
             if name.removesuffix(".data") not in rewritten and not name.startswith("engines/") and name != FIGURE:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self._source.listed(name), folder / name)
-        hashes: dict[Path, str] = {}
+        hashes: dict[Path, FileEntry] = {}
         components = {
             name: Component(tuple(self._write(folder, name, v, findings[name], hashes) for v in component.variants))
             for name, component in manifest.components.items()
@@ -336,7 +373,7 @@ class _Job:
         return self._recipe.size * (others + half) - others - fixed
 
     def _write(
-        self, folder: Path, component: str, variant: Variant, findings: Findings, hashes: dict[Path, str]
+        self, folder: Path, component: str, variant: Variant, findings: Findings, hashes: dict[Path, FileEntry]
     ) -> Variant:
         path = self._source.listed(variant.file)
         self._progress.stage(f"writing {path.stem}", self._source.manifest.files[variant.file].nbytes)
@@ -348,7 +385,7 @@ class _Job:
                 requantize(model, variant.dialect, precision, findings, sink)
         except OverflowError as e:
             raise ExportError(f"recipe {self._recipe.name}: {e}", "export the float bundle with --recipe fp32") from e
-        hashes[data] = sink.sha256
+        hashes[data] = sink.entry
         save_model(model, folder / variant.file)
         part = {"decoder": self._recipe.decoder, "connector": self._recipe.connector}
         chosen = part.get(component, self._recipe.vision)

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from mllm_edge.bundle import MANIFEST, Bundle, sha256
-from mllm_edge.calibration.data import Sample, load_samples, split
+from mllm_edge.calibration.data import Sample, load_samples, readable, split
 from mllm_edge.calibration.recipes import Recipe
 from mllm_edge.errors import BundleError, DataError
+from mllm_edge.files import write_whole
 from mllm_edge.json_form import to_json
 
-__all__ = ["check_float", "check_images", "open_work", "read_samples", "work_key"]
+__all__ = ["check_float", "check_images", "open_work", "read_samples", "so_far", "work_key"]
 
 _FLOATS = ("float32", "float16")
 _FEWEST = 4  # samples for calibration
@@ -22,19 +23,21 @@ _MOST_HELD_BACK = 32  # … up to this number
 
 
 def read_samples(
-    data: str | Path | Iterable[Any], prompt: str, held_back: int | None
-) -> tuple[list[Sample], list[Sample]]:
-    """(for calibration, held back for the proof); raises DataError when there are too few."""
-    samples = load_samples(data, prompt)
+    data: str | Path | Iterable[Any], prompt: str, held_back: int | None, skip_bad: bool = False
+) -> tuple[list[Sample], list[Sample], list[str]]:
+    """(for calibration, held back for the proof, lines on those that were left out because an image cannot be read);
+    raises DataError when there are too few, or for the first bad one unless `skip_bad`."""
+    samples, bad = readable(load_samples(data, prompt, missing_images=skip_bad), skip_bad)
     wanted = min(max(1, len(samples) // _HELD_BACK), _MOST_HELD_BACK) if held_back is None else held_back
     if wanted < 1:
         raise DataError("no sample is held back: the result could not be proven", "--held-back 1 or more")
     if len(samples) - wanted < _FEWEST:
+        left_out = f" ({len(bad)} others cannot be read, the first: {bad[0]})" if bad else ""
         raise DataError(
-            f"{len(samples)} samples, {wanted} of them held back: calibration needs at least {_FEWEST}",
+            f"{len(samples)} samples{left_out}, {wanted} of them held back: calibration needs at least {_FEWEST}",
             "give more samples (a few dozen or more that look like what the device will see)",
         )
-    return split(samples, wanted)
+    return (*split(samples, wanted), bad)
 
 
 def check_float(bundle: Bundle) -> None:
@@ -61,13 +64,26 @@ def check_images(bundle: Bundle, samples: list[Sample], recipe: Recipe) -> None:
         )
 
 
-def open_work(work: Path, key: str) -> None:
-    """The folder of an earlier, interrupted calibration if it was the same one, else a new one."""
+def open_work(work: Path, key: str) -> bool:
+    """The folder of an earlier, interrupted calibration if it was the same one, else a new one; whether it is the
+    earlier one."""
     note = work / "key"
-    if work.exists() and not (note.is_file() and note.read_text(encoding="utf-8") == key):
+    if note.is_file() and note.read_bytes() == key.encode():
+        return True
+    if work.is_dir():
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
-    note.write_text(key, encoding="utf-8")
+    write_whole(note, key)
+    return False
+
+
+def so_far(work: Path, components: Iterable[str]) -> str:
+    """What an interrupted calibration has done, for people."""
+    if not (work / "recorded").is_file():
+        return "the samples were not recorded yet"
+    counts = {name: len(list((work / name).glob("done-*"))) for name in components}
+    pieces = [f"{count} pieces of the {name.replace('_', ' ')}" for name, count in counts.items() if count]
+    return "done: " + ", ".join(["the samples are recorded", *pieces])
 
 
 def work_key(source: str | Path, recipe: Recipe, samples: list[Sample], options: Any) -> str:

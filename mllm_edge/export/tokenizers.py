@@ -188,7 +188,7 @@ def _from_merges(path: Path, config: Mapping[str, Any]) -> "tuple[Path, tokenize
             f"supported: {', '.join(_WORDS)}; or put a {JSON} into the directory",
         )
     vocab = json.loads(path.read_text(encoding="utf-8"))
-    lines = path.with_name("merges.txt").read_text(encoding="utf-8").splitlines()
+    lines = path.with_name("merges.txt").read_text(encoding="utf-8").split("\n")
     merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
     ranks = {pair: rank for rank, pair in enumerate(merges)}
     # Qwen2 composes characters first, GPT-2 takes them as they are.

@@ -25,16 +25,22 @@ def open_component(
 ) -> Opened:
     """Open a component. When the backend refuses it, the processor takes it and `notice` is told why.
 
-    Raises BundleError when the bundle has no variant for the backend, BackendError when no backend takes it.
+    Raises BundleError when the bundle has no variant for the backend or its files are damaged, BackendError when no
+    backend takes it.
     """
     variant = bundle.variant(name, backend.target)
     try:
-        return Opened(backend.open(bundle.listed(variant.file), variant), variant, backend)
+        return _open(bundle, variant, backend)
     except BackendError as e:
         targets = {v.target for v in bundle.manifest.components[name].variants}
         if backend.name == "cpu" or "cpu" not in targets:
             raise
         fix = f" ({e.fix})" if e.fix else ""
         notice(f"{name} runs on the processor instead of {backend.name}: {e.message}{fix}")
-    variant, processor = bundle.variant(name, "cpu"), open_backend("cpu", threads)
-    return Opened(processor.open(bundle.listed(variant.file), variant), variant, processor)
+    return _open(bundle, bundle.variant(name, "cpu"), open_backend("cpu", threads))
+
+
+def _open(bundle: Bundle, variant: Variant, backend: Backend) -> Opened:
+    """Graph and weights are compared with their checksums on the way."""
+    with bundle.checking(variant):
+        return Opened(backend.open(bundle.listed(variant.file), variant), variant, backend)

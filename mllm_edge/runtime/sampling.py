@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mllm_edge.errors import BundleError
 from mllm_edge.runtime.best import Best
 from mllm_edge.runtime.decode.token_rules import TokenRules
 
@@ -163,8 +164,10 @@ class Sampler:
 def _require_finite(best: np.floating) -> None:
     # argmax stops at a NaN, so looking at the best logit alone finds one anywhere.
     if not np.isfinite(best):
-        raise ValueError(
-            f"logits contain NaN or infinity (best is {best}): the model overflowed; try a recipe with more precision"
+        raise BundleError(
+            f"logits contain NaN or infinity (best is {best})",
+            "check the files with `mllm-edge inspect BUNDLE --verify`; where all are whole the model overflowed: "
+            "export it again with more precision (--recipe fp32)",
         )
 
 

@@ -87,7 +87,7 @@ class VLM:
         table = bundle.array(self.spec.positions.table) if self.spec.positions.table else None
         decoder = opened["decoder"]
         self.decoder = Decoder(decoder.session, decoder.variant, self.spec, decoder.backend, table)
-        self.embed = Embedder(bundle.embeddings(), self.spec.embedding)
+        self.embed = Embedder(bundle.embeddings(), self.spec.embedding, bundle.touched(self.spec.embedding.file))
         self._calls = 0
 
     @classmethod
@@ -98,6 +98,7 @@ class VLM:
         backend: str = "auto",
         threads: int | None = None,
         max_context: int | None = None,
+        verify: bool = False,
         notice: Callable[[str], None] = warnings.warn,
         trace: Trace | None = None,
     ) -> "VLM":
@@ -105,13 +106,16 @@ class VLM:
 
         `backend`: auto, cpu, cuda, tensorrt or tensorrt-10.3; auto takes the GPU where the bundle and this machine are
         made for it. `threads`: inside one operator, default physical cores. `max_context`: a lower bound on memory than
-        the model's own context length. `notice` is told when engines have to be built first, and when a component runs
+        the model's own context length. `verify`: compare every file with its SHA-256 first; without, what is read is
+        compared with faster checksums. `notice` is told when engines have to be built first, and when a component runs
         on the processor because the GPU's engine refuses it. `trace` gets the spans backend (the engine is chosen and
         imported) and open. Raises BundleError, BackendError.
         """
         if max_context is not None and max_context < 1:
             raise ValueError(f"max_context must be positive, not {max_context}")
         bundle = Bundle.load(path)
+        if verify:
+            bundle.verify()
         max_seq = None if max_context is None else min(max_context, bundle.manifest.model.context_length)
         trace = trace or Trace()
         with trace.span("backend"):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mllm_edge.calibration.data import Sample, load_samples, split
+from mllm_edge.calibration.data import Sample, load_samples, readable, split
 from mllm_edge.errors import DataError
+from mllm_edge.runtime.image import load_image
 
 
 def images(folder: Path, *names: str) -> None:
@@ -91,3 +92,60 @@ def test_split_depends_on_content_alone() -> None:
     _, again = split(samples[::-1], 10)
     assert {s.prompt for s in again} == {s.prompt for s in kept}
     assert [s.prompt for s in kept] == [s.prompt for s in samples if s in kept]
+
+
+# ---------------------------------------------------------------- folders in folders, lines, bad pictures
+def test_folders_in_the_folder_in_natural_order(tmp_path: Path) -> None:
+    for name in ("b", "a10", "a9", ".hidden"):
+        (tmp_path / name).mkdir()
+    images(tmp_path, "10.png", "9.png", "b/x.png", "a10/x.png", "a9/2.png", "a9/10.png", ".hidden/x.png", ".x.png")
+    (tmp_path / "b" / "again").symlink_to(tmp_path)
+    samples = load_samples(tmp_path)
+    found = [s.images[0].relative_to(tmp_path).as_posix() for s in samples]  # type: ignore[union-attr]
+    assert found == ["9.png", "10.png", "a9/2.png", "a9/10.png", "a10/x.png", "b/x.png"]
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x1c", "\x1d", "\x1e", "\x0b", "\x0c", "\r"])
+def test_lines_end_at_line_feeds_alone(tmp_path: Path, mark: str) -> None:
+    path = tmp_path / "data.jsonl"
+    kept = mark if mark > "\x1f" else ""  # control characters stand between values, where JSON has white space
+    lines = [json.dumps({"prompt": f"What is{kept} it?"}, ensure_ascii=False) for _ in range(2)]
+    end = "\r\n" if mark == "\r" else "\n"
+    path.write_bytes(b"\xef\xbb\xbf" + end.join([*lines, ""]).encode())
+    assert [s.prompt for s in load_samples(path)] == [f"What is{kept} it?"] * 2
+
+
+def test_a_line_that_is_nested_too_deep(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="line 1: not valid JSON"):
+        load_samples(jsonl(tmp_path, "[" * 100_000))
+
+
+def test_pictures_that_cannot_be_read(tmp_path: Path) -> None:
+    images(tmp_path, "a.png", "b.png", "c.png")
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"b\.png") as caught:
+        readable(load_samples(tmp_path), skip=False)
+    assert "--skip-bad" in caught.value.fix
+    good, bad = readable(load_samples(tmp_path), skip=True)
+    assert [s.images[0].name for s in good] == ["a.png", "c.png"]  # type: ignore[union-attr]
+    assert len(bad) == 1
+    assert "b.png" in bad[0]
+
+
+def test_a_picture_that_is_not_there(tmp_path: Path) -> None:
+    images(tmp_path, "a.png")
+    path = jsonl(tmp_path, {"image": "a.png", "prompt": "?"}, {"image": "gone.png", "prompt": "?"})
+    with pytest.raises(DataError, match=r"line 2: there is no image .*gone\.png") as caught:
+        load_samples(path)
+    assert "--skip-bad" in caught.value.fix
+    good, bad = readable(load_samples(path, missing_images=True), skip=True)
+    assert len(good) == 1
+    assert "line 2" in bad[0]
+    assert "gone.png" in bad[0]
+
+
+def test_an_open_file_is_read_once(tmp_path: Path) -> None:
+    images(tmp_path, "a.png")
+    with (tmp_path / "a.png").open("rb") as f:
+        good, _ = readable(load_samples([{"image": f, "prompt": "?"}]), skip=False)
+    assert load_image(good[0].images[0]).size == (8, 8)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -145,7 +146,7 @@ def test_an_interruption_leaves_nothing_behind(
         assert running.stderr is not None
         lines = list(_until_paused(running.stderr))
         assert lines[-1] == "paused"
-        assert len(list(tmp_path.iterdir())) == 2  # the old bundle and the workspace
+        assert len(list(tmp_path.iterdir())) == 3  # the old bundle, the workspace and the lock
         running.send_signal(number)
         rest = running.stderr.read()
     assert running.returncode == 128 + number
@@ -197,3 +198,23 @@ def _empty_adapter(folder: Path) -> Path:
     settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q_proj"]}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     return folder
+
+
+@pytest.mark.parametrize("arguments", [(), ("--dry-run",)])
+def test_a_bundle_is_no_checkpoint(
+    cli: Cli, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("mllm_edge.cli.export.load_exporter", None)  # would fail: it is told before
+    result = cli("export", str(tiny_bundle), str(tmp_path / "out"), *arguments)
+    assert result.exit_code == 1
+    assert "is a bundle, exported already" in result.stderr
+    assert f"mllm-edge quantize {tiny_bundle} OUT --data DIR" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_may_hold_another_manifest(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    from mllm_edge.export.early import check_checkpoint
+
+    checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    (checkpoint / "manifest.json").write_text("{}")
+    check_checkpoint(str(checkpoint))

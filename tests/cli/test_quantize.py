@@ -1,6 +1,7 @@
 """`mllm-edge quantize` as a user meets it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,41 @@ def test_options_that_need_data(cli: Cli, folder: Path, tmp_path: Path, argument
     assert result.exit_code == 2
     assert words in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_pictures_are_listed(cli: Cli, folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "images"
+    shutil.copytree(folder / "images", data)
+    (data / "3.png").write_bytes(b"")
+    result = cli("quantize", str(folder / "fp16"), str(tmp_path / "out"), "--data", str(data))
+    assert result.exit_code == 1
+    assert "3.png" in result.stderr
+    assert "--skip-bad" in result.stderr
+    result = cli("quantize", str(folder / "fp16"), str(tmp_path / "out"), "--data", str(data), "--skip-bad")
+    assert result.exit_code == 0, result.stderr
+    assert "left out, an image cannot be read (1):\n  " in result.stderr
+    assert "3.png" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["typo", "out", "--data", "images"], "typo: no such directory"),
+        (["images", "out", "--data", "images"], "images is no bundle"),
+        (["fp16/manifest.json", "out", "--data", "images"], "manifest.json is a file"),
+        (["fp16", "fp16", "--data", "images"], "fp16 exists already"),
+        (["fp16", "images/0.png/out", "--data", "images"], "0.png is a file"),
+        (["fp16", "out", "--data", "model"], "model holds no image files"),
+        (["fp16", "out", "--data", "gone"], "gone does not exist"),
+    ],
+)
+def test_places_are_checked_before_anything_is_loaded(
+    cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(verb, "load_exporter", None)  # would fail
+    result = cli("quantize", *arguments)
+    assert result.exit_code == 1
+    assert words in result.stderr
+    assert "fix: " in result.stderr
+    assert not (folder / "out").exists()
