@@ -8,6 +8,7 @@ from mllm_edge.calibration.findings import Findings, LayerFindings
 from mllm_edge.calibration.layers import Group, Layer
 from mllm_edge.calibration.methods import awq, descent, drift, gptq, rtn, smoothquant
 from mllm_edge.calibration.methods.ranges import SEARCHED, Range, activation_range
+from mllm_edge.calibration.methods.scales import reciprocal, smallest
 from mllm_edge.calibration.recipes import FLOAT32, Precision, block_size
 from mllm_edge.calibration.statistics import InputStatistics
 
@@ -153,7 +154,7 @@ class Decision:
 
 def _codes_for(weight: np.ndarray, scales: np.ndarray, bits: int, block: int) -> np.ndarray:
     high = (1 << (bits - 1)) - 1
-    inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
+    inverse = reciprocal(scales)
     return np.clip(np.rint(weight * np.repeat(inverse, block, axis=1)), -high - 1, high).astype(np.int8)
 
 
@@ -184,7 +185,7 @@ def _rounded_inputs(x: np.ndarray, where: Range | None) -> np.ndarray:
     if where is None:
         return x
     low, high = where
-    scale = (high - low) / 255
+    scale = max((high - low) / 255, smallest(np.dtype(np.float32)))
     return (np.clip(np.rint(x / scale), np.rint(low / scale), np.rint(high / scale)) * scale).astype(np.float32)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mllm_edge.calibration.findings import Findings
+from mllm_edge.calibration.methods.scales import smallest
 from mllm_edge.errors import RecipeError
 
 __all__ = ["MINIMUM", "check_cache", "quantize_cache"]
@@ -31,7 +32,9 @@ def check_cache(recipe: str, dialects: Mapping[str, str]) -> None:
 def quantize_cache(graph: ir.Graph, dialect: str, findings: Findings) -> None:
     """Let a decoder graph, changed in place, keep its cache as int8 over the ranges in `findings`; without any it stays
     as it is."""
-    scales = {name: _scale(peaks) for name, peaks in findings.cache().items()}
+    past = next((v for v in graph.inputs if (v.name or "").startswith("past_key_values.")), None)
+    kind = _HALF if past is not None and past.dtype == _HALF else _FLOAT
+    scales = {name: _scale(peaks, kind.numpy()) for name, peaks in findings.cache().items()}
     write = _group_query_attention if dialect == "contrib" else _appended
     if not scales:
         return
@@ -42,9 +45,10 @@ def quantize_cache(graph: ir.Graph, dialect: str, findings: Findings) -> None:
         value.type = ir.TensorType(_INT8)
 
 
-def _scale(peaks: np.ndarray) -> np.ndarray:
-    """What code 1 stands for, [heads, D] float32; codes reach from −127 to 127 at the `peaks`."""
-    return np.where(peaks > 0, peaks / 127, 1.0).astype(np.float32)
+def _scale(peaks: np.ndarray, kind: np.dtype) -> np.ndarray:
+    """What code 1 stands for, [heads, D] float32; codes reach from −127 to 127 at the `peaks`. Both the scale and its
+    inverse can be stored in `kind`."""
+    return np.where(peaks > 0, np.maximum(peaks / 127, smallest(kind)), 1.0).astype(np.float32)
 
 
 def _group_query_attention(graph: ir.Graph, layer: int, scales: Mapping[str, np.ndarray]) -> None:

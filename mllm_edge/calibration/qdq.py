@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from mllm_edge.calibration.methods import rtn
 from mllm_edge.calibration.methods.ranges import Range
+from mllm_edge.calibration.methods.scales import smallest, storable
 from mllm_edge.calibration.recipes import Precision, block_size
 
 if TYPE_CHECKING:
@@ -121,13 +122,13 @@ def _standard(graph: "GraphBuilder", x: ir.Value, layer: Linear, precision: Prec
     if precision.kind in ("float32", "float16"):
         weight = graph.weight(name, kind, (row, rows), lambda: to_float(name, layer.weight().T, kind))
     elif precision.kind == "fp8":
-        floats = _Once(lambda: rtn.quantize_fp8(layer.weight()))
+        floats = _Once(lambda: _float8(layer, kind))
         codes = graph.weight(name, _FP8, (row, rows), lambda: floats()[0].T)
         scales = graph.weight(f"{name}.scale", kind, (rows,), lambda: to_float(name, floats()[1], kind))
         weight = graph.node("DequantizeLinear", [codes, scales], f"{name}.float", axis=1)
     elif precision.bits == 8:
         # TensorRT has no int8 blocks: one scale per output channel.
-        channels = _Once(lambda: layer.rounding.quantize_channels(layer.weight()))
+        channels = _Once(lambda: _channels(layer, kind))
         codes = graph.weight(name, _INT8, (row, rows), lambda: channels()[0].T)
         scales = graph.weight(f"{name}.scale", kind, (rows,), lambda: to_float(name, channels()[1], kind))
         weight = graph.node("DequantizeLinear", [codes, scales], f"{name}.float", axis=1)
@@ -135,18 +136,45 @@ def _standard(graph: "GraphBuilder", x: ir.Value, layer: Linear, precision: Prec
         graph.require_opset(21)  # int4 and blocks in DequantizeLinear
         block = block_size(row, precision.largest_block)
         blocks = -(-row // block)
-        packed = _Once(lambda: _blocks_of_4(layer, precision, block, positive_scales=True))
+        packed = _Once(lambda: _blocks_of_4(layer, precision, block, kind, positive_scales=True))
         codes = graph.weight(name, _INT4, (row, rows), lambda: _int4_columns(packed()[0], row))
         scales = graph.weight(f"{name}.scale", kind, (blocks, rows), lambda: to_float(name, packed()[1].T, kind))
         weight = graph.node("DequantizeLinear", [codes, scales], f"{name}.float", axis=0, block_size=block)
     return _matmul(graph, x if layer.quantized is None else layer.quantized, weight, layer)
 
 
-def _blocks_of_4(
-    layer: Linear, precision: Precision, block: int, positive_scales: bool = False
+def _float8(layer: Linear, kind: ir.DataType) -> tuple[np.ndarray, np.ndarray]:
+    """float8 codes and scales for `kind`."""
+    weight = layer.weight()
+    return storable(*rtn.quantize_fp8(weight), kind.numpy(), exact=lambda: weight)
+
+
+def _channels(layer: Linear, kind: ir.DataType) -> tuple[np.ndarray, np.ndarray]:
+    """int8 codes and scales for `kind`."""
+    weight = layer.weight()
+    codes, scales = layer.rounding.quantize_channels(weight)
+    return storable(codes, scales, kind.numpy(), exact=(lambda: weight) if layer.rounding is rtn else None)
+
+
+def _blocks_of(
+    layer: Linear, bits: int, block: int, kind: ir.DataType, positive_scales: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Codes around 8 and scales; fewer bits than 4 lie in the middle of the range."""
-    codes, scales = layer.rounding.quantize_blocks(layer.weight(), precision.bits, block, positive_scales)
+    """Codes around 2^(bits−1) and scales for `kind`."""
+    weight = layer.weight()
+    codes, scales = layer.rounding.quantize_blocks(weight, bits, block, positive_scales)
+
+    def blocks() -> np.ndarray:
+        return np.pad(weight, ((0, 0), (0, codes[0].size - weight.shape[1]))).reshape(codes.shape)
+
+    exact = blocks if layer.rounding is rtn else None
+    return storable(codes, scales, kind.numpy(), 1 << (bits - 1), exact)
+
+
+def _blocks_of_4(
+    layer: Linear, precision: Precision, block: int, kind: ir.DataType, positive_scales: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes around 8 and scales for `kind`; fewer bits than 4 lie in the middle of the range."""
+    codes, scales = _blocks_of(layer, precision.bits, block, kind, positive_scales)
     return codes + np.uint8(8 - (1 << (precision.bits - 1))), scales
 
 
@@ -194,7 +222,7 @@ def _int8_static(graph: "GraphBuilder", layer: Linear) -> ir.Value:
 def _int8_weight(graph: "GraphBuilder", layer: Linear) -> tuple[ir.Value, ir.Value, ir.Value]:
     """Codes [in, out] int8, scales [out] and the zero point 0."""
     rows, row = layer.shape
-    quantized = _Once(lambda: layer.rounding.quantize_channels(layer.weight()))
+    quantized = _Once(lambda: _channels(layer, _FLOAT))
     codes = graph.weight(f"{layer.name}.weight", _INT8, (row, rows), lambda: quantized()[0].T)
     scales = graph.weight(f"{layer.name}.scale", _FLOAT, (rows,), lambda: quantized()[1])
     return codes, scales, graph.constant("zero.int8", np.array(0, np.int8))
@@ -203,16 +231,16 @@ def _int8_weight(graph: "GraphBuilder", layer: Linear) -> tuple[ir.Value, ir.Val
 def _activation_scale(graph: "GraphBuilder", name: str, where: Range, fp8: bool = False) -> tuple[ir.Value, ir.Value]:
     """Scale and zero point of activations: the whole range in `contrib`, else symmetric."""
     low, high = where
+    kind = graph.float_type.numpy()
     if graph.contrib:
-        scale = (high - low) / 255
+        scale = max((high - low) / 255, smallest(kind))
         zero = np.array(round(-low / scale), np.uint8)
     elif fp8:
         scale, zero = max(-low, high) / rtn.FP8_MAX, np.array(0, ml_dtypes.float8_e4m3fn)
     else:
         scale, zero = max(-low, high) / 127, np.array(0, np.int8)
-    kind = graph.float_type.numpy()
     return (
-        graph.constant(f"{name}.input.scale", np.array(scale, kind)),
+        graph.constant(f"{name}.input.scale", np.array(max(scale, smallest(kind)), kind)),
         graph.constant(f"{name}.input.zero", zero),
     )
 
@@ -220,15 +248,15 @@ def _activation_scale(graph: "GraphBuilder", name: str, where: Range, fp8: bool 
 def _blocks(graph: "GraphBuilder", x: ir.Value, layer: Linear, precision: Precision) -> ir.Value:
     rows, row = layer.shape
     bits, block = max(precision.bits, 4), block_size(row, precision.largest_block)
-    blocks = -(-row // block)
+    blocks, kind = -(-row // block), graph.float_type
     if bits == 4:
-        quantized = _Once(lambda: _blocks_of_4(layer, precision, block))
+        quantized = _Once(lambda: _blocks_of_4(layer, precision, block, kind))
     else:
-        quantized = _Once(lambda: layer.rounding.quantize_blocks(layer.weight(), bits, block))
+        quantized = _Once(lambda: _blocks_of(layer, bits, block, kind))
     packed = graph.weight(
         f"{layer.name}.weight", _UINT8, (rows, blocks, block * bits // 8), lambda: pack_blocks(quantized()[0], bits)
     )
-    name, kind, bias = layer.name, graph.float_type, _bias(graph, layer)
+    name, bias = layer.name, _bias(graph, layer)
     scales = graph.weight(
         f"{name}.scale", kind, (rows, blocks), lambda: to_float(f"{name}.scale", quantized()[1], kind)
     )

@@ -8,6 +8,7 @@ scales are coordinates like any other.
 import numpy as np
 
 from mllm_edge.calibration.chunks import for_each_chunk
+from mllm_edge.calibration.methods.scales import reciprocal
 
 __all__ = ["refine"]
 
@@ -59,7 +60,7 @@ def _move_codes(
     """Each code [k, N] to the best one, one channel after another; `missing` and `pull` follow."""
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     width = len(codes) // len(scales)
-    inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
+    inverse = reciprocal(scales)
     for i, code in enumerate(codes):
         if own[i, i] <= 0:
             continue

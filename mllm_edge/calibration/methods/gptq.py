@@ -5,6 +5,8 @@ Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-tr
 
 import numpy as np
 
+from mllm_edge.calibration.methods.scales import reciprocal as inverse_of
+
 __all__ = ["quantize"]
 
 # Of the mean power, added to the diagonal; more where the matrix still has no factor.
@@ -42,7 +44,7 @@ def quantize(weight: np.ndarray, gram: np.ndarray, bits: int, block: int | None)
         factor = inverse[start:stop, start:stop]
         for i in range(stop - start):
             scale = scales[:, owner[start + i]]
-            reciprocal = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale != 0)
+            reciprocal = inverse_of(scale)
             code = np.clip(np.rint(part[:, i] * reciprocal), low, high)
             codes[:, order[start + i]] = code
             error = (part[:, i] - code * scale) / factor[i, i]
@@ -59,7 +61,7 @@ def _best_scale(part: np.ndarray, power: np.ndarray, bits: int) -> np.ndarray:
     scales, best = peak / high, np.full(len(part), np.inf, np.float32)
     for shrink in _SHRINK if bits < 8 else _SHRINK[:1]:
         scale = peak * (shrink / high)
-        reciprocal = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale != 0)
+        reciprocal = inverse_of(scale)
         codes = np.clip(np.rint(part * reciprocal[:, None]), low, high)
         error = np.square(codes * scale[:, None] - part) @ power
         better = error < best

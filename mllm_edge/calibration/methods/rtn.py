@@ -4,6 +4,7 @@ import ml_dtypes
 import numpy as np
 
 from mllm_edge.calibration.chunks import for_each_chunk
+from mllm_edge.calibration.methods.scales import reciprocal
 
 __all__ = ["FP8_MAX", "quantize_blocks", "quantize_channels", "quantize_fp8", "rounded_blocks"]
 
@@ -42,7 +43,7 @@ def _round_blocks(grouped: np.ndarray, zero: int, positive_scales: bool, codes: 
     work = np.abs(grouped)
     peak = np.take_along_axis(grouped, work.argmax(-1)[..., None], -1)[..., 0]
     np.divide(np.abs(peak) if positive_scales else peak, zero - 1 if positive_scales else -zero, out=scales)
-    inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
+    inverse = reciprocal(scales)
     np.multiply(grouped, inverse[..., None], out=work)
     np.rint(work, out=work)
     work += zero
@@ -62,7 +63,7 @@ def quantize_channels(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         part, scale = weight[start:stop], scales[start:stop]
         values = np.abs(part)
         np.divide(values.max(axis=1), 127.0, out=scale)
-        inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale != 0)
+        inverse = reciprocal(scale)
         np.multiply(part, inverse[:, None], out=values)
         np.copyto(codes[start:stop], np.rint(values, out=values), casting="unsafe")
 
@@ -73,12 +74,12 @@ def quantize_channels(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def quantize_fp8(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A weight [N, K] float32 as float8 (e4m3) with one scale per output channel: codes [N, K], scales [N] float32."""
     scales = (np.abs(weight).max(axis=1) / FP8_MAX).astype(np.float32)
-    inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
+    inverse = reciprocal(scales)
     return (weight * inverse[:, None]).astype(ml_dtypes.float8_e4m3fn), scales
 
 
 def rounded_blocks(part: np.ndarray, scales: np.ndarray, bits: int) -> np.ndarray:
     """Weights [N, k] after rounding to `bits` with positive scales [N]: what the graph will compute with."""
     high = (1 << (bits - 1)) - 1
-    inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
+    inverse = reciprocal(scales)
     return np.clip(np.rint(part * inverse[:, None]), -high - 1, high) * scales[:, None]
