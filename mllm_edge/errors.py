@@ -15,7 +15,10 @@ MllmEdgeError
 ├── ImageError         an image that cannot be decoded (also ValueError)
 ├── PromptError        messages, images and placeholders that do not fit together (also ValueError)
 ├── ContextError       more tokens than the context holds (also ValueError)
-└── BackendError       a runtime that is missing or refuses a graph (also RuntimeError)
+├── BackendError       a runtime that is missing or refuses a graph (also RuntimeError)
+├── BusyError          a call that would have to wait for another one, and may not or cannot (also RuntimeError)
+├── GivenUpError       an answer that a later call of its thread ended (also RuntimeError)
+└── ClosedError        a model that was closed, before or during a call (also RuntimeError)
 ```
 
 A message says what is wrong and where; `fix` holds the command or option that helps.
@@ -25,10 +28,13 @@ __all__ = [
     "AccuracyError",
     "BackendError",
     "BundleError",
+    "BusyError",
+    "ClosedError",
     "ConfigError",
     "ContextError",
     "DataError",
     "ExportError",
+    "GivenUpError",
     "ImageError",
     "MllmEdgeError",
     "ParityError",
@@ -106,3 +112,15 @@ class ContextError(MllmEdgeError, ValueError):
 
 class BackendError(MllmEdgeError, RuntimeError):
     """A runtime that is not installed or refuses a graph."""
+
+
+class BusyError(MllmEdgeError, RuntimeError):
+    """A call that would have to wait for another one of the same model, and may not (`wait=False`) or cannot."""
+
+
+class GivenUpError(MllmEdgeError, RuntimeError):
+    """An unfinished answer that ended because its thread began another call."""
+
+
+class ClosedError(MllmEdgeError, RuntimeError):
+    """A call on a model that was closed, before the call or during it."""
