@@ -16,6 +16,7 @@ import numpy as np
 import tokenizers
 
 from mllm_edge.errors import BundleError, PromptError
+from mllm_edge.runtime.foreign import pass_on
 from mllm_edge.spec import GenerationSpec
 
 __all__ = ["ChatTemplate", "StopStrings", "StreamDecoder", "Tokenizer"]
@@ -49,6 +50,7 @@ class Tokenizer:
         try:
             core = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
+            pass_on(error)
             raise BundleError(f"{path}: not a tokenizer ({error})", "export the bundle again") from error
         return cls(core, generation)
 
@@ -199,6 +201,7 @@ class ChatTemplate:
             told = [_as_templates_expect(message) for message in messages]
             return self._template.render(messages=told, add_generation_prompt=add_generation_prompt, **values)
         except Exception as error:  # a template can fail like any program: TypeError, ZeroDivisionError, …
+            pass_on(error)
             raise PromptError(
                 f"the chat template rejects these messages: {error}", "check the roles, their order and the contents"
             ) from error

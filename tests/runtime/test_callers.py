@@ -331,7 +331,7 @@ def test_waiting_and_the_consumer_are_told_apart(vlm: VLM, monkeypatch: pytest.M
 
     monkeypatch.setattr(answer, "time", Clock)
     monkeypatch.setattr(trace, "time", Clock)
-    stream = vlm.stream("Tell me.", IMAGES[0], max_new_tokens=60, ignore_eos=True)
+    stream = vlm.stream("Tell me.", IMAGES[0], max_new_tokens=60, ignore_eos=True, trace=Trace(origin=0.0))
     now += 1000.0
     for chunk in stream:
         if chunk.result is not None:
