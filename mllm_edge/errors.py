@@ -10,14 +10,17 @@ MllmEdgeError
 │   ├── ParityError             the exported graphs disagree with the source model
 │   ├── RecipeError             a recipe that cannot be read or names what the model does not have (also ValueError)
 │   ├── AccuracyError           a quantized bundle loses more than was allowed
-│   └── BusyError               another process works on the same directory
+│   └── LockedError             another process works on the same directory
 ├── WriteError         a file that cannot be written: no space, no permission
 ├── BundleError        not a bundle, damaged, or made by a newer version (also ValueError)
 ├── DataError          calibration data that cannot be read (also ValueError)
 ├── ImageError         an image that cannot be decoded (also ValueError)
 ├── PromptError        messages, images and placeholders that do not fit together (also ValueError)
 ├── ContextError       more tokens than the context holds (also ValueError)
-└── BackendError       a runtime that is missing or refuses a graph (also RuntimeError)
+├── BackendError       a runtime that is missing or refuses a graph (also RuntimeError)
+├── BusyError          a call that would have to wait for another one, and may not or cannot (also RuntimeError)
+├── GivenUpError       an answer that a later call of its thread ended (also RuntimeError)
+└── ClosedError        a model that was closed, before or during a call (also RuntimeError)
 ```
 
 A message says what is wrong and where; `fix` holds the command or option that helps.
@@ -28,11 +31,14 @@ __all__ = [
     "BackendError",
     "BundleError",
     "BusyError",
+    "ClosedError",
     "ConfigError",
     "ContextError",
     "DataError",
     "ExportError",
+    "GivenUpError",
     "ImageError",
+    "LockedError",
     "MllmEdgeError",
     "ParityError",
     "PromptError",
@@ -88,7 +94,7 @@ class AccuracyError(ExportError):
     """A quantized bundle loses more accuracy than was allowed."""
 
 
-class BusyError(ExportError):
+class LockedError(ExportError):
     """Another process works on the same directory."""
 
 
@@ -118,3 +124,15 @@ class ContextError(MllmEdgeError, ValueError):
 
 class BackendError(MllmEdgeError, RuntimeError):
     """A runtime that is not installed or refuses a graph."""
+
+
+class BusyError(MllmEdgeError, RuntimeError):
+    """A call that would have to wait for another one of the same model, and may not (`wait=False`) or cannot."""
+
+
+class GivenUpError(MllmEdgeError, RuntimeError):
+    """An unfinished answer that ended because its thread began another call."""
+
+
+class ClosedError(MllmEdgeError, RuntimeError):
+    """A call on a model that was closed, before the call or during it."""

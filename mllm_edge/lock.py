@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from mllm_edge.errors import BusyError
+from mllm_edge.errors import LockedError
 
 __all__ = ["locked"]
 
@@ -26,7 +26,7 @@ def locked(folder: Path) -> Iterator[bool]:
     """Hold the lock of a directory that exists or is going to, a hidden file beside it, by whatever name it is called.
 
     The system gives the lock back when the process ends, however it ends. Yields False where there are no locks: on a
-    file system without them, or where nothing can be written beside the directory. Raises BusyError that says who
+    file system without them, or where nothing can be written beside the directory. Raises LockedError that says who
     holds it.
     """
     place = Path(os.path.realpath(folder))
@@ -97,10 +97,10 @@ def _place() -> dict[str, str | int]:
     return {"pid": os.getpid(), "host": socket.gethostname()}
 
 
-def _busy(path: Path, folder: Path) -> BusyError:
+def _busy(path: Path, folder: Path) -> LockedError:
     who = "another process works on it"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         told = json.loads(path.read_text(encoding="utf-8"))
         user = f" by {told['user']}" if "user" in told else ""
         who = f"`{told['command']}` works on it (process {told['pid']} on {told['host']}{user}, since {told['since']})"
-    return BusyError(f"{folder}: {who}", "wait until it is done, or end it, or choose another directory")
+    return LockedError(f"{folder}: {who}", "wait until it is done, or end it, or choose another directory")

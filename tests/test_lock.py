@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mllm_edge import lock
-from mllm_edge.errors import BusyError
+from mllm_edge.errors import LockedError
 from mllm_edge.lock import locked
 
 HOLD = """
@@ -25,7 +25,7 @@ def test_a_second_one_is_told_who_works_there(tmp_path: Path) -> None:
     with locked(tmp_path / "out") as held:
         assert held
         with (
-            pytest.raises(BusyError, match=rf"process {os.getpid()} on .*, since \d") as caught,
+            pytest.raises(LockedError, match=rf"process {os.getpid()} on .*, since \d") as caught,
             locked(tmp_path / "out"),
         ):
             pass
@@ -45,7 +45,7 @@ def test_two_names_of_one_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     names = ["real", "./real/../real", "link", "folder/real", str(tmp_path / "real"), "real/"]
     with locked(Path("link")):
         for name in names:
-            with pytest.raises(BusyError), locked(Path(name)):
+            with pytest.raises(LockedError), locked(Path(name)):
                 pass
 
 
@@ -54,7 +54,7 @@ def test_a_dead_process_holds_nothing(tmp_path: Path) -> None:
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(BusyError, match=f"process {holder.pid} "), locked(tmp_path / "out"):
+    with pytest.raises(LockedError, match=f"process {holder.pid} "), locked(tmp_path / "out"):
         pass
     holder.kill()
     holder.communicate()
@@ -100,5 +100,5 @@ def test_a_file_system_without_locks_and_a_folder_that_cannot_be_written(
 def test_a_note_that_cannot_be_read(tmp_path: Path) -> None:
     with locked(tmp_path / "out"):
         (tmp_path / ".out.lock").write_text("{")
-        with pytest.raises(BusyError, match="another process works on it"), locked(tmp_path / "out"):
+        with pytest.raises(LockedError, match="another process works on it"), locked(tmp_path / "out"):
             pass

@@ -92,7 +92,7 @@ def export(
     ids of LoRA adapters, merged into the weights in their order. `verify_cases`: questions and images of your own that
     the bundle is compared with the source model on, too.
 
-    Raises SourceError and its kinds, ExportError, ParityError, BusyError (another process works on `out`); then `out`
+    Raises SourceError and its kinds, ExportError, ParityError, LockedError (another process works on `out`); then `out`
     is as it was before.
     """
     check_checkpoint(model)

@@ -69,7 +69,7 @@ def reserved(out: Path, force: bool) -> Iterator[Path]:
     that it names: where it is a link, what that leads to. The folders above it come to be now, and vanish where
     `out` does not.
 
-    Raises BusyError that says who works there; ExportError as `check_out`.
+    Raises LockedError that says who works there; ExportError as `check_out`.
     """
     check_out(out, force)
     place = Path(os.path.realpath(out))

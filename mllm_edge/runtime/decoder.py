@@ -65,6 +65,14 @@ class Decoder:
         self.cache.truncate(0)
         return self.cache
 
+    def forget(self) -> None:
+        """Drop the cache and all that is bound for steps: after a call that ended somewhere within one."""
+        if self._largest:
+            self._session.bind({}, dict.fromkeys(self._largest))
+        self._bound_token, self._largest = False, {}
+        self._logits = self._rows = np.zeros((0, 0, 0), np.float32)
+        self._kept = self._kept_rows = self.cache = None
+
     def set_cross(self, cross_kv: Mapping[str, np.ndarray] | None) -> None:
         """What cross-attention layers look at: `cross.{l}.key` and `.value` [1, heads, N, D], as the component
         `cross_kv` returns them. None: nothing, and the layers stay silent."""

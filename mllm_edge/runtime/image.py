@@ -6,6 +6,8 @@ import base64
 import binascii
 import io
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -13,11 +15,14 @@ import numpy as np
 from PIL import Image
 
 from mllm_edge.errors import ImageError
+from mllm_edge.runtime.foreign import pass_on
 
 __all__ = ["ImageSource", "load_image"]
 
 ImageSource = str | os.PathLike | bytes | bytearray | memoryview | Image.Image | np.ndarray | IO[bytes]
 
+# Modules of Pillow and of its plugins (pillow_heif, pillow_avif, …).
+_PILLOW = ("PIL", "pillow")
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -68,50 +73,70 @@ def _from_path(source: str | os.PathLike) -> Image.Image:
         raise ImageError(f"{source}: images are not downloaded", "download it first and pass the path or the bytes")
     path = Path(source)
     try:
-        with path.open("rb") as file:
-            return _from_file(file, str(path))
-    except FileNotFoundError:
+        file = path.open("rb")
+    except FileNotFoundError as error:
+        pass_on(error)
         raise ImageError(f"{path}: no such file", "check the path of the image") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        if isinstance(error, ImageError):
-            raise
+        pass_on(error)
         reason = getattr(error, "strerror", None) or error
         raise ImageError(f"{path}: cannot be opened ({reason})", "pass the path of a readable image file") from error
+    with file:
+        return _from_file(file, str(path))
 
 
 def _from_file(file: IO[bytes], name: str) -> Image.Image:
+    with _decoding(name):
+        image = Image.open(file)
+    with image:
+        return _from_pil(image, name)
+
+
+def _from_pil(image: Image.Image, name: str) -> Image.Image:
+    with _decoding(name):
+        image.load()
+    if image.width == 0 or image.height == 0:
+        raise ImageError(f"{name}: the image has no pixels", "check where the image comes from")
     try:
-        with Image.open(file) as image:
-            return _from_pil(image, name)
-    except ImageError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise _bomb(name, error) from error
+        orientation = image.getexif().get(_EXIF_ORIENTATION)
+    except Exception as error:  # unreadable EXIF: the pixels are fine, so they are shown as stored
+        pass_on(error, *_PILLOW)
+        orientation = None
+    upright = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    rgb = _to_rgb(image, name)
+    return rgb if upright is None else rgb.transpose(upright)
+
+
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """Errors of Pillow in the body become ImageErrors that tell `name`; others stay what they are."""
+    try:
+        yield
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(
+            f"{name}: too large to decode safely ({error})", "scale the image down before passing it"
+        ) from error
     except Image.UnidentifiedImageError as error:
         raise ImageError(
             f"{name}: not an image, or a format that Pillow cannot read here",
             "convert it to JPEG or PNG; from a camera or decoder pass the frame as a numpy array",
         ) from error
-    except Exception as error:  # Pillow's plugins raise almost anything on damaged headers
-        raise _damaged(name, error) from error
+    except MemoryError as error:
+        raise _with_a_message(error, name) from None
+    except Exception as error:  # Pillow's plugins raise almost anything on damaged headers and data
+        pass_on(error, *_PILLOW)
+        if isinstance(error, OSError) and "out of memory" in str(error):  # a decoder's own code for it
+            raise MemoryError(f"{name}: not enough memory to decode the image") from error
+        raise ImageError(
+            f"{name}: truncated or damaged ({error})", "send the file again, or save it again as JPEG or PNG"
+        ) from error
 
 
-def _from_pil(image: Image.Image, name: str) -> Image.Image:
-    try:
-        image.load()
-    except Image.DecompressionBombError as error:
-        raise _bomb(name, error) from error
-    except Exception as error:  # as above: damaged data surfaces as any exception type
-        raise _damaged(name, error) from error
-    if image.width == 0 or image.height == 0:
-        raise ImageError(f"{name}: the image has no pixels", "check where the image comes from")
-    try:
-        orientation = image.getexif().get(_EXIF_ORIENTATION)
-    except Exception:  # unreadable EXIF: the pixels are fine, so they are shown as stored
-        orientation = None
-    upright = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    rgb = _to_rgb(image, name)
-    return rgb if upright is None else rgb.transpose(upright)
+def _with_a_message(error: MemoryError, name: str) -> MemoryError:
+    """The same error; Pillow's has no text."""
+    if not error.args:
+        error.args = (f"{name}: not enough memory to decode the image",)
+    return error
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -182,11 +207,3 @@ def _data_uri_bytes(uri: str) -> bytes:
         return base64.b64decode(payload, validate=True)
     except (binascii.Error, ValueError) as error:
         raise ImageError(f"data URI {header[:40]!r}: {error}", "pass data:image/png;base64,<data>") from error
-
-
-def _bomb(name: str, error: Exception) -> ImageError:
-    return ImageError(f"{name}: too large to decode safely ({error})", "scale the image down before passing it")
-
-
-def _damaged(name: str, error: Exception) -> ImageError:
-    return ImageError(f"{name}: truncated or damaged ({error})", "send the file again, or save it again as JPEG or PNG")

@@ -13,6 +13,7 @@ import numpy as np
 import tokenizers
 
 from mllm_edge.errors import BundleError, PromptError
+from mllm_edge.runtime.foreign import pass_on
 from mllm_edge.runtime.prompt.sandbox import Sandbox
 from mllm_edge.spec import GenerationSpec
 
@@ -51,6 +52,7 @@ class Tokenizer:
         try:
             core = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
+            pass_on(error)
             raise BundleError(f"{path}: not a tokenizer ({error})", "export the bundle again") from error
         return cls(core, generation)
 
@@ -137,6 +139,7 @@ class ChatTemplate:
             given = {"messages": told, "add_generation_prompt": add_generation_prompt, **values}
             return self._environment.render(self._template, given)
         except Exception as error:  # a template can fail like any program: TypeError, ZeroDivisionError, …
+            pass_on(error)
             raise PromptError(
                 f"the chat template rejects these messages: {error}", "check the roles, their order and the contents"
             ) from error

@@ -85,7 +85,8 @@ class Metrics:
 
     The stages are STAGES, each one's whole time (`allocate`: the cache), 0 where not run. `ttft` runs from the call to
     the first token (preprocessing included); `tpot` is the mean time per token after the first; `token_seconds` are the
-    single intervals. An image of cells (see `ImageSpec`) counts as one of `tiles`.
+    single intervals. An image of cells (see `ImageSpec`) counts as one of `tiles`. `waited`, within `ttft`, is for the
+    calls of other threads; `consumer`, for which no other figure counts, what took the pieces of the answer.
 
     `decode_steps`: runs of the decoder after the prompt; with speculation, of `guessed` tokens `accepted` ones took no
     step of their own. Tokens of one step come together: of their intervals only the mean means something.
@@ -112,6 +113,8 @@ class Metrics:
     decode_steps: int = 0
     guessed: int = 0
     accepted: int = 0
+    waited: float = 0.0
+    consumer: float = 0.0
 
     @property
     def tpot(self) -> float:

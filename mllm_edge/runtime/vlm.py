@@ -1,63 +1,42 @@
 """`VLM`: a bundle opened for questions."""
 
-import time
+from __future__ import annotations
+
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from mllm_edge.bundle import CHAT_TEMPLATE, Bundle
-from mllm_edge.errors import BackendError, ContextError, MllmEdgeError, PromptError
+from mllm_edge.errors import BackendError, ClosedError, ContextError, PromptError
+from mllm_edge.runtime.answer import Call, Chunk, Result, answer
 from mllm_edge.runtime.arrays import in_cuda_memory, on_host
 from mllm_edge.runtime.backend import Backend, open_backend
 from mllm_edge.runtime.components import open_component
 from mllm_edge.runtime.decoder import Decoder
-from mllm_edge.runtime.generate import Embedder, generate
+from mllm_edge.runtime.generate import Embedder
 from mllm_edge.runtime.grids import TILES_PER_RUN, encoder_feeds
 from mllm_edge.runtime.image import ImageSource
 from mllm_edge.runtime.processor import Messages, Processor, Prompt
 from mllm_edge.runtime.sampling import Sampler, SamplingParams
 from mllm_edge.runtime.speculation import PromptLookup, check_speculation
-from mllm_edge.runtime.tokenizer import ChatTemplate, StopStrings, StreamDecoder, Tokenizer
-from mllm_edge.runtime.trace import STAGES, Metrics, Trace
+from mllm_edge.runtime.tokenizer import ChatTemplate, StopStrings, Tokenizer
+from mllm_edge.runtime.trace import Trace
+from mllm_edge.runtime.turns import Turn, Turns, native
 
 __all__ = ["VLM", "Chunk", "Result"]
 
-FinishReason = Literal["stop", "stop_string", "length"]
-
-# The cache grows in steps of this many positions, so that similar prompts share one allocation.
-_CAPACITY_STEP = 256
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished answer. `token_ids` are the tokens produced, without the stop token.
-
-    `finish_reason`: stop (the model ended), stop_string, or length (max_new_tokens or the context is used up).
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    metrics: Metrics
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A piece of the answer; concatenated, the texts are the answer. The last one carries the `result`."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    result: Result | None = None
-
 
 class VLM:
-    """A vision-language model on this machine. Not thread-safe: one call at a time.
+    """A vision-language model on this machine. Open with `VLM.load`; use as a context manager or call `close`.
 
-    Open with `VLM.load`; use as a context manager or call `close`.
+    Several threads may call: they wait their turn, first come, first served. An answer has its turn from its first
+    piece to its last, or until it is abandoned (a `break`, a dropped iterator, an error). A thread that begins another
+    call with an answer half taken gives that one up: taking more of it is a GivenUpError. So let one thread take all
+    pieces of an answer.
     """
 
     def __init__(
@@ -86,9 +65,11 @@ class VLM:
         self._tiles_per_run = min(TILES_PER_RUN, *limits)
         table = bundle.array(self.spec.positions.table) if self.spec.positions.table else None
         decoder = opened["decoder"]
-        self.decoder = Decoder(decoder.session, decoder.variant, self.spec, decoder.backend, table)
+        self._decoder: Decoder | None = Decoder(decoder.session, decoder.variant, self.spec, decoder.backend, table)
         self.embed = Embedder(bundle.embeddings(), self.spec.embedding, bundle.touched(self.spec.embedding.file))
-        self._calls = 0
+        free = weakref.WeakMethod(self._free)  # without a circle: a VLM that is dropped goes at once
+        self._turns = Turns(lambda: _call(free()))
+        native.watch()
 
     @classmethod
     def load(
@@ -101,7 +82,7 @@ class VLM:
         verify: bool = False,
         notice: Callable[[str], None] = warnings.warn,
         trace: Trace | None = None,
-    ) -> "VLM":
+    ) -> VLM:
         """Open the bundle in directory `path`.
 
         `backend`: auto, cpu, cuda, tensorrt or tensorrt-10.3; auto takes the GPU where the bundle and this machine are
@@ -118,23 +99,40 @@ class VLM:
             bundle.verify()
         max_seq = None if max_context is None else min(max_context, bundle.manifest.model.context_length)
         trace = trace or Trace()
-        with trace.span("backend"):
-            chosen = open_backend(backend, threads, bundle=bundle, max_seq=max_seq, notice=notice)
-        with trace.span("open"):
-            return cls(bundle, chosen, max_context, threads, notice)
+        with native.section():
+            with trace.span("backend"):
+                chosen = open_backend(backend, threads, bundle=bundle, max_seq=max_seq, notice=notice)
+            with trace.span("open"):
+                return cls(bundle, chosen, max_context, threads, notice)
 
-    def __enter__(self) -> "VLM":
+    def __repr__(self) -> str:
+        what, runs = f"{str(self.bundle.path)!r}, {self.spec.model_type}", self.backend.name
+        threads = getattr(self.backend, "threads", None)
+        runs += "" if threads is None else f" ({threads} threads)"
+        return f"VLM({what}, {runs}, context {self.context_length}{', closed' if self._decoder is None else ''})"
+
+    def __enter__(self) -> VLM:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def decoder(self) -> Decoder:
+        """The decoder, for work step by step; not while another thread calls. Raises ClosedError."""
+        if self._decoder is None:
+            raise ClosedError("the model was closed", "open it again with VLM.load")
+        return self._decoder
+
     def close(self) -> None:
-        """Release sessions and caches; the object cannot be used afterwards."""
-        self._calls += 1
+        """Release sessions and caches. Calls that wait, or come later, raise ClosedError; one that runs does so at its
+        next token, and is waited for. A second `close` does nothing."""
+        self._turns.close()
+
+    def _free(self) -> None:
         self._sessions.clear()
         self.embed.close()
-        del self.decoder
+        self._decoder = None
 
     def generate(self, prompt: Messages, images: ImageSource | Iterable[ImageSource] = (), **options: Any) -> Result:
         """The whole answer at once; options as in `stream`."""
@@ -163,40 +161,46 @@ class VLM:
         ignore_eos: bool = False,
         speculation: int = 0,
         trace: Trace | None = None,
+        wait: bool = True,
     ) -> Iterator[Chunk]:
-        """Answer piece by piece. Arguments are checked and the prompt is processed before the first piece is asked for.
+        """Answer piece by piece. Arguments are checked and the prompt is processed before the first piece is asked for;
+        then the call waits its turn.
 
         `prompt`: a question, or messages in chat format. `images`: paths, bytes, PIL images or arrays [H, W, 3] RGB.
         `temperature` 0 is greedy. `stop`: strings that end the answer and are not part of it. `raw`: the prompt is
         rendered already, with one image placeholder per image. `ignore_eos`: go on after the model's end, for
         measurements of one length. `speculation`: the most tokens (0 to 15) that are guessed from the prompt and the
         answer so far, and checked by the decoder in one step: the tokens are the same, but for ties that rounding
-        decides, which may differ with the width of a step. `trace` gets the call's spans; it must be new.
+        decides, which may differ with the width of a step. `trace` gets the call's spans; it must be new. `wait` False:
+        raise BusyError where another call has its turn.
 
         Raises PromptError, ImageError, ContextError (too many tokens), ValueError (an option out of range),
-        BackendError (speculation is more than the decoder's engine was built for).
+        BackendError (speculation is more than the decoder's engine was built for), ClosedError; while the pieces come
+        also GivenUpError (this thread has begun another call).
         """
-        self._check_speculation(speculation)
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be positive, not {max_new_tokens}")
-        trace = trace or Trace()
-        params = SamplingParams(
-            temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty, presence_penalty, seed
-        )
-        stops = StopStrings([stop] if isinstance(stop, str) else stop)
-        with trace.span("preprocess"):
-            processed = self._process(prompt, images, raw)
-            ids, places = processed.token_ids, processed.image_positions
-            guesser = PromptLookup(ids, speculation, places) if speculation else None
-        room = self._room(processed)
-        self._calls += 1
-        stop_ids = frozenset() if ignore_eos else self.stop_ids
-        sampler = Sampler(params, processed.token_ids)
-        return self._run(processed, sampler, stop_ids, stops, min(max_new_tokens, room), trace, guesser)
+        self._turns.check(wait)
+        with self._turns.working():
+            self._check_speculation(speculation)
+            if max_new_tokens < 1:
+                raise ValueError(f"max_new_tokens must be positive, not {max_new_tokens}")
+            trace = trace or Trace()
+            params = SamplingParams(
+                temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty, presence_penalty, seed
+            )
+            stops = StopStrings([stop] if isinstance(stop, str) else stop)
+            with trace.span("preprocess"):
+                processed = self._process(prompt, images, raw)
+                ids, places = processed.token_ids, processed.image_positions
+                guesser = PromptLookup(ids, speculation, places) if speculation else None
+            most = min(max_new_tokens, self._room(processed))
+            stop_ids = frozenset() if ignore_eos else self.stop_ids
+            call = Call(processed, Sampler(params, ids), stop_ids, stops, most, trace, guesser)
+        return self._in_turn(call, wait)
 
     def count_tokens(self, prompt: Messages, image_sizes: Sequence[tuple[int, int]] = ()) -> int:
         """Prompt tokens, image tokens included, for images of these (height, width); nothing is run."""
-        return self.processor.count_tokens(prompt, image_sizes)
+        with self._turns.working():
+            return self.processor.count_tokens(prompt, image_sizes)
 
     def component(self, name: str, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Run one component by itself (all but the decoder), its inputs cast to the graph's types.
@@ -204,32 +208,51 @@ class VLM:
         On TensorRT an input may lie in CUDA memory already: an array with `__cuda_array_interface__`, or with DLPack's
         `__dlpack__`, is read where it lies, and must have the graph's type.
         """
+        with self._turns.turn():
+            return self._component(name, feeds)
+
+    def image_features(self, prompt: Prompt, trace: Trace | None = None) -> np.ndarray:
+        """Vision encoder and connector: the images of a prompt that has some → features [tokens, hidden] float32."""
+        with self._turns.turn():
+            return self._image_features(prompt, trace or Trace())
+
+    def vision_runs(self, prompt: Prompt, trace: Trace | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Of each run that the images of a prompt take: `vision_hidden`, and features [tokens, hidden] float32."""
+        runs = self._vision_runs(prompt, trace or Trace())
+        while True:
+            with self._turns.turn():
+                found = next(runs, None)
+            if found is None:
+                return
+            yield found
+
+    def prompt_embeds(self, prompt: Prompt, trace: Trace | None = None) -> np.ndarray:
+        """Token embeddings of a prompt with the image features in their places, [S, H] float32."""
+        with self._turns.turn():
+            return self._prompt_embeds(prompt, trace or Trace())
+
+    def _component(self, name: str, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
         types = self._types[name]
         inputs = {key: value if in_cuda_memory(value) else on_host(value, types[key]) for key, value in feeds.items()}
         return self._sessions[name].run(inputs)
 
-    def image_features(self, prompt: Prompt, trace: Trace | None = None) -> np.ndarray:
-        """Vision encoder and connector: the images of a prompt that has some → features [tokens, hidden] float32."""
-        return np.concatenate([features for _, features in self.vision_runs(prompt, trace)])
+    def _image_features(self, prompt: Prompt, trace: Trace) -> np.ndarray:
+        return np.concatenate([features for _, features in self._vision_runs(prompt, trace)])
 
-    def vision_runs(self, prompt: Prompt, trace: Trace | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Of each run that the images of a prompt take: `vision_hidden`, and features [tokens, hidden] float32."""
+    def _vision_runs(self, prompt: Prompt, trace: Trace) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         assert self.spec.image is not None
         assert prompt.pixel_values is not None
-        trace = trace or Trace()
         runs = encoder_feeds(self.spec.image, prompt.pixel_values, prompt.image_grids, self._tiles_per_run)
         for feeds in runs:
             with trace.span("vision_encoder"):
-                hidden = self.component("vision_encoder", feeds)
+                hidden = self._component("vision_encoder", feeds)
             with trace.span("connector"):
-                features = self.component("connector", hidden)["image_features"]
+                features = self._component("connector", hidden)["image_features"]
             features = features.reshape(-1, features.shape[-1]).astype(np.float32, copy=False)
             yield hidden["vision_hidden"], features
 
-    def prompt_embeds(self, prompt: Prompt, trace: Trace | None = None) -> np.ndarray:
-        """Token embeddings of a prompt with the image features in their places, [S, H] float32."""
-        trace = trace or Trace()
-        features = None if prompt.pixel_values is None else self.image_features(prompt, trace)
+    def _prompt_embeds(self, prompt: Prompt, trace: Trace) -> np.ndarray:
+        features = None if prompt.pixel_values is None else self._image_features(prompt, trace)
         with trace.span("embed"):
             embeds = self.embed(prompt.token_ids)
             if features is not None:
@@ -268,51 +291,39 @@ class VLM:
             fix,
         )
 
-    def _run(
-        self,
-        prompt: Prompt,
-        sampler: Sampler,
-        stop_ids: Collection[int],
-        stops: StopStrings,
-        max_new_tokens: int,
-        trace: Trace,
-        guesser: PromptLookup | None,
-    ) -> Iterator[Chunk]:
-        call = self._calls
-        tokens = len(prompt.token_ids) + max_new_tokens
-        capacity = min(-(-tokens // _CAPACITY_STEP) * _CAPACITY_STEP, self.context_length)
-        embeds = self.prompt_embeds(prompt, trace)
-        self._check_current(call)
-        with trace.span("allocate"):
-            cache = self.decoder.reset(capacity)
-        decoder = StreamDecoder(self.tokenizer)
-        ids: list[int] = []
-        times: list[float] = []
-        texts: list[str] = []
-        tail = ""
-        setting = (sampler, stop_ids, max_new_tokens, trace)
-        steps = generate(self.decoder, self.embed, embeds, *setting, positions=prompt.positions, guesser=guesser)
-        for token in steps:
-            times.append(time.perf_counter())
-            with trace.span("detokenize"):
-                ids.append(token)
-                texts.append(stops.push(decoder.push(token)))
-                chunk = Chunk(texts[-1], (token,))
-            if stops.matched is not None:
-                tail = texts[-1]
-                break
-            if chunk.text:
-                yield chunk
-                self._check_current(call)
-        else:
-            with trace.span("detokenize"):
-                tail = stops.push(decoder.flush()) + stops.flush()
-            texts.append(tail)
-        reason: FinishReason = "length" if len(ids) == max_new_tokens else "stop"
-        if stops.matched is not None:
-            reason = "stop_string"
-        metrics = _metrics(prompt, self._tiles(prompt), trace, times, cache.nbytes)
-        yield Chunk(tail, (), Result("".join(texts), tuple(ids), reason, metrics))
+    def _in_turn(self, call: Call, wait: bool) -> Iterator[Chunk]:
+        """An answer's pieces, each made within the call's turn; the turn ends before the last one is handed out."""
+        turn, pieces = Turn(), self._pieces(call)
+        try:
+            with call.pace.waiting():
+                self._turns.take(turn, wait)
+            finished = False
+            while not finished:
+                with self._turns.working(turn):
+                    piece = next(pieces)
+                if piece is None:
+                    continue
+                finished = piece.result is not None
+                if finished:
+                    self._turns.release(turn)
+                with call.pace.away():
+                    yield piece
+        finally:
+            self._turns.release(turn)
+            with native.section():
+                pieces.close()
+
+    def _pieces(self, call: Call) -> Generator[Chunk | None, None, None]:
+        try:
+            embeds = self._prompt_embeds(call.prompt, call.trace)
+            tiles = self._tiles(call.prompt)
+            yield from answer(call, embeds, tiles, self.decoder, self.embed, self.tokenizer, self.context_length)
+        except GeneratorExit:  # it was abandoned between two pieces
+            raise
+        except BaseException:  # whatever came in the midst of a step may have left things half done
+            if self._decoder is not None:
+                self._decoder.forget()
+            raise
 
     def _tiles(self, prompt: Prompt) -> int:
         """What the vision encoder sees of a prompt: tiles, or images where they are not cut into tiles."""
@@ -320,27 +331,7 @@ class VLM:
             return 0
         return len(prompt.pixel_values) if self.spec.image.cells is None else len(prompt.image_grids)
 
-    def _check_current(self, call: int) -> None:
-        if call != self._calls:
-            raise MllmEdgeError(
-                "this answer was given up: another call began, or the model was closed",
-                "finish one answer before you ask for the next, or load a second VLM",
-            )
 
-
-def _metrics(prompt: Prompt, tiles: int, trace: Trace, times: Sequence[float], kv_cache_bytes: int) -> Metrics:
-    end = time.perf_counter()
-    return Metrics(
-        prompt_tokens=len(prompt.token_ids),
-        image_tokens=len(prompt.image_positions),
-        tiles=tiles,
-        new_tokens=len(times),
-        **{name: trace.seconds(name) for name in STAGES},
-        ttft=(times[0] if times else end) - trace.origin,
-        total=end - trace.origin,
-        token_seconds=tuple(np.diff(times).tolist()),
-        kv_cache_bytes=kv_cache_bytes,
-        decode_steps=trace.runs("decode"),
-        guessed=trace.counts["guessed"],
-        accepted=trace.counts["accepted"],
-    )
+def _call(function: Callable[[], None] | None) -> None:
+    if function is not None:
+        function()

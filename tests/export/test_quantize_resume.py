@@ -13,7 +13,7 @@ from PIL import Image
 from mllm_edge.bundle import Bundle
 from mllm_edge.calibration import calibrate as calibrate_module
 from mllm_edge.calibration.findings import is_whole, save_arrays
-from mllm_edge.errors import BusyError, DataError, ExportError, MllmEdgeError
+from mllm_edge.errors import DataError, ExportError, LockedError, MllmEdgeError
 from mllm_edge.export.pipeline import export
 from mllm_edge.export.quantize import QuantizeReport, quantize
 from mllm_edge.lock import locked
@@ -151,9 +151,9 @@ def test_a_folder_in_the_place_of_a_file(folder: Path, place: Path) -> None:
 def test_a_second_one_is_told_and_takes_nothing_away(folder: Path, place: Path) -> None:
     before = sorted(path.relative_to(place) for path in place.rglob("*"))
     with locked(place / "out"):
-        with pytest.raises(BusyError, match="works on it"):
+        with pytest.raises(LockedError, match="works on it"):
             again(folder, place)
-        with pytest.raises(BusyError, match="works on it"):
+        with pytest.raises(LockedError, match="works on it"):
             export(str(folder / "model"), place / "out", recipe_name="fp32")
     assert sorted(path.relative_to(place) for path in place.rglob("*")) == before
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mllm_edge.errors import BusyError, ExportError
+from mllm_edge.errors import ExportError, LockedError
 from mllm_edge.export import workspace as module
 from mllm_edge.export.workspace import reserved, workspace
 
@@ -132,7 +132,7 @@ def test_out_that_is_a_link_to_what_is_not_there_yet(tmp_path: Path) -> None:
 
 def test_a_second_one_changes_nothing(tmp_path: Path) -> None:
     with reserved(tmp_path / "out", force=False) as place, workspace(place) as folder:
-        with pytest.raises(BusyError, match="works on it"), reserved(tmp_path / "out", force=True):
+        with pytest.raises(LockedError, match="works on it"), reserved(tmp_path / "out", force=True):
             pass
         assert folder.is_dir()
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mllm_edge.errors import BackendError
+from mllm_edge.runtime.foreign import pass_on
 
 __all__ = ["Cuda", "Graph", "Memory", "Pinned"]
 
@@ -153,5 +154,6 @@ def _import() -> Any:
     try:
         from cuda.bindings import runtime
     except ImportError as e:
+        pass_on(e)
         raise BackendError(f"cuda-bindings are not installed ({e})", _INSTALL) from e
     return runtime

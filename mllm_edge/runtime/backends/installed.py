@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import Distribution, distributions
 
+from mllm_edge.runtime.foreign import pass_on
+
 __all__ = ["Engine", "engines", "extras", "version_numbers", "wheels"]
 
 # Engine → the modules that may hold it; wheels of TensorRT for RTX bring the second name only.
@@ -92,8 +94,10 @@ def _probe(module: str) -> Engine | None:
     try:
         loaded = importlib.import_module(module)
     except ModuleNotFoundError as e:
+        pass_on(e)
         return None if e.name in (module, module.partition(".")[0]) else Engine(module, problem=str(e))
     except Exception as e:  # a native library that does not load raises what it likes
+        pass_on(e)
         return Engine(module, problem=str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__)
     providers = loaded.get_available_providers() if hasattr(loaded, "get_available_providers") else ()
     return Engine(module, str(getattr(loaded, "__version__", "")), tuple(providers))

@@ -10,6 +10,7 @@ import numpy as np
 from mllm_edge.errors import BackendError
 from mllm_edge.runtime.backends.installed import version_numbers
 from mllm_edge.runtime.device import physical_cores
+from mllm_edge.runtime.foreign import pass_on
 from mllm_edge.runtime.huge_pages import huge_pages
 from mllm_edge.spec import Variant
 
@@ -113,6 +114,7 @@ def import_onnxruntime(install: str) -> Any:
     try:
         import onnxruntime
     except ImportError as e:
+        pass_on(e)
         raise BackendError(f"ONNX Runtime is not installed ({e})", install) from e
     return onnxruntime
 
@@ -129,6 +131,7 @@ def open_graph(ort: Any, path: Path, variant: Variant, options: Any, providers: 
     try:
         return ort.InferenceSession(str(path), options, providers=providers)
     except Exception as e:  # onnxruntime's exceptions share no base class
+        pass_on(e)
         raise BackendError(
             f"{path}: ONNX Runtime {ort.__version__} does not open it: {e}",
             "check the bundle with `mllm-edge inspect --verify`, or export it again",
@@ -143,6 +146,7 @@ def run_bound(session: Any, binding: Any, outputs: Sequence[str], bound: Collect
     try:
         session.run_with_iobinding(binding)
     except Exception as e:  # onnxruntime's exceptions share no base class
+        pass_on(e)
         raise BackendError(f"ONNX Runtime failed to run the graph: {e}") from e
     values = dict(zip(outputs, binding.get_outputs(), strict=False)) if free else {}
     return {name: values[name].numpy() for name in free}

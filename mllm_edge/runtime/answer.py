@@ -1,0 +1,151 @@
+"""One answer: from the embeddings of a prompt to pieces of text and the figures of the call."""
+
+import time
+from collections.abc import Collection, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from mllm_edge.runtime.decoder import Decoder
+from mllm_edge.runtime.generate import Embedder, generate
+from mllm_edge.runtime.processor import Prompt
+from mllm_edge.runtime.sampling import Sampler
+from mllm_edge.runtime.speculation import PromptLookup
+from mllm_edge.runtime.tokenizer import StopStrings, StreamDecoder, Tokenizer
+from mllm_edge.runtime.trace import STAGES, Metrics, Trace
+
+__all__ = ["Call", "Chunk", "FinishReason", "Pace", "Result", "answer"]
+
+FinishReason = Literal["stop", "stop_string", "length"]
+
+# The cache grows in steps of this many positions, so that similar prompts share one allocation.
+_CAPACITY_STEP = 256
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished answer. `token_ids` are the tokens produced, without the stop token.
+
+    `finish_reason`: stop (the model ended), stop_string, or length (max_new_tokens or the context is used up).
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    metrics: Metrics
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of the answer; concatenated, the texts are the answer. The last one carries the `result`."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    result: Result | None = None
+
+
+class Pace:
+    """A call's own clock, which stands still while the consumer has the answer; seconds.
+
+    `waited`: for the calls of others; `consumer`: between the call and the request for its first piece, and between
+    pieces.
+    """
+
+    def __init__(self) -> None:
+        self.waited = self.consumer = 0.0
+        self._handed_out = time.perf_counter()
+
+    def now(self) -> float:
+        """A reading of `time.perf_counter`, less what the consumer took."""
+        return time.perf_counter() - self.consumer
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The first piece was asked for; the body waits for the calls of others."""
+        begin = time.perf_counter()
+        self.consumer = begin - self._handed_out
+        yield
+        self.waited = time.perf_counter() - begin
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """The body hands a piece to the consumer."""
+        begin = time.perf_counter()
+        yield
+        self.consumer += time.perf_counter() - begin
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is asked: the prompt, how tokens are chosen, and what ends the answer."""
+
+    prompt: Prompt
+    sampler: Sampler
+    stop_ids: Collection[int]
+    stops: StopStrings
+    max_new_tokens: int
+    trace: Trace
+    guesser: PromptLookup | None
+    pace: Pace = field(default_factory=Pace)
+
+
+def answer(
+    call: Call,
+    embeds: np.ndarray,
+    tiles: int,
+    decoder: Decoder,
+    embed: Embedder,
+    tokenizer: Tokenizer,
+    context_length: int,
+) -> Generator[Chunk | None, None, None]:
+    """The pieces of the answer to `embeds` [S, H], the prompt's; None stands for a token that completes none."""
+    prompt, stops, trace, most = call.prompt, call.stops, call.trace, call.max_new_tokens
+    capacity = -(-(len(prompt.token_ids) + most) // _CAPACITY_STEP) * _CAPACITY_STEP
+    with trace.span("allocate"):
+        cache = decoder.reset(min(capacity, context_length))
+    text = StreamDecoder(tokenizer)
+    ids: list[int] = []
+    times: list[float] = []
+    texts: list[str] = []
+    setting = (call.sampler, call.stop_ids, most, trace)
+    for token in generate(decoder, embed, embeds, *setting, positions=prompt.positions, guesser=call.guesser):
+        times.append(call.pace.now())
+        with trace.span("detokenize"):
+            ids.append(token)
+            texts.append(stops.push(text.push(token)))
+            chunk = Chunk(texts[-1], (token,))
+        if stops.matched is not None:
+            tail = texts[-1]
+            break
+        yield chunk if chunk.text else None
+    else:
+        with trace.span("detokenize"):
+            tail = stops.push(text.flush()) + stops.flush()
+        texts.append(tail)
+    reason: FinishReason = "length" if len(ids) == most else "stop"
+    if stops.matched is not None:
+        reason = "stop_string"
+    metrics = _metrics(call, tiles, times, cache.nbytes)
+    yield Chunk(tail, (), Result("".join(texts), tuple(ids), reason, metrics))
+
+
+def _metrics(call: Call, tiles: int, times: Sequence[float], kv_cache_bytes: int) -> Metrics:
+    trace, end = call.trace, call.pace.now()
+    return Metrics(
+        prompt_tokens=len(call.prompt.token_ids),
+        image_tokens=len(call.prompt.image_positions),
+        tiles=tiles,
+        new_tokens=len(times),
+        **{name: trace.seconds(name) for name in STAGES},
+        ttft=(times[0] if times else end) - trace.origin,
+        total=end - trace.origin,
+        token_seconds=tuple(np.diff(times).tolist()),
+        kv_cache_bytes=kv_cache_bytes,
+        decode_steps=trace.runs("decode"),
+        guessed=trace.counts["guessed"],
+        accepted=trace.counts["accepted"],
+        waited=call.pace.waited,
+        consumer=call.pace.consumer,
+    )
