@@ -18,6 +18,7 @@ from mllm_edge.cli import VERBS
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 REFERENCE = ROOT / "docs" / "cli.md"
+GUIDES = tuple(ROOT / "docs" / name for name in ("first-model.md", "python.md"))
 # The reasons a block may give for not being run.
 EXCUSES = {"installs packages", "sets up an environment of its own", "downloads a model"}
 _BLOCK = re.compile(r"(?:<!-- not-run: (?P<excuse>[^\n]*?) -->\n)?```(?P<language>bash|python)\n(?P<code>.*?)```", re.S)
@@ -54,7 +55,7 @@ def test_only_set_up_is_not_run() -> None:
         assert block.excuse is None or block.excuse in EXCUSES, f"README.md:{block.line}"
 
 
-@pytest.mark.parametrize("document", [README, REFERENCE], ids=lambda path: path.name)
+@pytest.mark.parametrize("document", [README, REFERENCE, *GUIDES], ids=lambda path: path.name)
 def test_every_block_runs_and_answers_rightly(document: Path, tmp_path: Path) -> None:
     environment = _environment(tmp_path)
     folder = tmp_path / "work"
@@ -84,7 +85,7 @@ def test_the_demo_shows_answers_and_latencies(tiny_bundle: Path) -> None:
         assert word in done.stdout
 
 
-@pytest.mark.parametrize("document", [README, REFERENCE], ids=lambda path: path.name)
+@pytest.mark.parametrize("document", [README, REFERENCE, *GUIDES], ids=lambda path: path.name)
 def test_links_lead_somewhere(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     headings = {f"#{title.lower()}" for title in re.findall(r"^#+ (.+)$", text, re.M)}

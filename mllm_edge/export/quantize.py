@@ -122,8 +122,8 @@ def quantize(
     samples with an image that cannot be read, and report them; else the first one is an error. An interrupted
     calibration leaves `.{out}.calibration` beside `out` and goes on from there when called again in the same way.
 
-    Raises SourceError, BundleError, DataError, RecipeError, AccuracyError, LockedError (another process works on `out`),
-    ExportError; then `out` is as it was.
+    Raises SourceError, BundleError, DataError, RecipeError, AccuracyError, LockedError (another process works on
+    `out`), ExportError; then `out` is as it was.
     """
     chosen = calibrated_recipe(recipe) if isinstance(recipe, str) else recipe
     check_source(str(source))

@@ -5,6 +5,7 @@ vision encoder and connector outputs, prefill logits, the logits of every step a
 the greedy tokens themselves. The reference is what transformers itself loads from the folder.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -204,12 +205,15 @@ class _Reference:
 
     def _greedy(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         out = self.model(**inputs, use_cache=True, logits_to_keep=1)
+        # Named anew in transformers 5.24; the old name goes in 5.40.
+        named = inspect.signature(type(self.model).forward).parameters
+        cache = "cache" if "cache" in named else "past_key_values"
         logits, tokens = [], []
         for _ in range(_STEPS):
             logits.append(out.logits[0, -1].numpy())
             tokens.append(int(out.logits[0, -1].argmax()))
             token = self.torch.tensor([[tokens[-1]]])
-            out = self.model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+            out = self.model(input_ids=token, **{cache: out.past_key_values}, use_cache=True)
         return {"logits": np.stack(logits), "tokens": np.array(tokens)}
 
 
