@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from mllm_edge.checksums import Touched, damaged_block, file_entry, sha256
+from mllm_edge.checksums import Touched, damaged_block, file_entry, own_checksum, sha256
 from mllm_edge.errors import BundleError
 from mllm_edge.json_form import from_json, to_json
+from mllm_edge.manifest_checks import check_manifest
 from mllm_edge.spec import SCHEMA_VERSION, FileEntry, GenerationSpec, Manifest, Variant
 
 __all__ = ["MANIFEST", "Bundle", "file_entries", "sha256", "write_manifest"]
@@ -25,6 +26,7 @@ MANIFEST = "manifest.json"
 GENERATION = "generation.json"
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+_NO_CHECKSUM = "0" * 12 + "-" + "0" * 16
 _EXPORT_AGAIN = "export it again with `mllm-edge export MODEL OUT --force`"
 _COPY_AGAIN = f"copy the bundle again from where it is whole, or {_EXPORT_AGAIN}"
 
@@ -43,17 +45,21 @@ class Bundle:
         folder = Path(path)
         bundle = cls(folder, _read_manifest(folder))
         for name, entry in bundle.manifest.files.items():
-            file = bundle.file(name)
-            if not file.is_file():
+            size = bundle._size(name)
+            if size is None:
                 raise BundleError(f"{folder}: {name} is missing", _EXPORT_AGAIN)
-            if file.stat().st_size != entry.nbytes:
+            if size != entry.nbytes:
                 raise BundleError(
-                    f"{folder}: {name} has {file.stat().st_size} bytes, the manifest says {entry.nbytes}",
+                    f"{folder}: {name} has {size} bytes, the manifest says {entry.nbytes}",
                     f"the copy is incomplete: copy the bundle again, or {_EXPORT_AGAIN}",
                 )
         for component in bundle.manifest.components.values():
             for variant in component.variants:
                 bundle.listed(variant.file)
+        try:
+            check_manifest(bundle.manifest)
+        except BundleError as e:
+            raise BundleError(f"{folder}: {e.message}", e.fix) from None
         for name in bundle.texts():
             bundle.check(name)
         return bundle
@@ -62,10 +68,20 @@ class Bundle:
         """The path of a file of the bundle; raises BundleError for a name that leads outside it."""
         # Names are judged, and not where links lead: the hub's cache and the Nix store are made of links.
         parts = PurePosixPath(name)
-        escapes = parts.is_absolute() or ".." in parts.parts or any(c in name for c in "\\:\0")
+        escapes = (
+            parts.is_absolute() or ".." in parts.parts or any(c in "\\:\0" or "\ud800" <= c <= "\udfff" for c in name)
+        )
         if escapes or not parts.parts:
             raise BundleError(f"{self.path}: the manifest names {name!r}, outside the bundle", _EXPORT_AGAIN)
         return self.path / name
+
+    def _size(self, name: str) -> int | None:
+        """The bytes of a file of the bundle, None when it is none."""
+        path = self.file(name)
+        try:
+            return path.stat().st_size if path.is_file() else None
+        except OSError as e:
+            raise BundleError(f"{self.path}: {name} cannot be read: {e.strerror}", _EXPORT_AGAIN) from e
 
     def listed(self, name: str) -> Path:
         """Like `file`, for a file that must be in the manifest's list (so that its size was checked)."""
@@ -89,7 +105,10 @@ class Bundle:
 
     def generation(self) -> GenerationSpec:
         """Stop ids and special tokens."""
-        return from_json(GenerationSpec, _read_json(self.listed(GENERATION)), GENERATION)
+        spec: GenerationSpec = from_json(GenerationSpec, _read_json(self.listed(GENERATION)), GENERATION)
+        if any(token < 0 for token in spec.eos_token_ids):
+            raise BundleError(f"{self.path}: {GENERATION}: stop ids {list(spec.eos_token_ids)}", _EXPORT_AGAIN)
+        return spec
 
     def embeddings(self) -> np.ndarray:
         """Token embeddings [rows, hidden_size], memory-mapped; raises BundleError when shape or dtype are wrong. No row
@@ -191,9 +210,10 @@ def file_entries(folder: Path, known: Mapping[Path, FileEntry] | None = None) ->
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write manifest.json into `folder`."""
-    text = json.dumps(to_json(manifest), indent=1, ensure_ascii=False)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    """Write manifest.json into `folder`, with its own checksum."""
+    data = {**to_json(manifest), "checksum": _NO_CHECKSUM}
+    text = (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
+    (folder / MANIFEST).write_bytes(text.replace(_NO_CHECKSUM.encode(), own_checksum(text).encode()))
 
 
 def _read_manifest(folder: Path) -> Manifest:
@@ -203,6 +223,7 @@ def _read_manifest(folder: Path) -> Manifest:
         hint = " (a checkpoint has to be exported first)" if (folder / "config.json").is_file() else ""
         raise BundleError(f"{folder} {what}{hint}", f"mllm-edge export MODEL {folder}")
     data = _read_json(path)
+    _check_own(path, data)
     schema = data.get("schema")
     if not isinstance(schema, int):
         raise BundleError(f"{path}: no schema version: it is not the manifest of a bundle", _EXPORT_AGAIN)
@@ -215,11 +236,37 @@ def _read_manifest(folder: Path) -> Manifest:
     return from_json(Manifest, data)
 
 
+def _check_own(path: Path, data: Mapping[str, Any]) -> None:
+    """Raise BundleError for a manifest that was damaged after it was written. One of another size was edited by
+    someone, who is trusted to mean it."""
+    told, text = data.get("checksum"), path.read_bytes()
+    if not isinstance(told, str) or len(text) != int(told[:12] if told[:12].isdecimal() else 0):
+        return
+    if own_checksum(text.replace(told.encode(), _NO_CHECKSUM.encode())) != told:
+        raise BundleError(f"{path} is damaged: it differs from what was exported", _COPY_AGAIN)
+
+
 def _read_json(path: Path) -> Mapping[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+    except RecursionError:
+        raise BundleError(f"{path}: nested too deep", _EXPORT_AGAIN) from None
     except (ValueError, UnicodeDecodeError) as e:
         raise BundleError(f"{path}: not valid JSON ({e})", _EXPORT_AGAIN) from None
     if not isinstance(data, dict):
         raise BundleError(f"{path}: expected a JSON object", _EXPORT_AGAIN)
     return data
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; a key that is there twice would hide one of its values."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"the key {twice!r:.80} is there twice")
+    return found
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no number of JSON")

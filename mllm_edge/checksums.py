@@ -10,7 +10,7 @@ import xxhash
 
 from mllm_edge.spec import FileEntry
 
-__all__ = ["FileHasher", "Touched", "damaged_block", "file_entry", "sha256"]
+__all__ = ["FileHasher", "Touched", "damaged_block", "file_entry", "own_checksum", "sha256"]
 
 _BLOCK = 1 << 20  # bytes
 _ROWS_BLOCK = 1 << 16  # of arrays: a row that is wanted costs the check of its block
@@ -66,6 +66,11 @@ def sha256(path: Path, progress: Callable[[int], None] = lambda n: None) -> str:
             digest.update(chunk)
             progress(len(chunk))
     return digest.hexdigest()
+
+
+def own_checksum(text: bytes) -> str:
+    """Of a file that holds its own checksum, as zeros in `text`: its bytes, in 12 digits, and its XXH3."""
+    return f"{len(text):012}-{xxhash.xxh3_64_hexdigest(text)}"
 
 
 def damaged_block(path: Path, entry: FileEntry) -> range | None:

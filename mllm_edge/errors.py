@@ -11,7 +11,7 @@ MllmEdgeError
 │   ├── RecipeError             a recipe that cannot be read or names what the model does not have (also ValueError)
 │   ├── AccuracyError           a quantized bundle loses more than was allowed
 │   └── LockedError             another process works on the same directory
-├── WriteError         a file that cannot be written: no space, no permission
+├── WriteError         a file that cannot be written: no space, no permission (also OSError)
 ├── BundleError        not a bundle, damaged, or made by a newer version (also ValueError)
 ├── DataError          calibration data that cannot be read (also ValueError)
 ├── ImageError         an image that cannot be decoded (also ValueError)
@@ -98,7 +98,7 @@ class LockedError(ExportError):
     """Another process works on the same directory."""
 
 
-class WriteError(MllmEdgeError):
+class WriteError(MllmEdgeError, OSError):
     """A file that cannot be written: no space, no permission, no such folder."""
 
 

@@ -95,6 +95,8 @@ def reporting(path: str | Path, nbytes: int | None = None) -> Iterator[None]:
     """Make a WriteError of an OSError; `nbytes` are those that were going to be written."""
     try:
         yield
+    except WriteError:
+        raise
     except OSError as e:
         raise write_error(path, e, nbytes) from e
 

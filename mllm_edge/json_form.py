@@ -1,6 +1,7 @@
 """Frozen dataclasses as JSON and back, by the types of their fields."""
 
 import dataclasses
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -9,6 +10,9 @@ from typing import Any, Literal
 from mllm_edge.errors import BundleError
 
 __all__ = ["from_json", "to_json"]
+
+_DEEPEST = 50
+_DAMAGED = "the bundle is damaged or newer than this mllm-edge: export it again, or upgrade mllm-edge"
 
 
 def to_json(value: Any) -> Any:
@@ -29,11 +33,11 @@ def from_json(kind: Any, data: Any, where: str = "manifest") -> Any:
     """
     origin = typing.get_origin(kind)
     if kind is Any:
-        return data
+        return _plain(data, where)
     if origin in (typing.Union, types.UnionType):
         return _union_from_json(kind, data, where)
     if origin is Literal:
-        return _require(data in typing.get_args(kind), data, kind, where)
+        return _require(isinstance(data, str) and data in typing.get_args(kind), data, kind, where)
     if origin is tuple:
         _require(isinstance(data, list), data, kind, where)
         item = typing.get_args(kind)[0]
@@ -44,9 +48,20 @@ def from_json(kind: Any, data: Any, where: str = "manifest") -> Any:
         return {k: from_json(item, v, f"{where}.{k}") for k, v in data.items()}
     if dataclasses.is_dataclass(kind):
         return _dataclass_from_json(kind, data, where)
-    if kind is float and isinstance(data, int) and not isinstance(data, bool):
-        return float(data)
+    if kind is float and type(data) in (int, float):
+        return float(_require(abs(data) <= sys.float_info.max, data, kind, where))
     return _require(type(data) is kind, data, kind, where)
+
+
+def _plain(data: Any, where: str) -> Any:
+    """What has no type of its own, as far as it is nested at all sensibly."""
+    level = [data]
+    for _ in range(_DEEPEST):
+        inner = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, (dict, list))]
+        level = [v for values in inner for v in values]
+        if not level:
+            return data
+    raise BundleError(f"{where}: nested deeper than {_DEEPEST} levels", _DAMAGED)
 
 
 def _require(ok: bool, data: Any, kind: Any, where: str) -> Any:
@@ -54,7 +69,7 @@ def _require(ok: bool, data: Any, kind: Any, where: str) -> Any:
         name = getattr(kind, "__name__", str(kind)) if typing.get_origin(kind) is None else str(kind)
         raise BundleError(
             f"{where}: {data!r:.80} is not {name}",
-            "the bundle is damaged or newer than this mllm-edge: export it again, or upgrade mllm-edge",
+            _DAMAGED,
         )
     return data
 
@@ -91,6 +106,6 @@ def _dataclass_from_json(kind: Any, data: Any, where: str) -> Any:
         what = f"unknown field {unknown[0]!r}" if unknown else f"missing field {missing[0]!r}"
         raise BundleError(
             f"{where}: {what} in {kind.__name__}",
-            "the bundle is damaged or newer than this mllm-edge: export it again, or upgrade mllm-edge",
+            _DAMAGED,
         )
     return kind(**{k: from_json(hints[k], v, f"{where}.{k}") for k, v in data.items()})

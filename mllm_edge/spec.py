@@ -443,7 +443,8 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """manifest.json. `parity` and `accuracy` hold what was measured; `provenance` where it came from."""
+    """manifest.json. `parity` and `accuracy` hold what was measured; `provenance` where it came from.
+    `checksum`: the file's own bytes, 12 digits, and its XXH3 with zeros in the place of both."""
 
     schema: int
     model: ModelSpec
@@ -453,3 +454,4 @@ class Manifest:
     accuracy: Mapping[str, Any]
     provenance: Mapping[str, Any]
     files: Mapping[str, FileEntry]
+    checksum: str = ""

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mllm_edge"
-FOUNDATION = {"errors", "spec", "json_form", "checksums", "files", "lock", "bundle"}
+FOUNDATION = {"errors", "spec", "json_form", "checksums", "files", "lock", "manifest_checks", "bundle"}
 RUNTIME_LIBRARIES = {"PIL", "jinja2", "numpy", "tokenizers", "xxhash"}
 ENGINES = {"cuda", "onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"}
 FORBIDDEN = (

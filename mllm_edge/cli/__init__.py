@@ -4,17 +4,24 @@ import difflib
 import errno
 import importlib
 import sys
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
-import click
+try:
+    import click
 
-from mllm_edge import __version__
-from mllm_edge.cli.output import note
-from mllm_edge.cli.signals import Interrupted, interrupted_message
-from mllm_edge.errors import MllmEdgeError
+    from mllm_edge import __version__
+    from mllm_edge.cli.output import note
+    from mllm_edge.cli.signals import Interrupted, interrupted_message, was_interrupted
+    from mllm_edge.errors import MllmEdgeError
+except KeyboardInterrupt:  # there is no command yet that could say it
+    sys.stderr.write("interrupted: the command was stopped\n")
+    sys.exit(130)
 
 __all__ = ["VERBS", "main"]
 
+_STOPPED = interrupted_message("the command")
 # Repeated here so that the overview imports no verb; a test compares them with the verbs' own help.
 VERBS = {
     "export": "Export a checkpoint to a bundle.",
@@ -78,8 +85,26 @@ class _Verbs(click.Group):
             note(e.message)
             ctx.exit(e.exit_code)
         except KeyboardInterrupt:
-            note(interrupted_message("the command"))
+            note(_STOPPED)
             ctx.exit(130)
+        except Exception as e:
+            if was_interrupted(e):  # a library made another error of it, mostly while it was imported
+                note(_STOPPED)
+                ctx.exit(130)
+            return self._tell(ctx, e)
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        with _ending():
+            return super().make_context(*args, **extra)
+
+    def _main_shell_completion(self, *args: Any, **extra: Any) -> None:
+        with _ending():
+            super()._main_shell_completion(*args, **extra)
+
+    def _tell(self, ctx: click.Context, error: Exception) -> NoReturn:
+        """Raise the error as a user is told of it."""
+        try:
+            raise error
         except MllmEdgeError as e:
             if ctx.params["debug"]:
                 raise
@@ -88,6 +113,16 @@ class _Verbs(click.Group):
             if ctx.params["debug"] or e.errno == errno.EPIPE:  # a closed pipe ends the command quietly, in click
                 raise
             raise _Failure(f"{e.filename}: {e.strerror}" if e.filename else str(e)) from e
+
+
+@contextmanager
+def _ending() -> Iterator[None]:
+    """Ctrl-C ends what click does before the command as it ends the command."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        note(_STOPPED)
+        sys.exit(130)
 
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})

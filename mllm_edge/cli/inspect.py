@@ -1,7 +1,7 @@
 """`mllm-edge inspect`: what is in a bundle."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -62,11 +62,19 @@ def command(
         facts |= {"image": to_json(costs)} if costs else {}
         print_json({**facts, "manifest": to_json(opened.manifest)})
     else:
-        sections = [_model(opened), _components(opened), _recipe(opened), _parity(opened), _accuracy(opened)]
-        sections += [_provenance(opened), _files(opened)]
+        sections = [_shown(part, opened) for part in (_model, _components, _recipe, _parity, _accuracy, _provenance)]
+        sections.append(_files(opened))
         sections += [*map(_memory, needs), _cost(costs) if costs else ""]
         sections.append("every file is as it was exported" if verify else _checked(opened))
         write_answer("\n\n".join(section for section in sections if section) + "\n")
+
+
+def _shown(part: "Callable[[Bundle], str]", bundle: "Bundle") -> str:
+    """A part of the report. What was measured and where it came from is of no fixed form, and nothing depends on it."""
+    try:
+        return part(bundle)
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        return f"{part.__name__.lstrip('_')}: what the manifest says is not understood ({e})"
 
 
 def _needs(bundle: "Bundle", context: int | None) -> "list[Memory]":

@@ -1,11 +1,16 @@
 """How the verbs write: answers to standard output, notes to standard error, sizes and times as people read them."""
 
+import contextlib
+import errno
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import click
+
+from mllm_edge.errors import WriteError
 
 __all__ = ["bytes_text", "milliseconds", "note", "print_json", "table", "write_answer"]
 
@@ -26,8 +31,22 @@ def write_answer(text: str) -> None:
     """Text on standard output at once, exactly as it is; a terminal gets no control characters."""
     if sys.stdout.isatty():  # an answer is untrusted text, and escape sequences drive terminals
         text = "".join(c for c in text if c.isprintable() or c in "\n\t")
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as e:
+        if e.errno == errno.EPIPE:
+            raise
+        _give_up_stdout()
+        raise WriteError(f"standard output: {e.strerror or e}", "free some space, or send the output elsewhere") from e
+
+
+def _give_up_stdout() -> None:
+    """What is left in the buffer goes nowhere: the interpreter would fail once more at its end."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

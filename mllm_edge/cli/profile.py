@@ -1,7 +1,10 @@
 """`mllm-edge profile`: where the time and the memory of a bundle go on this machine."""
 
+import contextlib
 import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,6 +13,7 @@ from mllm_edge.cli.options import POSITIVE, runtime_options, speculation_option
 from mllm_edge.cli.output import note, print_json, write_answer
 from mllm_edge.cli.profile_diff import diff
 from mllm_edge.cli.progress import stages
+from mllm_edge.errors import MllmEdgeError
 
 if TYPE_CHECKING:
     from mllm_edge.runtime.profiling.measure import Profile
@@ -103,7 +107,7 @@ def command(
     files.check_places(wanted)
     if html_file:
         from mllm_edge.report.charts import require
-        from mllm_edge.report.html import write_html
+        from mllm_edge.report.html import page
 
         require()
     with stages() as progress:
@@ -129,18 +133,36 @@ def command(
             notice=note,
         )
     data = sweep_dict(sweep, profiles) if sweep else profiles[0].as_dict()
-    if csv_file:
-        files.write_whole(csv_file, files.csv_text(profiles))
-    if html_file:
-        write_html([p.as_dict() for p in profiles], html_file)
-    if trace_file:
-        files.write_whole(trace_file, json.dumps(files.chrome_trace(profiles)))
-    if json_file and json_file != _STDOUT:
-        files.write_whole(json_file, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    texts: list[tuple[str | None, Callable[[], str]]] = [
+        (None if json_file == _STDOUT else json_file, lambda: json.dumps(data, indent=1, ensure_ascii=False) + "\n"),
+        (csv_file, lambda: files.csv_text(profiles)),
+        (trace_file, lambda: json.dumps(files.chrome_trace(profiles))),
+        (html_file, lambda: page([p.as_dict() for p in profiles])),
+    ]
+    # What was measured for minutes is shown before, and whatever becomes of, a file that cannot be written.
+    failed = [error for file, text in texts if file for error in _write(file, text)]
     if json_file == _STDOUT:
         print_json(data)
     else:
         write_answer(_answer(profiles) + "\n")
+    if failed:
+        raise failed[0]
+
+
+def _write(file: str, text: Callable[[], str]) -> list[MllmEdgeError]:
+    """Write a file; where it cannot be, a copy among the temporary files, and the error."""
+    from mllm_edge.files import write_whole
+
+    content = text()
+    try:
+        write_whole(file, content)
+    except MllmEdgeError as e:
+        with contextlib.suppress(MllmEdgeError, OSError):
+            folder = Path(tempfile.mkdtemp(prefix="mllm-edge-"))
+            write_whole(folder / Path(file).name, content)
+            return [type(e)(f"{e.message}; it is in {folder / Path(file).name} instead", e.fix)]
+        return [e]
+    return []
 
 
 def _answer(profiles: "Sequence[Profile]") -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["Interrupted", "interrupted_message", "interruptible"]
+__all__ = ["Interrupted", "interrupted_message", "interruptible", "was_interrupted"]
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
 
@@ -23,6 +23,21 @@ class Interrupted(BaseException):
 def interrupted_message(work: str) -> str:
     """The line that says that `work` was stopped by the user."""
     return f"interrupted: {work} was stopped"
+
+
+def was_interrupted(error: BaseException) -> bool:
+    """Whether an error came of Ctrl-C, which the code around it turned into another one."""
+    seen: list[BaseException] = []
+    todo: list[BaseException | None] = [error]
+    while todo:
+        e = todo.pop()
+        if e is None or e in seen:
+            continue
+        if isinstance(e, (KeyboardInterrupt, Interrupted)):
+            return True
+        seen.append(e)
+        todo += [e.__cause__, e.__context__]
+    return False
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mllm_edge.bundle import MANIFEST
-from mllm_edge.errors import ExportError
+from mllm_edge.errors import ExportError, WriteError
 from mllm_edge.files import existing_parent, room, sync, sync_folder, write_error
 from mllm_edge.lock import locked
 
@@ -59,7 +59,7 @@ def full_disk(place: Path, nbytes: int = 0) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        told = write_error(e.filename or place, e, nbytes or None)
+        told = e if isinstance(e, WriteError) else write_error(e.filename or place, e, nbytes or None)
         raise ExportError(told.message, told.fix) from e
 
 

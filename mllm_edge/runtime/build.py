@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from mllm_edge.bundle import Bundle
 from mllm_edge.errors import BackendError
+from mllm_edge.lock import locked
 from mllm_edge.runtime.backend import TENSORRT
 from mllm_edge.runtime.backends.cuda import Cuda
 from mllm_edge.runtime.backends.tensorrt_build import Module
@@ -112,8 +113,14 @@ def plan_build(
 def build_engines(plan: BuildPlan, progress: Progress) -> list[BuiltEngine]:
     """Build one component after the other; an engine with the same limits that is there is kept.
 
-    Raises BackendError when TensorRT refuses a graph or memory is too small; engines that are done stay.
+    Raises BackendError when TensorRT refuses a graph or memory is too small; engines that are done stay. Raises
+    BusyError when another process works on the bundle.
     """
+    with locked(plan.bundle.path):
+        return _build(plan, progress)
+
+
+def _build(plan: BuildPlan, progress: Progress) -> list[BuiltEngine]:
     found = []
     for component in plan.bundle.manifest.components:
         engines = _kept(plan, component)

@@ -7,6 +7,7 @@ from typing import Any
 
 from mllm_edge.bundle import CHAT_TEMPLATE
 from mllm_edge.errors import PromptError
+from mllm_edge.files import write_whole
 from mllm_edge.runtime.image import load_image
 from mllm_edge.runtime.vlm import VLM, Chunk
 
@@ -69,8 +70,8 @@ class Conversation:
         return [{**message, "content": _plain(message["content"])} for message in self._messages]
 
     def save(self, path: str) -> None:
-        """Write `messages()` to a JSON file; raises OSError."""
-        Path(path).write_text(json.dumps(self.messages(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        """Write `messages()` to a JSON file, whole or not at all; raises WriteError."""
+        write_whole(path, json.dumps(self.messages(), indent=1, ensure_ascii=False) + "\n")
 
     def load(self, path: str) -> None:
         """Go on with a conversation that `save` wrote; raises PromptError or ImageError before any change."""

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from mllm_edge.bundle import Bundle
+from mllm_edge.files import write_whole
 from mllm_edge.runtime.backends.onnxruntime_cpu import import_onnxruntime
 from mllm_edge.runtime.device import physical_cores, processor_name
 from mllm_edge.runtime.generate import PREFILL_CHUNK
@@ -102,9 +103,7 @@ def machine_limits(threads: int | None = None, cache: Path | None = None) -> Mac
     limits = MachineLimits(_read_rate(threads), rates)
     with suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True)
-        part = place.with_name(f"{place.name}.{os.getpid()}")
-        part.write_text(json.dumps({**kept, key: limits.as_dict()}, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, place)
+        write_whole(place, json.dumps({**kept, key: limits.as_dict()}, indent=1) + "\n", durable=False)
     return limits
 
 

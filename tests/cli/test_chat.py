@@ -1,5 +1,6 @@
 """`mllm-edge chat` by standard input: answers to standard output, everything else to standard error."""
 
+import errno
 import io
 import json
 import signal
@@ -156,3 +157,21 @@ def test_not_a_bundle(cli: Cli, tmp_path: Path) -> None:
     result = cli("chat", tmp_path, input="Hi\n")
     assert result.exit_code == 1
     assert "not a bundle" in result.stderr
+
+
+def test_a_conversation_that_cannot_be_saved_keeps_the_file(
+    cli: Cli, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    file = tmp_path / "talk.json"
+    file.write_text("precious")
+    monkeypatch.setattr("mllm_edge.files.os.fsync", full)
+    result = cli("chat", tiny_bundle, *SHORT, input=f"Hi\n/save {file}\n/help\n")
+    assert f"error: {file}: No space left on device" in result.stderr
+    assert "MB free, 0.0 MB wanted" in result.stderr
+    assert "free some space" in result.stderr
+    assert "/reset" in result.stderr  # the conversation goes on
+    assert file.read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == ["talk.json"]

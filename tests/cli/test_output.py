@@ -1,7 +1,9 @@
 """How numbers and tables look, and how progress is drawn."""
 
 import io
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -70,3 +72,17 @@ def test_progress_can_end_the_work() -> None:
     for progress in (StageLines(check), StageBars(check)):
         with pytest.raises(KeyError):
             progress.stage("first")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+@pytest.mark.parametrize(
+    "verb", [["inspect"], ["inspect", "--json"], ["run", "Hi", "--max-new-tokens", "2", "--quiet"]]
+)
+def test_a_full_disk_under_standard_output(environment: dict[str, str], tiny_bundle: Path, verb: list[str]) -> None:
+    command = [sys.executable, "-m", "mllm_edge", verb[0], str(tiny_bundle), *verb[1:]]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment, text=True)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: standard output: No space left on device\n  fix: free some space, or send the output elsewhere\n"
+    )

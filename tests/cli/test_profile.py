@@ -1,14 +1,18 @@
 """`mllm-edge profile` and `mllm-edge profile diff`."""
 
 import csv
+import errno
 import json
+import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import pytest
 from click.testing import Result
 
 from mllm_edge.cli.profile_report import report
@@ -191,3 +195,31 @@ def test_bad_input(cli: Cli, tiny_bundle: Path, tmp_path: Path) -> None:
     place = cli("profile", tmp_path / "no bundle", "--csv", tmp_path / "absent" / "a.csv")
     assert "absent does not exist" in place.stderr  # before anything is measured
     assert cli("profile").exit_code == 2
+
+
+def test_what_was_measured_is_shown_and_kept_when_a_file_cannot_be_written(
+    cli: Cli, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, place, other = os.fsync, tmp_path / "p.json", tmp_path / "p.csv"
+    place.write_text("precious")
+    failed: list[int] = []
+
+    def full_once(handle: int) -> None:
+        if not failed:
+            failed.append(handle)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr("mllm_edge.files.os.fsync", full_once)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    options = ["-n", "2", "--runs", "1", "--warmup", "0", "--iterations", "1", "--no-roofline"]
+    result = cli("profile", tiny_bundle, *options, "--json", place, "--csv", other)
+    assert result.exit_code == 1
+    assert "TTFT" in result.stdout or "ttft" in result.stdout
+    assert f"error: {place}: No space left on device" in result.stderr
+    kept = re.search(r"it is in (\S+) instead", result.stderr)
+    assert kept is not None
+    assert json.loads(Path(kept[1]).read_text())["bundle"]
+    assert place.read_text() == "precious"
+    assert other.read_text().startswith("bundle,run,call,stage")

@@ -1,10 +1,11 @@
 """Execution contexts. TensorRT for RTX compiles kernels when they first run, and keeps them beside the engine."""
 
 import contextlib
-import os
 import weakref
 from pathlib import Path
 from typing import Any
+
+from mllm_edge.files import write_whole
 
 __all__ = ["Contexts"]
 
@@ -40,7 +41,5 @@ def _save(runtime_cache: Any, known: bytes, path: Path) -> None:
     data = bytes(runtime_cache.serialize())
     if data == known:
         return
-    part = path.with_name(f"{path.name}.part")
     with contextlib.suppress(OSError):  # a bundle that cannot be written works without
-        part.write_bytes(data)
-        os.replace(part, path)
+        write_whole(path, data, durable=False)

@@ -7,7 +7,6 @@ or one for each of its segments.
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,8 @@ from itertools import islice
 from pathlib import Path
 
 from mllm_edge.bundle import Bundle, sha256
-from mllm_edge.errors import BackendError
+from mllm_edge.errors import BackendError, WriteError
+from mllm_edge.files import writing_whole
 from mllm_edge.runtime.backends.cuda import Cuda
 from mllm_edge.runtime.backends.tensorrt_build import Module, Options, Range, Sizes, build, modules
 from mllm_edge.runtime.backends.tensorrt_segments import Segment, divisions, whole
@@ -364,15 +364,16 @@ def _facts(path: Path) -> Path:
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
+    fix = "make the bundle's folder writable, free space there, or copy the bundle"
     try:
         yield
+    except WriteError as e:
+        raise BackendError(f"{folder}: engines cannot be stored here: {e.message}", fix) from e
     except OSError as e:
-        fix = "make the bundle's folder writable, free space there, or copy the bundle"
         raise BackendError(f"{folder}: engines cannot be stored here: {e.strerror}", fix) from e
 
 
 def _write(path: Path, data: bytes | memoryview) -> None:
     """Whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_bytes(data)
-    os.replace(part, path)
+    with writing_whole(path, len(data)) as f:
+        f.write(data)

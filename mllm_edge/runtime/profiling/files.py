@@ -3,13 +3,11 @@
 import csv
 import io
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mllm_edge.errors import MllmEdgeError
+from mllm_edge.files import check_places, write_whole
 from mllm_edge.runtime.profiling.measure import Profile
 
 __all__ = ["check_places", "chrome_trace", "csv_text", "schema", "write_whole"]
@@ -19,35 +17,6 @@ def schema() -> dict[str, Any]:
     """The JSON schema of what `profile` writes."""
     data: dict[str, Any] = json.loads(Path(__file__).with_name("profile.schema.json").read_text(encoding="utf-8"))
     return data
-
-
-def check_places(paths: Sequence[str | Path]) -> None:
-    """Raise MllmEdgeError unless each path can become a file, all of them different: to be asked before long work."""
-    for path in map(Path, paths):
-        if path.is_dir():
-            raise MllmEdgeError(f"{path} is a folder", "name a file in it")
-        if not path.parent.is_dir():
-            raise MllmEdgeError(f"{path.parent} does not exist", f"mkdir -p {path.parent}")
-        if not os.access(path.parent, os.W_OK):
-            raise MllmEdgeError(f"{path.parent} cannot be written to", "name a file in another folder")
-    places = [Path(path).resolve() for path in paths]
-    for place in places:
-        if places.count(place) > 1:
-            raise MllmEdgeError(f"{place} is named twice", "give each file a name of its own")
-
-
-def write_whole(path: str | Path, text: str) -> None:
-    """Write a text file at once: it appears whole, or what was there stays."""
-    place = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{place.name}.", dir=place.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as f:
-            f.write(text)
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, place)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def csv_text(profiles: Sequence[Profile]) -> str:
@@ -92,10 +61,3 @@ def chrome_trace(profiles: Sequence[Profile]) -> dict[str, Any]:
                 for name, start, seconds in spans
             ]
     return {"traceEvents": events, "displayTimeUnit": "ms"}
-
-
-def _umask() -> int:
-    """The process's mask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

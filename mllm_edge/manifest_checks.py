@@ -1,0 +1,316 @@
+"""Whether the parts of a manifest agree with each other: a contradiction is named, and not met later on."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
+from mllm_edge.errors import BundleError
+from mllm_edge.spec import (
+    Component,
+    FileEntry,
+    GridRope,
+    ImageSpec,
+    Manifest,
+    ModelSpec,
+    PositionSpec,
+    RopeSpec,
+    TensorSpec,
+    Variant,
+)
+
+__all__ = ["check_manifest"]
+
+# Repeated here because a device has no exporter; a test compares them with the exporter's own.
+DIALECTS = {"cpu": "contrib", "cuda": "contrib", "tensorrt": "opset24", "tensorrt-10.3": "opset17"}
+_KV_MODES = {"contrib": "in_place", "opset24": "in_place", "opset17": "append"}
+_DTYPES = {"bfloat16", "bool", "float16", "float32", "int32", "int64", "int8", "uint8"}
+_LARGEST = (1 << 31) - 1
+_PLACES = {"contrib": ("seqlens_k", "total_sequence_length"), "opset24": ("write_indices",), "opset17": ()}
+_DIGITS = 16  # of a block's checksum
+# Kinds of ropes that are made from the length they were trained for.
+_TRAINED = ("dynamic", "llama3", "yarn", "longrope")
+_MAY_BE_ZERO = {"min_pixels"}  # of the sizes of transforms
+_MOST_LAYERS = 10_000
+
+
+def check_manifest(manifest: Manifest) -> None:
+    """Raise BundleError that names the first thing in `manifest` that contradicts another, or cannot be."""
+    for what in chain(
+        _files(manifest),
+        _model(manifest.model),
+        *(_component(manifest, name, component) for name, component in manifest.components.items()),
+        _stages(manifest),
+    ):
+        raise BundleError(
+            f"the manifest contradicts itself: {what}",
+            "the bundle is damaged: copy it again from where it is whole, or export it again with "
+            "`mllm-edge export MODEL OUT --force`",
+        )
+
+
+def _files(manifest: Manifest) -> Iterator[str]:
+    for name, entry in manifest.files.items():
+        yield from (f"files: {name}: {what}" for what in _entry(entry))
+    for name in filter(None, (manifest.model.embedding.file, manifest.model.positions.table)):
+        if name not in manifest.files:
+            yield f"{name} is not in the manifest's list of files"
+
+
+def _entry(entry: FileEntry) -> Iterator[str]:
+    if entry.nbytes < 0:
+        yield f"{entry.nbytes} bytes"
+    if entry.block < 0 or (entry.xxh3 and not entry.block):
+        yield f"blocks of {entry.block} bytes"
+    elif entry.xxh3 and len(entry.xxh3) != _DIGITS * -(-entry.nbytes // entry.block):
+        yield f"{len(entry.xxh3)} digits of checksums do not fit {entry.nbytes} bytes in blocks of {entry.block}"
+
+
+def _model(model: ModelSpec) -> Iterator[str]:
+    for name in ("hidden_size", "vocab_size", "context_length"):
+        yield from _positive(f"model.{name}", getattr(model, name))
+    for name in ("layers", "heads", "head_dim"):
+        yield from _positive(f"model.cache.{name}", getattr(model.cache, name))
+    yield from _positive("model.embedding.rows", model.embedding.rows)
+    if model.parameters < 0:
+        yield f"model.parameters is {model.parameters}"
+    if model.embedding.rows < model.vocab_size:
+        yield f"{model.embedding.rows} embeddings for a vocabulary of {model.vocab_size}"
+    if not math.isfinite(model.embedding.scale) or not model.embedding.scale:
+        yield f"model.embedding.scale is {model.embedding.scale}"
+    yield from _positions(model.positions, model)
+    if model.image is not None:
+        yield from _image(model.image, model)
+
+
+def _positions(spec: PositionSpec, model: ModelSpec) -> Iterator[str]:
+    if (spec.kind == "rope") != bool(spec.ropes):
+        yield f"positions of kind {spec.kind} with {len(spec.ropes)} ropes"
+    if (spec.kind in ("learned", "relative_bias")) != bool(spec.table):
+        yield f"positions of kind {spec.kind} with the table {spec.table!r}"
+    if not spec.windows or any(window is not None and window < 1 for window in spec.windows):
+        yield f"windows of {list(spec.windows)} positions"
+    if spec.max_distance < 0 or (spec.kind == "relative_bias" and not spec.max_distance):
+        yield f"model.positions.max_distance is {spec.max_distance}"
+    if spec.images == "grid" and not (spec.ropes and all(rope.sections for rope in spec.ropes)):
+        yield "positions follow the grid of images, and a rope has no sections"
+    if spec.images == "grid" and (model.image is None or model.image.cells is None):
+        yield "positions follow the grid of images, and images are not cut into cells"
+    for k, rope in enumerate(spec.ropes):
+        yield from (f"model.positions.ropes[{k}]: {what}" for what in _rope(rope, model.cache.head_dim))
+
+
+def _rope(rope: RopeSpec, head_dim: int) -> Iterator[str]:
+    numbers = {f.name: getattr(rope, f.name) for f in dataclasses.fields(rope) if f.type == "float"}
+    for name, number in numbers.items():
+        if not math.isfinite(number):
+            yield f"{name} is {number}"
+    if rope.dim < 2 or rope.dim % 2 or rope.dim > head_dim:
+        yield f"dim {rope.dim} in heads of {head_dim}"
+        return
+    if rope.theta <= 1 or rope.factor <= 0 or rope.attention_factor <= 0:
+        yield f"theta {rope.theta}, factor {rope.factor}, attention_factor {rope.attention_factor}"
+    if rope.original_max_positions < (1 if rope.kind in _TRAINED else 0):
+        yield f"kind {rope.kind} with original_max_positions {rope.original_max_positions}"
+    if rope.kind == "dynamic" and rope.dim == 2:
+        yield "kind dynamic with dim 2"
+    if rope.kind == "llama3" and rope.low_freq_factor == rope.high_freq_factor:
+        yield f"low_freq_factor and high_freq_factor are both {rope.low_freq_factor}"
+    if rope.kind == "yarn" and (rope.beta_fast <= 0 or rope.beta_slow <= 0):
+        yield f"beta_fast {rope.beta_fast}, beta_slow {rope.beta_slow}"
+    for name in ("short_factors", "long_factors"):
+        factors = getattr(rope, name)
+        if rope.kind == "longrope" and (len(factors) != rope.dim // 2 or not all(f > 0 for f in factors)):
+            yield f"{len(factors)} {name} for {rope.dim // 2} pairs, all above 0"
+    if rope.sections and (len(rope.sections) != 3 or min(rope.sections) < 0 or sum(rope.sections) != rope.dim // 2):
+        yield f"sections {list(rope.sections)} of {rope.dim // 2} pairs on three axes"
+
+
+def _image(image: ImageSpec, model: ModelSpec) -> Iterator[str]:
+    prompt = image.prompt
+    for name in ("height", "width"):
+        yield from _positive(f"model.image.{name}", getattr(image, name))
+    if image.channels != 3:
+        yield f"images of {image.channels} channels: they are RGB"
+    yield from _positive("model.image.prompt.tokens_per_tile", prompt.tokens_per_tile)
+    if not 0 <= prompt.token_id < model.embedding.rows:
+        yield f"image token {prompt.token_id} of {model.embedding.rows}"
+    if not prompt.token:
+        yield "the image token has no text"
+    if not image.transforms:
+        yield "images are not transformed"
+    for k, transform in enumerate(image.transforms):
+        for field in dataclasses.fields(transform):
+            for number in _numbers(getattr(transform, field.name)):
+                where = f"model.image.transforms[{k}].{field.name}"
+                free = field.name == "mean" or (field.name == "color" and 0 <= number <= 255)
+                if not math.isfinite(number) or (number <= 0 and not free and field.name not in _MAY_BE_ZERO):
+                    yield f"{where} is {number}"
+                elif abs(number) > _LARGEST:
+                    yield f"{where} is {number:.3g}"
+        lengths = [len(getattr(transform, name)) for name in ("mean", "std", "color") if hasattr(transform, name)]
+        if any(length != image.channels for length in lengths):
+            yield f"model.image.transforms[{k}] is not for {image.channels} channels"
+    yield from _order(image)
+    for table in image.tables:
+        yield from _table(table, image)
+
+
+def _order(image: ImageSpec) -> Iterator[str]:
+    """Pixels are moved first, then their values are computed, then they are cut into patches."""
+    ranks = {"rescale": 1, "normalize": 2, "patchify": 3}
+    order = [ranks.get(transform.op, 0) for transform in image.transforms]
+    if order != sorted(order) or any(order.count(rank) > 1 for rank in (1, 2, 3)):
+        yield f"the transforms {', '.join(t.op for t in image.transforms)} are not in an order that can be"
+    for t in image.transforms:
+        if t.op == "select_tiles" and t.min_tiles > t.max_tiles:
+            yield f"{t.min_tiles} to {t.max_tiles} tiles"
+        if t.op == "resize_to_pixels" and t.min_pixels > t.max_pixels:
+            yield f"{t.min_pixels} to {t.max_pixels} pixels"
+    if image.cells is not None and (image.height, image.width) != (image.cells.patch * image.cells.merge,) * 2:
+        yield f"cells of {image.height} x {image.width} px from patches of {image.cells.patch} px"
+
+
+def _table(table: GridRope, image: ImageSpec) -> Iterator[str]:
+    if image.cells is None:
+        yield "images that are not cut into cells have a rope that follows their grid"
+    if table.dim < 4 or table.dim % 4 or not math.isfinite(table.theta) or table.theta <= 0:
+        yield f"a rope of dim {table.dim} and theta {table.theta} for images"
+
+
+def _component(manifest: Manifest, name: str, component: Component) -> Iterator[str]:
+    if not component.variants:
+        yield f"{name} has no variants"
+    targets = [variant.target for variant in component.variants]
+    for target in targets:
+        if targets.count(target) > 1:
+            yield f"{name} has several variants for {target}"
+    for variant in component.variants:
+        where = f"{name} for {variant.target}"
+        yield from (f"{where}: {what}" for what in _variant(manifest, name, variant))
+
+
+def _variant(manifest: Manifest, name: str, variant: Variant) -> Iterator[str]:
+    if variant.target not in DIALECTS:
+        yield f"no such target (there are: {', '.join(DIALECTS)})"
+        return
+    if variant.dialect != DIALECTS[variant.target]:
+        yield f"its dialect is {variant.dialect}, not {DIALECTS[variant.target]}"
+    kv_mode = _KV_MODES[variant.dialect] if name == "decoder" else None
+    if variant.kv_mode != kv_mode:
+        yield f"its kv_mode is {variant.kv_mode}, not {kv_mode}"
+    if variant.file not in manifest.files:
+        yield f"{variant.file} is not in the manifest's list of files"
+    for module, version in variant.minimum.items():
+        if not version[:1].isdigit():
+            yield f"{version!r} is no version of {module}"
+    yield from _tensors("input", variant.inputs)
+    yield from _tensors("output", variant.outputs)
+    if name == "decoder":
+        yield from _decoder(manifest.model, variant)
+
+
+def _tensors(kind: str, tensors: Sequence[TensorSpec]) -> Iterator[str]:
+    names = [tensor.name for tensor in tensors]
+    for tensor in tensors:
+        if not tensor.name or names.count(tensor.name) > 1:
+            yield f"several {kind}s are called {tensor.name!r}"
+        if tensor.dtype not in _DTYPES:
+            yield f"{kind} {tensor.name} is of type {tensor.dtype!r}"
+        if any(size < 0 if isinstance(size, int) else not size for size in tensor.shape):
+            yield f"{kind} {tensor.name} has the shape {list(tensor.shape)}"
+
+
+def _decoder(model: ModelSpec, variant: Variant) -> Iterator[str]:
+    inputs = {tensor.name: tensor for tensor in variant.inputs}
+    outputs = {tensor.name: tensor for tensor in variant.outputs}
+    cache = model.cache
+    ropes = [f"{table}.{k}" if k else table for k in range(len(model.positions.ropes)) for table in ("cos", "sin")]
+    layers = min(cache.layers, _MOST_LAYERS)
+    past = [f"past_key_values.{i}.{part}" for i in range(layers) for part in ("key", "value")]
+    wanted = ["inputs_embeds", "logits_indices", *_PLACES[variant.dialect], *ropes, *past]
+    yield from _lacks("input", wanted, inputs)
+    yield from _lacks("output", ["logits", *(n.replace("past_key_values", "present") for n in past)], outputs)
+    extra = [n for n in inputs if n.startswith(("past_key_values.", "cos", "sin")) and n not in wanted]
+    extra += [n for n in outputs if n.startswith("present.") and n.replace("present", "past_key_values", 1) not in past]
+    for name in extra:
+        yield f"{name} does not fit {cache.layers} layers and {len(model.positions.ropes)} ropes"
+    biases = {f"attention_bias.{k}" if k else "attention_bias" for k in range(len(model.positions.windows))}
+    for name in inputs:
+        if name.startswith("attention_bias") and name not in biases:
+            yield f"input {name} for {len(biases)} windows"
+    sizes = {"inputs_embeds": model.hidden_size, "logits": model.vocab_size}
+    sizes |= dict.fromkeys(past, cache.head_dim)
+    for k, rope in enumerate(model.positions.ropes):
+        sizes |= {(f"{table}.{k}" if k else table): rope.dim // 2 for table in ("cos", "sin")}
+    for name, size in sizes.items():
+        tensor = inputs.get(name) or outputs.get(name)
+        last = tensor.shape[-1] if tensor is not None and tensor.shape else None
+        if last != size and not isinstance(last, str):
+            yield f"{name} ends with {last}, the model says {size}"
+    heads_axis = 1 if variant.kv_mode == "in_place" else 2
+    for name in past:
+        shape = inputs[name].shape
+        if len(shape) != 4 or (isinstance(shape[heads_axis], int) and shape[heads_axis] != cache.heads):
+            yield f"{name} has the shape {list(shape)}, the model says {cache.heads} heads"
+
+
+def _stages(manifest: Manifest) -> Iterator[str]:
+    """The components that the model needs, and what one hands to the next."""
+    image, components = manifest.model.image, manifest.components
+    if "decoder" not in components:
+        yield "there is no decoder"
+    for name in ("vision_encoder", "connector"):
+        if (name in components) != (image is not None):
+            there = "is there" if name in components else "is missing"
+            yield f"the model takes {'images' if image is not None else 'no images'}, and a {name} {there}"
+    if image is None or not {"vision_encoder", "connector"} <= set(components):
+        return
+    for encoder in components["vision_encoder"].variants:
+        where = f"vision_encoder for {encoder.target}"
+        wanted = ["pixel_values", *(["cos", "sin"] if image.tables else [])]
+        inputs = {tensor.name: tensor for tensor in encoder.inputs}
+        yield from (f"{where}: {what}" for what in _lacks("input", wanted, inputs, exactly=True))
+        outputs = {tensor.name: tensor for tensor in encoder.outputs}
+        yield from (f"{where}: {what}" for what in _lacks("output", ["vision_hidden"], outputs))
+        shape = inputs["pixel_values"].shape
+        if len(shape) != 1 + len(image.shape) or any(
+            isinstance(a, int) and a != b for a, b in zip(shape[1:], image.shape, strict=True)
+        ):
+            yield f"{where}: pixel_values has the shape {list(shape)}, an image {list(image.shape)}"
+        for connector in components["connector"].variants:
+            if connector.target == encoder.target:
+                yield from _handed_on(outputs, connector, manifest.model.hidden_size)
+
+
+def _handed_on(given: dict[str, TensorSpec], connector: Variant, hidden: int) -> Iterator[str]:
+    where = f"connector for {connector.target}"
+    inputs = {tensor.name: tensor for tensor in connector.inputs}
+    yield from (f"{where}: {what}" for what in _lacks("input", list(given), inputs, exactly=True))
+    for name, tensor in inputs.items():
+        if len(tensor.shape) != len(given[name].shape):
+            yield f"{where}: {name} has the shape {list(tensor.shape)}, it is given {list(given[name].shape)}"
+    outputs = {tensor.name: tensor for tensor in connector.outputs}
+    yield from (f"{where}: {what}" for what in _lacks("output", ["image_features"], outputs))
+    last = outputs["image_features"].shape[-1:]
+    if not last or (isinstance(last[0], int) and last[0] != hidden):
+        yield f"{where}: image_features ends with {list(last)}, the model's hidden size is {hidden}"
+
+
+def _lacks(kind: str, wanted: Sequence[str], have: dict[str, TensorSpec], exactly: bool = False) -> Iterator[str]:
+    for name in wanted:
+        if name not in have:
+            yield f"it has no {kind} {name}"
+    for name in have if exactly else ():
+        if name not in wanted:
+            yield f"nothing gives its {kind} {name}"
+
+
+def _positive(where: str, number: int) -> Iterator[str]:
+    if not 1 <= number <= _LARGEST:
+        yield f"{where} is {number}"
+
+
+def _numbers(value: object) -> list[float]:
+    values = value if isinstance(value, tuple) else (value,)
+    return [number for number in values if isinstance(number, (int, float)) and not isinstance(number, bool)]

@@ -1,0 +1,224 @@
+"""A manifest whose parts contradict each other, or are of the wrong kind, is named: never another error."""
+
+import contextlib
+import copy
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mllm_edge import VLM
+from mllm_edge.bundle import Bundle
+from mllm_edge.cli import main
+from mllm_edge.errors import BundleError, MllmEdgeError
+from mllm_edge.export.targets import TARGETS
+from mllm_edge.manifest_checks import DIALECTS
+
+PICTURE = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+DELETE = object()
+VALUES: list[Any] = [
+    DELETE,
+    None,
+    True,
+    -1,
+    0,
+    1,
+    7,
+    10**12,
+    10**400,
+    0.5,
+    1e300,
+    "",
+    "x",
+    "../x",
+    "\ud800",
+    [],
+    [0],
+    [[]],
+    {},
+    {"x": 1},
+]
+SAMPLES = 500
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy whose manifest each test writes anew."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("mutated") / "bundle"))
+
+
+@pytest.fixture(scope="module")
+def manifest(tiny_bundle: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((tiny_bundle / "manifest.json").read_text())
+    del data["checksum"]  # what was edited is taken to be meant
+    return data
+
+
+def nodes(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to everything in a JSON value."""
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in items:
+        yield (*path, key)
+        yield from nodes(value, (*path, key))
+
+
+def mutated(data: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[str, Any]:
+    changed = copy.deepcopy(data)
+    place: Any = changed
+    for key in path[:-1]:
+        place = place[key]
+    if value is DELETE:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    return changed
+
+
+def use(bundle: Path) -> None:
+    """What a user does; any answer is right, and so is a named error."""
+    with contextlib.suppress(MllmEdgeError), VLM.load(bundle, threads=1) as vlm:
+        vlm.generate("Hi", PICTURE if vlm.spec.image else (), max_new_tokens=2)
+
+
+def check(bundle: Path, data: dict[str, Any], name: str = "manifest.json") -> None:
+    (bundle / name).write_text(json.dumps(data))
+    use(bundle)
+
+
+def test_the_targets_are_those_of_the_exporter() -> None:
+    assert DIALECTS == TARGETS
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_change_is_named_or_does_no_harm(bundle: Path, manifest: dict[str, Any], seed: int) -> None:
+    chosen, places = random.Random(seed), list(nodes(manifest))
+    for _ in range(SAMPLES // 4):
+        path, value = chosen.choice(places), chosen.choice(VALUES)
+        try:
+            check(bundle, mutated(manifest, path, value))
+        except Exception as e:
+            raise AssertionError(f"{path} = {value!r}") from e
+
+
+@pytest.mark.parametrize("name", ["generation.json", "tokenizer.json"])
+def test_any_change_of_the_texts(bundle: Path, manifest: dict[str, Any], tiny_bundle: Path, name: str) -> None:
+    data = json.loads((tiny_bundle / name).read_text())
+    chosen, places = random.Random(0), list(nodes(data))
+    for _ in range(60):
+        path, value = chosen.choice(places), chosen.choice(VALUES)
+        (bundle / name).write_text(json.dumps(mutated(data, path, value)))
+        size = (bundle / name).stat().st_size
+        try:
+            check(bundle, mutated(manifest, ("files", name), {"nbytes": size, "sha256": ""}))
+        except Exception as e:
+            raise AssertionError(f"{path} = {value!r}") from e
+    shutil.copy(tiny_bundle / name, bundle / name)
+
+
+def decoder(m: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = m["components"]["decoder"]["variants"][0]
+    return found
+
+
+def drop(tensors: list[dict[str, Any]], name: str) -> None:
+    tensors[:] = [tensor for tensor in tensors if tensor["name"] != name]
+
+
+CONTRADICTIONS: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
+    ("there is no decoder", lambda m: m["components"].pop("decoder")),
+    ("a vision_encoder is missing", lambda m: m["components"].pop("vision_encoder")),
+    ("a connector is missing", lambda m: m["components"].pop("connector")),
+    ("no images, and a vision_encoder is there", lambda m: m["model"].update(image=None)),
+    ("decoder has no variants", lambda m: m["components"]["decoder"].update(variants=[])),
+    ("decoder has several variants for cpu", lambda m: m["components"]["decoder"]["variants"].append(decoder(m))),
+    ("decoder for gpu: no such target", lambda m: decoder(m).update(target="gpu")),
+    ("its dialect is opset17, not contrib", lambda m: decoder(m).update(dialect="opset17")),
+    ("its kv_mode is append, not in_place", lambda m: decoder(m).update(kv_mode="append")),
+    ("its kv_mode is None, not in_place", lambda m: decoder(m).pop("kv_mode")),
+    ("it has no input inputs_embeds", lambda m: drop(decoder(m)["inputs"], "inputs_embeds")),
+    ("it has no input seqlens_k", lambda m: drop(decoder(m)["inputs"], "seqlens_k")),
+    (r"it has no input past_key_values\.0\.key", lambda m: drop(decoder(m)["inputs"], "past_key_values.0.key")),
+    (r"it has no output present\.0\.value", lambda m: drop(decoder(m)["outputs"], "present.0.value")),
+    ("it has no output logits", lambda m: drop(decoder(m)["outputs"], "logits")),
+    ("it has no input cos", lambda m: drop(decoder(m)["inputs"], "cos")),
+    ("it has no input pixel_values", lambda m: m["components"]["vision_encoder"]["variants"][0].update(inputs=[])),
+    (
+        "connector for cpu: it has no input vision_hidden",
+        lambda m: m["components"]["connector"]["variants"][0]["inputs"][0].update(name="x"),
+    ),
+    ("context_length is 0", lambda m: m["model"].update(context_length=0)),
+    ("hidden_size is -64", lambda m: m["model"].update(hidden_size=-64)),
+    ("embeddings for a vocabulary of", lambda m: m["model"]["embedding"].update(rows=3)),
+    (r"nothing\.npy is not in the manifest's list", lambda m: m["model"]["embedding"].update(file="nothing.npy")),
+    ("of -5 bytes|: -5 bytes|manifest says -5", lambda m: m["files"]["tokenizer.json"].update(nbytes=-5)),
+    ("digits of checksums do not fit", lambda m: m["files"]["tokenizer.json"].update(block=1)),
+    ("does not fit 1 layers", lambda m: m["model"]["cache"].update(layers=1)),
+    ("the model says 3 heads", lambda m: m["model"]["cache"].update(heads=3)),
+    ("with 0 ropes", lambda m: m["model"]["positions"].update(ropes=[])),
+    ("with the table ''", lambda m: m["model"]["positions"].update(kind="learned", ropes=[])),
+    ("theta 0", lambda m: m["model"]["positions"]["ropes"][0].update(theta=0)),
+    ("images are not transformed", lambda m: m["model"]["image"].update(transforms=[])),
+    ("not in an order that can be", lambda m: m["model"]["image"]["transforms"].reverse()),
+    ("image token", lambda m: m["model"]["image"]["prompt"].update(token_id=10**6)),
+    ("nested deeper than", lambda m: m["recipe"].update(x=json.loads("[" * 90 + "]" * 90))),
+]
+
+
+@pytest.mark.parametrize(("words", "change"), CONTRADICTIONS, ids=[words for words, _ in CONTRADICTIONS])
+def test_a_contradiction_is_named(
+    bundle: Path, manifest: dict[str, Any], words: str, change: Callable[[dict[str, Any]], Any]
+) -> None:
+    changed = copy.deepcopy(manifest)
+    change(changed)
+    (bundle / "manifest.json").write_text(json.dumps(changed))
+    with pytest.raises(BundleError, match=words) as caught:
+        VLM.load(bundle)
+    assert str(bundle) in caught.value.message or "manifest" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[" * 200_000, "nested too deep|not valid JSON"),
+        ('{"schema": 1, "schema": 1}', "the key 'schema' is there twice"),
+        ('{"schema": NaN}', "NaN is no number"),
+        ('{"schema": ' + "9" * 5000 + "}", "not valid JSON"),
+    ],
+)
+def test_json_that_is_none(bundle: Path, text: str, words: str) -> None:
+    (bundle / "manifest.json").write_text(text)
+    with pytest.raises(BundleError, match=words):
+        Bundle.load(bundle)
+
+
+def test_a_damaged_digit_of_the_manifest_is_named(bundle: Path, tiny_bundle: Path) -> None:
+    text = (tiny_bundle / "manifest.json").read_bytes()
+    chosen = random.Random(0)
+    places = [i for i in range(len(text)) if chr(text[i]).isalnum()]
+    for place in chosen.sample(places, 100):
+        other = ord("1") if text[place] != ord("1") else ord("2")
+        (bundle / "manifest.json").write_bytes(text[:place] + bytes([other]) + text[place + 1 :])
+        if place > text.index(b'"checksum": "') and place < text.index(b'"checksum": "') + 26:
+            continue  # the size that it is said to have: all else is as it was
+        with pytest.raises(BundleError):
+            Bundle.load(bundle)
+    (bundle / "manifest.json").write_bytes(text)
+    Bundle.load(bundle)
+
+
+@pytest.mark.parametrize("part", ["recipe", "parity", "accuracy", "provenance"])
+@pytest.mark.parametrize("value", [{}, {"x": None}, {"targets": 3}, {"errors": [1]}, {"tools": 1}, {"limits": "x"}])
+def test_inspect_shows_or_names(
+    bundle: Path, manifest: dict[str, Any], part: str, value: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from click.testing import CliRunner
+
+    (bundle / "manifest.json").write_text(json.dumps(mutated(manifest, (part,), value)))
+    result = CliRunner().invoke(main, ["inspect", str(bundle)])
+    assert result.exit_code in (0, 1)
+    assert result.exception is None or isinstance(result.exception, SystemExit)
