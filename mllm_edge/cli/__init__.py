@@ -11,7 +11,7 @@ import click
 from mllm_edge import __version__
 from mllm_edge.cli.output import note
 from mllm_edge.cli.signals import Interrupted, interrupted_message
-from mllm_edge.errors import MllmEdgeError
+from mllm_edge.errors import MllmEdgeError, OptionError
 
 __all__ = ["VERBS", "main"]
 
@@ -80,10 +80,18 @@ class _Verbs(click.Group):
         except KeyboardInterrupt:
             note(interrupted_message("the command"))
             ctx.exit(130)
+        except OptionError as e:
+            if ctx.params["debug"]:
+                raise
+            raise click.UsageError(e.message) from e
         except MllmEdgeError as e:
             if ctx.params["debug"]:
                 raise
             raise _Failure(e.message, e.fix) from e
+        except MemoryError as e:
+            if ctx.params["debug"]:
+                raise
+            raise _Failure(str(e) or "not enough memory", "close other programs, or use a smaller model") from e
         except OSError as e:
             if ctx.params["debug"] or e.errno == errno.EPIPE:  # a closed pipe ends the command quietly, in click
                 raise
@@ -91,7 +99,7 @@ class _Verbs(click.Group):
 
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="mllm-edge")
+@click.version_option(__version__, "-V", "--version", prog_name="mllm-edge")
 @click.option("--debug", is_flag=True, envvar="MLLM_EDGE_DEBUG", help="Show the traceback of an error.")
 def main(debug: bool) -> None:
     """Vision-language models on edge devices: export a checkpoint to a bundle, run it without torch.

@@ -9,9 +9,9 @@ import numpy as np
 
 from mllm_edge.errors import BackendError
 from mllm_edge.runtime.backends.installed import version_numbers
-from mllm_edge.runtime.device import physical_cores
 from mllm_edge.runtime.foreign import pass_on
 from mllm_edge.runtime.huge_pages import huge_pages
+from mllm_edge.runtime.threads import Threads
 from mllm_edge.spec import Variant
 
 __all__ = ["OnnxRuntimeCpu", "import_onnxruntime", "open_graph", "run_bound"]
@@ -20,7 +20,7 @@ _PROVIDER = "CPUExecutionProvider"
 
 
 class OnnxRuntimeCpu:
-    """Sessions share the process; `threads` (default: physical cores) work inside one operator.
+    """Sessions share the process; `threads` (default: as many as there are physical cores) work inside one operator.
 
     Another `target` than cpu runs the graphs made for it: right, but several times slower. It serves comparisons.
     `profiles`: a folder where each session, when it is closed, leaves ONNX Runtime's profile of its runs, as
@@ -29,22 +29,22 @@ class OnnxRuntimeCpu:
 
     name = "cpu"
 
-    def __init__(self, threads: int | None = None, target: str = "cpu", profiles: Path | None = None):
+    def __init__(self, threads: int | Threads | None = None, target: str = "cpu", profiles: Path | None = None):
+        self._threads = threads if isinstance(threads, Threads) else Threads.of(threads)
         self._ort, self.target = import_onnxruntime('pip install "mllm-edge[cpu]"'), target
         self._profiles = profiles
-        self.threads = threads or physical_cores()
+        self.threads = self._threads.count
 
     def open(self, path: Path, variant: Variant) -> "_Session":
         """Open a graph; raises BackendError with ONNX Runtime's own reason."""
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self.threads
+        version = version_numbers(self._ort.__version__)
+        for key, value in self._threads.settings(variant.kv_mode is not None, version).items():
+            options.add_session_config_entry(key, value)
         if self._profiles is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(self._profiles / path.name)
-        if variant.kv_mode is None:
-            # Threads that wait for work spin, and would take the cores from the component that runs next. Only the
-            # decoder, which runs again within microseconds, gains from threads that stay awake between runs.
-            options.add_session_config_entry("session.force_spinning_stop", "1")
         # Only the decoder reads all its weights for so little arithmetic that page tables matter.
         with huge_pages() if variant.kv_mode is not None else contextlib.nullcontext():
             return _Session(self._ort, open_graph(self._ort, path, variant, options, [_PROVIDER]))
