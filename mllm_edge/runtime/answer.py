@@ -65,17 +65,18 @@ class Pace:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """The first piece was asked for; the body waits for the calls of others."""
+        self.take_back()
         begin = time.perf_counter()
-        self.consumer = begin - self._handed_out
         yield
         self.waited = time.perf_counter() - begin
 
-    @contextmanager
-    def away(self) -> Iterator[None]:
-        """The body hands a piece to the consumer."""
-        begin = time.perf_counter()
-        yield
-        self.consumer += time.perf_counter() - begin
+    def hand_out(self) -> None:
+        """The consumer gets a piece."""
+        self._handed_out = time.perf_counter()
+
+    def take_back(self) -> None:
+        """It asks for the next."""
+        self.consumer += time.perf_counter() - self._handed_out
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from mllm_edge.errors import OptionError
@@ -21,16 +21,20 @@ _MOST = 1024
 _STEP_US, _RUN_US = 200, 20
 # The first version of ONNX Runtime that can be told how long.
 _TIMED = (1, 26)
+# Bytes of weights that one core reads within some 0.3 ms; sharing them out costs as much.
+_SMALL = 4_000_000
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
 
 @dataclass(frozen=True)
 class Threads:
-    """`count` threads, the caller's among them; `affinity`: the processors that the others run on (empty: all)."""
+    """`count` threads, the caller's among them; `affinity`: the processors that the others run on (empty: all).
+    `chosen`: the count is the caller's wish, not this machine's cores."""
 
     count: int
     spin: Spin = "auto"
     affinity: tuple[int, ...] = ()
+    chosen: bool = False
 
     @classmethod
     def of(
@@ -48,7 +52,13 @@ class Threads:
                 f"threads={count} are more than the processors of affinity, {_text(places)}",
                 f"use {len(places)} threads, or name more processors",
             )
-        return cls(count, spin, places)
+        return cls(count, spin, places, chosen=True)
+
+    def for_graph(self, stepping: bool, nbytes: int) -> "Threads":
+        """The threads for a graph with weights of so many bytes: one is enough for steps that are over sooner than
+        others could be told of them, unless several were asked for."""
+        alone = stepping and nbytes < _SMALL and not self.chosen and not self.affinity
+        return replace(self, count=1) if alone else self
 
     def settings(self, stepping: bool, version: tuple[int, ...]) -> dict[str, str]:
         """Session options of ONNX Runtime `version` by name. `stepping`: the graph runs again and again, a step at a

@@ -305,15 +305,19 @@ class VLM:
                 self._turns.take(turn, wait)
             finished = False
             while not finished:
-                with self._turns.working(turn):
+                try:
+                    self._turns.enter(turn)
                     piece = next(pieces)
+                finally:
+                    self._turns.leave(turn)
                 if piece is None:
                     continue
                 finished = piece.result is not None
                 if finished:
                     self._turns.release(turn)
-                with call.pace.away():
-                    yield piece
+                call.pace.hand_out()
+                yield piece
+                call.pace.take_back()
         finally:
             self._turns.release(turn)
             with native.section():

@@ -129,6 +129,14 @@ def test_where_and_how_threads_wait() -> None:
         assert Threads.of(3, "off").settings(stepping, new) == {"session.intra_op.allow_spinning": "0"}
 
 
+def test_small_steps_are_one_threads() -> None:
+    default, small, large = Threads(4), 10**6, 10**8
+    assert [default.for_graph(True, n).count for n in (small, large)] == [1, 4]
+    assert default.for_graph(False, small).count == 4
+    assert Threads.of(3).for_graph(True, small).count == 3
+    assert Threads(2, "auto", (0, 1)).for_graph(True, small).count == 2
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="affinity is Linux's")
 def test_affinity(tiny_bundle: Path) -> None:
     allowed = sorted(os.sched_getaffinity(0))

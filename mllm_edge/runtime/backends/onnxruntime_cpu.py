@@ -38,15 +38,16 @@ class OnnxRuntimeCpu:
     def open(self, path: Path, variant: Variant) -> "_Session":
         """Open a graph; raises BackendError with ONNX Runtime's own reason."""
         options = self._ort.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        version = version_numbers(self._ort.__version__)
-        for key, value in self._threads.settings(variant.kv_mode is not None, version).items():
+        stepping = variant.kv_mode is not None
+        threads = self._threads.for_graph(stepping, _weights(path))
+        options.intra_op_num_threads = threads.count
+        for key, value in threads.settings(stepping, version_numbers(self._ort.__version__)).items():
             options.add_session_config_entry(key, value)
         if self._profiles is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(self._profiles / path.name)
         # Only the decoder reads all its weights for so little arithmetic that page tables matter.
-        with huge_pages() if variant.kv_mode is not None else contextlib.nullcontext():
+        with huge_pages() if stepping else contextlib.nullcontext():
             return _Session(self._ort, open_graph(self._ort, path, variant, options, [_PROVIDER]))
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> "_Buffer":
@@ -103,6 +104,12 @@ class _Session:
         # The OrtValue borrows the array's memory: keep the array alive as long as it is bound.
         self._kept[name] = array
         return self._ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def _weights(path: Path) -> int:
+    """Bytes of a graph's file and of the one beside it that holds its weights."""
+    files = (path, path.with_name(f"{path.name}.data"))
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _prefix(axis: int, length: int) -> tuple[slice, ...]:
