@@ -3,6 +3,7 @@
 import difflib
 import errno
 import importlib
+import logging
 import sys
 from typing import Any
 
@@ -29,6 +30,16 @@ VERBS = {
     "families": "List the models that can be exported.",
     "completion": "Print the completion script of a shell.",
 }
+
+
+class _Notes(logging.Handler):
+    """Warnings as plain lines on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
+
+
+_NOTES = _Notes()
 
 
 class _Failure(click.ClickException):
@@ -69,6 +80,9 @@ class _Verbs(click.Group):
             formatter.write_dl(list(VERBS.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
+        logger = logging.getLogger("mllm_edge")
+        logger.setLevel(logging.WARNING)
+        logger.addHandler(_NOTES)
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):  # an answer may hold characters that an old locale cannot write
                 stream.reconfigure(errors="replace")

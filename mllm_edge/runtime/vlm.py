@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,7 +21,9 @@ from mllm_edge.runtime.decoder import Decoder
 from mllm_edge.runtime.generate import Embedder
 from mllm_edge.runtime.grids import TILES_PER_RUN, encoder_feeds
 from mllm_edge.runtime.image import ImageSource
+from mllm_edge.runtime.log import logger
 from mllm_edge.runtime.numbers import whole
+from mllm_edge.runtime.options import Options
 from mllm_edge.runtime.processor import Messages, Processor, Prompt
 from mllm_edge.runtime.sampling import Sampler, SamplingParams
 from mllm_edge.runtime.speculation import PromptLookup, check_speculation
@@ -28,6 +31,9 @@ from mllm_edge.runtime.threads import Spin, Threads
 from mllm_edge.runtime.tokenizer import ChatTemplate, StopStrings, Tokenizer
 from mllm_edge.runtime.trace import Trace
 from mllm_edge.runtime.turns import Turn, Turns, native
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["VLM", "Chunk", "Result"]
 
@@ -110,7 +116,9 @@ class VLM:
             with trace.span("backend"):
                 chosen = open_backend(backend, chosen_threads, bundle=bundle, max_seq=max_seq, notice=notice)
             with trace.span("open"):
-                return cls(bundle, chosen, max_context, chosen_threads, notice)
+                vlm = cls(bundle, chosen, max_context, chosen_threads, notice)
+        logger.info("%r opened in %.2f s", vlm, trace.seconds("backend") + trace.seconds("open"))
+        return vlm
 
     def __repr__(self) -> str:
         what, runs = f"{str(self.bundle.path)!r}, {self.spec.model_type}", self.backend.name
@@ -141,7 +149,9 @@ class VLM:
         self.embed.close()
         self._decoder = None
 
-    def generate(self, prompt: Messages, images: ImageSource | Iterable[ImageSource] = (), **options: Any) -> Result:
+    def generate(
+        self, prompt: Messages, images: ImageSource | Iterable[ImageSource] = (), **options: Unpack[Options]
+    ) -> Result:
         """The whole answer at once; options as in `stream`."""
         result = None
         for chunk in self.stream(prompt, images, **options):
@@ -315,6 +325,7 @@ class VLM:
                 finished = piece.result is not None
                 if finished:
                     self._turns.release(turn)
+                    _log(piece.result)
                 call.pace.hand_out()
                 yield piece
                 call.pace.take_back()
@@ -340,6 +351,13 @@ class VLM:
         if prompt.pixel_values is None or self.spec.image is None:
             return 0
         return len(prompt.pixel_values) if self.spec.image.cells is None else len(prompt.image_grids)
+
+
+def _log(result: Result | None) -> None:
+    if result is not None and logger.isEnabledFor(logging.DEBUG):
+        m = result.metrics
+        about = f"{m.prompt_tokens} prompt tokens, {m.new_tokens} new, ended by {result.finish_reason}"
+        logger.debug("%s: TTFT %.1f ms, %.1f tok/s", about, 1000 * m.ttft, m.tokens_per_second)
 
 
 def _size(size: Any) -> tuple[int, int]:

@@ -217,3 +217,29 @@ def test_a_model_says_what_it_is(tiny_bundle: Path) -> None:
     with VLM.load(tiny_bundle, threads=1, max_context=100) as vlm:
         assert repr(vlm) == f"VLM('{tiny_bundle}', idefics3, cpu (1 threads), context 100)"
     assert repr(vlm).endswith("context 100, closed)")
+
+
+def test_the_options_as_a_type_are_those_of_stream() -> None:
+    import inspect
+
+    from mllm_edge.runtime.options import Options
+
+    taken = {n: p for n, p in inspect.signature(VLM.stream).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    assert list(taken) == list(Options.__annotations__)
+    source = inspect.getsource(Options)
+    for name, parameter in taken.items():
+        assert f"    {name}: {parameter.annotation}\n" in source
+
+
+def test_loads_and_answers_are_logged(tiny_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("DEBUG", "mllm_edge"), VLM.load(tiny_bundle) as vlm:
+        vlm.generate("Hi", max_new_tokens=3)
+    assert [record.levelname for record in caplog.records] == ["INFO", "DEBUG"]
+    assert "opened in" in caplog.text
+    assert "3 new, ended by length: TTFT" in caplog.text
+
+
+def test_what_an_engine_writes_by_itself_is_not_shown(tiny_bundle: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with VLM.load(tiny_bundle) as vlm, pytest.raises(BackendError):
+        vlm.component("connector", {"vision_hidden": np.zeros((1, 1, 1), np.float32)})
+    assert capfd.readouterr().err == ""

@@ -11,6 +11,7 @@ from mllm_edge.errors import BackendError
 from mllm_edge.runtime.backends.installed import version_numbers
 from mllm_edge.runtime.foreign import pass_on
 from mllm_edge.runtime.huge_pages import huge_pages
+from mllm_edge.runtime.log import logger
 from mllm_edge.runtime.threads import Threads
 from mllm_edge.spec import Variant
 
@@ -123,6 +124,8 @@ def import_onnxruntime(install: str) -> Any:
     except ImportError as e:
         pass_on(e)
         raise BackendError(f"ONNX Runtime is not installed ({e})", install) from e
+    if logger.level:  # whoever has set it wants to hear of this package what it says, and not its engine's chatter
+        onnxruntime.set_default_logger_severity(3)
     return onnxruntime
 
 
@@ -134,7 +137,7 @@ def open_graph(ort: Any, path: Path, variant: Variant, options: Any, providers: 
             f"{path}: needs ONNX Runtime {minimum}, here is {ort.__version__}",
             "pip install --upgrade onnxruntime",
         )
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what fails is raised, and its coloured lines on standard error say no more
     try:
         return ort.InferenceSession(str(path), options, providers=providers)
     except Exception as e:  # onnxruntime's exceptions share no base class
