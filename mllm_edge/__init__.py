@@ -7,9 +7,10 @@ stays light.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mllm_edge.runtime.image import BGR
     from mllm_edge.runtime.vlm import VLM, Chunk, Result
 
-__all__ = ["VLM", "Chunk", "Result", "__version__"]
+__all__ = ["BGR", "VLM", "Chunk", "Result", "__version__"]
 
 __version__ = "0.1.0"
 
@@ -19,4 +20,8 @@ def __getattr__(name: str) -> Any:
         from mllm_edge.runtime import vlm
 
         return getattr(vlm, name)
+    if name == "BGR":
+        from mllm_edge.runtime.image import BGR
+
+        return BGR
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,6 +16,7 @@ MllmEdgeError
 ├── DataError          calibration data that cannot be read (also ValueError)
 ├── ImageError         an image that cannot be decoded (also ValueError)
 ├── PromptError        messages, images and placeholders that do not fit together (also ValueError)
+├── OptionError        an option of the wrong type or out of its range (also ValueError)
 ├── ContextError       more tokens than the context holds (also ValueError)
 ├── BackendError       a runtime that is missing or refuses a graph (also RuntimeError)
 ├── BusyError          a call that would have to wait for another one, and may not or cannot (also RuntimeError)
@@ -40,6 +41,7 @@ __all__ = [
     "ImageError",
     "LockedError",
     "MllmEdgeError",
+    "OptionError",
     "ParityError",
     "PromptError",
     "RecipeError",
@@ -116,6 +118,10 @@ class ImageError(MllmEdgeError, ValueError):
 
 class PromptError(MllmEdgeError, ValueError):
     """Messages, images and image placeholders that do not fit together."""
+
+
+class OptionError(MllmEdgeError, ValueError):
+    """An option of the wrong type, or outside its range."""
 
 
 class ContextError(MllmEdgeError, ValueError):

@@ -3,6 +3,7 @@
 import difflib
 import errno
 import importlib
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ try:
     from mllm_edge import __version__
     from mllm_edge.cli.output import note
     from mllm_edge.cli.signals import Interrupted, interrupted_message, was_interrupted
-    from mllm_edge.errors import MllmEdgeError
+    from mllm_edge.errors import MllmEdgeError, OptionError
 except KeyboardInterrupt:  # there is no command yet that could say it
     sys.stderr.write("interrupted: the command was stopped\n")
     sys.exit(130)
@@ -36,6 +37,16 @@ VERBS = {
     "families": "List the models that can be exported.",
     "completion": "Print the completion script of a shell.",
 }
+
+
+class _Notes(logging.Handler):
+    """Warnings as plain lines on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
+
+
+_NOTES = _Notes()
 
 
 class _Failure(click.ClickException):
@@ -76,6 +87,9 @@ class _Verbs(click.Group):
             formatter.write_dl(list(VERBS.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
+        logger = logging.getLogger("mllm_edge")
+        logger.setLevel(logging.WARNING)
+        logger.addHandler(_NOTES)
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):  # an answer may hold characters that an old locale cannot write
                 stream.reconfigure(errors="replace")
@@ -105,10 +119,18 @@ class _Verbs(click.Group):
         """Raise the error as a user is told of it."""
         try:
             raise error
+        except OptionError as e:
+            if ctx.params["debug"]:
+                raise
+            raise click.UsageError(e.message) from e
         except MllmEdgeError as e:
             if ctx.params["debug"]:
                 raise
             raise _Failure(e.message, e.fix) from e
+        except MemoryError as e:
+            if ctx.params["debug"]:
+                raise
+            raise _Failure(str(e) or "not enough memory", "close other programs, or use a smaller model") from e
         except OSError as e:
             if ctx.params["debug"] or e.errno == errno.EPIPE:  # a closed pipe ends the command quietly, in click
                 raise
@@ -126,7 +148,7 @@ def _ending() -> Iterator[None]:
 
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="mllm-edge")
+@click.version_option(__version__, "-V", "--version", prog_name="mllm-edge")
 @click.option("--debug", is_flag=True, envvar="MLLM_EDGE_DEBUG", help="Show the traceback of an error.")
 def main(debug: bool) -> None:
     """Vision-language models on edge devices: export a checkpoint to a bundle, run it without torch.

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mllm_edge.cli.options import runtime_options, sampling_options, speculation_option
+from mllm_edge.cli.options import context_cut, runtime_options, sampling_options, speculation_option, without_effect
 from mllm_edge.cli.output import note, write_answer
 from mllm_edge.errors import ContextError, MllmEdgeError
 
 if TYPE_CHECKING:
     from mllm_edge.runtime.conversation import Conversation
+    from mllm_edge.runtime.threads import Spin
     from mllm_edge.runtime.vlm import VLM, Result
 
 __all__ = ["command"]
@@ -41,6 +42,8 @@ def command(
     bundle: str,
     system: str | None,
     threads: int | None,
+    spin: "Spin",
+    affinity: str | None,
     max_context: int | None,
     backend: str,
     quiet: bool,
@@ -55,7 +58,13 @@ def command(
     from mllm_edge.runtime.conversation import Conversation
     from mllm_edge.runtime.vlm import VLM
 
-    with VLM.load(bundle, backend=backend, threads=threads, max_context=max_context, notice=note) as vlm:
+    setting: dict[str, Any] = {"threads": threads, "spin": spin, "affinity": affinity, "max_context": max_context}
+    unused = without_effect(options)
+    if unused:
+        note(unused)
+    with VLM.load(bundle, backend=backend, notice=note, **setting) as vlm:
+        if context_cut(vlm, max_context):
+            note(context_cut(vlm, max_context))
         chat = _Chat(vlm, Conversation(vlm, system), quiet, options)
         for line in _lines():
             if not chat.take(line):
@@ -120,13 +129,11 @@ class _Chat:
             raise MllmEdgeError(f"no command {name}", "/help lists them")
 
     def _answer(self, text: str) -> None:
-        result, begun = None, False
+        result = None
         with _stoppable() as stopped:
             chunks = self._conversation.ask(text, **self._options)
             for chunk in chunks:
-                piece = chunk.text if begun else chunk.text.lstrip()
-                write_answer(piece)
-                begun = begun or bool(piece)
+                write_answer(chunk.text)
                 result = chunk.result
                 if stopped:
                     chunks.close()  # type: ignore[attr-defined]

@@ -1,21 +1,26 @@
 """Options that several verbs have, alike in all of them."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
+
+if TYPE_CHECKING:
+    from mllm_edge.runtime.vlm import VLM
 
 __all__ = [
     "TARGETS",
     "POSITIVE",
     "RecipeName",
     "calibration_options",
+    "context_cut",
     "json_option",
     "runtime_options",
     "sampling_options",
     "speculation_option",
     "target_option",
+    "without_effect",
 ]
 
 # Repeated here so that the help needs no export extra; a test compares them with the exporter's own.
@@ -24,11 +29,12 @@ POSITIVE = click.IntRange(min=1)
 _COUNT = click.IntRange(min=0)
 _MOST_GUESSED = 15  # as in runtime/speculation.py
 _FRACTION = click.FloatRange(0, 1)
+_THREADS = click.IntRange(1, 1024)  # as in runtime/threads.py
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 _SAMPLING = (
-    click.option("--max-new-tokens", type=POSITIVE, default=256, show_default=True, help="Longest answer."),
+    click.option("-n", "--max-new-tokens", type=POSITIVE, default=256, show_default=True, help="Longest answer."),
     click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy."),
     click.option("--top-k", type=_COUNT, default=0, show_default=True, help="Sample from the k best; 0 is all."),
     click.option(
@@ -37,14 +43,40 @@ _SAMPLING = (
     click.option(
         "--min-p", type=_FRACTION, default=0.0, show_default=True, help="Least share of the best probability."
     ),
-    click.option("--repetition-penalty", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True),
-    click.option("--frequency-penalty", type=float, default=0.0, show_default=True),
-    click.option("--presence-penalty", type=float, default=0.0, show_default=True),
+    click.option(
+        "--repetition-penalty",
+        type=click.FloatRange(0, min_open=True),
+        default=1.0,
+        show_default=True,
+        help="Above 1: tokens of prompt and answer become less likely.",
+    ),
+    click.option(
+        "--frequency-penalty",
+        type=float,
+        default=0.0,
+        show_default=True,
+        help="Taken off a token's logit each time it stands in the answer.",
+    ),
+    click.option(
+        "--presence-penalty",
+        type=float,
+        default=0.0,
+        show_default=True,
+        help="Taken off once from the logit of each token in the answer.",
+    ),
     click.option("--seed", type=_COUNT, help="Makes sampling repeatable."),
     click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; repeatable."),
 )
 _RUNTIME = (
-    click.option("--threads", type=POSITIVE, help="Threads inside one operator; default: physical cores."),
+    click.option("--threads", type=_THREADS, help="Threads inside one operator; default: physical cores."),
+    click.option(
+        "--spin",
+        type=click.Choice(["auto", "on", "off"]),
+        default="auto",
+        show_default=True,
+        help="Whether threads wait awake: auto between two steps, on behind the last one as well, off never.",
+    ),
+    click.option("--affinity", metavar="CPUS", help="Processors that the threads run on, such as 4-7."),
     click.option("--max-context", type=POSITIVE, help="Most tokens of prompt and answer together."),
     click.option("--backend", type=click.Choice(["auto", *TARGETS]), default="auto", show_default=True),
 )
@@ -120,6 +152,22 @@ def target_option(help: str) -> Callable[[_F], _F]:
 def json_option(help: str) -> Callable[[_F], _F]:
     """`--json`, which every verb that reports something has."""
     return click.option("--json", "as_json", is_flag=True, help=help)
+
+
+def without_effect(options: Mapping[str, Any]) -> str:
+    """The line that says which sampling options do nothing for want of a temperature; empty when none is given."""
+    given = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": None}
+    names = [f"--{name.replace('_', '-')}" for name, plain in given.items() if options[name] != plain]
+    if options["temperature"] or not names:
+        return ""
+    return f"{' and '.join(names)} {'do' if len(names) > 1 else 'does'} nothing at --temperature 0, which is greedy"
+
+
+def context_cut(vlm: "VLM", wanted: int | None) -> str:
+    """The line that says that --max-context is more than there is; empty when it is not."""
+    if wanted is None or wanted <= vlm.context_length:
+        return ""
+    return f"--max-context {wanted} is more than this bundle holds: {vlm.context_length} tokens"
 
 
 def _apply(options: tuple[Callable[[_F], _F], ...], command: _F) -> _F:

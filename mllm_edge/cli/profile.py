@@ -17,6 +17,7 @@ from mllm_edge.errors import MllmEdgeError
 
 if TYPE_CHECKING:
     from mllm_edge.runtime.profiling.measure import Profile
+    from mllm_edge.runtime.threads import Spin
 
 __all__ = ["command", "diff"]
 
@@ -81,6 +82,8 @@ def command(
     power: bool,
     speculation: int,
     threads: int | None,
+    spin: "Spin",
+    affinity: str | None,
     max_context: int | None,
     backend: str,
     json_file: str | None,
@@ -123,6 +126,8 @@ def command(
             warmup=warmup,
             iterations=iterations,
             threads=threads,
+            spin=spin,
+            affinity=affinity,
             speculation=speculation,
             max_context=max_context,
             backend=backend,

@@ -5,11 +5,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mllm_edge.cli.options import json_option, runtime_options, sampling_options, speculation_option
+from mllm_edge.cli.options import (
+    context_cut,
+    json_option,
+    runtime_options,
+    sampling_options,
+    speculation_option,
+    without_effect,
+)
 from mllm_edge.cli.output import milliseconds, note, print_json, write_answer
-from mllm_edge.errors import MllmEdgeError
 
 if TYPE_CHECKING:
+    from mllm_edge.runtime.threads import Spin
     from mllm_edge.runtime.vlm import VLM, Result
 
 __all__ = ["command"]
@@ -34,6 +41,8 @@ def command(
     system: str | None,
     raw: bool,
     threads: int | None,
+    spin: "Spin",
+    affinity: str | None,
     max_context: int | None,
     backend: str,
     verify: bool,
@@ -49,16 +58,30 @@ def command(
         raise click.UsageError("--system and --raw exclude each other: a raw prompt holds its system message itself")
     sources, text = _inputs(images, prompt)
     messages = text if system is None else _conversation(system, text, len(sources))
+    from mllm_edge.runtime.trace import Trace
     from mllm_edge.runtime.vlm import VLM
 
-    loading = {"backend": backend, "threads": threads, "max_context": max_context, "verify": verify}
-    with VLM.load(bundle, notice=note, **loading) as vlm:  # type: ignore[arg-type]
+    setting: dict[str, Any] = {
+        "threads": threads,
+        "spin": spin,
+        "affinity": affinity,
+        "max_context": max_context,
+        "verify": verify,
+    }
+    unused, loading = without_effect(options), Trace()
+    if unused:
+        note(unused)
+    with VLM.load(bundle, backend=backend, notice=note, trace=loading, **setting) as vlm:
+        if context_cut(vlm, max_context):
+            note(context_cut(vlm, max_context))
         result = _answer(vlm, messages, sources, show=not as_json, raw=raw, **options)
+    load = sum(span.seconds for span in loading.spans)
     if as_json:
-        ids, metrics = list(result.token_ids), result.metrics.as_dict()
-        print_json({"text": result.text, "token_ids": ids, "finish_reason": result.finish_reason, "metrics": metrics})
+        metrics = {**result.metrics.as_dict(), "load": load}
+        about = {"token_ids": list(result.token_ids), "finish_reason": result.finish_reason}
+        print_json({"text": result.text, **about, "metrics": metrics})
     elif not quiet:
-        note(_latencies(result))
+        note(f"load {milliseconds(load)} ms\n{_latencies(result)}")
 
 
 def _inputs(images: tuple[str, ...], prompt: str) -> tuple[list[str | bytes], str]:
@@ -89,16 +112,10 @@ def _conversation(system: str, text: str, images: int) -> list[dict[str, Any]]:
 
 def _answer(vlm: "VLM", messages: Any, images: list[str | bytes], show: bool, **options: Any) -> "Result":
     """Run, and write the pieces as they come when `show`."""
-    try:
-        chunks = vlm.stream(messages, images, **options)
-    except MllmEdgeError:
-        raise
-    except ValueError as e:  # an option out of range
-        raise click.UsageError(str(e)) from e
     result, begun = None, False
-    for chunk in chunks:
+    for chunk in vlm.stream(messages, images, **options):
         if show:
-            # Many models begin with the space that parts their answer from the prompt; a reader has no use for it.
+            # A raw prompt's answer begins with the space that parts the two; a reader has no use for it.
             text = chunk.text if begun else chunk.text.lstrip()
             write_answer(text)
             begun = begun or bool(text)

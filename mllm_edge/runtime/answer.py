@@ -26,7 +26,8 @@ _CAPACITY_STEP = 256
 
 @dataclass(frozen=True)
 class Result:
-    """A finished answer. `token_ids` are the tokens produced, without the stop token.
+    """A finished answer. `token_ids` are the tokens produced, without the stop token; `text` is theirs, without the
+    whitespace it begins with (unless the prompt was raw).
 
     `finish_reason`: stop (the model ended), stop_string, or length (max_new_tokens or the context is used up).
     """
@@ -64,22 +65,24 @@ class Pace:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """The first piece was asked for; the body waits for the calls of others."""
+        self.take_back()
         begin = time.perf_counter()
-        self.consumer = begin - self._handed_out
         yield
         self.waited = time.perf_counter() - begin
 
-    @contextmanager
-    def away(self) -> Iterator[None]:
-        """The body hands a piece to the consumer."""
-        begin = time.perf_counter()
-        yield
-        self.consumer += time.perf_counter() - begin
+    def hand_out(self) -> None:
+        """The consumer gets a piece."""
+        self._handed_out = time.perf_counter()
+
+    def take_back(self) -> None:
+        """It asks for the next."""
+        self.consumer += time.perf_counter() - self._handed_out
 
 
 @dataclass(frozen=True)
 class Call:
-    """What is asked: the prompt, how tokens are chosen, and what ends the answer."""
+    """What is asked: the prompt, how tokens are chosen, and what ends the answer. `raw`: the answer goes on with the
+    prompt's own text, so that the whitespace between the two belongs to it."""
 
     prompt: Prompt
     sampler: Sampler
@@ -88,6 +91,7 @@ class Call:
     max_new_tokens: int
     trace: Trace
     guesser: PromptLookup | None
+    raw: bool = False
     pace: Pace = field(default_factory=Pace)
 
 
@@ -109,12 +113,13 @@ def answer(
     ids: list[int] = []
     times: list[float] = []
     texts: list[str] = []
+    begun = str if call.raw else _Begun()
     setting = (call.sampler, call.stop_ids, most, trace)
     for token in generate(decoder, embed, embeds, *setting, positions=prompt.positions, guesser=call.guesser):
         times.append(call.pace.now())
         with trace.span("detokenize"):
             ids.append(token)
-            texts.append(stops.push(text.push(token)))
+            texts.append(begun(stops.push(text.push(token))))
             chunk = Chunk(texts[-1], (token,))
         if stops.matched is not None:
             tail = texts[-1]
@@ -122,13 +127,26 @@ def answer(
         yield chunk if chunk.text else None
     else:
         with trace.span("detokenize"):
-            tail = stops.push(text.flush()) + stops.flush()
+            tail = begun(stops.push(text.flush()) + stops.flush())
         texts.append(tail)
     reason: FinishReason = "length" if len(ids) == most else "stop"
     if stops.matched is not None:
         reason = "stop_string"
     metrics = _metrics(call, tiles, times, cache.nbytes)
     yield Chunk(tail, (), Result("".join(texts), tuple(ids), reason, metrics))
+
+
+class _Begun:
+    """The pieces of a text without the whitespace it begins with, which parts an answer from the prompt: a tokenizer's
+    first word brings a blank along, and many models begin with a new line."""
+
+    def __init__(self) -> None:
+        self._begun = False
+
+    def __call__(self, piece: str) -> str:
+        piece = piece if self._begun else piece.lstrip()
+        self._begun = self._begun or bool(piece)
+        return piece
 
 
 def _metrics(call: Call, tiles: int, times: Sequence[float], kv_cache_bytes: int) -> Metrics:

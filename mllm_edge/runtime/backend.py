@@ -8,6 +8,7 @@ import numpy as np
 
 from mllm_edge.bundle import Bundle
 from mllm_edge.errors import BackendError
+from mllm_edge.runtime.threads import Threads
 from mllm_edge.spec import Variant
 
 __all__ = ["BACKENDS", "TENSORRT", "Backend", "Buffer", "Session", "open_backend"]
@@ -73,7 +74,7 @@ class Backend(Protocol):
 
 def open_backend(
     name: str = "auto",
-    threads: int | None = None,
+    threads: int | Threads | None = None,
     target: str = "cpu",
     *,
     bundle: Bundle | None = None,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from mllm_edge.bundle import Bundle
 from mllm_edge.errors import BackendError
 from mllm_edge.runtime.backend import Backend, Session, open_backend
+from mllm_edge.runtime.threads import Threads
 from mllm_edge.spec import Variant
 
 __all__ = ["Opened", "open_component"]
@@ -21,7 +22,7 @@ class Opened:
 
 
 def open_component(
-    bundle: Bundle, name: str, backend: Backend, threads: int | None, notice: Callable[[str], None]
+    bundle: Bundle, name: str, backend: Backend, threads: int | Threads | None, notice: Callable[[str], None]
 ) -> Opened:
     """Open a component. When the backend refuses it, the processor takes it and `notice` is told why.
 

@@ -3,13 +3,17 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mllm_edge.bundle import CHAT_TEMPLATE
 from mllm_edge.errors import PromptError
 from mllm_edge.files import write_whole
-from mllm_edge.runtime.image import load_image
+from mllm_edge.runtime.image import image_path, load_image
+from mllm_edge.runtime.options import Options
 from mllm_edge.runtime.vlm import VLM, Chunk
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["Conversation"]
 
@@ -45,7 +49,7 @@ class Conversation:
         """Add an image to the next message; raises ImageError."""
         self._waiting.append(_image(path))
 
-    def ask(self, text: str, **options: Any) -> Iterator[Chunk]:
+    def ask(self, text: str, **options: "Unpack[Options]") -> Iterator[Chunk]:
         """Answer `text` piece by piece; options and errors are those of `VLM.stream`.
 
         After an error, or when nothing was said yet, conversation and waiting images are as before. An answer that is
@@ -89,7 +93,7 @@ class Conversation:
 
 
 def _image(path: str) -> dict[str, Any]:
-    return {"type": "image", "image": load_image(path), "path": str(Path(path).absolute())}
+    return {"type": "image", "image": load_image(path), "path": str(image_path(path).absolute())}
 
 
 def _entries(message: dict[str, Any]) -> list[dict[str, Any]]:

@@ -6,10 +6,14 @@ import base64
 import binascii
 import io
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
+from urllib.parse import unquote, urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 from PIL import Image
@@ -17,12 +21,22 @@ from PIL import Image
 from mllm_edge.errors import ImageError
 from mllm_edge.runtime.foreign import pass_on
 
-__all__ = ["ImageSource", "load_image"]
+__all__ = ["BGR", "ImageSource", "image_path", "load_image"]
 
-ImageSource = str | os.PathLike | bytes | bytearray | memoryview | Image.Image | np.ndarray | IO[bytes]
+
+@dataclass(frozen=True, eq=False)
+class BGR:
+    """An array [H, W, 3] in BGR order, or [H, W, 4] in BGRA order, as OpenCV gives frames; elsewhere like an array."""
+
+    array: np.ndarray
+
+
+ImageSource = str | os.PathLike | bytes | bytearray | memoryview | Image.Image | np.ndarray | BGR | IO[bytes]
 
 # Modules of Pillow and of its plugins (pillow_heif, pillow_avif, …).
 _PILLOW = ("PIL", "pillow")
+_SCHEME = re.compile(r"(data|file):|([A-Za-z][A-Za-z0-9+.-]+)://", re.I)
+_URL_SAFE = str.maketrans("-_", "+/")
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -38,8 +52,9 @@ _UPRIGHT = {
 def load_image(source: ImageSource) -> Image.Image:
     """Decode `source` into a PIL image of mode RGB, 8 bits per channel, upright.
 
-    `source` is a path, a `data:` URI, the bytes of an image file, a binary file object, a PIL image, or a numpy array
-    [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] in RGB order. OpenCV frames are BGR: pass `frame[..., ::-1]`.
+    `source` is a path (`~` is the home folder), a `file:` URL, a base64 `data:` URI (line breaks and the URL-safe
+    alphabet are fine), the bytes of an image file, a binary file object, a PIL image, or a numpy array [H, W],
+    [H, W, 1], [H, W, 3] or [H, W, 4] in RGB order. OpenCV frames are BGR: pass `BGR(frame)`.
 
     - The EXIF orientation is applied; of an animation the first frame is taken.
     - Transparency (LA, RGBA, palette or colour key) is composited over white.
@@ -49,13 +64,15 @@ def load_image(source: ImageSource) -> Image.Image:
     Raises ImageError for anything that is missing, truncated, not an image, too large to decode safely (Pillow's
     decompression-bomb limit), empty, or of a type, shape or value range that is not listed here.
     """
+    if isinstance(source, BGR):
+        return _from_array(_rgb(source.array))
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, Image.Image):
         return _from_pil(source, f"PIL image ({source.mode}, {source.width}×{source.height})")
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _from_file(io.BytesIO(source), f"image bytes ({len(source)} bytes)")
-    if isinstance(source, str) and source.startswith("data:"):
+    if isinstance(source, str) and _scheme(source) == "data":
         data = _data_uri_bytes(source)
         return _from_file(io.BytesIO(data), f"data URI ({len(data)} bytes)")
     if isinstance(source, (str, os.PathLike)):
@@ -68,10 +85,41 @@ def load_image(source: ImageSource) -> Image.Image:
     )
 
 
-def _from_path(source: str | os.PathLike) -> Image.Image:
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
+def image_path(source: str | os.PathLike) -> Path:
+    """The file that a path or a `file:` URL names; `~` is the home folder, unless there is such a file.
+
+    Raises ImageError for a URL of another kind or another machine.
+    """
+    scheme = _scheme(source) if isinstance(source, str) else ""
+    if scheme in ("http", "https", "ftp", "s3", "gs"):
         raise ImageError(f"{source}: images are not downloaded", "download it first and pass the path or the bytes")
+    if scheme == "file":
+        url = urlsplit(str(source))
+        if url.netloc not in ("", "localhost"):
+            raise ImageError(f"{source}: the file is on another machine", "write file:///PATH, or pass the path")
+        return Path(url2pathname(url.path))
     path = Path(source)
+    try:
+        return path if not str(path).startswith("~") or path.exists() else path.expanduser()
+    except (RuntimeError, ValueError, OSError) as error:  # nobody's home; a NUL in the path
+        pass_on(error)
+        return path
+
+
+def _scheme(text: str) -> str:
+    match = _SCHEME.match(text)
+    return (match[1] or match[2]).lower() if match else ""
+
+
+def _rgb(array: np.ndarray) -> np.ndarray:
+    if not isinstance(array, np.ndarray) or array.ndim != 3 or array.shape[2] not in (3, 4):
+        what = f"of shape {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise ImageError(f"BGR({what}) has no three or four channels", "pass BGR an array [H, W, 3] or [H, W, 4]")
+    return array[..., [2, 1, 0, 3][: array.shape[2]]]
+
+
+def _from_path(source: str | os.PathLike) -> Image.Image:
+    path = image_path(source)
     try:
         file = path.open("rb")
     except FileNotFoundError as error:
@@ -202,8 +250,9 @@ def _float_to_8(array: np.ndarray, name: str) -> np.ndarray:
 def _data_uri_bytes(uri: str) -> bytes:
     header, _, payload = uri.partition(",")
     try:
-        if not header.endswith(";base64"):
+        if not header.lower().endswith(";base64"):
             raise ValueError("only base64 data URIs are read")
-        return base64.b64decode(payload, validate=True)
+        text = "".join(unquote(payload).split()).translate(_URL_SAFE)
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
         raise ImageError(f"data URI {header[:40]!r}: {error}", "pass data:image/png;base64,<data>") from error

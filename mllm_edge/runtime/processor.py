@@ -13,7 +13,7 @@ from PIL import Image
 
 from mllm_edge.errors import BundleError, ImageError, PromptError
 from mllm_edge.runtime.grids import grid_positions
-from mllm_edge.runtime.image import ImageSource, load_image
+from mllm_edge.runtime.image import BGR, ImageSource, load_image
 from mllm_edge.runtime.prompt.control_tokens import ControlTokens, Piece, encode_pieces
 from mllm_edge.runtime.tokenizer import ChatTemplate, Tokenizer
 from mllm_edge.runtime.transforms import ProcessedImage, apply_transforms, tile_grid
@@ -324,7 +324,9 @@ def _as_sources(images: Any) -> list[ImageSource]:
     """`images` as a list: one image alone is not a sequence of images, even where Python could iterate over it."""
     if images is None:
         return []
-    if isinstance(images, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)) or hasattr(images, "read"):
+    if isinstance(images, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, BGR)) or hasattr(
+        images, "read"
+    ):
         return [images]
     if isinstance(images, np.ndarray) and images.ndim < 4:
         return [images]
@@ -339,7 +341,10 @@ def _inline_image(entry: Mapping[str, Any]) -> ImageSource | None:
     key = next((key for key in _PAYLOADS if entry.get(key) is not None), None)
     if key is None:
         return None
-    return f"data:;base64,{entry[key]}" if key == "base64" else entry[key]
+    if key != "base64":
+        return entry[key]
+    data = entry[key]
+    return f"data:;base64,{data.decode('ascii', 'replace') if isinstance(data, (bytes, bytearray)) else data}"
 
 
 def _merge(inline: list[ImageSource | None], given: list[ImageSource]) -> list[ImageSource]:

@@ -21,11 +21,12 @@ import numpy as np
 from mllm_edge.bundle import Bundle
 from mllm_edge.files import write_whole
 from mllm_edge.runtime.backends.onnxruntime_cpu import import_onnxruntime
-from mllm_edge.runtime.device import physical_cores, processor_name
+from mllm_edge.runtime.device import processor_name
 from mllm_edge.runtime.generate import PREFILL_CHUNK
 from mllm_edge.runtime.graph_cost import GraphCost, graph_cost, read_graph
 from mllm_edge.runtime.grids import TILES_PER_RUN
 from mllm_edge.runtime.protobuf import encode_bytes, encode_number
+from mllm_edge.runtime.threads import Threads
 from mllm_edge.spec import Variant
 
 __all__ = ["MachineLimits", "StageRoof", "Workload", "limits_file", "machine_limits", "product_graph", "roofline"]
@@ -92,7 +93,7 @@ def machine_limits(threads: int | None = None, cache: Path | None = None) -> Mac
     """The processor's limits with so many threads (default: physical cores): measured in 2 s, or as kept in `cache`
     (default: `limits_file()`; a folder that cannot be written to is no error). Raises BackendError without ONNX
     Runtime."""
-    ort, threads = import_onnxruntime('pip install "mllm-edge[cpu]"'), threads or physical_cores()
+    ort, threads = import_onnxruntime('pip install "mllm-edge[cpu]"'), Threads.of(threads).count
     place = cache or limits_file()
     key = ", ".join((processor_name(), platform.machine(), f"onnxruntime {ort.__version__}", f"{threads} threads"))
     kept = _kept(place)

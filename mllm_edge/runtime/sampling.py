@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ import numpy as np
 from mllm_edge.errors import BundleError
 from mllm_edge.runtime.best import Best
 from mllm_edge.runtime.decode.token_rules import TokenRules
+from mllm_edge.runtime.numbers import LARGEST, number, whole
 
 __all__ = ["Sampler", "SamplingParams"]
 
@@ -22,7 +22,7 @@ class SamplingParams:
     `temperature` 0 is greedy. `top_k` keeps the k best (0: all), `top_p` the smallest set with that probability,
     `min_p` tokens with at least that fraction of the best one's probability. `repetition_penalty` (1: none) applies to
     tokens of the prompt and the answer; `frequency_penalty` per occurrence and `presence_penalty` once, to the answer
-    only. The same `seed` gives the same tokens. Raises ValueError naming the field.
+    only. The same `seed` gives the same tokens. Raises OptionError naming the field.
     """
 
     temperature: float = 0.0
@@ -35,20 +35,20 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, self.temperature >= 0, "a number ≥ 0")
-        _check("top_k", self.top_k, isinstance(self.top_k, (int, np.integer)) and self.top_k >= 0, "an integer ≥ 0")
-        _check("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
-        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]")
-        _check("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "a number > 0")
-        _check("frequency_penalty", self.frequency_penalty, True, "a number")
-        _check("presence_penalty", self.presence_penalty, True, "a number")
+        self._hold(temperature=number("temperature", self.temperature, 0))
+        self._hold(top_k=whole("top_k", self.top_k, 0))
+        self._hold(top_p=number("top_p", self.top_p, 0, 1, above=True))
+        self._hold(min_p=number("min_p", self.min_p, 0, 1))
+        self._hold(repetition_penalty=number("repetition_penalty", self.repetition_penalty, 0, above=True))
+        self._hold(frequency_penalty=number("frequency_penalty", self.frequency_penalty, -LARGEST))
+        self._hold(presence_penalty=number("presence_penalty", self.presence_penalty, -LARGEST))
         if self.seed is not None:
-            _check("seed", self.seed, isinstance(self.seed, (int, np.integer)) and self.seed >= 0, "an integer ≥ 0")
+            self._hold(seed=whole("seed", self.seed, 0))
 
-
-def _check(field: str, value: float, ok: bool, rule: str) -> None:
-    if not ok or not math.isfinite(value):
-        raise ValueError(f"{field} must be {rule}, not {value!r}")
+    def _hold(self, **values: float) -> None:
+        """Python's own numbers: numpy's may be too narrow to be reckoned with."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
 
 class Sampler:

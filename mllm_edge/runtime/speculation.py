@@ -11,6 +11,8 @@ from typing import Protocol
 
 import numpy as np
 
+from mllm_edge.runtime.numbers import whole
+
 __all__ = ["MOST_GUESSED", "MOST_ROWS", "Guesser", "PromptLookup", "check_speculation"]
 
 # Rows of a step that checks guesses: the last token's, and one for each guessed token.
@@ -95,6 +97,5 @@ class PromptLookup:
 
 
 def check_speculation(count: int) -> None:
-    """Raise ValueError unless so many tokens can be guessed at once."""
-    if not isinstance(count, (int, np.integer)) or not 0 <= count <= MOST_GUESSED:
-        raise ValueError(f"speculation must be a whole number from 0 to {MOST_GUESSED}, not {count!r}")
+    """Raise OptionError unless so many tokens can be guessed at once."""
+    whole("speculation", count, 0, MOST_GUESSED)

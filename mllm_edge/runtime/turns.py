@@ -87,18 +87,42 @@ class Turns:
 
     @contextmanager
     def working(self, turn: Turn | None = None) -> Iterator[None]:
-        """The body may enter native code, with a turn or as work that needs none.
+        """`enter` and `leave` around the body."""
+        turn = turn or Turn()
+        try:
+            self.enter(turn)
+            yield
+        finally:
+            self.leave(turn)
 
-        Raises ClosedError, or GivenUpError where the turn was lost to a later call of its thread.
+    def enter(self, turn: Turn) -> None:
+        """From here to `leave`, native code may be entered, with a turn that was taken or as work that needs none.
+
+        Raises ClosedError, or GivenUpError where the turn was lost to a later call of its thread; `leave` is due then,
+        too.
         """
-        with native.section(), self._section(turn):
-            self.check()  # inside: from here on nothing is freed
-            if turn is not None and turn.given_up:
+        native.enter()
+        with self._lock:
+            turn.thread = threading.get_ident()
+            turn.depth += 1
+            self._inside.enter()
+            if self._closed:  # looked at inside: from here on nothing is freed
+                raise _closed()
+            if turn.given_up:
                 raise GivenUpError(
                     "this answer was given up: another call began in the thread that took its pieces",
                     "finish one answer before you ask for the next, or load a second VLM",
                 )
-            yield
+
+    def leave(self, turn: Turn) -> None:
+        """The end of what `enter` began; nothing happens without it."""
+        if turn.depth:
+            with self._lock:
+                turn.depth -= 1
+                self._inside.leave()
+                if self._closed:
+                    self._free_if_idle()
+            native.leave()
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -142,21 +166,6 @@ class Turns:
         if first is not None:
             _open(first)
 
-    @contextmanager
-    def _section(self, turn: Turn | None) -> Iterator[None]:
-        with self._lock:
-            if turn is not None:
-                turn.thread = threading.get_ident()
-                turn.depth += 1
-        try:
-            with self._inside.section():
-                yield
-        finally:
-            with self._lock:
-                if turn is not None:
-                    turn.depth -= 1
-                self._free_if_idle()
-
     def _free_if_idle(self) -> None:
         if self._closed and not self._inside:
             free, self._free = self._free, lambda: None
@@ -167,34 +176,30 @@ class _Inside:
     """The threads that are inside some kind of work."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
         self._threads: list[int] = []
         self._gates: list[threading.Lock] = []
 
     def __bool__(self) -> bool:
         return bool(self._threads)
 
-    @contextmanager
-    def section(self) -> Iterator[None]:
-        """The body is such work."""
-        me = threading.get_ident()
-        self._threads.append(me)
-        try:
-            yield
-        finally:
-            self._threads.remove(me)
-            with self._lock:
-                while self._gates:
-                    self._gates.pop().release()
+    def enter(self) -> None:
+        """This thread begins such work."""
+        self._threads.append(threading.get_ident())
+
+    def leave(self) -> None:
+        """It ends the work that it began last."""
+        self._threads.remove(threading.get_ident())
+        while self._gates:
+            with suppress(IndexError):  # another thread was faster
+                self._gates.pop().release()
 
     def wait_for_others(self, seconds: float = -1) -> None:
         """Until no other thread is inside, or for so long each time that one leaves."""
         while True:
-            with self._lock:
-                if all(thread == threading.get_ident() for thread in list(self._threads)):
-                    return
-                gate = _gate()
-                self._gates.append(gate)
+            gate = _gate()
+            self._gates.append(gate)  # before the look at who is inside: who leaves looks at the gates last
+            if all(thread == threading.get_ident() for thread in list(self._threads)):
+                return
             if not gate.acquire(timeout=seconds):
                 return
 
@@ -208,13 +213,20 @@ class _Native(_Inside):
         super().__init__()
         self._leaving = False
 
+    def enter(self) -> None:
+        super().enter()
+        if self._leaving and threading.current_thread() is not threading.main_thread():
+            self.leave()
+            _gate().acquire()  # the interpreter is about to end: this thread waits for that
+
     @contextmanager
     def section(self) -> Iterator[None]:
-        with super().section():
-            if not self._leaving or threading.current_thread() is threading.main_thread():
-                yield
-                return
-        _gate().acquire()  # the interpreter is about to end: this thread waits for that
+        """`enter` and `leave` around the body."""
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
 
     def watch(self) -> None:
         """Make this the first thing to happen at exit: before the engines imported so far clean up."""

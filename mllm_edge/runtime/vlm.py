@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mllm_edge.bundle import CHAT_TEMPLATE, Bundle
-from mllm_edge.errors import BackendError, ClosedError, ContextError, PromptError
+from mllm_edge.errors import BackendError, ClosedError, ContextError, OptionError, PromptError
 from mllm_edge.runtime.answer import Call, Chunk, Result, answer
 from mllm_edge.runtime.arrays import in_cuda_memory, on_host
 from mllm_edge.runtime.backend import Backend, open_backend
@@ -20,12 +21,19 @@ from mllm_edge.runtime.decoder import Decoder
 from mllm_edge.runtime.generate import Embedder
 from mllm_edge.runtime.grids import TILES_PER_RUN, encoder_feeds
 from mllm_edge.runtime.image import ImageSource
+from mllm_edge.runtime.log import logger
+from mllm_edge.runtime.numbers import whole
+from mllm_edge.runtime.options import Options
 from mllm_edge.runtime.processor import Messages, Processor, Prompt
 from mllm_edge.runtime.sampling import Sampler, SamplingParams
 from mllm_edge.runtime.speculation import PromptLookup, check_speculation
+from mllm_edge.runtime.threads import Spin, Threads
 from mllm_edge.runtime.tokenizer import ChatTemplate, StopStrings, Tokenizer
 from mllm_edge.runtime.trace import Trace
 from mllm_edge.runtime.turns import Turn, Turns, native
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["VLM", "Chunk", "Result"]
 
@@ -44,7 +52,7 @@ class VLM:
         bundle: Bundle,
         backend: Backend,
         max_context: int | None = None,
-        threads: int | None = None,
+        threads: int | Threads | None = None,
         notice: Callable[[str], None] = warnings.warn,
     ):
         self.bundle, self.backend = bundle, backend
@@ -60,7 +68,8 @@ class VLM:
         self._sessions = {name: component.session for name, component in opened.items()}
         self._engine_context = self._sessions["decoder"].limits.get("capacity", self.spec.context_length)
         longest = min(self._engine_context, self.spec.context_length)
-        self.context_length = min(max_context or longest, longest)
+        wanted = longest if max_context is None else whole("max_context", max_context, 1)
+        self.context_length = min(wanted, longest)
         limits = [session.limits.get("tiles", TILES_PER_RUN) for session in self._sessions.values()]
         self._tiles_per_run = min(TILES_PER_RUN, *limits)
         table = bundle.array(self.spec.positions.table) if self.spec.positions.table else None
@@ -78,6 +87,8 @@ class VLM:
         *,
         backend: str = "auto",
         threads: int | None = None,
+        spin: Spin = "auto",
+        affinity: str | Iterable[int] | None = None,
         max_context: int | None = None,
         verify: bool = False,
         notice: Callable[[str], None] = warnings.warn,
@@ -86,14 +97,20 @@ class VLM:
         """Open the bundle in directory `path`.
 
         `backend`: auto, cpu, cuda, tensorrt or tensorrt-10.3; auto takes the GPU where the bundle and this machine are
-        made for it. `threads`: inside one operator, default physical cores. `max_context`: a lower bound on memory than
-        the model's own context length. `verify`: compare every file with its SHA-256 first; without, what is read is
-        compared with faster checksums. `notice` is told when engines have to be built first, and when a component runs
-        on the processor because the GPU's engine refuses it. `trace` gets the spans backend (the engine is chosen and
-        imported) and open. Raises BundleError, BackendError.
+        made for it. `threads`: inside one operator, default physical cores. `spin`: whether the threads stay awake
+        between two steps (auto: for a moment, so that they are asleep behind an answer's last one; on: for long; off:
+        never). `affinity`: the numbers of the processors that they run on, such as "4-7" or [4, 5, 6, 7]; the thread
+        that calls works too, and stays where it is. These three are for work on the processor. `max_context`: a lower
+        bound on memory than the model's own context length. `verify`: compare every file with its SHA-256 first;
+        without, what is read is compared with faster checksums.
+
+        `notice` is told when engines have to be built first, and when a component runs on the processor because
+        the GPU's engine refuses it. `trace` gets the spans backend (the engine is chosen and imported) and
+        open. Raises BundleError, BackendError, OptionError.
         """
-        if max_context is not None and max_context < 1:
-            raise ValueError(f"max_context must be positive, not {max_context}")
+        if max_context is not None:
+            max_context = whole("max_context", max_context, 1)
+        chosen_threads = Threads.of(threads, spin, affinity)
         bundle = Bundle.load(path)
         if verify:
             bundle.verify()
@@ -101,9 +118,11 @@ class VLM:
         trace = trace or Trace()
         with native.section():
             with trace.span("backend"):
-                chosen = open_backend(backend, threads, bundle=bundle, max_seq=max_seq, notice=notice)
+                chosen = open_backend(backend, chosen_threads, bundle=bundle, max_seq=max_seq, notice=notice)
             with trace.span("open"):
-                return cls(bundle, chosen, max_context, threads, notice)
+                vlm = cls(bundle, chosen, max_context, chosen_threads, notice)
+        logger.info("%r opened in %.2f s", vlm, trace.seconds("backend") + trace.seconds("open"))
+        return vlm
 
     def __repr__(self) -> str:
         what, runs = f"{str(self.bundle.path)!r}, {self.spec.model_type}", self.backend.name
@@ -134,7 +153,9 @@ class VLM:
         self.embed.close()
         self._decoder = None
 
-    def generate(self, prompt: Messages, images: ImageSource | Iterable[ImageSource] = (), **options: Any) -> Result:
+    def generate(
+        self, prompt: Messages, images: ImageSource | Iterable[ImageSource] = (), **options: Unpack[Options]
+    ) -> Result:
         """The whole answer at once; options as in `stream`."""
         result = None
         for chunk in self.stream(prompt, images, **options):
@@ -174,33 +195,32 @@ class VLM:
         decides, which may differ with the width of a step. `trace` gets the call's spans; it must be new. `wait` False:
         raise BusyError where another call has its turn.
 
-        Raises PromptError, ImageError, ContextError (too many tokens), ValueError (an option out of range),
+        Raises PromptError, ImageError, ContextError (too many tokens), OptionError,
         BackendError (speculation is more than the decoder's engine was built for), ClosedError; while the pieces come
         also GivenUpError (this thread has begun another call).
         """
         self._turns.check(wait)
         with self._turns.working():
             self._check_speculation(speculation)
-            if max_new_tokens < 1:
-                raise ValueError(f"max_new_tokens must be positive, not {max_new_tokens}")
+            max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
             trace = trace or Trace()
             params = SamplingParams(
                 temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty, presence_penalty, seed
             )
-            stops = StopStrings([stop] if isinstance(stop, str) else stop)
+            stops = _stops(stop)
             with trace.span("preprocess"):
                 processed = self._process(prompt, images, raw)
                 ids, places = processed.token_ids, processed.image_positions
                 guesser = PromptLookup(ids, speculation, places) if speculation else None
             most = min(max_new_tokens, self._room(processed))
             stop_ids = frozenset() if ignore_eos else self.stop_ids
-            call = Call(processed, Sampler(params, ids), stop_ids, stops, most, trace, guesser)
+            call = Call(processed, Sampler(params, ids), stop_ids, stops, most, trace, guesser, raw)
         return self._in_turn(call, wait)
 
     def count_tokens(self, prompt: Messages, image_sizes: Sequence[tuple[int, int]] = ()) -> int:
         """Prompt tokens, image tokens included, for images of these (height, width); nothing is run."""
         with self._turns.working():
-            return self.processor.count_tokens(prompt, image_sizes)
+            return self.processor.count_tokens(prompt, [_size(size) for size in image_sizes])
 
     def component(self, name: str, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Run one component by itself (all but the decoder), its inputs cast to the graph's types.
@@ -299,15 +319,20 @@ class VLM:
                 self._turns.take(turn, wait)
             finished = False
             while not finished:
-                with self._turns.working(turn):
+                try:
+                    self._turns.enter(turn)
                     piece = next(pieces)
+                finally:
+                    self._turns.leave(turn)
                 if piece is None:
                     continue
                 finished = piece.result is not None
                 if finished:
                     self._turns.release(turn)
-                with call.pace.away():
-                    yield piece
+                    _log(piece.result)
+                call.pace.hand_out()
+                yield piece
+                call.pace.take_back()
         finally:
             self._turns.release(turn)
             with native.section():
@@ -330,6 +355,29 @@ class VLM:
         if prompt.pixel_values is None or self.spec.image is None:
             return 0
         return len(prompt.pixel_values) if self.spec.image.cells is None else len(prompt.image_grids)
+
+
+def _log(result: Result | None) -> None:
+    if result is not None and logger.isEnabledFor(logging.DEBUG):
+        m = result.metrics
+        about = f"{m.prompt_tokens} prompt tokens, {m.new_tokens} new, ended by {result.finish_reason}"
+        logger.debug("%s: TTFT %.1f ms, %.1f tok/s", about, 1000 * m.ttft, m.tokens_per_second)
+
+
+def _size(size: Any) -> tuple[int, int]:
+    try:
+        height, width = size
+    except (TypeError, ValueError):
+        raise OptionError(f"an image size is (height, width), not {size!r:.60}", "give two numbers of px") from None
+    return whole("the height of an image size", height, 1), whole("the width of an image size", width, 1)
+
+
+def _stops(stop: Any) -> StopStrings:
+    try:
+        return StopStrings([stop] if isinstance(stop, str) else stop)
+    except (TypeError, ValueError) as error:
+        what = str(error) if isinstance(error, ValueError) else f"stop: {stop!r:.60} is no list of strings"
+        raise OptionError(what, "give stop as a string, or several in a list") from error
 
 
 def _call(function: Callable[[], None] | None) -> None:

@@ -46,6 +46,39 @@ def test_json(cli: Cli, tiny_bundle: Path, image_file: Path, expected: str) -> N
     assert data["finish_reason"] == "length"
     assert data["metrics"]["image_tokens"] > 0
     assert result.stderr == ""
+    assert data["metrics"]["load"] > 0
+
+
+def test_the_load_is_told(cli: Cli, tiny_bundle: Path) -> None:
+    assert re.match(r"load \d+(\.\d+)? ms\nTTFT ", cli("run", tiny_bundle, "Hi", "-n", "2").stderr)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--top-p", "0.5"], "--top-p does nothing at --temperature 0"),
+        (["--top-k", "5", "--seed", "0"], "--top-k and --seed do nothing at --temperature 0"),
+        (["--min-p", "0.1"], "--min-p does nothing"),
+        (["--max-context", "4096"], "--max-context 4096 is more than this bundle holds: 1024 tokens"),
+    ],
+)
+def test_options_without_effect_are_told(cli: Cli, tiny_bundle: Path, given: list[str], told: str) -> None:
+    for verb in (["run", tiny_bundle, "Hi"], ["chat", tiny_bundle]):
+        result = cli(*verb, *given, *SHORT, "--quiet", input="Hi\n")
+        assert result.exit_code == 0, result.stderr
+        notices = [line for line in result.stderr.splitlines() if not line.startswith("cut short")]
+        assert len(notices) == 1
+        assert notices[0].startswith(told)
+    if "--max-context" not in given:
+        assert cli("run", tiny_bundle, "Hi", *given, "--temperature", "1", *SHORT, "--quiet").stderr == ""
+
+
+def test_threads_where_and_how(cli: Cli, tiny_bundle: Path) -> None:
+    assert cli("run", tiny_bundle, "Hi", "--spin", "off", "--threads", "1", *SHORT, "--quiet").exit_code == 0
+    for given in (["--affinity", "x"], ["--spin", "never"], ["--threads", "100000"]):
+        result = cli("run", tiny_bundle, "Hi", *given)
+        assert result.exit_code == 2
+        assert given[0][2:] in result.stderr
 
 
 def test_speculation_says_the_same(cli: Cli, tiny_bundle: Path) -> None:

@@ -6,6 +6,7 @@ import io
 import struct
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image, ImageOps
 from transformers.image_utils import load_image as source_load_image
 
 from mllm_edge.errors import ImageError
-from mllm_edge.runtime.image import load_image
+from mllm_edge.runtime.image import BGR, load_image
 
 from .reference import image_processor, picture
 
@@ -278,3 +279,73 @@ def test_decompression_bomb():
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
     with pytest.raises(ImageError, match="too large"):
         load_image(bomb)
+
+
+# ---------------------------------------------------------------- other ways to name an image
+def test_bgr_frames(tiny_bundle):
+    import mllm_edge
+
+    rgb = np.asarray(picture(5, 7))
+    alpha = np.concatenate([rgb, np.full((5, 7, 1), 90, np.uint8)], 2)
+    np.testing.assert_array_equal(pixels(mllm_edge.BGR(rgb[..., ::-1])), rgb)
+    np.testing.assert_array_equal(pixels(BGR(alpha[..., [2, 1, 0, 3]])), pixels(alpha))
+    np.testing.assert_array_equal(pixels(BGR(rgb[..., ::-1] / np.float32(255))), rgb)
+    with mllm_edge.VLM.load(tiny_bundle) as vlm:
+        frame = BGR(np.ascontiguousarray(rgb[..., ::-1]))
+        content = [{"type": "image", "image": frame}, {"type": "text", "text": "Hi"}]
+        found = [vlm.generate("Hi", images, max_new_tokens=4).token_ids for images in (rgb, frame, [frame])]
+        found.append(vlm.generate([{"role": "user", "content": content}], max_new_tokens=4).token_ids)
+    assert len(set(found)) == 1
+
+
+@pytest.mark.parametrize("array", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 1), np.uint8), "a.png", None, b"x"])
+def test_bgr_of_something_else(array):
+    with pytest.raises(ImageError, match="three or four channels"):
+        load_image(BGR(array))
+
+
+@pytest.mark.parametrize("header", ["data:image/png;base64,", "DATA:;BASE64,", "data:image/png;name=a;base64,"])
+@pytest.mark.parametrize("form", ["lines", "crlf", "indented", "url-safe", "unpadded", "percent"])
+def test_base64_of_many_kinds(header, form):
+    # Pixels whose base64 holds both characters that the alphabets differ in.
+    image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    data = encoded(image)
+    plain = base64.b64encode(data).decode()
+    assert "+" in plain
+    assert "/" in plain
+    text = {
+        "lines": base64.encodebytes(data).decode(),
+        "crlf": base64.encodebytes(data).decode().replace("\n", "\r\n"),
+        "indented": plain[:40] + "\n    " + plain[40:],
+        "url-safe": base64.urlsafe_b64encode(data).decode(),
+        "unpadded": plain.rstrip("="),
+        "percent": plain.replace("+", "%2B").replace("/", "%2F").replace("=", "%3D"),
+    }[form]
+    np.testing.assert_array_equal(pixels(header + text), np.asarray(image))
+
+
+@pytest.mark.parametrize("payload", ["a", "abcde", "ab%%", "ab=cd", "é"])
+def test_base64_that_is_none(payload):
+    with pytest.raises(ImageError, match="data URI"):
+        load_image(f"data:image/png;base64,{payload}")
+
+
+def test_home_and_file_urls(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    path = tmp_path / "a picture #1 ü.png"
+    picture(4, 4).save(path)
+    expected = np.asarray(picture(4, 4))
+    url = path.as_uri()
+    sources = ["~/a picture #1 ü.png", Path("~/a picture #1 ü.png"), url, url.replace("file://", "FILE://localhost")]
+    for source in [*sources, url.replace("file://", "file:")]:
+        np.testing.assert_array_equal(pixels(source), expected)
+    monkeypatch.chdir(tmp_path)
+    picture(3, 3).save(tmp_path / "~x.png")
+    assert pixels("~x.png").shape == (3, 3, 3)
+    with pytest.raises(ImageError, match=r"~nobody-of-this-name/a\.png: no such file"):
+        load_image("~nobody-of-this-name/a.png")
+    with pytest.raises(ImageError, match="another machine"):
+        load_image("file://elsewhere/a.png")
+    with pytest.raises(ImageError, match="not downloaded"):
+        load_image("HTTPS://example.org/a.png")

@@ -191,3 +191,55 @@ def test_threads_are_passed_on(tiny_bundle: Path) -> None:
     with VLM.load(tiny_bundle, threads=1) as vlm:
         assert vlm.backend.threads == 1  # type: ignore[attr-defined]
         assert vlm.generate("Hi.", max_new_tokens=2).token_ids
+
+
+@pytest.mark.parametrize("blanks", [" ", "\n", "  ", "\n\n ", ""])
+def test_text_begins_with_no_blank(vlm: VLM, blanks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = f"{blanks}3  red\n shapes "
+    ids = iter([*(vlm.tokenizer.encode(c)[-1] for c in text), 0])
+    monkeypatch.setattr("mllm_edge.runtime.sampling.Sampler.sample", lambda self, logits: next(ids))
+    chunks = list(vlm.stream("Hi", max_new_tokens=len(text)))
+    result = chunks[-1].result
+    assert result is not None
+    assert result.text == "".join(chunk.text for chunk in chunks) == "3  red\n shapes "
+    assert vlm.tokenizer.decode(result.token_ids) == text
+    ids = iter([vlm.tokenizer.encode(c)[-1] for c in text])
+    assert vlm.generate("Hi", raw=True, max_new_tokens=len(text)).text == text
+
+
+def test_only_blanks_are_an_empty_text(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = iter(vlm.tokenizer.encode(" \n "))
+    monkeypatch.setattr("mllm_edge.runtime.sampling.Sampler.sample", lambda self, logits: next(ids))
+    assert vlm.generate("Hi", max_new_tokens=3).text == ""
+
+
+def test_a_model_says_what_it_is(tiny_bundle: Path) -> None:
+    with VLM.load(tiny_bundle, threads=1, max_context=100) as vlm:
+        assert repr(vlm) == f"VLM('{tiny_bundle}', idefics3, cpu (1 threads), context 100)"
+    assert repr(vlm).endswith("context 100, closed)")
+
+
+def test_the_options_as_a_type_are_those_of_stream() -> None:
+    import inspect
+
+    from mllm_edge.runtime.options import Options
+
+    taken = {n: p for n, p in inspect.signature(VLM.stream).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    assert list(taken) == list(Options.__annotations__)
+    source = inspect.getsource(Options)
+    for name, parameter in taken.items():
+        assert f"    {name}: {parameter.annotation}\n" in source
+
+
+def test_loads_and_answers_are_logged(tiny_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("DEBUG", "mllm_edge"), VLM.load(tiny_bundle) as vlm:
+        vlm.generate("Hi", max_new_tokens=3)
+    assert [record.levelname for record in caplog.records] == ["INFO", "DEBUG"]
+    assert "opened in" in caplog.text
+    assert "3 new, ended by length: TTFT" in caplog.text
+
+
+def test_what_an_engine_writes_by_itself_is_not_shown(tiny_bundle: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with VLM.load(tiny_bundle) as vlm, pytest.raises(BackendError):
+        vlm.component("connector", {"vision_hidden": np.zeros((1, 1, 1), np.float32)})
+    assert capfd.readouterr().err == ""

@@ -9,9 +9,10 @@ import numpy as np
 
 from mllm_edge.errors import BackendError
 from mllm_edge.runtime.backends.installed import version_numbers
-from mllm_edge.runtime.device import physical_cores
 from mllm_edge.runtime.foreign import pass_on
 from mllm_edge.runtime.huge_pages import huge_pages
+from mllm_edge.runtime.log import logger
+from mllm_edge.runtime.threads import Threads
 from mllm_edge.spec import Variant
 
 __all__ = ["OnnxRuntimeCpu", "import_onnxruntime", "open_graph", "run_bound"]
@@ -20,7 +21,7 @@ _PROVIDER = "CPUExecutionProvider"
 
 
 class OnnxRuntimeCpu:
-    """Sessions share the process; `threads` (default: physical cores) work inside one operator.
+    """Sessions share the process; `threads` (default: as many as there are physical cores) work inside one operator.
 
     Another `target` than cpu runs the graphs made for it: right, but several times slower. It serves comparisons.
     `profiles`: a folder where each session, when it is closed, leaves ONNX Runtime's profile of its runs, as
@@ -29,24 +30,25 @@ class OnnxRuntimeCpu:
 
     name = "cpu"
 
-    def __init__(self, threads: int | None = None, target: str = "cpu", profiles: Path | None = None):
+    def __init__(self, threads: int | Threads | None = None, target: str = "cpu", profiles: Path | None = None):
+        self._threads = threads if isinstance(threads, Threads) else Threads.of(threads)
         self._ort, self.target = import_onnxruntime('pip install "mllm-edge[cpu]"'), target
         self._profiles = profiles
-        self.threads = threads or physical_cores()
+        self.threads = self._threads.count
 
     def open(self, path: Path, variant: Variant) -> "_Session":
         """Open a graph; raises BackendError with ONNX Runtime's own reason."""
         options = self._ort.SessionOptions()
-        options.intra_op_num_threads = self.threads
+        stepping = variant.kv_mode is not None
+        threads = self._threads.for_graph(stepping, _weights(path))
+        options.intra_op_num_threads = threads.count
+        for key, value in threads.settings(stepping, version_numbers(self._ort.__version__)).items():
+            options.add_session_config_entry(key, value)
         if self._profiles is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(self._profiles / path.name)
-        if variant.kv_mode is None:
-            # Threads that wait for work spin, and would take the cores from the component that runs next. Only the
-            # decoder, which runs again within microseconds, gains from threads that stay awake between runs.
-            options.add_session_config_entry("session.force_spinning_stop", "1")
         # Only the decoder reads all its weights for so little arithmetic that page tables matter.
-        with huge_pages() if variant.kv_mode is not None else contextlib.nullcontext():
+        with huge_pages() if stepping else contextlib.nullcontext():
             return _Session(self._ort, open_graph(self._ort, path, variant, options, [_PROVIDER]))
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> "_Buffer":
@@ -105,6 +107,12 @@ class _Session:
         return self._ort.OrtValue.ortvalue_from_numpy(array)
 
 
+def _weights(path: Path) -> int:
+    """Bytes of a graph's file and of the one beside it that holds its weights."""
+    files = (path, path.with_name(f"{path.name}.data"))
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 def _prefix(axis: int, length: int) -> tuple[slice, ...]:
     return (slice(None),) * axis + (slice(length),)
 
@@ -116,6 +124,8 @@ def import_onnxruntime(install: str) -> Any:
     except ImportError as e:
         pass_on(e)
         raise BackendError(f"ONNX Runtime is not installed ({e})", install) from e
+    if logger.level:  # whoever has set it wants to hear of this package what it says, and not its engine's chatter
+        onnxruntime.set_default_logger_severity(3)
     return onnxruntime
 
 
@@ -127,7 +137,7 @@ def open_graph(ort: Any, path: Path, variant: Variant, options: Any, providers: 
             f"{path}: needs ONNX Runtime {minimum}, here is {ort.__version__}",
             "pip install --upgrade onnxruntime",
         )
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what fails is raised, and its coloured lines on standard error say no more
     try:
         return ort.InferenceSession(str(path), options, providers=providers)
     except Exception as e:  # onnxruntime's exceptions share no base class

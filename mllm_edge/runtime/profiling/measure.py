@@ -19,6 +19,7 @@ from mllm_edge.errors import BackendError
 from mllm_edge.runtime.backend import TENSORRT
 from mllm_edge.runtime.device import peak_rss
 from mllm_edge.runtime.image import ImageSource, load_image
+from mllm_edge.runtime.numbers import whole
 from mllm_edge.runtime.operators import Operator, profile_operators
 from mllm_edge.runtime.power import PowerMeter, PowerReading
 from mllm_edge.runtime.processor import Messages
@@ -29,6 +30,7 @@ from mllm_edge.runtime.profiling.runs import Asker, Call, Run, shares
 from mllm_edge.runtime.profiling.statistics import Distribution, Jitter, Noise, jitter, noise
 from mllm_edge.runtime.roofline import MachineLimits, StageRoof, Workload, machine_limits, roofline
 from mllm_edge.runtime.speculation import check_speculation
+from mllm_edge.runtime.threads import Spin, Threads
 from mllm_edge.runtime.trace import LOAD_STAGES, STAGES, Metrics, Trace
 from mllm_edge.runtime.vlm import VLM
 
@@ -236,6 +238,8 @@ def profile(
     iterations: int = 10,
     backend: str = "auto",
     threads: int | None = None,
+    spin: Spin = "auto",
+    affinity: str | Iterable[int] | None = None,
     max_context: int | None = None,
     speculation: int = 0,
     power: bool = False,
@@ -250,23 +254,27 @@ def profile(
     call (the first one's memory is watched), up to `warmup` calls until they settle, and this run's share of the
     `iterations` that are counted; a run has one at least. The model's end is ignored, so that all answers have one
     length (the context can still cut them short). A model that takes images and is given none gets `synthetic_image()`.
-    `speculation` as in `VLM.stream`. `power` measures what the counted calls draw, and `operators` where another call's
-    time goes, on the processor or TensorRT. `limits`: compare the stages with what the processor can do, which takes
-    some seconds the first time. `progress(1)` is called after each call; `notice` as in `VLM.load`.
+    `threads`, `spin`, `affinity` and `max_context` as in `VLM.load`, `speculation` as in `VLM.stream`. `power`
+    measures what the counted calls draw, and `operators` where another call's time goes, on the processor or
+    TensorRT. `limits`: compare the stages with what the processor can do, which takes some seconds the first time.
+    `progress(1)` is called after each call; `notice` as in `VLM.load`.
 
     Raises what `VLM.load` and `VLM.stream` raise, ImageError for an image that cannot be read, before the load,
-    ValueError for no runs or iterations and for a speculation out of range, and BackendError when operators are asked
+    OptionError for a number of the wrong type or out of range, and BackendError when operators are asked
     of a backend that tells none.
     """
-    if min(runs, iterations) < 1:
-        raise ValueError(f"runs and iterations must be positive, not {runs} and {iterations}")
+    for name, value in (("new_tokens", new_tokens), ("runs", runs), ("iterations", iterations)):
+        whole(name, value, 1)
+    whole("warmup", warmup, 0)
     check_speculation(speculation)
     given = list(images)
     sizes = [load_image(image).size for image in given]
     machine, before, watch = read_environment(), peak_rss(), can_watch()
     new = "onnxruntime" not in sys.modules
     meter = PowerMeter() if power else None
+    places = None if affinity is None else Threads.of(None, spin, affinity).affinity
     options: dict[str, Any] = {"backend": backend, "threads": threads, "max_context": max_context, "notice": notice}
+    options |= {"spin": spin, "affinity": places}
     found: Profile | None = None
     for number, share in enumerate(shares(iterations, runs), 1):
         watched = watch and found is None
@@ -379,6 +387,7 @@ def _with_roofline(found: Profile) -> Profile:
 
 def synthetic_image(width: int = _SIZE[0], height: int = _SIZE[1]) -> Image.Image:
     """An image of smooth colours, always the same at a size in px."""
+    width, height = whole("width", width, 1), whole("height", height, 1)
     coarse = np.random.default_rng(_SEED).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
     image.info[TITLE] = f"synthetic, {width} x {height} px, seed {_SEED}"

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from mllm_edge.runtime.image import ImageSource
+from mllm_edge.runtime.options import Options
 from mllm_edge.runtime.processor import Messages
 from mllm_edge.runtime.profiling.statistics import is_settled
 from mllm_edge.runtime.trace import STAGES, Metrics, Trace
@@ -69,8 +70,9 @@ class Asker:
     def ask(self, title: str, trace: Trace | None = None) -> Metrics:
         """One call; `trace` must be new."""
         trace = trace or Trace()
-        options = {"max_new_tokens": self.new_tokens, "ignore_eos": True, "speculation": self.speculation}
-        metrics = self.vlm.generate(self.prompt, self.images, trace=trace, **options).metrics
+        options: Options = {"max_new_tokens": self.new_tokens, "ignore_eos": True, "speculation": self.speculation}
+        options["trace"] = trace
+        metrics = self.vlm.generate(self.prompt, self.images, **options).metrics
         self.traces.append((title, trace))
         self.progress(1)
         return metrics

@@ -14,6 +14,7 @@ from PIL import Image
 from mllm_edge.bundle import Bundle
 from mllm_edge.errors import PromptError
 from mllm_edge.runtime.image import ImageSource, load_image
+from mllm_edge.runtime.numbers import whole
 from mllm_edge.runtime.profiling.measure import TITLE, VERSION, Profile, profile, synthetic_image
 from mllm_edge.runtime.speculation import MOST_GUESSED
 from mllm_edge.runtime.tokenizer import Tokenizer
@@ -110,6 +111,7 @@ def sweep_dict(sweep: Sweep, profiles: Sequence[Profile]) -> dict[str, Any]:
 
 def prompt_of(path: str | Path, text: str, tokens: int) -> str:
     """The text repeated and cut until it has so many tokens, or the most below them that whole characters make."""
+    whole("prompt", tokens, 1)
     bundle = Bundle.load(path)
     tokenizer = Tokenizer.load(bundle.path, bundle.generation())
     if not text.strip():

@@ -1,0 +1,145 @@
+"""A loop over frames: CPU time of a frame with default settings beside one thread's, and decode speed beside another
+checkout's.
+
+python -m benchmarks.frame_loop [--bundle DIR] [--baseline DIR] [--frames 20] [--rounds 7] [--json F]
+
+Each contender is a process of its own; they take turns, and each round begins with another one. Ratios are taken within
+a round, the median counts; the spread is that of the middle half. A frame comes every 100 ms, or when the last one is
+done. `--baseline`: the root of an older checkout that reads the same bundle.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import Report
+
+__all__ = ["main", "serve"]
+
+_ROOT = Path(__file__).parents[1]
+_PERIOD = 0.1
+_TOKENS = 24
+MOST_CPU, LEAST_SPEED = 1.3, 0.98
+DEFAULT, ONE, BASELINE = "default", "one thread", "baseline"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--bundle", type=Path, help="default: the sample model at int4")
+    parser.add_argument("--baseline", type=Path, metavar="DIR")
+    parser.add_argument("--frames", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    report = Report("A loop over frames")
+    with tempfile.TemporaryDirectory(prefix="mllm-edge-") as folder:
+        bundle = options.bundle or _sample(Path(folder) / "bundle")
+        contenders = {DEFAULT: _Loop(_ROOT, bundle, None), ONE: _Loop(_ROOT, bundle, 1)}
+        if options.baseline:
+            contenders[BASELINE] = _Loop(options.baseline, bundle, None)
+        rounds = [_round(contenders, i, options.frames) for i in range(options.rounds)]
+        for loop in contenders.values():
+            loop.close()
+    for name in contenders:
+        medians = {figure: statistics.median(r[name][figure] for r in rounds) for figure in rounds[0][name]}
+        report.rows.append({"setting": name, **medians})
+    _check(report, "CPU time of a frame, default / one thread", rounds, "CPU ms", ONE, MOST_CPU)
+    if options.baseline:
+        _check(report, "decode tok/s, default / baseline", rounds, "tok/s", BASELINE, LEAST_SPEED)
+    report.print()
+    if options.json:
+        report.write(options.json)
+
+
+def serve(bundle: str, threads: int | None) -> None:
+    """Answer each number of frames on standard input by their figures, as JSON; runs in any checkout."""
+    from mllm_edge import VLM
+
+    picture = str(_ROOT / "examples" / "images" / "pair.png")
+    options: dict[str, Any] = {"images": [picture], "max_new_tokens": _TOKENS, "ignore_eos": True}
+    with VLM.load(bundle, threads=threads) as vlm:
+        for line in sys.stdin:
+            vlm.generate("What is in the picture?", **options)
+            begin, speeds, busy = os.times(), [], 0.0
+            for _ in range(int(line)):
+                start = time.perf_counter()
+                metrics = vlm.generate("What is in the picture?", **options).metrics
+                speeds.append(1 / statistics.median(metrics.token_seconds))
+                taken = time.perf_counter() - start
+                busy += taken
+                time.sleep(max(0.0, _PERIOD - taken))
+            end = os.times()
+            cpu = (end.user + end.system - begin.user - begin.system) / int(line)
+            figures = {"CPU ms": 1000 * cpu, "frame ms": 1000 * busy / int(line), "tok/s": statistics.median(speeds)}
+            print(json.dumps(figures), flush=True)
+
+
+class _Loop:
+    """A process that runs frames when it is asked to."""
+
+    def __init__(self, root: Path, bundle: Path, threads: int | None):
+        code = (
+            f"import sys; sys.path.insert(0, {str(root)!r}); import mllm_edge; sys.path.append({str(_ROOT)!r}); "
+            f"import importlib.util as u; s = u.spec_from_file_location('frame_loop', {str(Path(__file__))!r}); "
+            f"import types; r = types.ModuleType('benchmarks.report'); r.Report = None; "
+            f"sys.modules['benchmarks.report'] = r; m = u.module_from_spec(s); s.loader.exec_module(m); "
+            f"m.serve({str(bundle)!r}, {threads!r})"
+        )
+        environment = {**os.environ, "PYTHONPATH": str(root)}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=root,
+            env=environment,
+        )
+
+    def run(self, frames: int) -> dict[str, float]:
+        """The figures of so many frames."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(frames, file=self._process.stdin, flush=True)
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit("a process of the measurement ended")
+        found: dict[str, float] = json.loads(line)
+        return found
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def _round(contenders: dict[str, _Loop], i: int, frames: int) -> dict[str, dict[str, float]]:
+    names = list(contenders)
+    names = names[i % len(names) :] + names[: i % len(names)]
+    return {name: contenders[name].run(frames) for name in names}
+
+
+def _check(report: Report, name: str, rounds: Sequence[Any], figure: str, other: str, target: float) -> None:
+    ratios = [r[DEFAULT][figure] / r[other][figure] for r in rounds]
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    check = report.at_most if figure == "CPU ms" else report.at_least
+    check(f"{name} (middle half {low:.3g} to {high:.3g})", middle, target)
+
+
+def _sample(folder: Path) -> Path:
+    from mllm_edge.export.pipeline import export
+
+    export(str(_ROOT / "examples" / "sample_vlm" / "model"), folder, recipe_name="int4", verify_mode="off")
+    return folder
+
+
+if __name__ == "__main__":
+    main()
