@@ -34,21 +34,17 @@ _THREADS = click.IntRange(1, 1024)  # as in runtime/threads.py
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 _SAMPLING = (
-    click.option("-n", "--max-new-tokens", type=POSITIVE, default=256, show_default=True, help="Longest answer."),
+    click.option("-n", "--max-new-tokens", type=POSITIVE, help="Longest answer; default: the model's own, else 256."),
     click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy."),
-    click.option("--top-k", type=_COUNT, default=0, show_default=True, help="Sample from the k best; 0 is all."),
+    click.option("--top-k", type=_COUNT, help="Sample from the k best; 0 is all; default: the model's own."),
     click.option(
-        "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, help="Nucleus."
+        "--top-p", type=click.FloatRange(0, 1, min_open=True), help="Nucleus; 1 is all; default: the model's own."
     ),
-    click.option(
-        "--min-p", type=_FRACTION, default=0.0, show_default=True, help="Least share of the best probability."
-    ),
+    click.option("--min-p", type=_FRACTION, help="Least share of the best probability; default: the model's own."),
     click.option(
         "--repetition-penalty",
         type=click.FloatRange(0, min_open=True),
-        default=1.0,
-        show_default=True,
-        help="Above 1: tokens of prompt and answer become less likely.",
+        help="Above 1: tokens of prompt and answer become less likely; default: the model's own.",
     ),
     click.option(
         "--frequency-penalty",
@@ -65,7 +61,13 @@ _SAMPLING = (
         help="Taken off once from the logit of each token in the answer.",
     ),
     click.option("--seed", type=_COUNT, help="Makes sampling repeatable."),
-    click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; repeatable."),
+    click.option(
+        "--stop",
+        multiple=True,
+        callback=lambda ctx, parameter, value: value or None,
+        metavar="TEXT",
+        help="End the answer before this text; repeatable.",
+    ),
 )
 _RUNTIME = (
     click.option("--threads", type=_THREADS, help="Threads inside one operator; default: physical cores."),
@@ -157,7 +159,7 @@ def json_option(help: str) -> Callable[[_F], _F]:
 def without_effect(options: Mapping[str, Any]) -> str:
     """The line that says which sampling options do nothing for want of a temperature; empty when none is given."""
     given = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": None}
-    names = [f"--{name.replace('_', '-')}" for name, plain in given.items() if options[name] != plain]
+    names = [f"--{name.replace('_', '-')}" for name, plain in given.items() if options[name] not in (None, plain)]
     if options["temperature"] or not names:
         return ""
     return f"{' and '.join(names)} {'do' if len(names) > 1 else 'does'} nothing at --temperature 0, which is greedy"

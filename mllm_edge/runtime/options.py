@@ -5,22 +5,24 @@ from typing import TypedDict
 
 from mllm_edge.runtime.trace import Trace
 
-__all__ = ["Options"]
+__all__ = ["MAX_NEW_TOKENS", "Options"]
+
+MAX_NEW_TOKENS = 256  # of an answer, where neither the call nor the checkpoint says it
 
 
 class Options(TypedDict, total=False):
     """The keyword options of `VLM.stream`, which says what they mean; a test holds the two together."""
 
-    max_new_tokens: int
+    max_new_tokens: int | None
     temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
     frequency_penalty: float
     presence_penalty: float
     seed: int | None
-    stop: str | Sequence[str]
+    stop: str | Sequence[str] | None
     raw: bool
     ignore_eos: bool
     speculation: int

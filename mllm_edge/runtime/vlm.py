@@ -17,13 +17,14 @@ from mllm_edge.runtime.answer import Call, Chunk, Result, answer
 from mllm_edge.runtime.arrays import in_cuda_memory, on_host
 from mllm_edge.runtime.backend import Backend, open_backend
 from mllm_edge.runtime.components import open_component
+from mllm_edge.runtime.decode.token_rules import TokenRules
 from mllm_edge.runtime.decoder import Decoder
 from mllm_edge.runtime.generate import Embedder
 from mllm_edge.runtime.grids import TILES_PER_RUN, encoder_feeds
 from mllm_edge.runtime.image import ImageSource
 from mllm_edge.runtime.log import logger
 from mllm_edge.runtime.numbers import whole
-from mllm_edge.runtime.options import Options
+from mllm_edge.runtime.options import MAX_NEW_TOKENS, Options
 from mllm_edge.runtime.processor import Messages, Processor, Prompt
 from mllm_edge.runtime.sampling import Sampler, SamplingParams
 from mllm_edge.runtime.speculation import PromptLookup, check_speculation
@@ -62,6 +63,7 @@ class VLM:
         template = ChatTemplate.load(bundle.path, generation) if CHAT_TEMPLATE in bundle.manifest.files else None
         self.processor = Processor(self.spec, self.tokenizer, template)
         self.stop_ids = frozenset(generation.eos_token_ids)
+        self._defaults = generation.defaults
         names = bundle.manifest.components
         opened = {name: open_component(bundle, name, backend, threads, notice) for name in names}
         self._types = {name: {t.name: t.dtype for t in component.variant.inputs} for name, component in opened.items()}
@@ -168,16 +170,16 @@ class VLM:
         prompt: Messages,
         images: ImageSource | Iterable[ImageSource] = (),
         *,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
         frequency_penalty: float = 0.0,
         presence_penalty: float = 0.0,
         seed: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         raw: bool = False,
         ignore_eos: bool = False,
         speculation: int = 0,
@@ -188,6 +190,8 @@ class VLM:
         then the call waits its turn.
 
         `prompt`: a question, or messages in chat format. `images`: paths, bytes, PIL images or arrays [H, W, 3] RGB.
+        Options that are None are as the checkpoint's own generation settings say, else 256 tokens, and no effect; its
+        rules on which tokens may come (suppressed ones, bad words, n-grams that may not repeat) always apply.
         `temperature` 0 is greedy. `stop`: strings that end the answer and are not part of it. `raw`: the prompt is
         rendered already, with one image placeholder per image. `ignore_eos`: go on after the model's end, for
         measurements of one length. `speculation`: the most tokens (0 to 15) that are guessed from the prompt and the
@@ -202,19 +206,28 @@ class VLM:
         self._turns.check(wait)
         with self._turns.working():
             self._check_speculation(speculation)
-            max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
+            own = self._defaults
+            max_new_tokens = whole("max_new_tokens", _first(max_new_tokens, own.max_new_tokens, MAX_NEW_TOKENS), 1)
             trace = trace or Trace()
             params = SamplingParams(
-                temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty, presence_penalty, seed
+                temperature,
+                _first(top_k, own.top_k, 0),
+                _first(top_p, own.top_p, 1.0),
+                _first(min_p, own.min_p, 0.0),
+                _first(repetition_penalty, own.repetition_penalty),
+                frequency_penalty,
+                presence_penalty,
+                seed,
             )
-            stops = _stops(stop)
+            stops = _stops(_first(stop, () if ignore_eos else own.stop_strings))
             with trace.span("preprocess"):
                 processed = self._process(prompt, images, raw)
                 ids, places = processed.token_ids, processed.image_positions
                 guesser = PromptLookup(ids, speculation, places) if speculation else None
             most = min(max_new_tokens, self._room(processed))
             stop_ids = frozenset() if ignore_eos else self.stop_ids
-            call = Call(processed, Sampler(params, ids), stop_ids, stops, most, trace, guesser, raw)
+            rules = TokenRules(own, ids, stop_ids) if TokenRules.wanted(own) else None
+            call = Call(processed, Sampler(params, ids, rules), stop_ids, stops, most, trace, guesser, raw)
         return self._in_turn(call, wait)
 
     def count_tokens(self, prompt: Messages, image_sizes: Sequence[tuple[int, int]] = ()) -> int:
@@ -370,6 +383,11 @@ def _size(size: Any) -> tuple[int, int]:
     except (TypeError, ValueError):
         raise OptionError(f"an image size is (height, width), not {size!r:.60}", "give two numbers of px") from None
     return whole("the height of an image size", height, 1), whole("the width of an image size", width, 1)
+
+
+def _first(*values: Any) -> Any:
+    """The first that is not None."""
+    return next(value for value in values if value is not None)
 
 
 def _stops(stop: Any) -> StopStrings:
