@@ -146,7 +146,7 @@ def test_options_out_of_range(vlm: VLM, option: str, value: object) -> None:
 
 def test_errors_come_before_the_first_piece_is_asked_for(vlm: VLM) -> None:
     with pytest.raises(PromptError):
-        vlm.stream("An <image> of mine.")
+        vlm.stream("An <image> of mine.", raw=True)
 
 
 def test_second_call_gives_up_the_first(vlm: VLM) -> None:
