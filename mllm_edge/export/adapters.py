@@ -12,7 +12,7 @@ does not know is merged by its own names.
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,8 +48,18 @@ def merge(weights: Weights, adapters: Sequence[Adapter], model: Skeleton, name: 
     contradiction between an adapter's tensors and its configuration.
     """
     stored = {model.rename(tensor): tensor for tensor in weights}
+    declared, model = model.tied, replace(model, tied=_really_tied(model.tied, weights, stored))
     for adapter in adapters:
-        _Merger(adapter, weights, model, stored, name).merge()
+        _Merger(adapter, weights, model, stored, name, declared).merge()
+
+
+def _really_tied(tied: Mapping[str, str], weights: Weights, stored: Mapping[str, str]) -> dict[str, str]:
+    """Without pairs that are stored as two different tensors: transformers leaves those two."""
+    return {
+        name: other
+        for name, other in tied.items()
+        if name not in stored or other not in stored or _equal(weights, stored[name], weights, stored[other])
+    }
 
 
 def skeleton(model: "PreTrainedModel") -> Skeleton:
@@ -153,7 +163,16 @@ class _Pair:
 class _Merger:
     """One adapter on its way into the weights."""
 
-    def __init__(self, adapter: Adapter, weights: Weights, model: Skeleton, stored: Mapping[str, str], checkpoint: str):
+    def __init__(
+        self,
+        adapter: Adapter,
+        weights: Weights,
+        model: Skeleton,
+        stored: Mapping[str, str],
+        checkpoint: str,
+        declared: Mapping[str, str],
+    ):
+        self._declared = declared  # tied by the configuration, whether they are or not
         self._adapter, self._config = adapter, adapter.config
         self._weights, self._model, self._stored, self._checkpoint = weights, model, stored, checkpoint
         self._where = adapter.folder / WEIGHTS
@@ -186,12 +205,12 @@ class _Merger:
         """A trained copy of a tensor: of `modules_to_save`, a bias, or an embedding stored along with its LoRA."""
         key, name = part.key, f"{part.module}.{part.kind}"
         other = self._model.tied.get(live)
-        target = self._stored.get(live) or self._stored.get(other or "") or self._target(name)
-        shape = self._weights.shape(target)
+        targets = self._both(live, name, other)
+        shape = self._weights.shape(targets[0])
         if self._tensors.shape(key) != shape:
             raise self._wrong_shape(key, shape)
         self._tensors.use(key, shape)
-        if other is not None and self._equals_base(key, target):
+        if other is not None and _equal(self._tensors, key, self._weights, targets[0]):
             return  # stored beside a LoRA, not trained
         if other is not None and not self._trained_as_one(key, whole.get(other)):
             raise self._shared(live, other, f"a {part.kind} of one of the two was trained (modules_to_save)")
@@ -199,7 +218,8 @@ class _Merger:
         def change(values: np.ndarray, start: int) -> None:
             values[...] = self._tensors.rows(key, start, start + len(values))
 
-        self._weights.alter(target, change)
+        for target in targets:
+            self._weights.alter(target, change)
 
     def _wrong_shape(self, key: str, shape: tuple[int, ...]) -> WeightsError:
         found = self._tensors.shape(key)
@@ -214,9 +234,6 @@ class _Merger:
             f"make the whole model once: model.resize_token_embeddings({found[0]}), PEFT's merge_and_unload, "
             "save_pretrained with the adapter's tokenizer; export that",
         )
-
-    def _equals_base(self, key: str, target: str) -> bool:
-        return _equal(self._tensors, key, self._weights, target)
 
     def _trained_as_one(self, key: str, other: Part | None) -> bool:
         """Whether the shared matrix is stored under its other name, too, with the same values (ensure_weight_tying)."""
@@ -243,12 +260,14 @@ class _Merger:
         changed: set[str] = set()
         for part in parts:
             live = self._model.rename(f"{part.module}.weight")
-            other = self._model.tied.get(live)
+            other = self._declared.get(
+                live
+            )  # PEFT gives the head the same rows wherever config.json says that it is tied
             if other in changed:
                 raise self._shared(live, str(other), "tokens of both were trained apart (trainable_token_indices)")
             changed.add(live)
-            target = self._stored.get(live) or self._stored.get(other or "") or self._target(f"{part.module}.weight")
-            self._weights.alter(target, self._token_rows(part, live, wanted, self._weights.shape(target)))
+            for target in self._both(live, f"{part.module}.weight", other):
+                self._weights.alter(target, self._token_rows(part, live, wanted, self._weights.shape(target)))
 
     def _token_rows(self, part: Part, live: str, wanted: Any, shape: tuple[int, ...]) -> Change:
         if isinstance(wanted, Mapping):
@@ -369,6 +388,11 @@ class _Merger:
                 "give the adapter of this model, or the model of this adapter",
             )
         return target
+
+    def _both(self, live: str, name: str, other: str | None) -> list[str]:
+        """The checkpoint's tensors for a parameter and for the `other` one that it is tied to: one of them, or both."""
+        found = [self._stored[n] for n in (live, other) if n is not None and n in self._stored]
+        return found or [self._target(name)]
 
     def _shared(self, live: str, other: str, how: str) -> ConfigError:
         return ConfigError(

@@ -1,6 +1,7 @@
 """Where a model comes from: a local directory or a hub id, its configuration and its weights."""
 
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from mllm_edge.export.safetensors import Weights, open_files, stored_types
 __all__ = ["ConfigReader", "Source", "load_config", "model_readers", "nearest", "open_source", "read_json"]
 
 _WANTED = WANTED  # of a repository on the hub
+_LONGEST = 600  # characters of a reason
 # Generation and bookkeeping settings: no effect on any tensor.
 _INERT = {
     "_name_or_path",
@@ -176,11 +178,42 @@ def load_config(source: Source) -> Any:
     """config.json as transformers understands it; raises ConfigError where transformers refuses a value."""
     from transformers import AutoConfig
 
+    where = source.folder / "config.json"
     try:
-        return AutoConfig.for_model(**dict(source.config))
+        config = AutoConfig.for_model(**dict(source.config))
     except Exception as e:  # its validation raises kinds of its own, wrapped in several layers
-        reason = " ".join(str(e).split())
-        raise ConfigError(f"{source.folder / 'config.json'}: {reason}", "correct config.json") from None
+        reason, fix = _refusal(" ".join(str(e).split()))
+        raise ConfigError(f"{where}: {reason}", fix) from None
+    _tell_of_architecture(source)
+    return config
+
+
+def _refusal(reason: str) -> tuple[str, str]:
+    """What transformers said, without the list of all that it knows, and what helps."""
+    from transformers import CONFIG_MAPPING, __version__
+
+    found = re.fullmatch(r"(.*?:? ?([\w.-]+)\.?) Should contain one of .*", reason)
+    if found:
+        near = nearest(found[2].strip("."), list(CONFIG_MAPPING))
+        like = f"; the nearest that it knows is {near}" if near else ""
+        return f"{found[1]} (transformers {__version__})", f"correct config.json, or install a newer transformers{like}"
+    fix = "correct config.json"
+    if "NoneType" in reason:
+        fix = "take the key out of config.json: null is no value for it"
+    return reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]} …", fix
+
+
+def _tell_of_architecture(source: Source) -> None:
+    """As in transformers, model_type decides; `architectures` may name another class."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    named = source.config.get("architectures")
+    expected = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(source.model_type)
+    if expected and isinstance(named, list) and named and expected not in named:
+        source.notices.add(
+            f"{source.folder / 'config.json'}: architectures is {named}, model_type {source.model_type!r}: read by "
+            f"model_type as {expected}, as transformers does"
+        )
 
 
 def model_readers(source: Source, config: Any) -> tuple[ConfigReader, ConfigReader, ConfigReader]:

@@ -570,3 +570,26 @@ def test_adapter_by_a_path_as_people_write_it(
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("~/an adapter", (tmp_path / "an adapter").as_uri()):
         assert_same(merged(llava, name), merged(llava, adapter))
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_head_that_is_stored_though_it_is_said_to_be_shared(tmp_path: Path, equal: bool) -> None:
+    """transformers makes one of the two only where they are equal."""
+    checkpoint = tmp_path / "m"
+    save_tiny_llava(checkpoint)
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": True}))
+    if equal:
+        tensors = load_file(checkpoint / "model.safetensors")
+        tensors["language_model.lm_head.weight"] = tensors["language_model.model.embed_tokens.weight"].clone()
+        save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
+    folder = train(load(checkpoint), tmp_path / "a", target_modules=["q_proj"], trainable_token_indices=[3, 4])
+    found = merged(checkpoint, folder)
+    assert "language_model.lm_head.weight" in found  # PEFT goes by config.json
+    report = export(str(checkpoint), tmp_path / "out", recipe_name="fp32", adapters=[folder])
+    assert report.parity["greedy_agreement"] == 1
+    folder = train(load(checkpoint), tmp_path / "b", target_modules=["lm_head"])
+    if equal:
+        assert "shares with" in reason(checkpoint, folder, kind=ConfigError)
+    else:
+        assert list(merged(checkpoint, folder)) == ["language_model.lm_head.weight"]

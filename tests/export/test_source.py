@@ -1,5 +1,6 @@
 """Where a model comes from: paths, and hub downloads against stand-ins for the hub."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,9 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects
 
 from mllm_edge.bundle import Bundle
-from mllm_edge.errors import SourceError, WeightsError
+from mllm_edge.errors import ConfigError, SourceError, WeightsError
 from mllm_edge.export.pipeline import export
-from mllm_edge.export.source import open_source
+from mllm_edge.export.source import Source, load_config, open_source
 from tests.tiny import save_tiny_llava
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -177,3 +178,56 @@ def test_a_directory_has_no_revision(tiny_checkpoint: Path, tmp_path: Path) -> N
         export(str(tiny_checkpoint), tmp_path / "out", revision="main")
     assert "--revision" in caught.value.fix
     assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- config.json
+@pytest.fixture
+def edited(tiny_checkpoint: Path, tmp_path: Path) -> Callable[..., Source]:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "edited"))
+
+    def edit(change: Callable[[dict[str, Any]], Any]) -> Source:
+        config = json.loads((tiny_checkpoint / "config.json").read_text())
+        change(config)
+        (folder / "config.json").write_text(json.dumps(config))
+        return open_source(str(folder))
+
+    return edit
+
+
+def test_a_type_that_transformers_does_not_know_is_not_answered_with_all_that_it_knows(
+    edited: Callable[..., Source],
+) -> None:
+    source = edited(lambda c: c["text_config"].update(model_type="lama"))
+    with pytest.raises(ConfigError, match="lama") as caught:
+        load_config(source)
+    assert len(str(caught.value)) < 400
+    assert "the nearest that it knows is llama" in caught.value.fix
+
+
+def test_a_type_at_the_top_that_transformers_does_not_know(edited: Callable[..., Source]) -> None:
+    with pytest.raises(ConfigError, match="internvl_chat") as caught:
+        load_config(edited(lambda c: c.update(model_type="internvl_chat")))
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "rms_norm_eps", "tie_word_embeddings", "hidden_act"])
+def test_null_where_transformers_takes_none(edited: Callable[..., Source], key: str) -> None:
+    with pytest.raises(ConfigError, match=key) as caught:
+        load_config(edited(lambda c: c["text_config"].update({key: None})))
+    assert "null is no value" in caught.value.fix
+
+
+def test_null_where_transformers_takes_it(edited: Callable[..., Source], tmp_path: Path) -> None:
+    def change(config: dict[str, Any]) -> None:
+        config.update(architectures=None, dtype=None, quantization_config=None, transformers_weights=None)
+        config["text_config"].update(head_dim=None, bos_token_id=None, rope_scaling=None)
+
+    source = edited(change)
+    assert export(str(source.folder), tmp_path / "out", recipe_name="fp32").parity["greedy_agreement"] == 1
+
+
+@pytest.mark.parametrize(("named", "told"), [(["GPT2LMHeadModel"], True), ([], False), ("x", False), (None, False)])
+def test_architectures_that_contradict_the_type(edited: Callable[..., Source], named: Any, told: bool) -> None:
+    source = edited(lambda c: c.update(architectures=named))
+    load_config(source)
+    assert ("GPT2LMHeadModel" in "".join(source.notices)) == told
