@@ -86,7 +86,8 @@ else:
 
 
 def _self() -> dict[str, str | int]:
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]) if sys.argv else "python"
+    program = Path(sys.argv[0]).name.replace("__main__.py", "mllm-edge") if sys.argv else "python"
+    command = " ".join([program, *sys.argv[1:]])
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     with contextlib.suppress(Exception):  # a container's user may have no name
         return {**_place(), "command": command, "since": since, "user": getpass.getuser()}

@@ -1,6 +1,7 @@
 """`mllm-edge build`: with TensorRT for RTX for GPUs that are not here, and on a stand-in for one that is."""
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from click.testing import Result
 from mllm_edge.bundle import Bundle
 from mllm_edge.errors import BackendError
 from mllm_edge.export.pipeline import export
+from mllm_edge.lock import locked
 from mllm_edge.runtime.build import build_engines, plan_build
 from tests.runtime.tensorrt_stand_in import install
 
@@ -217,3 +219,12 @@ def test_memory_that_is_too_small(cli: Cli, bundle: Path, monkeypatch: pytest.Mo
     assert "not enough memory to build the engine" in result.stderr
     assert "--max-seq" in result.stderr
     assert len(list((bundle / "engines").glob("*.engine"))) == 2, "those that are done stay"
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_a_second_build_is_told_who_works_there(cli: Cli, bundle: Path) -> None:
+    with locked(bundle):
+        result = cli("build", bundle, "--device", "sm86", "--target", "tensorrt", "--max-seq", 300)
+    assert result.exit_code == 1
+    assert f"works on it (process {os.getpid()} on " in result.stderr
+    assert not (bundle / "engines").exists()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -250,3 +251,14 @@ def test_the_space_before_an_answer_is_not_printed(capsys: pytest.CaptureFixture
     vlm: Any = SimpleNamespace(stream=lambda *_, **__: iter(pieces))
     assert _answer(vlm, "How many?", [], show=True) is result
     assert capsys.readouterr().out == "3 shapes\n"
+
+
+def test_verify_reads_every_file_first(cli: Cli, tiny_bundle: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    assert cli("run", copy, "Hi", "--max-new-tokens", "1", "--verify").exit_code == 0
+    path = copy / "embed_tokens.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    result = cli("run", copy, "Hi", "--max-new-tokens", "1", "--verify")
+    assert result.exit_code == 1
+    assert "embed_tokens.npy differs from what was exported" in result.stderr
+    assert "copy the bundle again" in result.stderr
