@@ -43,6 +43,7 @@ def command(
     spin: "Spin",
     affinity: str | None,
     max_context: int | None,
+    fast_jpeg: bool,
     backend: str,
     quiet: bool,
     as_json: bool,
@@ -60,6 +61,7 @@ def command(
     from mllm_edge.runtime.vlm import VLM
 
     setting: dict[str, Any] = {"threads": threads, "spin": spin, "affinity": affinity, "max_context": max_context}
+    setting["fast_jpeg"] = fast_jpeg
     unused, loading = without_effect(options), Trace()
     if unused:
         note(unused)
