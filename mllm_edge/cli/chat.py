@@ -45,6 +45,7 @@ def command(
     spin: "Spin",
     affinity: str | None,
     max_context: int | None,
+    fast_jpeg: bool,
     backend: str,
     quiet: bool,
     **options: Any,
@@ -59,6 +60,7 @@ def command(
     from mllm_edge.runtime.vlm import VLM
 
     setting: dict[str, Any] = {"threads": threads, "spin": spin, "affinity": affinity, "max_context": max_context}
+    setting["fast_jpeg"] = fast_jpeg
     unused = without_effect(options)
     if unused:
         note(unused)

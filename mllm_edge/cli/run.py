@@ -44,6 +44,7 @@ def command(
     spin: "Spin",
     affinity: str | None,
     max_context: int | None,
+    fast_jpeg: bool,
     backend: str,
     verify: bool,
     quiet: bool,
@@ -66,6 +67,7 @@ def command(
         "spin": spin,
         "affinity": affinity,
         "max_context": max_context,
+        "fast_jpeg": fast_jpeg,
         "verify": verify,
     }
     unused, loading = without_effect(options), Trace()

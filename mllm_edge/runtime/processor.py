@@ -16,7 +16,7 @@ from mllm_edge.runtime.grids import grid_positions
 from mllm_edge.runtime.image import BGR, ImageSource, load_image
 from mllm_edge.runtime.prompt.control_tokens import ControlTokens, Piece, encode_pieces
 from mllm_edge.runtime.tokenizer import ChatTemplate, Tokenizer
-from mllm_edge.runtime.transforms import ProcessedImage, apply_transforms, tile_grid
+from mllm_edge.runtime.transforms import ProcessedImage, apply_transforms, first_size, tile_grid
 from mllm_edge.spec import ImagePrompt, ImageSpec, ModelSpec
 
 __all__ = ["Message", "Messages", "Processor", "Prompt"]
@@ -48,9 +48,10 @@ class Prompt:
 class Processor:
     """Turns messages and images into a `Prompt`, equal to what the source model's own processor gives."""
 
-    def __init__(self, spec: ModelSpec, tokenizer: Tokenizer, template: ChatTemplate | None):
-        """`template` None: the bundle has no chat template, and only plain strings and raw prompts are accepted."""
-        self._image = spec.image
+    def __init__(self, spec: ModelSpec, tokenizer: Tokenizer, template: ChatTemplate | None, fast_jpeg: bool = False):
+        """`template` None: the bundle has no chat template, and only plain strings and raw prompts are accepted.
+        `fast_jpeg`: decode large JPEG files at a smaller scale, see `load_image`."""
+        self._image, self._fast_jpeg = spec.image, fast_jpeg
         self._follows_grids = spec.positions.images == "grid"
         self._tokenizer = tokenizer
         self._template = template
@@ -245,7 +246,7 @@ class Processor:
         for i, source in enumerate(sources):
             spec = self._image_spec(len(sources))
             try:
-                image = apply_transforms(load_image(source), spec.transforms)
+                image = self._decoded(source, spec)
             except ImageError as error:
                 if len(sources) == 1:
                     raise
@@ -257,6 +258,19 @@ class Processor:
                 )
             processed.append(image)
         return processed
+
+    def _decoded(self, source: ImageSource, spec: ImageSpec) -> ProcessedImage:
+        if not self._fast_jpeg:
+            return apply_transforms(load_image(source), spec.transforms)
+        sizes: list[tuple[int, int]] = []
+
+        def wanted(height: int, width: int) -> tuple[int, int] | None:
+            size = first_size(height, width, spec.transforms)
+            sizes.extend([(height, width)] if size else [])
+            return size
+
+        image = load_image(source, wanted)
+        return apply_transforms(image, spec.transforms, sizes[0] if sizes else None)
 
     def _assemble(
         self, pieces: Sequence[Piece], images: list[ProcessedImage], add_special_tokens: bool | None

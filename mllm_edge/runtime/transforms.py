@@ -26,7 +26,7 @@ from mllm_edge.spec import (
     Transform,
 )
 
-__all__ = ["ProcessedImage", "apply_transforms", "tile_grid"]
+__all__ = ["ProcessedImage", "apply_transforms", "first_size", "tile_grid"]
 
 _RESAMPLE = {
     "nearest": Image.Resampling.NEAREST,
@@ -78,16 +78,27 @@ def tile_grid(height: int, width: int, transforms: Sequence[Transform]) -> tuple
     return layout.rows, layout.cols, layout.tiles
 
 
-def apply_transforms(image: Image.Image, transforms: Sequence[Transform]) -> ProcessedImage:
+def first_size(height: int, width: int, transforms: Sequence[Transform]) -> tuple[int, int] | None:
+    """The size (height, width) that the first transform brings an image to; None where that is no resize."""
+    if not transforms or type(transforms[0]) not in _LAYOUTS or isinstance(transforms[0], (*_PIXELS, Patchify)):
+        return None
+    after = _layout_after(_Layout(height, width), transforms[0])
+    return after.height, after.width
+
+
+def apply_transforms(
+    image: Image.Image, transforms: Sequence[Transform], size: tuple[int, int] | None = None
+) -> ProcessedImage:
     """Apply `transforms` in order to an RGB image (see `load_image`): `pixel_values` [tiles, 3, H, W] float32.
 
     Resizing works on 8-bit pixels. Rescale and Normalize come after it and are exact to float32 rounding. Patchify
     comes last and gives `pixel_values` another shape (see `ProcessedImage`).
+    `size`: that of the image before it was decoded at a smaller scale, as `first_size` allows it.
     Raises ImageError when the image's size cannot be processed, BundleError for an impossible order of transforms.
     """
     if image.mode != "RGB":
         image = load_image(image)
-    layout, tiles = _Layout(image.height, image.width), [image]
+    layout, tiles = _Layout(*(size or (image.height, image.width))), [image]
     # 8 bits have 256 values: Rescale and Normalize act on a table of them, and every pixel is looked up once.
     table = np.tile(np.arange(256, dtype=np.float32), (3, 1))
     on_values, cells = False, None

@@ -349,3 +349,38 @@ def test_home_and_file_urls(tmp_path, monkeypatch):
         load_image("file://elsewhere/a.png")
     with pytest.raises(ImageError, match="not downloaded"):
         load_image("HTTPS://example.org/a.png")
+
+
+# ---------------------------------------------------------------- JPEG at a smaller scale
+def photograph(width, height):
+    random = np.random.default_rng(5)
+    layers = [random.integers(0, 256, (height // n, width // n, 3), dtype=np.uint8) for n in (8, 40, 200)]
+    pictures = [np.asarray(Image.fromarray(a).resize((width, height), Image.Resampling.BICUBIC), float) for a in layers]
+    return Image.fromarray((0.1 * pictures[0] + 0.3 * pictures[1] + 0.6 * pictures[2]).astype(np.uint8))
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_jpeg_at_a_smaller_scale_differs_by_little(tiny_bundle, orientation):
+    from mllm_edge import VLM
+
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(photograph(2000, 1400), "JPEG", quality=90, exif=exif)
+    with VLM.load(tiny_bundle) as whole, VLM.load(tiny_bundle, fast_jpeg=True) as fast:
+        expected, found = (vlm.processor.process("Hi", data) for vlm in (whole, fast))
+        assert found.image_grids == expected.image_grids
+        np.testing.assert_array_equal(found.token_ids, expected.token_ids)
+        levels = np.abs(found.pixel_values - expected.pixel_values) * 255 / 2  # the tiny model's range is −1 to 1
+        assert 0 < levels.max() <= 4
+        png = encoded(photograph(300, 200))
+        pictures = [vlm.processor.process("Hi", png).pixel_values for vlm in (whole, fast)]
+        np.testing.assert_array_equal(*pictures)
+
+
+def test_the_scale_is_twice_what_is_wanted():
+    data = encoded(photograph(1600, 800), "JPEG")
+    sizes = {
+        wanted: load_image(data, lambda height, width, w=wanted: w).size for wanted in ((100, 200), (50, 90), None)
+    }
+    assert sizes == {(100, 200): (400, 200), (50, 90): (200, 100), None: (1600, 800)}
+    assert load_image(data, lambda height, width: (height, width)).size == (1600, 800)

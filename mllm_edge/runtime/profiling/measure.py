@@ -241,6 +241,7 @@ def profile(
     spin: Spin = "auto",
     affinity: str | Iterable[int] | None = None,
     max_context: int | None = None,
+    fast_jpeg: bool = False,
     speculation: int = 0,
     power: bool = False,
     operators: bool = False,
@@ -274,7 +275,7 @@ def profile(
     meter = PowerMeter() if power else None
     places = None if affinity is None else Threads.of(None, spin, affinity).affinity
     options: dict[str, Any] = {"backend": backend, "threads": threads, "max_context": max_context, "notice": notice}
-    options |= {"spin": spin, "affinity": places}
+    options |= {"spin": spin, "affinity": places, "fast_jpeg": fast_jpeg}
     found: Profile | None = None
     for number, share in enumerate(shares(iterations, runs), 1):
         watched = watch and found is None
