@@ -16,6 +16,7 @@ import numpy as np
 
 from mllm_edge.checksums import Touched, damaged_block, file_entry, own_checksum, sha256
 from mllm_edge.errors import BundleError
+from mllm_edge.install import install_hint
 from mllm_edge.json_form import from_json, to_json
 from mllm_edge.manifest_checks import check_manifest
 from mllm_edge.spec import SCHEMA_VERSION, FileEntry, GenerationSpec, Manifest, Variant
@@ -231,7 +232,7 @@ def _read_manifest(folder: Path) -> Manifest:
         newer = schema > SCHEMA_VERSION
         raise BundleError(
             f"{path}: schema version {schema}, this mllm-edge reads {SCHEMA_VERSION}",
-            "pip install --upgrade mllm-edge" if newer else _EXPORT_AGAIN,
+            f"upgrade mllm-edge: {install_hint()}" if newer else _EXPORT_AGAIN,
         )
     return from_json(Manifest, data)
 

@@ -16,6 +16,7 @@ __all__ = [
     "Component",
     "EmbeddingSpec",
     "FileEntry",
+    "GenerationDefaults",
     "GenerationSpec",
     "GridRope",
     "ImagePrompt",

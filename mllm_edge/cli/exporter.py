@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 from mllm_edge.errors import MllmEdgeError
+from mllm_edge.install import install_hint
 
 __all__ = ["NEEDED", "load_exporter", "require_exporter"]
 
@@ -28,7 +29,7 @@ def require_exporter() -> None:
     if missing:
         raise MllmEdgeError(
             f"exporting needs packages that are not installed: {', '.join(missing)}",
-            'pip install "mllm-edge[export]" (a CPU build of torch is enough; install it first to save space)',
+            f"{install_hint('export')} (a CPU build of torch is enough; install it first to save space)",
         )
 
 

@@ -7,6 +7,7 @@ import click
 from mllm_edge.cli.options import json_option
 from mllm_edge.cli.output import print_json, table, write_answer
 from mllm_edge.errors import MllmEdgeError
+from mllm_edge.install import install_hint
 
 __all__ = ["command"]
 
@@ -31,7 +32,7 @@ def _families() -> list[dict[str, Any]]:
         from mllm_edge.export.families import summaries
     except ModuleNotFoundError as e:
         raise MllmEdgeError(
-            f"the families belong to the exporter, and {e.name} is not installed", 'pip install "mllm-edge[export]"'
+            f"the families belong to the exporter, and {e.name} is not installed", install_hint("export")
         ) from e
     return summaries()
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mllm_edge.errors import MllmEdgeError
+from mllm_edge.install import install_hint
 from mllm_edge.runtime.profiling.statistics import samples_needed
 
 __all__ = ["intervals", "memory", "power", "require", "roofline", "stages", "sweep"]
@@ -38,7 +39,7 @@ def require() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as e:
-        raise MllmEdgeError(f"charts need matplotlib ({e})", 'pip install "mllm-edge[report]"') from None
+        raise MllmEdgeError(f"charts need matplotlib ({e})", install_hint("report")) from None
 
 
 def stages(profile: Profile) -> str:

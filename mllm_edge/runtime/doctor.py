@@ -4,6 +4,7 @@ import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from mllm_edge.install import install_hint
 from mllm_edge.runtime.backends.installed import Engine, version_numbers
 from mllm_edge.runtime.machine import Machine
 
@@ -107,7 +108,7 @@ def wheel_problems(wheels: Mapping[str, Collection[str]]) -> list[Problem]:
 
 
 def _cpu(engines: Mapping[str, Engine]) -> list[Problem]:
-    return _onnxruntime(engines, "cpu", "CPUExecutionProvider", 'pip install "mllm-edge[cpu]"')
+    return _onnxruntime(engines, "cpu", "CPUExecutionProvider", install_hint("cpu"))
 
 
 def _cuda(machine: Machine, engines: Mapping[str, Engine]) -> list[Problem]:
@@ -150,7 +151,9 @@ def _tensorrt(machine: Machine, engines: Mapping[str, Engine], target: str) -> l
         system = Engine("tensorrt", machine.tensorrt)
         return [_too_old(machine, system, _NAMES["tensorrt"], minimum["tensorrt"], target) or _unseen(machine)]
     if not found:
-        install = "sudo apt install nvidia-jetpack" if machine.l4t else 'pip install tensorrt, or "mllm-edge[rtx]"'
+        install = (
+            "sudo apt install nvidia-jetpack" if machine.l4t else f"pip install tensorrt, or {install_hint('rtx')}"
+        )
         return [Problem("TensorRT is not installed", install)]
     problems = [_too_old(machine, engines[name], _NAMES[name], minimum[name], target) for name in found]
     return [] if None in problems else [problem for problem in problems if problem]
@@ -172,7 +175,7 @@ def _unseen(machine: Machine) -> Problem:
 
 def _bindings(machine: Machine, engines: Mapping[str, Engine]) -> list[Problem]:
     """TensorRT's backend reaches CUDA through cuda-bindings."""
-    engine, install = engines.get("cuda"), f'pip install "mllm-edge[{"jetson" if machine.l4t else "rtx"}]"'
+    engine, install = engines.get("cuda"), install_hint("jetson" if machine.l4t else "rtx")
     if engine is None:
         return [Problem("cuda-bindings are not installed", install)]
     return [Problem(f"cuda-bindings do not load: {engine.problem}", install)] if engine.problem else []

@@ -20,6 +20,7 @@ import numpy as np
 
 from mllm_edge.bundle import Bundle
 from mllm_edge.files import write_whole
+from mllm_edge.install import install_hint
 from mllm_edge.runtime.backends.onnxruntime_cpu import import_onnxruntime
 from mllm_edge.runtime.device import processor_name
 from mllm_edge.runtime.generate import PREFILL_CHUNK
@@ -93,7 +94,7 @@ def machine_limits(threads: int | None = None, cache: Path | None = None) -> Mac
     """The processor's limits with so many threads (default: physical cores): measured in 2 s, or as kept in `cache`
     (default: `limits_file()`; a folder that cannot be written to is no error). Raises BackendError without ONNX
     Runtime."""
-    ort, threads = import_onnxruntime('pip install "mllm-edge[cpu]"'), Threads.of(threads).count
+    ort, threads = import_onnxruntime(install_hint("cpu")), Threads.of(threads).count
     place = cache or limits_file()
     key = ", ".join((processor_name(), platform.machine(), f"onnxruntime {ort.__version__}", f"{threads} threads"))
     kept = _kept(place)

@@ -117,7 +117,8 @@ def test_the_source_needs_the_exporter(cli: Cli, tiny_checkpoint: Path, tiny_bun
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "torch" else find(name, *a))
     result = cli("compare", tiny_bundle, tiny_checkpoint)
     assert result.exit_code == 1
-    assert 'pip install "mllm-edge[export]"' in result.stderr
+    assert "pip install" in result.stderr
+    assert "[export]" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,8 @@ def test_without_the_export_extra(cli: Cli, tmp_path: Path, monkeypatch: pytest.
     result = cli("export", "model", tmp_path / "out")
     assert result.exit_code == 1
     assert "onnx_ir, torch" in result.stderr
-    assert 'pip install "mllm-edge[export]"' in result.stderr
+    assert "pip install" in result.stderr
+    assert "[export]" in result.stderr
 
 
 # The steps: while the first component's files are half written, and when everything is written but not in place.

@@ -45,7 +45,8 @@ def test_without_the_exporter(cli: Cli, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "mllm_edge.export.families", None)
     result = cli("families")
     assert result.exit_code == 1
-    assert 'pip install "mllm-edge[export]"' in result.stderr
+    assert "pip install" in result.stderr
+    assert "[export]" in result.stderr
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES.values())))

@@ -122,5 +122,5 @@ def test_without_matplotlib(data: dict[str, Any], tmp_path: Path, monkeypatch: p
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MllmEdgeError, match="charts need matplotlib") as caught:
         write_html([data], tmp_path / "page.html")
-    assert "mllm-edge[report]" in (caught.value.fix or "")
+    assert "[report]" in (caught.value.fix or "")
     assert list(tmp_path.iterdir()) == []

@@ -64,7 +64,7 @@ def test_tensorrt_needs_the_bindings() -> None:
         for verdict in diagnose(machine, found)[2:]:
             (problem,) = verdict.problems
             assert problem.what == "cuda-bindings are not installed"
-            assert f"mllm-edge[{extra}]" in problem.fix
+            assert f"[{extra}]" in problem.fix
     broken = {"cuda": Engine("cuda.bindings", problem="no libcuda")}
     assert "no libcuda" in diagnose(_machine(), found | broken)[2].problems[0].what
 

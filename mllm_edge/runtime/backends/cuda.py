@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from mllm_edge.errors import BackendError
+from mllm_edge.install import install_hint
 from mllm_edge.runtime.foreign import pass_on
 
 __all__ = ["Cuda", "Graph", "Memory", "Pinned"]
 
-_INSTALL = 'pip install "mllm-edge[rtx]", or on a Jetson "mllm-edge[jetson]"'
+_INSTALL = f"{install_hint('rtx')}, or on a Jetson with jetson in the place of rtx"
 
 
 class Cuda:

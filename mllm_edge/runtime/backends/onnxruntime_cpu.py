@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mllm_edge.errors import BackendError
+from mllm_edge.install import install_hint
 from mllm_edge.runtime.backends.installed import version_numbers
 from mllm_edge.runtime.foreign import pass_on
 from mllm_edge.runtime.huge_pages import huge_pages
@@ -32,7 +33,7 @@ class OnnxRuntimeCpu:
 
     def __init__(self, threads: int | Threads | None = None, target: str = "cpu", profiles: Path | None = None):
         self._threads = threads if isinstance(threads, Threads) else Threads.of(threads)
-        self._ort, self.target = import_onnxruntime('pip install "mllm-edge[cpu]"'), target
+        self._ort, self.target = import_onnxruntime(install_hint("cpu")), target
         self._profiles = profiles
         self.threads = self._threads.count
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_edge.errors import BackendError
+from mllm_edge.install import install_hint
 from mllm_edge.runtime.backends.installed import engines, version_numbers
 from mllm_edge.runtime.backends.onnx_dimensions import fix_dimensions
 from mllm_edge.runtime.backends.tensorrt_best import add_best
@@ -195,7 +196,7 @@ def modules(minimum: Mapping[str, str]) -> list[Module]:
         here = [f"{_TITLES[n]} {e.problem or e.version}" for n, e in installed.items() if n in _TITLES]
         raise BackendError(
             f"needs {wanted}, here is {', '.join(here) or 'no TensorRT'}",
-            'pip install "mllm-edge[rtx]", or TensorRT itself; see `mllm-edge doctor`',
+            f"{install_hint('rtx')}, or TensorRT itself; see `mllm-edge doctor`",
         )
     return found
 

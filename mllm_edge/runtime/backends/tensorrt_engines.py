@@ -17,6 +17,7 @@ from pathlib import Path
 from mllm_edge.bundle import Bundle, sha256
 from mllm_edge.errors import BackendError, WriteError
 from mllm_edge.files import writing_whole
+from mllm_edge.install import install_hint
 from mllm_edge.runtime.backends.cuda import Cuda
 from mllm_edge.runtime.backends.tensorrt_build import Module, Options, Range, Sizes, build, modules
 from mllm_edge.runtime.backends.tensorrt_segments import Segment, divisions, whole
@@ -147,7 +148,7 @@ def builders(minimum: Mapping[str, str], device: str, here: str) -> list[Module]
                 module.capability(device)
             elif device != here:
                 what = f"{module.title} builds for the GPU it runs on ({here or 'here is none'}), not for {device}"
-                raise BackendError(what, 'build on the device itself, or pip install "mllm-edge[rtx]"')
+                raise BackendError(what, f"build on the device itself, or {install_hint('rtx')}")
             found.append(module)
         except BackendError as e:
             problems.append(e)

@@ -14,6 +14,8 @@ from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
+from mllm_edge.install import install_hint
+
 __all__ = ["first_use"]
 
 _STATUS = Path("/proc/self/status")
@@ -36,7 +38,7 @@ def _measure() -> int:
     from mllm_edge.runtime.backends.onnxruntime_cpu import import_onnxruntime
     from mllm_edge.runtime.roofline import product_graph
 
-    ort, size = import_onnxruntime('pip install "mllm-edge[cpu]"'), 8
+    ort, size = import_onnxruntime(install_hint("cpu")), 8
     before = _resident()
     session = ort.InferenceSession(product_graph("float32", size), providers=["CPUExecutionProvider"])
     session.run(None, {"rows": np.ones((size, size), np.float32)})
