@@ -117,7 +117,7 @@ def _tell_of_own_files(folder: Path, adapter: Adapter, notices: Notices) -> None
     if new:
         more = f" and {len(new) - 1} more" if len(new) > 1 else ""
         notices.add(
-            f"{adapter.name}: its tokenizer has {new[0]}{more}, which the checkpoint's has not: the checkpoint's is taken"
+            f"{adapter.name}: its tokenizer has {new[0]}{more}, which the checkpoint's lacks, which is taken"
             "; copy the adapter's tokenizer files over it where its tokens were trained"
         )
     own, other = adapter.folder / _TEMPLATE, folder / _TEMPLATE
