@@ -72,6 +72,7 @@ def adapted(model: Any, source: Source) -> tuple[Any, tuple[str, ...]]:
         model, left = merged_by_peft(model, adapter, names)
         if left:
             notes.append(f"PEFT has no place for all of {adapter.name} ({left}): the reference was merged by mllm-edge")
+            source.notices.add(notes[-1])
     return (_with_our_weights(model, source, names) if notes else model).eval(), tuple(notes)
 
 

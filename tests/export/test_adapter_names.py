@@ -593,3 +593,17 @@ def test_a_head_that_is_stored_though_it_is_said_to_be_shared(tmp_path: Path, eq
         assert "shares with" in reason(checkpoint, folder, kind=ConfigError)
     else:
         assert list(merged(checkpoint, folder)) == ["language_model.lm_head.weight"]
+
+
+def test_tokenizer_and_template_beside_an_adapter_are_told(llava: Path, adapter: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(adapter, tmp_path / "a"))
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        shutil.copy(llava / name, folder)
+    assert not len(open_source(str(llava), adapters=[folder]).notices)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][-1], "id": 319, "content": "<my_token>"})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    told = "\n".join(open_source(str(llava), adapters=[folder]).notices)
+    assert "<my_token>" in told
+    assert "chat_template.jinja differs" in told

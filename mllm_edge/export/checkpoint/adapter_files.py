@@ -16,6 +16,7 @@ from mllm_edge.export.safetensors import Weights, open_files
 __all__ = ["CONFIG", "NONE", "WEIGHTS", "Adapter", "adapter_inside", "open_adapter", "open_adapters"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_TEMPLATE = "chat_template.jinja"
 NONE = "none"  # in the place of a directory: not even the adapter that lies in the checkpoint's own
 # Options that are read here, and those of training alone.
 _READ = {
@@ -103,7 +104,32 @@ def open_adapters(folder: Path, names: Sequence[str | Path], notices: Notices) -
             f"where PEFT is installed; --adapter {NONE} leaves it out, which is right if these weights hold it already"
         )
         opened.insert(0, inside)
+    for adapter in opened:
+        if adapter is not inside:
+            _tell_of_own_files(folder, adapter, notices)
     return tuple(opened)
+
+
+def _tell_of_own_files(folder: Path, adapter: Adapter, notices: Notices) -> None:
+    """A tokenizer or chat template that was changed in training: the checkpoint's are carried, not the adapter's."""
+    added, known = _tokens(adapter.folder), _tokens(folder)
+    new = sorted(added - known) if known else []
+    if new:
+        more = f" and {len(new) - 1} more" if len(new) > 1 else ""
+        notices.add(
+            f"{adapter.name}: its tokenizer has {new[0]}{more}, which the checkpoint's lacks, which is taken"
+            "; copy the adapter's tokenizer files over it where its tokens were trained"
+        )
+    own, other = adapter.folder / _TEMPLATE, folder / _TEMPLATE
+    if own.is_file() and other.is_file() and own.read_bytes() != other.read_bytes():
+        notices.add(f"{adapter.name}: its {_TEMPLATE} differs from the checkpoint's, which is taken")
+
+
+def _tokens(folder: Path) -> set[str]:
+    """The tokens that were added to the tokenizer of a folder, those that have a number of their own."""
+    path = folder / "tokenizer.json"
+    entries = read_json(path).get("added_tokens") if path.is_file() else None
+    return {str(e.get("content")) for e in entries if isinstance(e, Mapping)} if isinstance(entries, list) else set()
 
 
 def adapter_inside(folder: Path, notices: Notices) -> Adapter | None:
