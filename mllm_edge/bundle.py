@@ -4,7 +4,9 @@ A bundle is untrusted input: nothing is unpickled, and no name leads outside its
 with their checksums; graphs and weights are compared when they are opened, embeddings when their rows are first read.
 """
 
+import glob
 import json
+import shlex
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -220,6 +222,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
+        aside = sorted(folder.absolute().parent.glob(f".{glob.escape(folder.name)}.old-*"))
+        if aside and not folder.exists():
+            raise BundleError(
+                f"{folder} does not exist: an export that was killed while it replaced it left it as {aside[0]}",
+                f"mv {shlex.quote(str(aside[0]))} {shlex.quote(str(folder))}",
+            )
         what = "has no manifest.json: it is not a bundle" if folder.is_dir() else "does not exist"
         hint = " (a checkpoint has to be exported first)" if (folder / "config.json").is_file() else ""
         raise BundleError(f"{folder} {what}{hint}", f"mllm-edge export MODEL {folder}")

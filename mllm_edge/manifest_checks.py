@@ -75,7 +75,7 @@ def _model(model: ModelSpec) -> Iterator[str]:
     if model.parameters < 0:
         yield f"model.parameters is {model.parameters}"
     if model.embedding.rows < model.vocab_size:
-        yield f"{model.embedding.rows} embeddings for a vocabulary of {model.vocab_size}"
+        yield f"model.vocab_size is {model.vocab_size}, and there are {model.embedding.rows} embeddings"
     if not math.isfinite(model.embedding.scale) or not model.embedding.scale:
         yield f"model.embedding.scale is {model.embedding.scale}"
     yield from _positions(model.positions, model)
@@ -277,7 +277,7 @@ def _stages(manifest: Manifest) -> Iterator[str]:
         if len(shape) != 1 + len(image.shape) or any(
             isinstance(a, int) and a != b for a, b in zip(shape[1:], image.shape, strict=True)
         ):
-            yield f"{where}: pixel_values has the shape {list(shape)}, an image {list(image.shape)}"
+            yield f"{where}: pixel_values has the shape {list(shape)}, the image processing makes {list(image.shape)}"
         for connector in components["connector"].variants:
             if connector.target == encoder.target:
                 yield from _handed_on(outputs, connector, manifest.model.hidden_size)

@@ -178,3 +178,20 @@ def test_graph_that_needs_a_newer_runtime(bundle: Path) -> None:
     edit(bundle, raise_minimum)
     with pytest.raises(BackendError, match=r"needs ONNX Runtime 99\.0"):
         VLM.load(bundle)
+
+
+def test_a_bundle_that_a_killed_export_set_aside(bundle: Path) -> None:
+    aside = bundle.rename(bundle.with_name(".bundle.old-123"))
+    with pytest.raises(BundleError, match=r"an export that was killed .* left it as .*\.bundle\.old-123") as caught:
+        Bundle.load(bundle)
+    assert caught.value.fix == f"mv {aside} {bundle}"
+
+
+def test_a_damaged_table_of_positions_is_named(bundle: Path) -> None:
+    path = bundle / "table.npy"
+    np.save(path, np.zeros((3, 3), np.float32))
+    edit(bundle, lambda m: m["files"].update({"table.npy": to_json(file_entry(path))}))
+    assert Bundle.load(bundle).array("table.npy").shape == (3, 3)
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(BundleError, match=r"table\.npy is damaged"):
+        Bundle.load(bundle).array("table.npy")

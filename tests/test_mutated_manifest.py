@@ -153,7 +153,7 @@ CONTRADICTIONS: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     ),
     ("context_length is 0", lambda m: m["model"].update(context_length=0)),
     ("hidden_size is -64", lambda m: m["model"].update(hidden_size=-64)),
-    ("embeddings for a vocabulary of", lambda m: m["model"]["embedding"].update(rows=3)),
+    ("vocab_size is .*, and there are 3 embeddings", lambda m: m["model"]["embedding"].update(rows=3)),
     (r"nothing\.npy is not in the manifest's list", lambda m: m["model"]["embedding"].update(file="nothing.npy")),
     ("of -5 bytes|: -5 bytes|manifest says -5", lambda m: m["files"]["tokenizer.json"].update(nbytes=-5)),
     ("digits of checksums do not fit", lambda m: m["files"]["tokenizer.json"].update(block=1)),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mllm_edge.bundle import MANIFEST
 from mllm_edge.errors import SourceError
-from mllm_edge.export.workspace import check_out
+from mllm_edge.export.workspace import check_out, check_space
 
 __all__ = ["check_checkpoint", "check_export", "check_quantize", "check_source", "is_bundle"]
 
@@ -56,6 +56,8 @@ def check_quantize(source: str, out: str, data: str, force: bool) -> None:
 
     check_source(source)
     check_out(Path(out), force)
+    if is_bundle(Path(source)):  # what is quantized is no larger
+        check_space(Path(out), sum(p.stat().st_size for p in Path(source).iterdir() if p.is_file()))
     load_samples(data, missing_images=True)
 
 

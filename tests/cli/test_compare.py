@@ -4,12 +4,15 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import Result
 
+from mllm_edge.bundle import Bundle, write_manifest
+from mllm_edge.checksums import file_entry
 from mllm_edge.export.pipeline import export
 from mllm_edge.export.verify import LIMITS
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
@@ -144,6 +147,9 @@ def test_different_tokenizers(cli: Cli, tiny_bundle: Path, tmp_path: Path) -> No
     shutil.copytree(tiny_bundle, other)
     data = (other / "tokenizer.json").read_text(encoding="utf-8").replace("<row_6_col_6>", "<row_6_col_7>")
     (other / "tokenizer.json").write_text(data, encoding="utf-8")
+    manifest = Bundle.load(tiny_bundle).manifest
+    files = {**manifest.files, "tokenizer.json": file_entry(other / "tokenizer.json")}
+    write_manifest(other, replace(manifest, files=files))
     result = cli("compare", tiny_bundle, other)
     assert result.exit_code == 1
     assert "different tokenizers" in result.stderr

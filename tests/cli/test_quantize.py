@@ -140,3 +140,13 @@ def test_places_are_checked_before_anything_is_loaded(
     assert words in result.stderr
     assert "fix: " in result.stderr
     assert not (folder / "out").exists()
+
+
+def test_too_little_space_is_told_before_anything_is_loaded(
+    cli: Cli, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verb, "load_exporter", None)  # would fail
+    monkeypatch.setattr("mllm_edge.export.workspace.room", lambda path: 1_000_000)
+    result = cli("quantize", str(folder / "fp16"), str(tmp_path / "out"), "--data", str(folder / "images"))
+    assert result.exit_code == 1
+    assert "1 MB free, the bundle needs" in result.stderr

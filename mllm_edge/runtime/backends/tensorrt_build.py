@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_edge.errors import BackendError
+from mllm_edge.files import write_whole
 from mllm_edge.install import install_hint
 from mllm_edge.runtime.backends.installed import engines, version_numbers
 from mllm_edge.runtime.backends.onnx_dimensions import fix_dimensions
@@ -243,7 +244,7 @@ def build(
     if data is None:
         raise _no_engine(path, parsed, options.segments)
     if timings is not None and options.timing_cache is not None:
-        options.timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
+        write_whole(options.timing_cache, bytes(config.get_timing_cache().serialize()), durable=False)
     # Not copied: an engine is as large as its weights, of which the network still holds one copy.
     return Engine(memoryview(data), time.perf_counter() - begin)
 
