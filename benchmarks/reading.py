@@ -88,6 +88,7 @@ def _read(folder: Folder, base: Path, place: Path) -> dict[str, str]:
 # ---------------------------------------------------------------- two readers
 def _by_transformers(folder: Path, family: str) -> dict[str, Any]:
     """By from_pretrained alone; only the part for video, which needs torchvision, is left out."""
+    import torch
     import transformers
     from transformers.models.smolvlm import processing_smolvlm
 
@@ -119,6 +120,8 @@ def _by_transformers(folder: Path, family: str) -> dict[str, Any]:
         processor_kwargs={"truncation": False, "padding": False},
     )
     model = transformers.AutoModelForImageTextToText.from_pretrained(folder)
+    with torch.no_grad():
+        model(**inputs)  # a folder whose prompt and features do not fit together has no answer
     stops = model.generation_config.eos_token_id
     return {
         "text": text,

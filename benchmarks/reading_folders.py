@@ -185,7 +185,27 @@ def _images(family: str) -> Iterator[tuple[str, Change]]:
     yield "images: unknown key", nested(do_wonders=True)
     for key in ("image_seq_len", "image_seq_length", "patch_size", "num_additional_image_tokens", "image_token"):
         yield f"processor: {key} null", edit("processor_config.json", **{key: NULL})
+    yield (
+        "no processor_config.json",
+        together(moved(keep=False), lambda folder: (folder / "processor_config.json").unlink()),
+    )
+    yield (
+        "processor: class in preprocessor_config.json",
+        together(
+            moved(keep=False, processor_class=_CLASSES[family]), edit("processor_config.json", processor_class=ABSENT)
+        ),
+    )
+    yield "settings for video beside", edit("video_preprocessor_config.json", do_resize=False, size={"height": 1})
     yield "processor: class absent", edit("processor_config.json", processor_class=ABSENT)
+
+
+_CLASSES = {
+    "idefics3": "Idefics3Processor",
+    "smolvlm": "SmolVLMProcessor",
+    "llava": "LlavaProcessor",
+    "qwen2_vl": "Qwen2VLProcessor",
+    "internvl": "InternVLProcessor",
+}
 
 
 def _fast(family: str) -> dict[str, str]:
@@ -236,11 +256,38 @@ def _tokens(family: str) -> Iterator[tuple[str, Change]]:
     yield "add_eos_token", together(edit(config, add_eos_token=True))
     yield "a post-processor that adds bos", _post_processor(start)
     yield "a post-processor, and a template that writes it", together(named, _post_processor(start))
+    yield (
+        "added_tokens.json, alike",
+        edit("added_tokens.json", **{start: _number(family, start), end: _number(family, end)}),
+    )
+    yield "added_tokens.json, contradicting", edit("added_tokens.json", **{start: _number(family, end)})
+    yield "added_tokens.json, a token more", edit("added_tokens.json", **{"<more>": 310})
+    yield (
+        "files of another tokenizer beside",
+        together(edit("vocab.json", a=0, b=1), _write("merges.txt", "#version: 0.2\na b\n")),
+    )
+    yield "legacy", edit(config, legacy=True)
+    yield "split_special_tokens", edit(config, split_special_tokens=True)
+    yield "chat template in the tokenizer's own name", edit(config, chat_template="{{ 1 }}")
     yield "truncation left by training", _state(truncation={"direction": "Right", "max_length": 8, **_TRUNCATION})
     yield "padding left by training", _state(padding=_PADDING)
     yield "model_max_length", edit(config, model_max_length=16)
     yield "padding_side", edit(config, padding_side="left")
     yield "clean_up_tokenization_spaces", edit(config, clean_up_tokenization_spaces=True)
+
+
+def _number(family: str, token: str) -> int:
+    """The id of a token in the tiny checkpoints: special ones follow the 256 bytes in their order."""
+    order = (
+        ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+        if family == "qwen2_vl"
+        else ("<|im_start|>", "<end_of_utterance>")
+    )
+    return 256 + order.index(token) if token in order else 297
+
+
+def _write(name: str, text: str) -> Change:
+    return lambda folder: (folder / name).write_text(text) and None
 
 
 _TRUNCATION = {"strategy": "LongestFirst", "stride": 0}

@@ -81,6 +81,12 @@ def read_processor(source: Source, cls: Any, image_processor: Any, tokenizer: An
     """A processor of transformers' class `cls` with the settings of the folder; `gaps` are settings that older files
     leave out. Its `chat_template` is the folder's own, or None."""
     settings = {key: value for key, value in stated_settings(source).items() if value is not None}
+    filled = sorted(key for key in gaps if key not in settings)
+    if filled:
+        shown = ", ".join(f"{key} = {gaps[key]!r}" for key in filled)
+        source.notices.add(
+            f"{source.folder}: the processor's files leave out what this model needs: {shown} is taken of it"
+        )
     accepted = inspect.signature(cls.__init__).parameters
     known = {key: value for key, value in {**gaps, **settings}.items() if key in accepted}
     parts = {"image_processor": image_processor, "tokenizer": tokenizer}
