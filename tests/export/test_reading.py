@@ -95,15 +95,15 @@ def test_stop_ids_that_contradict_each_other(folder: Path) -> None:
     assert "the tokenizer's eos_token '<end_of_utterance>' (257) is no stop id" in told
 
 
-def test_stop_id_where_transformers_does_not_look(folder: Path) -> None:
-    (folder / "generation_config.json").unlink()
+def test_no_stop_id_in_the_generation_settings(folder: Path) -> None:
+    edit(folder / "generation_config.json", eos_token_id=None)
     config = json.loads((folder / "config.json").read_text())
-    config.pop("eos_token_id", None)
     config["text_config"]["eos_token_id"] = 257
     (folder / "config.json").write_text(json.dumps(config))
     source = open_source(str(folder))
     plan = family_for(source).plan(source, source.weights())
     assert plan.texts.generation.eos_token_ids == (257,)
+    assert "no stop id, with which transformers' answers do not end" in "\n".join(source.notices)
 
 
 def test_settings_that_no_runtime_applies(folder: Path) -> None:

@@ -42,7 +42,7 @@ _SAMPLING: Mapping[str, Any] = {
 
 
 def generation_spec(source: Source, text_config: Mapping[str, Any], tokenizer: Any = None) -> GenerationSpec:
-    """Stop ids as transformers finds them (generation_config.json, else the top of config.json; if that says nothing,
+    """Stop ids as transformers finds them (generation_config.json, else config.json; if that says nothing,
     `text_config`), the tokens that templates may write, and the settings that change an answer.
 
     Notices tell of files that contradict each other, and of settings that no runtime here applies. Raises ConfigError
@@ -55,8 +55,8 @@ def generation_spec(source: Source, text_config: Mapping[str, Any], tokenizer: A
         stops = _ids(text_config.get("eos_token_id"))
         if stops:
             source.notices.add(
-                f"{source.folder}: only text_config names a stop id ({_shown(stops)}), where transformers does not "
-                "look (its answers would not end); it is used here"
+                f"{source.folder / FILE}: no stop id, with which transformers' answers do not end; text_config's is used "
+                f"here ({_shown(stops)})"
             )
     _tell_contradictions(source, stops, tokenizer)
     _tell_not_carried(source, config)
