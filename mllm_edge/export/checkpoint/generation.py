@@ -55,8 +55,8 @@ def generation_spec(source: Source, text_config: Mapping[str, Any], tokenizer: A
         stops = _ids(text_config.get("eos_token_id"))
         if stops:
             source.notices.add(
-                f"{source.folder / FILE}: no stop id, with which transformers' answers do not end; text_config's is used "
-                f"here ({_shown(stops)})"
+                f"{source.folder / FILE}: no stop id, with which transformers' answers do not end; text_config's is "
+                f"used here ({_shown(stops)})"
             )
     _tell_contradictions(source, stops, tokenizer)
     _tell_not_carried(source, config)
