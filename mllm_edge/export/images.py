@@ -17,9 +17,9 @@ def resample_name(number: int | None) -> Resample:
     number that Pillow does not have."""
     if number is None:
         return "bilinear"
-    if not 0 <= int(number) < len(_RESAMPLE):
+    if not isinstance(number, int) or not 0 <= number < len(_RESAMPLE):
         raise ConfigError(f"preprocessor_config.json: resample = {number!r}", "Pillow's filters are 0 to 5")
-    return _RESAMPLE[int(number)]
+    return _RESAMPLE[number]
 
 
 def value_transforms(settings: Any) -> tuple[Transform, Transform]:
