@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from benchmarks.reading import read_all
 from benchmarks.reading_folders import FAMILIES
@@ -156,6 +157,7 @@ def test_a_question_that_spells_a_control_token(folder: Path, tmp_path: Path, pr
 
 
 # ---------------------------------------------------------------- values that nothing can be made of
+ADAPTER = "adapter_model.safetensors"
 WRONG: list[tuple[str, tuple[str, ...], Any]] = [
     ("config.json", ("text_config", "rope_parameters", "rope_theta"), "x"),
     ("config.json", ("text_config", "rope_parameters", "rope_type"), [None]),
@@ -193,6 +195,17 @@ def test_files_that_hold_no_object(folder: Path, name: str, text: str) -> None:
     assert not diagnose_checkpoint(folder).exports
 
 
+def test_an_adapter_with_a_broken_pattern(folder: Path) -> None:
+    """PEFT's patterns are regular expressions."""
+    key = "base_model.model.language_model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    save_file({key.format("A"): np.ones((2, 64), "f"), key.format("B"): np.ones((64, 2), "f")}, folder / ADAPTER)
+    assert f"{ADAPTER} without adapter_config.json" in notices(folder)
+    edit(folder / "adapter_config.json", peft_type="LORA", r=2, lora_alpha=4, target_modules=["q_proj"])
+    assert diagnose_checkpoint(folder).exports
+    edit(folder / "adapter_config.json", rank_pattern={"(": 2})
+    assert not diagnose_checkpoint(folder).exports
+
+
 def test_a_link_that_leads_nowhere(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.json").symlink_to("gone")
@@ -205,7 +218,7 @@ def test_tokens_of_a_tile_that_no_file_states(tmp_path: Path) -> None:
     settings = json.loads((tmp_path / "m/processor_config.json").read_text())
     (tmp_path / "m/preprocessor_config.json").write_text(json.dumps(settings["image_processor"]))
     (tmp_path / "m/processor_config.json").unlink()
-    assert "no file states image_seq_len; the model makes 16 tokens of a tile" in notices(tmp_path / "m")
+    assert "image_seq_len = 16 is taken of it" in notices(tmp_path / "m")
 
 
 def test_wrong_text_is_found(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

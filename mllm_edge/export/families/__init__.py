@@ -9,6 +9,7 @@ which transformers has no class, so that their reference reads the checkpoint's 
 """
 
 import importlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -52,7 +53,7 @@ def reading(source: Source) -> Iterator[None]:
         raise
     except OSError as e:
         raise ConfigError(f"{e.filename or source.folder}: {e.strerror or e}", "check the file, and links to it") from e
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as e:
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, re.error) as e:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise ConfigError(
             f"{source.folder}: a setting has a value that cannot be used ({type(e).__name__}: {reason:.200})",

@@ -4,7 +4,6 @@ The image processor resizes to a longest edge, stretches to whole tiles and cuts
 as the last tile; in the prompt each tile is announced by its row and column. Without splitting an image is one tile.
 """
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 from unittest.mock import patch
@@ -16,7 +15,6 @@ from mllm_edge.export.checkpoint.processing import (
     read_image_processor,
     read_processor,
     read_tokenizer,
-    stated_settings,
 )
 from mllm_edge.export.checkpoint.texts import read_texts
 from mllm_edge.export.decoder.llama import llama_spec
@@ -106,12 +104,6 @@ def load_processor(source: Source) -> Any:
     vision = source.config.get("vision_config") or {}
     patches = image_processor.max_image_size["longest_edge"] // (vision.get("patch_size") or 32)
     tokens = (patches // (source.config.get("scale_factor") or 2)) ** 2
-    usual = inspect.signature(chosen.__init__).parameters["image_seq_len"].default
-    if tokens != usual and stated_settings(source).get("image_seq_len") is None:
-        source.notices.add(
-            f"{source.folder}: no file states image_seq_len; the model makes {tokens} tokens of a tile, which counts "
-            f"here, where transformers would write {usual} of them and then fail"
-        )
     # The package num2words, which spells the number of a video's frames, is asked for even where there is no video.
     with patch.object(processing_smolvlm, "num2words", processing_smolvlm.num2words or str):
         processor = read_processor(source, chosen, image_processor, tokenizer, image_seq_len=tokens)
