@@ -229,6 +229,8 @@ def _read_manifest(folder: Path) -> Manifest:
                 f"mv {shlex.quote(str(aside[0]))} {shlex.quote(str(folder))}",
             )
         what = "has no manifest.json: it is not a bundle" if folder.is_dir() else "does not exist"
+        if folder.is_file():
+            what = "is a file, not the directory of a bundle"
         hint = " (a checkpoint has to be exported first)" if (folder / "config.json").is_file() else ""
         raise BundleError(f"{folder} {what}{hint}", f"mllm-edge export MODEL {folder}")
     data = _read_json(path)

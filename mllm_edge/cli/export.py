@@ -5,7 +5,6 @@ import ctypes
 import shlex
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,6 +15,7 @@ from mllm_edge.cli.output import bytes_text, note, print_json, table
 from mllm_edge.cli.progress import stages
 from mllm_edge.cli.proof import float32_operators, proof_summary
 from mllm_edge.cli.signals import interrupted_message, interruptible
+from mllm_edge.runtime.image import image_path
 
 if TYPE_CHECKING:
     from mllm_edge.export.verify import VerifyCase
@@ -151,7 +151,7 @@ def _check_verify(verify: str, images: tuple[str, ...], prompt: str | None) -> N
     if verify == "off" and (images or prompt is not None):
         raise click.UsageError("--verify-image and --verify-prompt compare: leave out --verify off")
     for image in images:
-        if not Path(image).expanduser().is_file():
+        if not image_path(image).is_file():
             raise click.UsageError(f"--verify-image {image}: no such file")
 
 
@@ -161,7 +161,7 @@ def _verify_cases(images: tuple[str, ...], prompt: str | None) -> "list[VerifyCa
 
     if not images and prompt is None:
         return []
-    return [VerifyCase(prompt or DEFAULT_PROMPT, tuple(str(Path(image).expanduser()) for image in images))]
+    return [VerifyCase(prompt or DEFAULT_PROMPT, tuple(str(image_path(image)) for image in images))]
 
 
 def _check(recipe: str, data: str | None, calibration: Mapping[str, Any], dry_run: bool) -> None:

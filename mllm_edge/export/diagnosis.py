@@ -12,7 +12,8 @@ from mllm_edge.calibration.recipes import Precision, Recipe, recipe
 from mllm_edge.errors import MllmEdgeError, SourceError
 from mllm_edge.export.datafile import DryFile
 from mllm_edge.export.decoder.build import build_decoder
-from mllm_edge.export.families import family_for
+from mllm_edge.export.early import check_checkpoint
+from mllm_edge.export.families import family_for, reading
 from mllm_edge.export.pipeline import WHOLE_LIMIT, require_all_used
 from mllm_edge.export.plan import Plan, TracedComponent
 from mllm_edge.export.safetensors import Weights
@@ -78,14 +79,16 @@ class Diagnosis:
 
 
 class _Refusals:
-    """Collects what goes wrong, each once."""
+    """Collects what goes wrong with a checkpoint, each once."""
 
-    def __init__(self) -> None:
+    def __init__(self, source: Source) -> None:
+        self._source = source
         self.found: dict[str, Refusal] = {}
 
     def attempt(self, action: Callable[[], _Result]) -> _Result | None:
         try:
-            return action()
+            with reading(self._source):
+                return action()
         except MllmEdgeError as e:
             self.found.setdefault(e.message, Refusal(e.message, e.fix))
             return None
@@ -98,8 +101,9 @@ def diagnose_checkpoint(folder: str | Path, adapters: Sequence[str | Path] = ())
         raise SourceError(
             f"{folder}: no such directory", "name the directory of a checkpoint; download a hub model first"
         )
+    check_checkpoint(str(Path(folder).expanduser()))
     source = open_source(str(folder), adapters=adapters)
-    refusals = _Refusals()
+    refusals = _Refusals(source)
     family = refusals.attempt(lambda: family_for(source))
     weights = refusals.attempt(source.weights)
     plan: Plan | None = None

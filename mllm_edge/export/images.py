@@ -14,9 +14,9 @@ _OWN_FILES = "use this model's own files"
 
 def resample_name(number: int | None) -> Resample:
     """Pillow's filter number as a word; raises ConfigError for None, and for a number that Pillow does not have."""
-    if number is None or not 0 <= int(number) < len(_RESAMPLE):
+    if not isinstance(number, int) or not 0 <= number < len(_RESAMPLE):
         raise ConfigError(f"preprocessor_config.json: resample = {number!r}", "Pillow's filters are 0 to 5")
-    return _RESAMPLE[int(number)]
+    return _RESAMPLE[number]
 
 
 def value_transforms(settings: Any) -> tuple[Transform, Transform]:

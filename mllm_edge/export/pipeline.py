@@ -21,7 +21,7 @@ from mllm_edge.export.datafile import DataFile, DataSink, DryFile
 from mllm_edge.export.decoder.build import build_decoder
 from mllm_edge.export.decoder.spec import DecoderSpec
 from mllm_edge.export.early import check_checkpoint
-from mllm_edge.export.families import family_for
+from mllm_edge.export.families import family_for, reading
 from mllm_edge.export.graph import save_model, tensor_specs
 from mllm_edge.export.half import KEY, Float32Operators, keep_in_range
 from mllm_edge.export.plan import Plan
@@ -131,11 +131,12 @@ def _export(
     progress.stage("reading the checkpoint")
     source = open_source(model, revision, adapters, progress.notice)
     family = family_for(source)
-    weights = source.weights()
-    plan: Plan = family.plan(source, weights)
-    check_generation(source, plan.texts.generation, plan.model)
-    job = _Job(source, plan, weights, chosen, wanted, progress)
-    sizes = job.plan_sizes()
+    with reading(source):
+        weights = source.weights()
+        plan: Plan = family.plan(source, weights)
+        check_generation(source, plan.texts.generation, plan.model)
+        job = _Job(source, plan, weights, chosen, wanted, progress)
+        sizes = job.plan_sizes()
     require_all_used(source, plan, weights)
     report = ExportReport(
         source=model,

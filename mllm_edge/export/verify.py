@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mllm_edge.errors import ParityError
+from mllm_edge.errors import ParityError, PromptError
 from mllm_edge.export.reference import adapted, forget_prompts, load_reference, quiet_transformers
 from mllm_edge.export.source import Source
 
@@ -223,6 +223,7 @@ def _compare(reference: _Reference, folder: Path, case: VerifyCase, target: str)
     from mllm_edge.runtime.vlm import VLM
 
     with VLM(Bundle.load(folder), OnnxRuntimeCpu(target=target)) as vlm:
+        _require_plain(vlm.processor.spelled(case.prompt), case.prompt)
         prompt = vlm.processor.process(case.prompt, case.images)
         expected = reference.run(case.prompt, case.images, prompt.text)
         _require_same_prompt(prompt, expected, case.prompt)
@@ -238,6 +239,15 @@ def _compare(reference: _Reference, folder: Path, case: VerifyCase, target: str)
     errors["prefill_logits"], errors["decode_logits"] = float(difference[0]), float(difference[1:].max())
     agreed = int((logits.argmax(axis=1) == expected["tokens"]).sum())
     return _Outcome(errors, pixels, agreed, len(logits))
+
+
+def _require_plain(spelled: Sequence[str], question: str) -> None:
+    if spelled:
+        raise PromptError(
+            f"the question {question!r:.60} spells {spelled[0]!r}, which stays text here and becomes a token in "
+            "transformers: the two cannot be compared",
+            "leave it out of --verify-prompt",
+        )
 
 
 def _require_same_prompt(prompt: Any, expected: Mapping[str, Any], question: str) -> None:
@@ -257,10 +267,14 @@ def _require_same_prompt(prompt: Any, expected: Mapping[str, Any], question: str
 
 
 def _opened(image: Any) -> Any:
-    """A picture as transformers takes it: upright; its processors put transparent ones on white themselves."""
+    """A picture as transformers takes it: upright; its processors put transparent ones on white themselves. Of 16-bit
+    samples Pillow would keep the lowest 255 levels and call the rest white: they come scaled, as the runtime does."""
     from PIL import Image, ImageOps
 
-    return image if isinstance(image, Image.Image) else ImageOps.exif_transpose(Image.open(image))
+    from mllm_edge.runtime.image import load_image
+
+    opened = image if isinstance(image, Image.Image) else ImageOps.exif_transpose(Image.open(image))
+    return load_image(image) if opened.mode.startswith(("I", "F")) else opened
 
 
 def _grey_levels(vlm: Any, ours: np.ndarray, expected: np.ndarray) -> float:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Conversation"]
 
+_SAVED = "give a file that /save wrote"
+
 
 class Conversation:
     """What was said so far, and the images that wait for the next message.
@@ -81,12 +83,17 @@ class Conversation:
         """Go on with a conversation that `save` wrote; raises PromptError or ImageError before any change."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as e:
-            raise PromptError(f"{path}: not valid JSON ({e})", "give a file that /save wrote") from None
+        except OSError as e:
+            raise PromptError(f"{path}: cannot be read ({e.strerror or e})", _SAVED) from None
+        except (ValueError, RecursionError) as e:
+            raise PromptError(f"{path}: not valid JSON ({e})", _SAVED) from None
         if not isinstance(data, list) or not all(isinstance(m, dict) and "content" in m for m in data):
-            raise PromptError(f"{path}: not a list of messages", "give a file that /save wrote")
+            raise PromptError(f"{path}: not a list of messages", _SAVED)
         loaded = [{**message, "content": _decoded(message["content"])} for message in data]
-        images = [entry["image"] for m in loaded for entry in _entries(m) if entry.get("type") == "image"]
+        entries = [entry for m in loaded for entry in _entries(m)]
+        if not all(isinstance(e, dict) and ("image" in e or e.get("type") != "image") for e in entries):
+            raise PromptError(f"{path}: an image without its path, or an entry that is none", _SAVED)
+        images = [entry["image"] for entry in entries if entry.get("type") == "image"]
         if loaded:
             self._vlm.count_tokens(loaded, [(image.height, image.width) for image in images])
         self._messages, self._waiting = loaded, []

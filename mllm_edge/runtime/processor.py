@@ -127,6 +127,10 @@ class Processor:
             grids.append((rows, cols))
         return len(self._encode(pieces, grids, add_special_tokens))
 
+    def spelled(self, text: str) -> list[str]:
+        """The control tokens whose names a user's `text` spells, in order: they stay text."""
+        return self._control.inside(text)
+
     # ------------------------------------------------------------ messages
     def _parse(self, messages: Messages, image_count: int) -> tuple[list[dict[str, Any]], list[ImageSource | None]]:
         """Messages as the template may see them, without images, and the image (or None) of each image entry."""
@@ -344,6 +348,8 @@ def _as_sources(images: Any) -> list[ImageSource]:
         return [images]
     if isinstance(images, np.ndarray) and images.ndim < 4:
         return [images]
+    if not isinstance(images, Iterable):
+        raise ImageError(f"images is {type(images).__name__}", "pass one image, or several in a list")
     return list(images)
 
 

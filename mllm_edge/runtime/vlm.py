@@ -121,7 +121,7 @@ class VLM:
         if verify:
             bundle.verify()
         max_seq = None if max_context is None else min(max_context, bundle.manifest.model.context_length)
-        trace = trace or Trace()
+        trace = _trace(trace)
         with native.section():
             with trace.span("backend"):
                 chosen = open_backend(backend, chosen_threads, bundle=bundle, max_seq=max_seq, notice=notice)
@@ -212,7 +212,7 @@ class VLM:
             self._check_speculation(speculation)
             own = self._defaults
             max_new_tokens = whole("max_new_tokens", _first(max_new_tokens, own.max_new_tokens, MAX_NEW_TOKENS), 1)
-            trace = trace or Trace()
+            trace = _trace(trace)
             params = SamplingParams(
                 temperature,
                 _first(top_k, own.top_k, 0),
@@ -237,19 +237,22 @@ class VLM:
     def count_tokens(self, prompt: Messages, image_sizes: Sequence[tuple[int, int]] = ()) -> int:
         """Prompt tokens, image tokens included, for images of these (height, width); nothing is run."""
         with self._turns.working():
-            return self.processor.count_tokens(prompt, [_size(size) for size in image_sizes])
+            return self.processor.count_tokens(prompt, _sizes(image_sizes))
 
     def component(self, name: str, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Run one component by itself (all but the decoder), its inputs cast to the graph's types.
 
         On TensorRT an input may lie in CUDA memory already: an array with `__cuda_array_interface__`, or with DLPack's
-        `__dlpack__`, is read where it lies, and must have the graph's type.
+        `__dlpack__`, is read where it lies, and must have the graph's type. Raises OptionError for a name that there is
+        not, or an array that cannot be made of a value.
         """
         with self._turns.turn():
             return self._component(name, feeds)
 
     def image_features(self, prompt: Prompt, trace: Trace | None = None) -> np.ndarray:
-        """Vision encoder and connector: the images of a prompt that has some → features [tokens, hidden] float32."""
+        """Vision encoder and connector: the images of a prompt that has some → features [tokens, hidden] float32.
+
+        Raises PromptError for a prompt without images."""
         with self._turns.turn():
             return self._image_features(prompt, trace or Trace())
 
@@ -269,16 +272,16 @@ class VLM:
             return self._prompt_embeds(prompt, trace or Trace())
 
     def _component(self, name: str, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        types = self._types[name]
-        inputs = {key: value if in_cuda_memory(value) else on_host(value, types[key]) for key, value in feeds.items()}
+        types = _named(self._types, name, "component")
+        inputs = {key: _input(key, value, _named(types, key, f"input of {name}")) for key, value in feeds.items()}
         return self._sessions[name].run(inputs)
 
     def _image_features(self, prompt: Prompt, trace: Trace) -> np.ndarray:
         return np.concatenate([features for _, features in self._vision_runs(prompt, trace)])
 
     def _vision_runs(self, prompt: Prompt, trace: Trace) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        assert self.spec.image is not None
-        assert prompt.pixel_values is not None
+        if self.spec.image is None or prompt.pixel_values is None:
+            raise PromptError("the prompt has no images", "make one with images: vlm.processor.process(text, images)")
         runs = encoder_feeds(self.spec.image, prompt.pixel_values, prompt.image_grids, self._tiles_per_run)
         for feeds in runs:
             with trace.span("vision_encoder"):
@@ -379,6 +382,35 @@ def _log(result: Result | None) -> None:
         m = result.metrics
         about = f"{m.prompt_tokens} prompt tokens, {m.new_tokens} new, ended by {result.finish_reason}"
         logger.debug("%s: TTFT %.1f ms, %.1f tok/s", about, 1000 * m.ttft, m.tokens_per_second)
+
+
+def _trace(trace: Any) -> Trace:
+    if trace is not None and not isinstance(trace, Trace):
+        raise OptionError(f"trace must be a Trace, not {trace!r:.60}", "pass mllm_edge.runtime.trace.Trace()")
+    return trace or Trace()
+
+
+def _named(values: Mapping[str, Any], name: Any, kind: str) -> Any:
+    if name not in values:
+        raise OptionError(f"no {kind} is named {name!r:.60}", f"there are: {', '.join(values)}")
+    return values[name]
+
+
+def _input(name: str, value: Any, dtype: Any) -> Any:
+    if in_cuda_memory(value):
+        return value
+    try:
+        return on_host(value, dtype)
+    except (TypeError, ValueError) as error:
+        raise OptionError(
+            f"no array of {dtype} can be made for {name}: {error}", "pass numbers of one shape"
+        ) from error
+
+
+def _sizes(sizes: Any) -> list[tuple[int, int]]:
+    if not isinstance(sizes, Iterable):
+        raise OptionError(f"image_sizes must be a list, not {sizes!r:.60}", "give one (height, width) per image")
+    return [_size(size) for size in sizes]
 
 
 def _size(size: Any) -> tuple[int, int]:

@@ -3,12 +3,17 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
+from safetensors.numpy import save_file
 
 from benchmarks.reading import read_all
 from benchmarks.reading_folders import FAMILIES
-from mllm_edge.errors import ConfigError, ParityError
+from mllm_edge.errors import ConfigError, ParityError, PromptError, SourceError
+from mllm_edge.export.diagnosis import diagnose_checkpoint
 from mllm_edge.export.families import family_for
 from mllm_edge.export.pipeline import export
 from mllm_edge.export.source import open_source
@@ -133,6 +138,87 @@ def test_own_picture_and_prompt(folder: Path, tmp_path: Path) -> None:
     done = export(str(folder), tmp_path / "out", recipe_name="fp32", verify_cases=[case])
     assert done.parity["samples"] == 4
     assert done.parity["greedy_agreement"] == 1.0
+
+
+def test_a_picture_of_16_bits(folder: Path, tmp_path: Path) -> None:
+    """Pillow alone would call all but its darkest levels white."""
+    grey = np.linspace(0, 65535, 60 * 90).reshape(60, 90).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / "depth.png")
+    case = VerifyCase("What is it?", (str(tmp_path / "depth.png"),))
+    assert export(str(folder), tmp_path / "out", recipe_name="fp32", verify_cases=[case]).parity["samples"] == 4
+
+
+@pytest.mark.parametrize("prompt", ["What is <image>?", "Go on.<end_of_utterance>"])
+def test_a_question_that_spells_a_control_token(folder: Path, tmp_path: Path, prompt: str) -> None:
+    with pytest.raises(PromptError, match=r"spells '<.*stays text here") as caught:
+        export(str(folder), tmp_path / "out", recipe_name="fp32", verify_cases=[VerifyCase(prompt)])
+    assert "--verify-prompt" in caught.value.fix
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- values that nothing can be made of
+ADAPTER = "adapter_model.safetensors"
+WRONG: list[tuple[str, tuple[str, ...], Any]] = [
+    ("config.json", ("text_config", "rope_parameters", "rope_theta"), "x"),
+    ("config.json", ("text_config", "rope_parameters", "rope_type"), [None]),
+    ("config.json", ("text_config", "num_hidden_layers"), 10**30),
+    ("config.json", ("text_config", "head_dim"), 0),
+    ("config.json", ("quantization_config",), "awq"),
+    ("generation_config.json", ("eos_token_id",), [[1]]),
+    ("processor_config.json", ("image_processor",), True),
+    ("processor_config.json", ("image_processor", "crop_size"), None),
+    ("processor_config.json", ("image_processor", "resample"), "bicubic"),
+    ("processor_config.json", ("image_processor", "rescale_factor"), [None]),
+    ("processor_config.json", ("image_token",), {}),
+    ("processor_config.json", ("patch_size",), [None]),
+]
+
+
+@pytest.mark.parametrize(("name", "keys", "value"), WRONG)
+def test_values_of_a_wrong_type(folder: Path, tmp_path: Path, name: str, keys: tuple[str, ...], value: Any) -> None:
+    data = json.loads((folder / name).read_text())
+    part = data
+    for key in keys[:-1]:
+        part = part[key]
+    part[keys[-1]] = value
+    (folder / name).write_text(json.dumps(data))
+    with pytest.raises(SourceError) as caught:
+        export(str(folder), tmp_path / "out", recipe_name="fp32", verify_mode="off")
+    assert caught.value.fix
+    assert not diagnose_checkpoint(folder).exports
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "processor_config.json", "generation_config.json"])
+@pytest.mark.parametrize("text", ["null", "[]", '{"a":' * 100000 + "1" + "}" * 100000])
+def test_files_that_hold_no_object(folder: Path, name: str, text: str) -> None:
+    (folder / name).write_text(text)
+    assert not diagnose_checkpoint(folder).exports
+
+
+def test_an_adapter_with_a_broken_pattern(folder: Path) -> None:
+    """PEFT's patterns are regular expressions."""
+    key = "base_model.model.language_model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    save_file({key.format("A"): np.ones((2, 64), "f"), key.format("B"): np.ones((64, 2), "f")}, folder / ADAPTER)
+    assert f"{ADAPTER} without adapter_config.json" in notices(folder)
+    edit(folder / "adapter_config.json", peft_type="LORA", r=2, lora_alpha=4, target_modules=["q_proj"])
+    assert diagnose_checkpoint(folder).exports
+    edit(folder / "adapter_config.json", rank_pattern={"(": 2})
+    assert not diagnose_checkpoint(folder).exports
+
+
+def test_a_link_that_leads_nowhere(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").symlink_to("gone")
+    assert not diagnose_checkpoint(folder).exports
+
+
+def test_tokens_of_a_tile_that_no_file_states(tmp_path: Path) -> None:
+    """transformers takes 169 then, whatever the model makes."""
+    tiny.save_tiny_idefics3(tmp_path / "m")
+    settings = json.loads((tmp_path / "m/processor_config.json").read_text())
+    (tmp_path / "m/preprocessor_config.json").write_text(json.dumps(settings["image_processor"]))
+    (tmp_path / "m/processor_config.json").unlink()
+    assert "image_seq_len = 16 is taken of it" in notices(tmp_path / "m")
 
 
 def test_wrong_text_is_found(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mllm_edge import VLM
-from mllm_edge.errors import OptionError
+from mllm_edge.errors import ImageError, OptionError, PromptError
 from mllm_edge.runtime.backend import open_backend
 from mllm_edge.runtime.conversation import Conversation
 from mllm_edge.runtime.numbers import number, whole
@@ -32,7 +32,9 @@ REAL: dict[str, tuple[Any, ...]] = {
 }
 CASES = [(name, value) for name, more in WHOLE.items() for value in (*NO_WHOLE, *more)]
 CASES += [(name, value) for name, more in REAL.items() for value in (*NEVER, *more)]
-CASES = [(name, value) for name, value in CASES if not (name == "seed" and value is None)]
+# None is as the checkpoint says it.
+OPTIONAL = ("max_new_tokens", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+CASES = [(name, value) for name, value in CASES if not (name in OPTIONAL and value is None)]
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +107,47 @@ def test_sizes_of_images(vlm: VLM, size: Any) -> None:
     with pytest.raises(ValueError, match=r"image size|no pixels"):
         vlm.count_tokens("Hi", [size])
     assert vlm.count_tokens("Hi", [np.array([64, 48])]) == vlm.count_tokens("Hi", [(64, 48)])
+
+
+@pytest.mark.parametrize("value", [5, None, 1.5, True, object()])
+def test_what_is_no_list(vlm: VLM, value: Any) -> None:
+    with pytest.raises(OptionError, match="image_sizes must be a list"):
+        vlm.count_tokens("Hi", value)
+    if value is not None:
+        with pytest.raises(ImageError, match="images is"):
+            vlm.stream("Hi", images=value)
+
+
+@pytest.mark.parametrize("trace", ["x", 5, True])
+def test_a_trace_that_is_none(vlm: VLM, tiny_bundle: Path, trace: Any) -> None:
+    with pytest.raises(OptionError, match="trace must be a Trace"):
+        vlm.stream("Hi", trace=trace)
+    with pytest.raises(OptionError, match="trace must be a Trace"):
+        VLM.load(tiny_bundle, trace=trace)
+
+
+def test_components_and_inputs_that_there_are_not(vlm: VLM) -> None:
+    with pytest.raises(OptionError, match=r"no component is named 'nope'"):
+        vlm.component("nope", {})
+    with pytest.raises(OptionError, match=r"no input of vision_encoder is named 'x'"):
+        vlm.component("vision_encoder", {"x": 1})
+    for value in ("a", [[1], [1, 2]], object()):
+        with pytest.raises(OptionError, match="no array of"):
+            vlm.component("vision_encoder", {"pixel_values": value})
+    with pytest.raises(PromptError, match="no images"):
+        vlm.image_features(vlm.processor.process("Hi"))
+    with pytest.raises(PromptError, match="no images"):
+        list(vlm.vision_runs(vlm.processor.process("Hi")))
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100000, '[{"role": "user", "content": [5]}]', '[{"role": "user", "content": [{"type": "image"}]}]']
+)
+def test_files_that_hold_no_conversation(vlm: VLM, tmp_path: Path, text: str) -> None:
+    (tmp_path / "talk.json").write_text(text)
+    for path in ("talk.json", "gone.json", ""):
+        with pytest.raises(PromptError, match=r"give a file that /save wrote"):
+            Conversation(vlm).load(str(tmp_path / path))
 
 
 def test_the_helpers() -> None:

@@ -134,9 +134,12 @@ def _tokens(folder: Path) -> set[str]:
 
 def adapter_inside(folder: Path, notices: Notices) -> Adapter | None:
     """The adapter in a checkpoint's folder; raises as `open_adapter`."""
+    weights = [name for name in (WEIGHTS, "adapter_model.bin") if (folder / name).is_file()]
     if not (folder / CONFIG).is_file():
+        if weights:
+            notices.add(f"{folder}: {weights[0]} without {CONFIG}, which says how to merge it: left aside")
         return None
-    if not any((folder / name).is_file() for name in (WEIGHTS, "adapter_model.bin")):
+    if not weights:
         notices.add(f"{folder}: {CONFIG} without an adapter's weights: left aside")
         return None
     try:

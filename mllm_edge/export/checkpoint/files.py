@@ -29,6 +29,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; raises SourceError when the file holds none."""
     try:
         raw = path.read_bytes()
+    except OSError as e:
+        raise SourceError(f"{path}: cannot be read ({e.strerror or e})", "download the file again") from None
+    try:
         data = json.loads(raw.decode("utf-8"))
     except RecursionError:
         raise SourceError(f"{path}: not valid JSON (nested too deeply)", "download the file again") from None

@@ -9,13 +9,16 @@ which transformers has no class, so that their reference reads the checkpoint's 
 """
 
 import importlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from mllm_edge.errors import UnsupportedModelError
+from mllm_edge.errors import ConfigError, MllmEdgeError, UnsupportedModelError
 from mllm_edge.export.source import Source, nearest
 
-__all__ = ["FAMILIES", "family_for", "summaries"]
+__all__ = ["FAMILIES", "family_for", "reading", "summaries"]
 
 # model_type of config.json → module in this package
 FAMILIES = {
@@ -38,6 +41,24 @@ def family_for(source: Source) -> ModuleType:
             f"supported: {', '.join(FAMILIES)}" + (f"; the nearest is {near}" if near else ""),
         )
     return importlib.import_module(f"{__name__}.{module}")
+
+
+@contextmanager
+def reading(source: Source) -> Iterator[None]:
+    """Around what reads a checkpoint's settings: a value of a type or size that nothing can be made of, which no check
+    foresaw, becomes a ConfigError that quotes what failed."""
+    try:
+        yield
+    except MllmEdgeError:
+        raise
+    except OSError as e:
+        raise ConfigError(f"{e.filename or source.folder}: {e.strerror or e}", "check the file, and links to it") from e
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, re.error) as e:
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise ConfigError(
+            f"{source.folder}: a setting has a value that cannot be used ({type(e).__name__}: {reason:.200})",
+            "compare the JSON files with those of the model's own repository; --debug shows where it was read",
+        ) from e
 
 
 def summaries() -> list[dict[str, Any]]:
