@@ -222,7 +222,7 @@ def test_without_peft_the_reference_gets_the_same_weights(
 def test_large_model_with_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peft: bool) -> None:
     save_tiny_llava(tmp_path / "checkpoint", text={"num_hidden_layers": 4})
     folder = train(load(tmp_path / "checkpoint"), tmp_path / "adapter", **OPTIONS["regex"])
-    monkeypatch.setattr(pipeline, "_WHOLE_LIMIT", 1000)
+    monkeypatch.setattr(pipeline, "WHOLE_LIMIT", 1000)
     if not peft:
         monkeypatch.setattr(reference.importlib.util, "find_spec", lambda name: None)
     report = export(str(tmp_path / "checkpoint"), tmp_path / "out", recipe_name="fp32", adapters=[folder])

@@ -269,7 +269,7 @@ def test_dry_run_writes_nothing_and_tells_the_size(checkpoint: Path, tmp_path: P
 
 def test_large_model_is_compared_by_its_first_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny_idefics3(tmp_path / "checkpoint", text={"num_hidden_layers": 4})
-    monkeypatch.setattr(pipeline, "_WHOLE_LIMIT", 1000)
+    monkeypatch.setattr(pipeline, "WHOLE_LIMIT", 1000)
     report = export(str(tmp_path / "checkpoint"), tmp_path / "out", recipe_name="fp32")
     assert report.parity["scope"] == "decoder: first 2 layers and head"
     assert report.parity["errors"]["decode_logits"] < 1e-4

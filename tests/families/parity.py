@@ -100,7 +100,7 @@ def _check_text(vlm: VLM, tokenizer: Any, result: Any, tokens: list[int]) -> Non
     stop = [i for i, token in enumerate(tokens) if token in vlm.stop_ids]
     expected = tokens[: stop[0]] if stop else tokens
     assert list(result.token_ids) == expected
-    assert result.text == tokenizer.decode(expected, skip_special_tokens=True)
+    assert result.text == tokenizer.decode(expected, skip_special_tokens=True).lstrip()
     assert result.finish_reason == ("stop" if stop else "length")
 
 

@@ -108,7 +108,7 @@ def test_large_model_is_compared_by_its_first_layers(
     save = save_tiny_internvl_chat if name in CHAT else save_tiny_internvl
     config = CONFIGS[name]
     save(tmp_path / "checkpoint", **{**config, "text": {**config.get("text", {}), "num_hidden_layers": 3}})
-    monkeypatch.setattr(pipeline, "_WHOLE_LIMIT", 1000)
+    monkeypatch.setattr(pipeline, "WHOLE_LIMIT", 1000)
     report = export(str(tmp_path / "checkpoint"), tmp_path / "out", recipe_name="fp32")
     assert report.parity["scope"] == "decoder: first 2 layers and head"
     assert Bundle.load(tmp_path / "out").manifest.model.cache.layers == 3

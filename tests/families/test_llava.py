@@ -102,7 +102,7 @@ def test_large_model_is_compared_by_its_first_layers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str
 ) -> None:
     save_tiny_llava(tmp_path / "checkpoint", text={"model_type": model_type, "num_hidden_layers": 3})
-    monkeypatch.setattr(pipeline, "_WHOLE_LIMIT", 1000)
+    monkeypatch.setattr(pipeline, "WHOLE_LIMIT", 1000)
     report = export(str(tmp_path / "checkpoint"), tmp_path / "out", recipe_name="fp32")
     assert report.parity["scope"] == "decoder: first 2 layers and head"
 

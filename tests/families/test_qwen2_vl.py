@@ -209,7 +209,7 @@ def _data(bundle: Path, graph: str) -> bytes:
 
 def test_large_model_is_compared_by_its_first_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny_qwen2_vl(tmp_path / "checkpoint", text={"num_hidden_layers": 3}, names="hub")
-    monkeypatch.setattr(pipeline, "_WHOLE_LIMIT", 1000)
+    monkeypatch.setattr(pipeline, "WHOLE_LIMIT", 1000)
     report = export(str(tmp_path / "checkpoint"), tmp_path / "out", recipe_name="fp32")
     assert report.parity["scope"] == "decoder: first 2 layers and head"
     assert report.parity["greedy_agreement"] == 1.0
