@@ -15,7 +15,6 @@ from mllm_edge.cli.output import bytes_text, note, print_json, table
 from mllm_edge.cli.progress import stages
 from mllm_edge.cli.proof import float32_operators, proof_summary
 from mllm_edge.cli.signals import interrupted_message, interruptible
-from mllm_edge.runtime.image import image_path
 
 if TYPE_CHECKING:
     from mllm_edge.export.verify import VerifyCase
@@ -148,6 +147,8 @@ def command(
 
 def _check_verify(verify: str, images: tuple[str, ...], prompt: str | None) -> None:
     """Raise UsageError for a picture that is not there, or where nothing is compared."""
+    from mllm_edge.runtime.image import image_path
+
     if verify == "off" and (images or prompt is not None):
         raise click.UsageError("--verify-image and --verify-prompt compare: leave out --verify off")
     for image in images:
@@ -158,6 +159,7 @@ def _check_verify(verify: str, images: tuple[str, ...], prompt: str | None) -> N
 def _verify_cases(images: tuple[str, ...], prompt: str | None) -> "list[VerifyCase]":
     from mllm_edge.calibration.data import DEFAULT_PROMPT
     from mllm_edge.export.verify import VerifyCase
+    from mllm_edge.runtime.image import image_path
 
     if not images and prompt is None:
         return []
