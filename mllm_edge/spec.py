@@ -207,7 +207,8 @@ class ImagePrompt:
 
     An image with grid (0, 0) becomes `single`; with grid (R, C) it becomes `begin`, then, row by row, C times `tile`
     followed by `row_end`, and at the end `overview`. `inline`: what a chat template for plain text gets in a message
-    for an image, `{image}` being one placeholder.
+    for an image, `{image}` being one placeholder. `reserved`: further words that stand for pictures or films, which no
+    text of a user's may become.
     """
 
     token: str
@@ -219,6 +220,7 @@ class ImagePrompt:
     overview: str = ""
     begin: str = ""
     inline: str = "{image}"
+    reserved: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -331,6 +331,7 @@ def _control_tokens(image: ImageSpec | None, tokenizer: Tokenizer, template: Cha
 def _image_markers(prompt: ImagePrompt, added_tokens: Iterable[str]) -> tuple[str, ...]:
     """The added tokens of the vocabulary that the expansion of images uses, the placeholder first."""
     texts = "".join(_image_text(prompt, *grid) for grid in ((0, 0), (1, 1)))
+    texts += "\0".join((prompt.inline, *prompt.reserved))
     numbered = prompt.tile.replace("{image}", "")
     for row in range(1, 17):
         texts += "".join(numbered.replace("{row}", str(row)).replace("{col}", str(col)) for col in range(1, 17))

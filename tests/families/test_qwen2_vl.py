@@ -122,9 +122,13 @@ def test_text_alone_is_turned_as_by_a_plain_rope(plain: Exported) -> None:
 def test_image_markers_in_a_text_stay_text(plain: Exported) -> None:
     with VLM.load(plain.bundle) as vlm:
         image = make_image(40, 40, 0)
-        prompt = vlm.processor.process("What is <|image_pad|>?", image)
-        assert "What is <|image_pad|>?" in prompt.text
-        assert len(prompt.image_positions) == len(vlm.processor.process("What is this?", image).image_positions)
+        plain = vlm.processor.process("What is this?", image)
+        for marker in ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_end|>"):
+            prompt = vlm.processor.process(f"What is {marker}?", image)
+            assert f"What is {marker}?" in prompt.text
+            assert len(prompt.image_positions) == len(plain.image_positions)
+            number = vlm.tokenizer.token_id(marker)
+            assert (prompt.token_ids == number).sum() == (plain.token_ids == number).sum()
         assert vlm.generate("What is <|image_pad|>?", image, max_new_tokens=2).token_ids
 
 

@@ -82,7 +82,7 @@ def _read(source: Source) -> Any:
         name = FILE if own else "config.json"
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise ConfigError(
-            f"{source.folder / name}: transformers refuses the generation settings ({reason})", f"correct {name}"
+            f"{source.folder / name}: the generation settings cannot be read ({reason})", f"correct {name}"
         ) from None
 
 

@@ -243,5 +243,6 @@ def _image_spec(processor: Any, tower: Any, tokens: int, token_id: int) -> Image
         tile=f"{fake}<row_{{row}}_col_{{col}}>{{image}}",
         row_end="\n",
         overview=f"\n{fake}{whole}{{image}}{fake}",
+        reserved=tuple(filter(None, [getattr(processor, "video_token", None)])),
     )
     return ImageSpec(tuple(transforms), prompt, tower.tile, tower.tile, tower.channels)

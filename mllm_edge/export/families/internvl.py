@@ -371,6 +371,7 @@ def _image_spec(checkpoint: Checkpoint, processor: Any, tile: int, tokens: int, 
         begin=start,
         tile="{image}",
         overview=f"{{image}}{end}" if overview else end,
+        reserved=(processor.video_token,),
     )
     return ImageSpec(_transforms(checkpoint, processor.image_processor, tile), prompt, tile, tile)
 

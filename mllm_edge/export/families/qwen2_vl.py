@@ -255,7 +255,13 @@ def _image_spec(source: Source, loaded: Any, vision: _Vision, token_id: int) -> 
         patches,
     )
     prompt = ImagePrompt(
-        loaded.image_token, token_id, 1, single="{image}", tile="{image}", inline=f"{_START}{{image}}{_END}"
+        loaded.image_token,
+        token_id,
+        1,
+        single="{image}",
+        tile="{image}",
+        inline=f"{_START}{{image}}{_END}",
+        reserved=(loaded.video_token,),
     )
     return ImageSpec(transforms, prompt, side, side, vision.channels, (vision.rope,))
 
