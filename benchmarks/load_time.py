@@ -1,13 +1,12 @@
 """Seconds until a bundle of a SmolVLM-256M's size is loaded, against another checkout of this project, by turns.
 
-python -m benchmarks.load_time --baseline DIR [--bundle B] [--rounds 15] [--json F]
+python -m benchmarks.load_time --baseline DIR [--rounds 15] [--json F]
 
-Every load is in a process of its own, with the files in the page cache and the libraries imported. The baseline loads
-the same files with a manifest that says no checksums, so that versions before them can read it.
+Every load is in a process of its own, with the files in the page cache and the libraries imported. Each checkout loads
+the bundle that it exported itself, of the same random weights.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
+from benchmarks.bundles import export_by
 from benchmarks.report import Report
 from benchmarks.vlm_checkpoints import smolvlm_256m
 
@@ -38,22 +38,22 @@ print(time.perf_counter() - begin)
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--baseline", type=Path, required=True, help="another checkout of this project")
-    parser.add_argument("--bundle", type=Path, help="default: random weights, exported at int4")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     report = Report("Load")
-    with tempfile.TemporaryDirectory(prefix="mllm-edge-", dir=options.bundle and options.bundle.parent) as name:
-        bundle = options.bundle or _exported(Path(name))
-        sides = {"baseline": (options.baseline.resolve(), _without_checksums(bundle, Path(name) / "old"))}
-        sides["here"] = (ROOT, bundle)
+    with tempfile.TemporaryDirectory(prefix="mllm-edge-") as name:
+        model = Path(name) / "model"
+        smolvlm_256m(model)
+        checkouts = {"baseline": options.baseline.resolve(), "here": ROOT}
+        sides = {side: (root, export_by(root, model, Path(name) / side)) for side, root in checkouts.items()}
         seconds: dict[str, list[float]] = {side: [] for side in sides}
         for number in range(options.rounds + 1):
             for side, (checkout, path) in sides.items() if number % 2 else reversed(sides.items()):
                 spent = _load(checkout, path)
                 if number:  # the first round brings the files into the page cache
                     seconds[side].append(spent)
-    size = sum(p.stat().st_size for p in bundle.iterdir()) / 1e6 if options.bundle else None
+        size = sum(p.stat().st_size for p in sides["here"][1].iterdir()) / 1e6
     for side, values in seconds.items():
         row = {"side": side, "median ms": 1e3 * median(values), "least ms": 1e3 * min(values), "loads": len(values)}
         report.rows.append(row | {"MB": size})
@@ -61,28 +61,6 @@ def main() -> None:
     report.print()
     if options.json:
         report.write(options.json)
-
-
-def _exported(folder: Path) -> Path:
-    smolvlm_256m(folder / "model")
-    command = [sys.executable, "-m", "mllm_edge", "export", "model", "bundle", "--recipe", "int4", "--verify", "off"]
-    subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
-    return folder / "bundle"
-
-
-def _without_checksums(bundle: Path, folder: Path) -> Path:
-    """The same files under other names, the manifest without what was added to it later."""
-    folder.mkdir()
-    for file in bundle.iterdir():
-        if file.is_file() and file.name != "manifest.json":
-            (folder / file.name).hardlink_to(file)
-    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
-    manifest.pop("checksum", None)
-    for entry in manifest["files"].values():
-        entry.pop("block", None)
-        entry.pop("xxh3", None)
-    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    return folder
 
 
 def _load(checkout: Path, bundle: Path) -> float:
