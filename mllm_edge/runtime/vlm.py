@@ -12,9 +12,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mllm_edge.bundle import CHAT_TEMPLATE, Bundle
-from mllm_edge.errors import BackendError, ClosedError, ContextError, OptionError, PromptError
+from mllm_edge.errors import BackendError, ClosedError, ContextError, PromptError
 from mllm_edge.runtime.answer import Call, Chunk, Result, answer
-from mllm_edge.runtime.arrays import in_cuda_memory, on_host
+from mllm_edge.runtime.arguments import (
+    first,
+    given_trace,
+    graph_input,
+    image_sizes_of,
+    named,
+    stop_strings,
+)
 from mllm_edge.runtime.backend import Backend, open_backend
 from mllm_edge.runtime.components import open_component
 from mllm_edge.runtime.decode.token_rules import TokenRules
@@ -29,7 +36,7 @@ from mllm_edge.runtime.processor import Messages, Processor, Prompt
 from mllm_edge.runtime.sampling import Sampler, SamplingParams
 from mllm_edge.runtime.speculation import PromptLookup, check_speculation
 from mllm_edge.runtime.threads import Spin, Threads
-from mllm_edge.runtime.tokenizer import ChatTemplate, StopStrings, Tokenizer
+from mllm_edge.runtime.tokenizer import ChatTemplate, Tokenizer
 from mllm_edge.runtime.trace import Trace
 from mllm_edge.runtime.turns import Turn, Turns, native
 
@@ -121,7 +128,7 @@ class VLM:
         if verify:
             bundle.verify()
         max_seq = None if max_context is None else min(max_context, bundle.manifest.model.context_length)
-        trace = _trace(trace)
+        trace = given_trace(trace)
         with native.section():
             with trace.span("backend"):
                 chosen = open_backend(backend, chosen_threads, bundle=bundle, max_seq=max_seq, notice=notice)
@@ -211,19 +218,19 @@ class VLM:
         with self._turns.working():
             self._check_speculation(speculation)
             own = self._defaults
-            max_new_tokens = whole("max_new_tokens", _first(max_new_tokens, own.max_new_tokens, MAX_NEW_TOKENS), 1)
-            trace = _trace(trace)
+            max_new_tokens = whole("max_new_tokens", first(max_new_tokens, own.max_new_tokens, MAX_NEW_TOKENS), 1)
+            trace = given_trace(trace)
             params = SamplingParams(
                 temperature,
-                _first(top_k, own.top_k, 0),
-                _first(top_p, own.top_p, 1.0),
-                _first(min_p, own.min_p, 0.0),
-                _first(repetition_penalty, own.repetition_penalty),
+                first(top_k, own.top_k, 0),
+                first(top_p, own.top_p, 1.0),
+                first(min_p, own.min_p, 0.0),
+                first(repetition_penalty, own.repetition_penalty),
                 frequency_penalty,
                 presence_penalty,
                 seed,
             )
-            stops = _stops(_first(stop, () if ignore_eos else own.stop_strings))
+            stops = stop_strings(first(stop, () if ignore_eos else own.stop_strings))
             with trace.span("preprocess"):
                 processed = self._process(prompt, images, raw)
                 ids, places = processed.token_ids, processed.image_positions
@@ -237,7 +244,7 @@ class VLM:
     def count_tokens(self, prompt: Messages, image_sizes: Sequence[tuple[int, int]] = ()) -> int:
         """Prompt tokens, image tokens included, for images of these (height, width); nothing is run."""
         with self._turns.working():
-            return self.processor.count_tokens(prompt, _sizes(image_sizes))
+            return self.processor.count_tokens(prompt, image_sizes_of(image_sizes))
 
     def component(self, name: str, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Run one component by itself (all but the decoder), its inputs cast to the graph's types.
@@ -272,8 +279,8 @@ class VLM:
             return self._prompt_embeds(prompt, trace or Trace())
 
     def _component(self, name: str, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        types = _named(self._types, name, "component")
-        inputs = {key: _input(key, value, _named(types, key, f"input of {name}")) for key, value in feeds.items()}
+        types = named(self._types, name, "component")
+        inputs = {key: graph_input(key, value, named(types, key, f"input of {name}")) for key, value in feeds.items()}
         return self._sessions[name].run(inputs)
 
     def _image_features(self, prompt: Prompt, trace: Trace) -> np.ndarray:
@@ -382,56 +389,6 @@ def _log(result: Result | None) -> None:
         m = result.metrics
         about = f"{m.prompt_tokens} prompt tokens, {m.new_tokens} new, ended by {result.finish_reason}"
         logger.debug("%s: TTFT %.1f ms, %.1f tok/s", about, 1000 * m.ttft, m.tokens_per_second)
-
-
-def _trace(trace: Any) -> Trace:
-    if trace is not None and not isinstance(trace, Trace):
-        raise OptionError(f"trace must be a Trace, not {trace!r:.60}", "pass mllm_edge.runtime.trace.Trace()")
-    return trace or Trace()
-
-
-def _named(values: Mapping[str, Any], name: Any, kind: str) -> Any:
-    if name not in values:
-        raise OptionError(f"no {kind} is named {name!r:.60}", f"there are: {', '.join(values)}")
-    return values[name]
-
-
-def _input(name: str, value: Any, dtype: Any) -> Any:
-    if in_cuda_memory(value):
-        return value
-    try:
-        return on_host(value, dtype)
-    except (TypeError, ValueError) as error:
-        raise OptionError(
-            f"no array of {dtype} can be made for {name}: {error}", "pass numbers of one shape"
-        ) from error
-
-
-def _sizes(sizes: Any) -> list[tuple[int, int]]:
-    if not isinstance(sizes, Iterable):
-        raise OptionError(f"image_sizes must be a list, not {sizes!r:.60}", "give one (height, width) per image")
-    return [_size(size) for size in sizes]
-
-
-def _size(size: Any) -> tuple[int, int]:
-    try:
-        height, width = size
-    except (TypeError, ValueError):
-        raise OptionError(f"an image size is (height, width), not {size!r:.60}", "give two numbers of px") from None
-    return whole("the height of an image size", height, 1), whole("the width of an image size", width, 1)
-
-
-def _first(*values: Any) -> Any:
-    """The first that is not None."""
-    return next(value for value in values if value is not None)
-
-
-def _stops(stop: Any) -> StopStrings:
-    try:
-        return StopStrings([stop] if isinstance(stop, str) else stop)
-    except (TypeError, ValueError) as error:
-        what = str(error) if isinstance(error, ValueError) else f"stop: {stop!r:.60} is no list of strings"
-        raise OptionError(what, "give stop as a string, or several in a list") from error
 
 
 def _call(function: Callable[[], None] | None) -> None:

@@ -1,0 +1,67 @@
+"""What callers hand to a `VLM`, checked: what cannot be used is an OptionError that says what would be."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mllm_edge.errors import OptionError
+from mllm_edge.runtime.arrays import in_cuda_memory, on_host
+from mllm_edge.runtime.numbers import whole
+from mllm_edge.runtime.tokenizer import StopStrings
+from mllm_edge.runtime.trace import Trace
+
+__all__ = ["first", "given_trace", "graph_input", "image_sizes_of", "named", "stop_strings"]
+
+
+def given_trace(trace: Any) -> Trace:
+    """The caller's trace, or a new one; raises OptionError for anything else."""
+    if trace is not None and not isinstance(trace, Trace):
+        raise OptionError(f"trace must be a Trace, not {trace!r:.60}", "pass mllm_edge.runtime.trace.Trace()")
+    return trace or Trace()
+
+
+def named(values: Mapping[str, Any], name: Any, kind: str) -> Any:
+    """The value of that name; raises OptionError that lists the names there are."""
+    if name not in values:
+        raise OptionError(f"no {kind} is named {name!r:.60}", f"there are: {', '.join(values)}")
+    return values[name]
+
+
+def graph_input(name: str, value: Any, dtype: Any) -> Any:
+    """A value as a graph takes it: on the host of `dtype`, or in CUDA memory as it is; raises OptionError."""
+    if in_cuda_memory(value):
+        return value
+    try:
+        return on_host(value, dtype)
+    except (TypeError, ValueError) as error:
+        raise OptionError(
+            f"no array of {dtype} can be made for {name}: {error}", "pass numbers of one shape"
+        ) from error
+
+
+def image_sizes_of(sizes: Any) -> list[tuple[int, int]]:
+    """(height, width) in px of each image; raises OptionError."""
+    if not isinstance(sizes, Iterable):
+        raise OptionError(f"image_sizes must be a list, not {sizes!r:.60}", "give one (height, width) per image")
+    return [_size(size) for size in sizes]
+
+
+def _size(size: Any) -> tuple[int, int]:
+    try:
+        height, width = size
+    except (TypeError, ValueError):
+        raise OptionError(f"an image size is (height, width), not {size!r:.60}", "give two numbers of px") from None
+    return whole("the height of an image size", height, 1), whole("the width of an image size", width, 1)
+
+
+def first(*values: Any) -> Any:
+    """The first that is not None."""
+    return next(value for value in values if value is not None)
+
+
+def stop_strings(stop: Any) -> StopStrings:
+    """One stop string or several; raises OptionError."""
+    try:
+        return StopStrings([stop] if isinstance(stop, str) else stop)
+    except (TypeError, ValueError) as error:
+        what = str(error) if isinstance(error, ValueError) else f"stop: {stop!r:.60} is no list of strings"
+        raise OptionError(what, "give stop as a string, or several in a list") from error
