@@ -10,12 +10,13 @@ import numpy as np
 import onnx_ir as ir
 
 from mllm_edge.bundle import Bundle
-from mllm_edge.calibration.collect import answer_tokens, continued
+from mllm_edge.calibration.collect import answer_tokens
 from mllm_edge.calibration.data import Sample
 from mllm_edge.calibration.evaluate import divergence
 from mllm_edge.calibration.layers import find_layers
 from mllm_edge.files import write_whole
 from mllm_edge.runtime.backend import Backend, Session
+from mllm_edge.runtime.score import continued
 from mllm_edge.runtime.vlm import VLM
 from mllm_edge.spec import Variant
 
