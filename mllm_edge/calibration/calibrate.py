@@ -24,11 +24,13 @@ from mllm_edge.files import sync, write_whole
 from mllm_edge.runtime.backend import Backend
 from mllm_edge.spec import Variant
 
-__all__ = ["calibrate", "row_weights"]
+__all__ = ["calibrate", "held_apart", "row_weights"]
 
 SEGMENT_BYTES = 768 << 20
 # Inputs of a decoder that tell its rows of the answer: see `row_weights`.
 _ROWS = ("inputs_embeds", "logits_indices")
+# One of so many runs is held apart; of fewer than `_FEWEST` none.
+_HELD, _FEWEST = 5, 4
 # The values between pieces: of the float model, and of one whose earlier pieces are rounded.
 _EXACT, _ROUNDED = "exact", "rounded"
 Progress = Callable[[int], None]
@@ -97,6 +99,11 @@ def row_weights(inputs: Mapping[str, np.ndarray], value: np.ndarray) -> np.ndarr
     weights = np.full(tokens, 0.5 * tokens / (tokens - len(answer)), np.float32)
     weights[answer] = 0.5 * tokens / len(answer)
     return weights
+
+
+def held_apart(run: int, runs: int) -> bool:
+    """Whether a run judges what is found from the others: every fifth, one of four, none of fewer."""
+    return run % _HELD == min(_HELD, runs) - 1 if runs >= _FEWEST else False
 
 
 class _State:
@@ -176,6 +183,7 @@ class _State:
         self._part = self._extract(number, segment, [*statistics, *caches])
         session = self._open()
         for i in range(len(self._feeds)):
+            held = held_apart(i, len(self._feeds))
             exact = self._values(session, _EXACT, number, i)
             rounded = exact
             if self._sequential and number and statistics:
@@ -183,7 +191,7 @@ class _State:
             for name, found in statistics.items():
                 weights = row_weights(exact, exact[name])
                 try:
-                    found.add(rounded[name], weights, None if rounded is exact else exact[name])
+                    found.add(rounded[name], weights, None if rounded is exact else exact[name], held)
                 except ValueError as e:
                     raise DataError(
                         f"{self._graph_file}: {name}: {e} in run {i}", "use a recipe that keeps this part in float32"

@@ -25,7 +25,8 @@ class LayerFindings:
     after `factors` (None: rounded when the graph is written); `input_range` of the input after its factors.
 
     `row_factors` [out]: what the rows of weight and bias are multiplied by, for the layer behind. Errors are
-    ‖ŷ − y‖/‖y‖ of the layer's output for sampled inputs, `nearest_error` that of rounding to nearest.
+    ‖ŷ − y‖/‖y‖ of the layer's output, for inputs held apart from all that weights were fitted to (where there were
+    enough runs), `nearest_error` that of rounding to nearest as it would be written.
     """
 
     name: str
@@ -55,6 +56,8 @@ class LayerFindings:
     ) -> tuple[np.ndarray, np.ndarray]:
         """See `qdq.Rounding`; the codes that were chosen, or rounding to nearest for a form they don't have."""
         if self.codes is None or self.scales is None or (self.bits, self.block) != (bits, block):
+            return rtn.quantize_blocks(weight, bits, block, positive_scales)
+        if positive_scales and (self.scales < 0).any():  # rounded to nearest, whose scales carry a sign elsewhere
             return rtn.quantize_blocks(weight, bits, block, positive_scales)
         rows, row = self.codes.shape
         padded = np.pad(self.codes, ((0, 0), (0, -row % block))).reshape(rows, -1, block)
