@@ -183,13 +183,15 @@ class _State:
         self._part = self._extract(number, segment, [*statistics, *caches])
         session = self._open()
         for i in range(len(self._feeds)):
-            held = held_apart(i, len(self._feeds))
             exact = self._values(session, _EXACT, number, i)
             rounded = exact
             if self._sequential and number and statistics:
                 rounded = self._values(session, _ROUNDED, number, i, statistics)
+            held, shared = held_apart(i, len(self._feeds)), self._shared(i, exact)
             for name, found in statistics.items():
                 weights = row_weights(exact, exact[name])
+                if held and shared and weights is not None:
+                    weights[:shared] = 0
                 try:
                     found.add(rounded[name], weights, None if rounded is exact else exact[name], held)
                 except ValueError as e:
@@ -235,6 +237,17 @@ class _State:
 
     def _passing(self, stream: str, number: int, run: int) -> Path:
         return self._folder / f"passing-{stream}-{number}-{run}.npz"
+
+    def _shared(self, run: int, values: Mapping[str, np.ndarray]) -> int:
+        """How many rows at a decoder's start are those of the first run, too (the template's own words): they tell
+        nothing about unseen ones."""
+        if run == 0 or "inputs_embeds" not in values:
+            return 0
+        first = self._feeds.read(0, ["inputs_embeds"])["inputs_embeds"][0]
+        own = values["inputs_embeds"][0]
+        length = min(len(first), len(own))
+        differs = np.flatnonzero((first[:length] != own[:length]).any(axis=1))
+        return int(differs[0]) if len(differs) else length
 
     def _peaks(self, rows: np.ndarray, tokens: int) -> np.ndarray:
         """Largest magnitudes [heads, D] of the first `tokens` keys or values."""

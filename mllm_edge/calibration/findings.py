@@ -71,15 +71,15 @@ class LayerFindings:
 
 
 class Findings:
-    """The results for a component, in `folder`."""
+    """The results for a component, in `folder`; `ignored`: nothing is said about weights, which are rounded then."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, ignored: bool = False):
+        self.folder, self._ignored = folder, ignored
 
     def layer(self, name: str) -> LayerFindings | None:
         """What was found for a layer; None where the recipe leaves it to rounding."""
         path = self.folder / f"{name}.npz"
-        if not path.is_file():
+        if self._ignored or not path.is_file():
             return None
         with np.load(path) as data:
             numbers = json.loads(str(data["numbers"]))
@@ -101,7 +101,7 @@ class Findings:
     def tensor_factors(self) -> dict[str, np.ndarray]:
         """Initializers of norms → the factors [K] that they are multiplied by."""
         found = {}
-        for path in sorted(self.folder.glob("*.fold.npz")):
+        for path in () if self._ignored else sorted(self.folder.glob("*.fold.npz")):
             with np.load(path) as data:
                 found.update({str(name): data["factors"] for name in data["tensors"]})
         return found

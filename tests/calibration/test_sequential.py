@@ -160,8 +160,13 @@ def test_errors_are_those_of_rows_that_nothing_was_fitted_to(recorded: tuple[Bun
     assert chosen is not None
     codes, scales = rtn.quantize_blocks(weight, 4, 32)
     rounded = ((codes.astype(np.float32) - 8) * scales[..., None]).reshape(weight.shape)
-    weights = row_weights(Feeds(feeds / "decoder").read(4, ["inputs_embeds", "logits_indices"]), held[None])
-    root = np.sqrt(np.ones(len(held)) if weights is None else weights)[:, None]
+    rows = Feeds(feeds / "decoder").read(4, ["inputs_embeds", "logits_indices"])
+    weights, first = row_weights(rows, held[None]), Feeds(feeds / "decoder").read(0, ["inputs_embeds"])["inputs_embeds"]
+    assert weights is not None
+    shared = int(np.argmax((rows["inputs_embeds"] != first[:, : len(held)]).any(axis=(0, 2))))
+    assert shared > 0
+    weights[:shared] = 0  # the template's words, which were fitted to
+    root = np.sqrt(weights)[:, None]
 
     def error(matrix: np.ndarray) -> float:
         return float(np.linalg.norm(root * (held @ (matrix - weight).T)) / np.linalg.norm(root * (held @ weight.T)))

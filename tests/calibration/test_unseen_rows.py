@@ -36,7 +36,9 @@ def test_few_rows_never_cost(method: Any, rows: int, seed: int, tmp_path: Path) 
     weight = random.standard_normal((OUT, WIDTH)).astype(np.float32)
     # Other directions in the rows that are fitted than in those held apart; much drift that has no pattern.
     mix = random.standard_normal((2, WIDTH, WIDTH)).astype(np.float32) / np.sqrt(WIDTH)
-    fitted, held = (random.standard_normal((n, WIDTH)).astype(np.float32) @ m for n, m in zip((rows, 64), mix))
+    fitted, held = (
+        random.standard_normal((n, WIDTH)).astype(np.float32) @ m for n, m in zip((rows, 64), mix, strict=True)
+    )
     statistics = InputStatistics(WIDTH, with_gram="gptq" in method)
     drifted = [x + 0.3 * random.standard_normal(x.shape).astype(np.float32) for x in (fitted, held)]
     statistics.add(drifted[0], None, fitted)
