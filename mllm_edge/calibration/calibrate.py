@@ -126,6 +126,7 @@ class _State:
         self._variant, self._backend, self._progress = variant, backend, progress
         self._sequential = sequential
         self._part: ir.Model | None = None
+        self._prefixes: dict[int, int] = {}
 
     def pieces_done(self, segments: Sequence[Segment]) -> int:
         """How many pieces an earlier attempt did. What it left must be whole, as far as it is needed: otherwise all is
@@ -181,16 +182,17 @@ class _State:
             self._progress(len(self._feeds))
             return statistics, peaks
         self._part = self._extract(number, segment, [*statistics, *caches])
-        session = self._open()
-        for i in range(len(self._feeds)):
+        session, runs = self._open(), len(self._feeds)
+        for i in range(runs):
             exact = self._values(session, _EXACT, number, i)
             rounded = exact
             if self._sequential and number and statistics:
                 rounded = self._values(session, _ROUNDED, number, i, statistics)
-            held, shared = held_apart(i, len(self._feeds)), self._shared(i, exact)
+            held = held_apart(i, runs)
+            shared = self._shared(i, exact) if held else 0
             for name, found in statistics.items():
                 weights = row_weights(exact, exact[name])
-                if held and shared and weights is not None:
+                if shared and weights is not None:
                     weights[:shared] = 0
                 try:
                     found.add(rounded[name], weights, None if rounded is exact else exact[name], held)
@@ -241,7 +243,14 @@ class _State:
     def _shared(self, run: int, values: Mapping[str, np.ndarray]) -> int:
         """How many rows at a decoder's start are those of the first run, too (the template's own words): they tell
         nothing about unseen ones."""
-        if run == 0 or "inputs_embeds" not in values:
+        if "inputs_embeds" not in values:
+            return 0
+        if run not in self._prefixes:
+            self._prefixes[run] = self._prefix(run, values)
+        return self._prefixes[run]
+
+    def _prefix(self, run: int, values: Mapping[str, np.ndarray]) -> int:
+        if run == 0:
             return 0
         first = self._feeds.read(0, ["inputs_embeds"])["inputs_embeds"][0]
         own = values["inputs_embeds"][0]

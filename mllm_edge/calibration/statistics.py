@@ -151,8 +151,8 @@ class InputStatistics:
 
     @property
     def held(self) -> HeldRows | None:
-        """Rows that were held apart, spread evenly over them; None where there are none."""
-        if not self._held:
+        """Rows that were held apart, spread evenly over them; None where there are none, or none that counts."""
+        if not any(weights.any() for _, _, weights in self._held):
             return None
         parts = [np.concatenate(part) for part in zip(*self._held, strict=True)]
         every = -(-len(parts[0]) // _HELD_ROWS)

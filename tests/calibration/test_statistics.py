@@ -91,3 +91,9 @@ def test_rows_held_apart_are_in_nothing_that_is_fitted() -> None:
     np.testing.assert_array_equal(both.held.x, held)
     np.testing.assert_array_equal(both.held.exact, held - 1)
     np.testing.assert_array_equal(both.held.weights, weights)
+
+
+def test_rows_that_do_not_count_judge_nothing() -> None:
+    statistics = InputStatistics(3)
+    statistics.add(np.ones((4, 3), np.float32), np.zeros(4, np.float32), held=True)
+    assert statistics.held is None
