@@ -24,11 +24,13 @@ from mllm_edge.files import sync, write_whole
 from mllm_edge.runtime.backend import Backend
 from mllm_edge.spec import Variant
 
-__all__ = ["calibrate", "row_weights"]
+__all__ = ["calibrate", "held_apart", "row_weights"]
 
 SEGMENT_BYTES = 768 << 20
 # Inputs of a decoder that tell its rows of the answer: see `row_weights`.
 _ROWS = ("inputs_embeds", "logits_indices")
+# One of so many runs is held apart; of fewer than `_FEWEST` none.
+_HELD, _FEWEST = 5, 4
 # The values between pieces: of the float model, and of one whose earlier pieces are rounded.
 _EXACT, _ROUNDED = "exact", "rounded"
 Progress = Callable[[int], None]
@@ -99,6 +101,11 @@ def row_weights(inputs: Mapping[str, np.ndarray], value: np.ndarray) -> np.ndarr
     return weights
 
 
+def held_apart(run: int, runs: int) -> bool:
+    """Whether a run judges what is found from the others: every fifth, one of four, none of fewer."""
+    return run % _HELD == min(_HELD, runs) - 1 if runs >= _FEWEST else False
+
+
 class _State:
     """Where a calibration stands: the values between the last piece and the next, run by run."""
 
@@ -119,6 +126,7 @@ class _State:
         self._variant, self._backend, self._progress = variant, backend, progress
         self._sequential = sequential
         self._part: ir.Model | None = None
+        self._prefixes: dict[int, int] = {}
 
     def pieces_done(self, segments: Sequence[Segment]) -> int:
         """How many pieces an earlier attempt did. What it left must be whole, as far as it is needed: otherwise all is
@@ -174,16 +182,20 @@ class _State:
             self._progress(len(self._feeds))
             return statistics, peaks
         self._part = self._extract(number, segment, [*statistics, *caches])
-        session = self._open()
-        for i in range(len(self._feeds)):
+        session, runs = self._open(), len(self._feeds)
+        for i in range(runs):
             exact = self._values(session, _EXACT, number, i)
             rounded = exact
             if self._sequential and number and statistics:
                 rounded = self._values(session, _ROUNDED, number, i, statistics)
+            held = held_apart(i, runs)
+            shared = self._shared(i, exact) if held else 0
             for name, found in statistics.items():
                 weights = row_weights(exact, exact[name])
+                if shared and weights is not None:
+                    weights[:shared] = 0
                 try:
-                    found.add(rounded[name], weights, None if rounded is exact else exact[name])
+                    found.add(rounded[name], weights, None if rounded is exact else exact[name], held)
                 except ValueError as e:
                     raise DataError(
                         f"{self._graph_file}: {name}: {e} in run {i}", "use a recipe that keeps this part in float32"
@@ -227,6 +239,24 @@ class _State:
 
     def _passing(self, stream: str, number: int, run: int) -> Path:
         return self._folder / f"passing-{stream}-{number}-{run}.npz"
+
+    def _shared(self, run: int, values: Mapping[str, np.ndarray]) -> int:
+        """How many rows at a decoder's start are those of the first run, too (the template's own words): they tell
+        nothing about unseen ones."""
+        if "inputs_embeds" not in values:
+            return 0
+        if run not in self._prefixes:
+            self._prefixes[run] = self._prefix(run, values)
+        return self._prefixes[run]
+
+    def _prefix(self, run: int, values: Mapping[str, np.ndarray]) -> int:
+        if run == 0:
+            return 0
+        first = self._feeds.read(0, ["inputs_embeds"])["inputs_embeds"][0]
+        own = values["inputs_embeds"][0]
+        length = min(len(first), len(own))
+        differs = np.flatnonzero((first[:length] != own[:length]).any(axis=1))
+        return int(differs[0]) if len(differs) else length
 
     def _peaks(self, rows: np.ndarray, tokens: int) -> np.ndarray:
         """Largest magnitudes [heads, D] of the first `tokens` keys or values."""

@@ -13,10 +13,11 @@ from mllm_edge.calibration.findings import is_whole, save_arrays
 from mllm_edge.errors import ContextError, DataError, ImageError
 from mllm_edge.files import sync, write_whole
 from mllm_edge.runtime.backend import Backend, Buffer, Session
+from mllm_edge.runtime.score import continued
 from mllm_edge.runtime.vlm import VLM
 from mllm_edge.spec import Variant
 
-__all__ = ["Feeds", "answer_tokens", "continued", "greedy_tokens", "is_recorded", "mark_recorded", "record"]
+__all__ = ["Feeds", "answer_tokens", "greedy_tokens", "is_recorded", "mark_recorded", "record"]
 
 _ANSWER_TOKENS = 32
 _CACHE = "past_key_values."
@@ -98,14 +99,6 @@ def greedy_tokens(vlm: VLM, embeds: np.ndarray, positions: np.ndarray | None, mo
             break
         logits = vlm.decoder.forward(vlm.embed(np.array(tokens[-1:])))
     return np.array(tokens, np.int64)
-
-
-def continued(positions: np.ndarray | None, tokens: int) -> np.ndarray | None:
-    """A prompt's positions [S] or [3, S] and those of `tokens` behind it."""
-    if positions is None:
-        return None
-    behind = int(positions.max()) + 1 + np.arange(tokens)
-    return np.concatenate([positions, np.broadcast_to(behind, (*positions.shape[:-1], tokens))], axis=-1)
 
 
 def _run(vlm: VLM, recorder: "_Recorder", sample: Sample) -> None:

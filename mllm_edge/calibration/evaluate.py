@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from mllm_edge.calibration.collect import answer_tokens, continued, greedy_tokens
+from mllm_edge.calibration.collect import answer_tokens, greedy_tokens
 from mllm_edge.calibration.data import Sample
 from mllm_edge.json_form import to_json
+from mllm_edge.runtime.score import score
 from mllm_edge.runtime.vlm import VLM
 
 __all__ = ["Distance", "Proof", "divergence", "prove"]
@@ -97,11 +98,8 @@ def _run(vlm: VLM, sample: Sample, answer: np.ndarray | None) -> _Run:
     greedy = greedy_tokens(vlm, embeds, positions, most)
     token = (time.perf_counter() - begin) / max(len(greedy), 1)
     tokens = (greedy if answer is None else answer)[:most]
-    whole = np.concatenate([embeds, vlm.embed(tokens[:-1])])
-    vlm.decoder.reset(len(whole))
-    rows = range(len(embeds) - 1, len(whole))
     begin = time.perf_counter()
-    logits = vlm.decoder.forward(whole, continued(positions, len(tokens) - 1), rows=rows).copy()
+    logits = score(vlm, prompt, tokens, embeds)
     return _Run(outputs, logits, greedy, time.perf_counter() - begin, token)
 
 

@@ -25,7 +25,8 @@ class LayerFindings:
     after `factors` (None: rounded when the graph is written); `input_range` of the input after its factors.
 
     `row_factors` [out]: what the rows of weight and bias are multiplied by, for the layer behind. Errors are
-    ‖ŷ − y‖/‖y‖ of the layer's output for sampled inputs, `nearest_error` that of rounding to nearest.
+    ‖ŷ − y‖/‖y‖ of the layer's output, for inputs held apart from all that weights were fitted to (where there were
+    enough runs), `nearest_error` that of rounding to nearest as it would be written.
     """
 
     name: str
@@ -56,6 +57,8 @@ class LayerFindings:
         """See `qdq.Rounding`; the codes that were chosen, or rounding to nearest for a form they don't have."""
         if self.codes is None or self.scales is None or (self.bits, self.block) != (bits, block):
             return rtn.quantize_blocks(weight, bits, block, positive_scales)
+        if positive_scales and (self.scales < 0).any():  # rounded to nearest, whose scales carry a sign elsewhere
+            return rtn.quantize_blocks(weight, bits, block, positive_scales)
         rows, row = self.codes.shape
         padded = np.pad(self.codes, ((0, 0), (0, -row % block))).reshape(rows, -1, block)
         return (padded.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8), self.scales
@@ -68,15 +71,15 @@ class LayerFindings:
 
 
 class Findings:
-    """The results for a component, in `folder`."""
+    """The results for a component, in `folder`; `ignored`: nothing is said about weights, which are rounded then."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, ignored: bool = False):
+        self.folder, self._ignored = folder, ignored
 
     def layer(self, name: str) -> LayerFindings | None:
         """What was found for a layer; None where the recipe leaves it to rounding."""
         path = self.folder / f"{name}.npz"
-        if not path.is_file():
+        if self._ignored or not path.is_file():
             return None
         with np.load(path) as data:
             numbers = json.loads(str(data["numbers"]))
@@ -98,7 +101,7 @@ class Findings:
     def tensor_factors(self) -> dict[str, np.ndarray]:
         """Initializers of norms → the factors [K] that they are multiplied by."""
         found = {}
-        for path in sorted(self.folder.glob("*.fold.npz")):
+        for path in () if self._ignored else sorted(self.folder.glob("*.fold.npz")):
             with np.load(path) as data:
                 found.update({str(name): data["factors"] for name in data["tensors"]})
         return found

@@ -1,6 +1,7 @@
 """What rounding a few layers alone does to the next token's distribution, measured through the shipping runtime."""
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +11,17 @@ import numpy as np
 import onnx_ir as ir
 
 from mllm_edge.bundle import Bundle
-from mllm_edge.calibration.collect import answer_tokens, continued
+from mllm_edge.calibration.collect import answer_tokens
 from mllm_edge.calibration.data import Sample
 from mllm_edge.calibration.evaluate import divergence
 from mllm_edge.calibration.layers import find_layers
 from mllm_edge.files import write_whole
 from mllm_edge.runtime.backend import Backend, Session
+from mllm_edge.runtime.score import continued
 from mllm_edge.runtime.vlm import VLM
 from mllm_edge.spec import Variant
 
-__all__ = ["Unit", "affordable", "measure"]
+__all__ = ["Unit", "affordable", "measure", "measure_all"]
 
 _MOST_SAMPLES = 4
 # Parameters times runs: some minutes on two cores for prompts of a few hundred tokens.
@@ -73,6 +75,28 @@ def measure(
                 session.restore()
                 write_whole(note, json.dumps(found))
             progress(1)
+    return found
+
+
+def measure_all(
+    bundle: Bundle,
+    backend: Backend,
+    samples: Sequence[Sample],
+    unit: Unit,
+    ways: Mapping[str, Callable[[str], np.ndarray]],
+    folder: Path,
+) -> dict[str, float]:
+    """Way → mean KL divergence in nats as `measure`'s, when all layers of `unit` have the weights that the way gives
+    them by name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    exchanging, found = _Exchanging(backend, bundle, folder / "graphs"), {}
+    with VLM(bundle, exchanging) as vlm:
+        runs, session = [_Run(vlm, sample) for sample in samples], exchanging.sessions[unit.component]
+        for way, weight in ways.items():
+            session.exchange({layer: weight(layer) for layer in unit.layers})
+            found[way] = float(np.mean([run.divergence(unit.component) for run in runs]))
+            session.restore()
+    shutil.rmtree(folder, ignore_errors=True)
     return found
 
 

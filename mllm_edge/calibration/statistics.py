@@ -1,14 +1,39 @@
 """What calibration remembers of a linear layer's input: sums and counts, never the activations themselves."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
-__all__ = ["Histogram", "InputStatistics"]
+__all__ = ["HeldRows", "Histogram", "InputStatistics"]
 
 _BINS = 2048
 # Rows kept as they are, for methods that try candidates on real inputs; spread evenly over all that were seen.
 _SAMPLE_ROWS = 512
 # Rows that wait for a product together: a few alone take as long as these, for the whole matrix passes through memory.
 _WAITING_ROWS = 1024
+# Rows held apart that candidates are judged on; more tell little, and are one product for each candidate.
+_HELD_ROWS = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class HeldRows:
+    """Rows that no method saw: `x` [n, K] as the layers get them, `exact` [n, K] as the float model has them (x itself,
+    where that is not known to differ), and their `weights` [n]."""
+
+    x: np.ndarray
+    exact: np.ndarray
+    weights: np.ndarray
+
+    def error(self, found: np.ndarray, weight: np.ndarray, factors: np.ndarray | None = None) -> float:
+        """‖ŷ − y‖/‖y‖ with the weight `found` [N, K] for x / factors, against `weight` [N, K] for exact inputs."""
+        x = self.x if factors is None else self.x / factors
+        wanted, root = self.exact @ weight.T, np.sqrt(self.weights)[:, None]
+        size = float(np.linalg.norm(root * wanted))
+        return float(np.linalg.norm(root * (x @ found.T - wanted)) / max(size, 1e-12))
+
+    def squared(self, weight: np.ndarray) -> float:
+        """‖y‖², which turns relative errors of several layers into a sum."""
+        return float(np.square(self.exact @ weight.T).sum(axis=1) @ self.weights)
 
 
 class Histogram:
@@ -46,7 +71,9 @@ class Histogram:
 
 class InputStatistics:
     """Of inputs x [rows, K]: how many rows, the extremes and mean|x| of each channel, a histogram of all values, some
-    rows as they were, and (if `with_gram`) the weighted means of xᵀx [K, K] and of (exact − x)ᵀx [K, K]."""
+    rows as they were, and (if `with_gram`) the weighted means of xᵀx [K, K] and of (exact − x)ᵀx [K, K].
+
+    Rows that are held apart are in none of what weights are fitted to (the sample, the matrices): see `held`."""
 
     def __init__(self, width: int, with_gram: bool = False):
         self.width, self.rows = width, 0
@@ -60,10 +87,18 @@ class InputStatistics:
         self._waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []
         self._sample: list[np.ndarray] = []
         self._stride, self._kept = 1, 0
+        self.fitted_rows = 0
+        self._held: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
-    def add(self, x: np.ndarray, weights: np.ndarray | None = None, exact: np.ndarray | None = None) -> None:
+    def add(
+        self,
+        x: np.ndarray,
+        weights: np.ndarray | None = None,
+        exact: np.ndarray | None = None,
+        held: bool = False,
+    ) -> None:
         """Take in rows [..., K], with `weights` [rows] float32 of mean 1 in the matrices, by default all alike. `exact`
-        [..., K]: what the float model has in their place, where that is known to differ.
+        [..., K]: what the float model has in their place, where that is known to differ. `held`: apart from the others.
 
         Raises ValueError for values that are not finite.
         """
@@ -77,6 +112,11 @@ class InputStatistics:
         np.maximum(self.channel_high, high, out=self.channel_high)
         self._sums += np.abs(x).sum(axis=0, dtype=np.float64)
         self.histogram.add(x)
+        self.rows += len(x)
+        if held:
+            own = np.ones(len(x), np.float32) if weights is None else weights
+            self._held.append((x, x if exact is None else exact.reshape(-1, self.width).astype(np.float32), own))
+            return
         if self._gram is not None:
             weighted = x if weights is None else x * weights[:, None]
             moved = None if exact is None else exact.reshape(-1, self.width).astype(np.float32) - x
@@ -84,7 +124,7 @@ class InputStatistics:
             if sum(len(rows) for rows, _, _ in self._waiting) >= _WAITING_ROWS:
                 self._multiply()
         self._keep(x)
-        self.rows += len(x)
+        self.fitted_rows += len(x)
 
     @property
     def channel_max(self) -> np.ndarray:
@@ -101,13 +141,22 @@ class InputStatistics:
         """The weighted mean of xᵀx [K, K] float32; only with `with_gram`."""
         assert self._gram is not None, "the Gram matrix was not asked for"
         self._multiply()
-        return self._gram / np.float32(max(self.rows, 1))
+        return self._gram / np.float32(max(self.fitted_rows, 1))
 
     @property
     def drift(self) -> np.ndarray | None:
         """The weighted mean of (exact − x)ᵀx [K, K] float32; None where nothing exact was given."""
         self._multiply()
-        return None if self._drift is None else self._drift / np.float32(max(self.rows, 1))
+        return None if self._drift is None else self._drift / np.float32(max(self.fitted_rows, 1))
+
+    @property
+    def held(self) -> HeldRows | None:
+        """Rows that were held apart, spread evenly over them; None where there are none, or none that counts."""
+        if not any(weights.any() for _, _, weights in self._held):
+            return None
+        parts = [np.concatenate(part) for part in zip(*self._held, strict=True)]
+        every = -(-len(parts[0]) // _HELD_ROWS)
+        return HeldRows(*(part[::every] for part in parts))
 
     @property
     def sample(self) -> np.ndarray:
@@ -136,7 +185,7 @@ class InputStatistics:
 
     def _keep(self, x: np.ndarray) -> None:
         """Every `_stride`-th of all rows; when twice too many are kept, every other one is let go."""
-        kept = x[-self.rows % self._stride :: self._stride].copy()
+        kept = x[-self.fitted_rows % self._stride :: self._stride].copy()
         self._sample.append(kept)
         self._kept += len(kept)
         while self._kept > 2 * _SAMPLE_ROWS:

@@ -18,7 +18,16 @@ def proof_summary(report: dict[str, Any]) -> str:
         f'next: mllm-edge run {out} "What is in the picture?" --image FILE'
     )
     return "\n\n".join(
-        part for part in (_proof(report), _layers(report), float32_operators(report), _skipped(report), ending) if part
+        part
+        for part in (
+            _proof(report),
+            _rounding(report),
+            _layers(report),
+            float32_operators(report),
+            _skipped(report),
+            ending,
+        )
+        if part
     )
 
 
@@ -39,6 +48,18 @@ def _skipped(report: dict[str, Any]) -> str:
     if not lines:
         return ""
     return "\n".join([f"left out, an image cannot be read ({len(lines)}):", *(f"  {line}" for line in lines)])
+
+
+def _rounding(report: dict[str, Any]) -> str:
+    """Whether calibration of the decoder paid, on samples that it held apart."""
+    losses = report.get("against_rounding")
+    if not losses:
+        return ""
+    found, rounded = losses
+    line = f"decoder on samples held apart: KL {found:.2g} as calibrated, {rounded:.2g} rounded to nearest"
+    if found <= rounded:
+        return line
+    return f"{line}\ncalibration did not pay, so the decoder is rounded: give more samples, or 8 bits (--recipe int8)"
 
 
 def _proof(report: dict[str, Any]) -> str:

@@ -24,6 +24,7 @@ from mllm_edge.calibration.layers import Layer, find_groups, find_layers
 from mllm_edge.calibration.mixed import Candidate, by_loss, by_size, ranked, weight_bytes
 from mllm_edge.calibration.recipes import Recipe, calibrated_recipe, check_rules, precision_of
 from mllm_edge.calibration.sensitivity import Unit, affordable, measure
+from mllm_edge.calibration.whole import Losses, against_rounding
 from mllm_edge.checksums import file_entry
 from mllm_edge.errors import AccuracyError, BundleError, ExportError, MllmEdgeError
 from mllm_edge.export.datafile import DataFile
@@ -80,7 +81,9 @@ class QuantizeReport:
     """What was done. `layers`: component → layer → (error, error of rounding to nearest), relative, for sampled
     inputs; only layers that calibration decided about. `float32_operators`: graph file → operator → magnitude, those
     of half-precision graphs that half precision would have overflowed in. `skipped`: a line on each sample that was
-    left out because an image of it cannot be read."""
+    left out because an image of it cannot be read. `against_rounding`: the divergence of the decoder on samples that
+    calibration held apart, with the weights that were found and with plain rounding; the better one was written. None:
+    it was not measured."""
 
     source: str
     out: str
@@ -92,6 +95,7 @@ class QuantizeReport:
     nbytes: int
     float32_operators: Float32Operators
     skipped: tuple[str, ...] = ()
+    against_rounding: tuple[float, float] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -162,7 +166,7 @@ def _quantize(
     if again:
         progress.stage(f"going on where it was interrupted; {so_far(work, bundle.manifest.components)}")
     job = _Job(bundle, chosen, samples, work, threads, progress)
-    findings = job.calibrate()
+    findings, losses = job.against_rounding(job.calibrate())
     job.raise_worst(findings, gate)
     check_space(out, bundle.nbytes)
     with workspace(out, bundle.nbytes) as folder:
@@ -173,6 +177,8 @@ def _quantize(
         _check_gate(gate, proof, layers, work)
         manifest = _with_figure(folder, manifest, layers)
         accuracy = {**proof.as_dict(), "layers": to_json(layers), "calibration_samples": len(samples)}
+        if losses is not None:
+            accuracy["kl_against_rounding"] = to_json(losses)
         write_manifest(folder, replace(manifest, accuracy=accuracy))
     shutil.rmtree(work, ignore_errors=True)
     written = Bundle.load(out)
@@ -186,6 +192,7 @@ def _quantize(
         proof=proof,
         nbytes=written.nbytes,
         float32_operators=written.manifest.recipe.get(KEY, {}),
+        against_rounding=losses,
     )
 
 
@@ -250,6 +257,19 @@ class _Job:
             record(self._source, self._backend, self._samples, feeds, self._progress.advance)
             mark_recorded(self._work / "recorded", feeds)
         return {n: self._calibrate(n, Feeds(feeds / n)) for n in names}
+
+    def against_rounding(self, findings: dict[str, Findings]) -> tuple[dict[str, Findings], Losses | None]:
+        """See `whole.against_rounding`: of the decoder what does better on samples held apart is taken."""
+        if "decoder" not in findings:
+            return findings, None
+        self._progress.stage("comparing with plain rounding")
+        folder, layers = self._work / "against_rounding", _layers(self._source, "decoder")
+        losses = against_rounding(
+            self._source, self._backend, self._samples, self._recipe, layers, findings["decoder"], folder
+        )
+        if losses is not None and losses[0] > losses[1]:
+            findings = {**findings, "decoder": Findings(findings["decoder"].folder, ignored=True)}
+        return findings, losses
 
     def raise_worst(self, findings: Mapping[str, Findings], gate: Gate) -> None:
         """Give a recipe's `raised` precision to the layers that cost most: as many as the gate seems to want or, where

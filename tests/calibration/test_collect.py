@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from mllm_edge.bundle import Bundle
-from mllm_edge.calibration.collect import Feeds, continued, greedy_tokens, record
+from mllm_edge.calibration.collect import Feeds, greedy_tokens, record
 from mllm_edge.calibration.data import Sample
 from mllm_edge.export.pipeline import export
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
+from mllm_edge.runtime.score import continued
 from mllm_edge.runtime.vlm import VLM
 from tests.tiny import save_tiny_qwen2_vl
 

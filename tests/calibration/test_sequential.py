@@ -9,11 +9,12 @@ import pytest
 
 from mllm_edge.bundle import Bundle
 from mllm_edge.calibration import calibrate as calibrate_module
-from mllm_edge.calibration.calibrate import calibrate
+from mllm_edge.calibration.calibrate import calibrate, held_apart, row_weights
 from mllm_edge.calibration.collect import Feeds, record
 from mllm_edge.calibration.data import load_samples
 from mllm_edge.calibration.findings import Findings
 from mllm_edge.calibration.layers import find_groups, find_layers
+from mllm_edge.calibration.methods import rtn
 from mllm_edge.calibration.recipes import FLOAT16, Precision
 from mllm_edge.calibration.segments import Segment, cut, extract
 from mllm_edge.export.pipeline import export
@@ -51,9 +52,15 @@ def calibrated(
 
 
 def values(
-    recorded: tuple[Bundle, Path], component: str, names: list[str], findings: Findings | None, folder: Path
+    recorded: tuple[Bundle, Path],
+    component: str,
+    names: list[str],
+    findings: Findings | None,
+    folder: Path,
+    fitted: bool = False,
 ) -> dict[str, np.ndarray]:
-    """The values called `names`, rows of all runs [rows, K], with the weights that were found, if any."""
+    """The values called `names`, rows of all runs [rows, K] or of those that weights are `fitted` to, with the weights
+    that were found, if any."""
     bundle, feeds = recorded
     variant = bundle.variant(component, "cpu")
     model = ir.load(bundle.listed(variant.file))
@@ -70,6 +77,8 @@ def values(
     kept: dict[str, list[np.ndarray]] = {name: [] for name in names}
     source = Feeds(feeds / component)
     for i in range(len(source)):
+        if fitted and held_apart(i, len(source)):
+            continue
         inputs = source.read(i, own)
         outputs = session.run({v.name or "": inputs[v.name or ""] for v in part.graph.inputs})
         for name in names:
@@ -97,8 +106,8 @@ def test_a_layer_sees_what_rounded_layers_give(
     # Behind the first group of a piece its own layers are not rounded yet.
     names = [groups[s.layers[0]].x.name or "" for s in cut(graph, 0) if s.layers and s.layers[0] != HEAD]
     assert len(names) >= 4
-    rounded = values(recorded, component, names[1:], findings, tmp_path)
-    exact = values(recorded, component, names[1:], None, tmp_path)
+    rounded = values(recorded, component, names[1:], findings, tmp_path, fitted=True)
+    exact = values(recorded, component, names[1:], None, tmp_path, fitted=True)
     for name in names[1:]:
         rows = rounded[name][:: -(-len(rounded[name]) // 512)]
         assert len(seen[name]) == len(rows)
@@ -129,3 +138,38 @@ def test_nothing_is_passed_rounded_where_no_layer_is_by_gptq(
     assert calibrated(recorded, "decoder", Precision("blocks", 4, 32, "awq"), tmp_path / "awq").errors()
     assert calibrated(recorded, "decoder", Precision("blocks", 4, 32, "gptq"), tmp_path / "gptq", False).errors()
     assert not list(tmp_path.glob("*/passing-rounded-*"))
+
+
+def test_some_runs_are_held_apart() -> None:
+    assert [sum(held_apart(i, runs) for i in range(runs)) for runs in (1, 3, 4, 5, 9, 48)] == [0, 0, 1, 1, 1, 9]
+
+
+def test_errors_are_those_of_rows_that_nothing_was_fitted_to(recorded: tuple[Bundle, Path], tmp_path: Path) -> None:
+    bundle, feeds = recorded
+    findings = calibrated(recorded, "decoder", Precision("blocks", 4, 32, "gptq"), tmp_path / "work", False)
+    graph = ir.load(bundle.listed(bundle.variant("decoder", "cpu").file)).graph
+    layer = next(layer for layer in find_layers(graph) if layer.name != HEAD)
+    name = layer.x.name or ""
+    every = values(recorded, "decoder", [name], None, tmp_path)[name]
+    fitted = values(recorded, "decoder", [name], None, tmp_path, fitted=True)[name]
+    held = every[len(every) - len(every) // 6 * 2 : len(every) - len(every) // 6]  # of six runs alike the fifth
+    assert len(held) == len(every) - len(fitted)
+    found = findings.layer(layer.name)
+    assert found is not None
+    weight, chosen = layer.read_weight(), found.replaced()
+    assert chosen is not None
+    codes, scales = rtn.quantize_blocks(weight, 4, 32)
+    rounded = ((codes.astype(np.float32) - 8) * scales[..., None]).reshape(weight.shape)
+    rows = Feeds(feeds / "decoder").read(4, ["inputs_embeds", "logits_indices"])
+    weights, first = row_weights(rows, held[None]), Feeds(feeds / "decoder").read(0, ["inputs_embeds"])["inputs_embeds"]
+    assert weights is not None
+    shared = int(np.argmax((rows["inputs_embeds"] != first[:, : len(held)]).any(axis=(0, 2))))
+    assert shared > 0
+    weights[:shared] = 0  # the template's words, which were fitted to
+    root = np.sqrt(weights)[:, None]
+
+    def error(matrix: np.ndarray) -> float:
+        return float(np.linalg.norm(root * (held @ (matrix - weight).T)) / np.linalg.norm(root * (held @ weight.T)))
+
+    assert found.error == pytest.approx(error(chosen), rel=1e-3)
+    assert found.nearest_error == pytest.approx(error(rounded), rel=1e-3)

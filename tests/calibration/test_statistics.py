@@ -73,3 +73,27 @@ def test_drift_is_told_from_the_exact_inputs() -> None:
     alike = InputStatistics(5, with_gram=True)
     alike.add(x)
     assert alike.drift is None
+
+
+def test_rows_held_apart_are_in_nothing_that_is_fitted() -> None:
+    random = np.random.default_rng(0)
+    fitted, held = (random.standard_normal((n, 5)).astype(np.float32) for n in (40, 12))
+    weights = np.linspace(0.5, 1.5, 12).astype(np.float32)
+    alone, both = InputStatistics(5, with_gram=True), InputStatistics(5, with_gram=True)
+    alone.add(fitted, None, fitted + 1)
+    both.add(fitted, None, fitted + 1)
+    both.add(held, weights, held - 1, held=True)
+    np.testing.assert_array_equal(both.gram, alone.gram)
+    np.testing.assert_array_equal(both.drift, alone.drift)
+    np.testing.assert_array_equal(both.sample, alone.sample)
+    assert (both.rows, both.fitted_rows, alone.held) == (52, 40, None)
+    assert both.held is not None
+    np.testing.assert_array_equal(both.held.x, held)
+    np.testing.assert_array_equal(both.held.exact, held - 1)
+    np.testing.assert_array_equal(both.held.weights, weights)
+
+
+def test_rows_that_do_not_count_judge_nothing() -> None:
+    statistics = InputStatistics(3)
+    statistics.add(np.ones((4, 3), np.float32), np.zeros(4, np.float32), held=True)
+    assert statistics.held is None

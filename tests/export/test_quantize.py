@@ -13,7 +13,9 @@ from PIL import Image
 
 from mllm_edge.bundle import MANIFEST, Bundle
 from mllm_edge.calibration import calibrate as calibrate_module
+from mllm_edge.calibration import whole
 from mllm_edge.calibration.recipes import CALIBRATED, FLOAT16, Precision, Recipe
+from mllm_edge.calibration.sensitivity import measure_all
 from mllm_edge.errors import AccuracyError, BundleError, DataError, ExportError, RecipeError
 from mllm_edge.export.pipeline import export
 from mllm_edge.export.quantize import FIGURE, FromCheckpoint, Gate, quantize
@@ -186,6 +188,32 @@ def test_calibration_loses_less_than_rounding(float_bundle: Path, tmp_path: Path
         for name, recipe in (("rtn", nearest), ("int4", CALIBRATED["int4"]))
     }
     assert kl["int4"] < 0.7 * kl["rtn"]
+
+
+def test_the_whole_decoder_is_rounded_where_that_is_better(
+    float_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe("part", FLOAT16, FLOAT16, Precision("blocks", 4, method="awq+gptq"), FLOAT16)
+    better = quantize(float_bundle, tmp_path / "better", recipe=recipe, data=samples())
+    assert better.against_rounding is not None
+    found, rounded = better.against_rounding
+    assert 0 < found < rounded
+    assert Bundle.load(tmp_path / "better").manifest.accuracy["kl_against_rounding"] == [found, rounded]
+
+    def swapped(*arguments: Any) -> dict[str, float]:
+        losses = measure_all(*arguments)
+        return {"found": losses["rounded"], "rounded": losses["found"]}
+
+    monkeypatch.setattr(whole, "measure_all", swapped)
+    worse = quantize(float_bundle, tmp_path / "worse", recipe=recipe, data=samples())
+    assert worse.against_rounding == pytest.approx((rounded, found))
+    assert not worse.layers["decoder"]
+    plain = replace(recipe, decoder=Precision("blocks", 4))
+    quantize(float_bundle, tmp_path / "plain", recipe=plain, data=samples())
+    files = [Bundle.load(tmp_path / name).manifest.files for name in ("worse", "plain")]
+    assert {n: e.sha256 for n, e in files[0].items() if n.endswith(".data")} == {
+        n: e.sha256 for n, e in files[1].items() if n.endswith(".data")
+    }
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,135 @@
+"""What recipes cost on really trained weights: SmolLM2-135M in SmolVLM's architecture, against its float bundle.
+
+python -m benchmarks.real_weights [--only RECIPE …] [--quick] [--json F] [--cache DIR]
+
+The reference is the model with other columns and a little noise (see real_weights_source.py): its own greedy answers
+are the tokens on which every recipe's distribution is compared with it. Needs the package gguf.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.real_weights_checkpoint import write_smolvlm
+from benchmarks.real_weights_source import rescaled, smollm2
+from benchmarks.real_weights_texts import calibration_prompts, held_out_prompts
+from benchmarks.report import Report
+from mllm_edge.bundle import MANIFEST, Bundle
+from mllm_edge.calibration.collect import greedy_tokens
+from mllm_edge.calibration.evaluate import divergence
+from mllm_edge.calibration.recipes import BLOCKS_4, BLOCKS_8, CALIBRATED, CALIBRATED_4, FLOAT16, Precision, Recipe
+from mllm_edge.export.pipeline import export
+from mllm_edge.export.quantize import quantize
+from mllm_edge.runtime.score import score
+from mllm_edge.runtime.vlm import VLM
+
+__all__ = ["main"]
+
+_TOKENS = 110  # of each answer
+Make = Callable[[Path, Path, Path], None]  # (checkpoint, float bundle, where the quantized one goes)
+
+
+def _exported(name: str, checkpoint: Path, float_bundle: Path, out: Path) -> None:
+    export(str(checkpoint), out, recipe_name=name, targets=("cpu",), verify_mode="off")
+
+
+def _calibrated(recipe: Recipe, samples: int, checkpoint: Path, float_bundle: Path, out: Path) -> None:
+    """`samples` questions for calibration; four more prove the result within `quantize`, as it demands."""
+    data = [{"prompt": prompt} for prompt in calibration_prompts(samples + 4)]
+    quantize(float_bundle, out, recipe=recipe, data=data, held_back=4)
+
+
+def _decoder(precision: Precision) -> Recipe:
+    """The tower is random: only the decoder is quantized."""
+    return replace(CALIBRATED["int4"], vision=FLOAT16, connector=FLOAT16, decoder=precision)
+
+
+RECIPES: Mapping[str, Make] = {
+    "int4": partial(_exported, "int4"),
+    "int8": partial(_exported, "int8"),
+    **{f"int4, {n} samples": partial(_calibrated, _decoder(CALIBRATED_4), n) for n in (4, 16, 48, 128)},
+    "awq, 48 samples": partial(_calibrated, _decoder(replace(BLOCKS_4, method="awq")), 48),
+    "gptq, 48 samples": partial(_calibrated, _decoder(replace(BLOCKS_4, method="gptq")), 48),
+    "8-bit blocks": partial(_calibrated, _decoder(replace(BLOCKS_8, largest_block=64)), 4),
+    "int8 W8A8, 48 samples": partial(_calibrated, _decoder(CALIBRATED["int8"].decoder), 48),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--quick", action="store_true", help="a tenth of the tokens")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "mllm-edge")
+    options = parser.parse_args()
+    checkpoint, float_bundle = _reference(options.cache)
+    questions = _answered(float_bundle, options.quick)
+    report = Report("Recipes on trained weights")
+    for name in options.only:
+        with tempfile.TemporaryDirectory(prefix="mllm-edge-") as folder:
+            begin = time.perf_counter()
+            RECIPES[name](checkpoint, float_bundle, Path(folder) / "out")
+            seconds = time.perf_counter() - begin
+            row = {"recipe": name, **_compared(float_bundle, Path(folder) / "out", questions)}
+        report.row({**row, "seconds": round(seconds)})
+        print(report.rows[-1], flush=True)
+        if options.json:
+            report.write(options.json)
+    report.print()
+
+
+def _reference(cache: Path) -> tuple[Path, Path]:
+    """The checkpoint and its float bundle, made where they are not in the cache."""
+    folder = cache / "real_weights"
+    checkpoint, float_bundle = folder / "checkpoint", folder / "float"
+    if not (float_bundle / MANIFEST).is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        source = smollm2(cache)
+        write_smolvlm(source, rescaled(source), checkpoint)
+        export(str(checkpoint), float_bundle, recipe_name="fp32", targets=("cpu",), verify_mode="off")
+    return checkpoint, float_bundle
+
+
+def _answered(float_bundle: Path, quick: bool) -> list[tuple[str, np.ndarray]]:
+    """Questions and the float bundle's greedy answers, which are kept beside it."""
+    path = float_bundle.with_name("quick.json" if quick else "answers.json")
+    if not path.is_file():
+        with VLM.load(float_bundle) as vlm:
+            answers = {}
+            for prompt in held_out_prompts(quick):
+                embeds = vlm.prompt_embeds(vlm.processor.process(prompt))
+                answers[prompt] = greedy_tokens(vlm, embeds, None, _TOKENS // (2 if quick else 1)).tolist()
+        path.write_text(json.dumps(answers), encoding="utf-8")
+    answers = json.loads(path.read_text(encoding="utf-8"))
+    return [(prompt, np.array(answer, np.int64)) for prompt, answer in answers.items()]
+
+
+def _compared(float_bundle: Path, quantized: Path, questions: list[tuple[str, np.ndarray]]) -> dict[str, float]:
+    """Bits of the decoder's weights (head included) for each parameter, mean KL in nats, agreement of the likeliest
+    token in percent."""
+    divergences, same = [], []
+    with VLM.load(float_bundle) as a, VLM.load(quantized) as b:
+        for prompt, answer in questions:
+            first, second = (score(vlm, vlm.processor.process(prompt), answer) for vlm in (a, b))
+            divergences.append(divergence(first, second))
+            same.append(first.argmax(axis=1) == second.argmax(axis=1))
+    bits = 32 * _weight_bytes(quantized) / _weight_bytes(float_bundle)
+    kl, agreement = float(np.concatenate(divergences).mean()), float(np.concatenate(same).mean())
+    return {"bits": round(bits, 2), "KL": round(kl, 4), "agrees %": round(100 * agreement, 1)}
+
+
+def _weight_bytes(path: Path) -> int:
+    bundle = Bundle.load(path)
+    return bundle.manifest.files[f"{bundle.variant('decoder', 'cpu').file}.data"].nbytes
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""The last word on what calibration found: the whole decoder against plain rounding, on samples held apart."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mllm_edge.bundle import Bundle
+from mllm_edge.calibration.calibrate import held_apart
+from mllm_edge.calibration.data import Sample
+from mllm_edge.calibration.decide import shipped
+from mllm_edge.calibration.findings import Findings
+from mllm_edge.calibration.layers import Layer
+from mllm_edge.calibration.recipes import Recipe, precision_of
+from mllm_edge.calibration.sensitivity import Unit, affordable, measure_all
+from mllm_edge.runtime.backend import Backend
+
+__all__ = ["Losses", "against_rounding"]
+
+Losses = tuple[float, float]
+_WAYS = 2
+
+
+def against_rounding(
+    bundle: Bundle,
+    backend: Backend,
+    samples: Sequence[Sample],
+    recipe: Recipe,
+    layers: Sequence[Layer],
+    findings: Findings,
+    folder: Path,
+) -> Losses | None:
+    """Divergence in nats from the float `bundle`'s next token, over the samples that calibration held apart: with the
+    weights of the decoder's `layers` that were found, and with those rounded to nearest.
+
+    None where there is nothing to compare: recipes that raise layers afterwards or give inputs a range, models too
+    large to run a few times, no samples held apart.
+    """
+    names = tuple(findings.errors())
+    precisions = {name: precision_of(recipe, "decoder", name) for name in names}
+    held = [sample for i, sample in enumerate(samples) if held_apart(i, len(samples))]
+    count = affordable(_WAYS, sum(math.prod(layer.shape) for layer in layers))
+    if not names or not held or not count or recipe.raised is not None:
+        return None
+    if not all(precision.in_blocks and not precision.is_static for precision in precisions.values()):
+        return None
+    stored = {layer.name: layer for layer in layers}
+
+    def found(name: str) -> np.ndarray:
+        layer = findings.layer(name)
+        weight = None if layer is None else layer.replaced()
+        assert weight is not None
+        return weight
+
+    def rounded(name: str) -> np.ndarray:
+        return shipped(stored[name].read_weight(), precisions[name])
+
+    ways = {"found": found, "rounded": rounded}
+    losses = measure_all(bundle, backend, held[: 2 * count], Unit("decoder", names), ways, folder)
+    return losses["found"], losses["rounded"]
