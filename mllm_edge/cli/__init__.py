@@ -33,7 +33,7 @@ VERBS = {
     "inspect": "Show what is in a bundle.",
     "profile": "Measure latency, throughput and memory.",
     "compare": "Compare two bundles, or a bundle and its source.",
-    "doctor": "Tell which targets work on this machine.",
+    "doctor": "Tell which targets work here, or whether a checkpoint exports.",
     "families": "List the models that can be exported.",
     "completion": "Print the completion script of a shell.",
 }

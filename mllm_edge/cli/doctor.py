@@ -16,7 +16,7 @@ from mllm_edge.cli.output import bytes_text, print_json, write_answer
 __all__ = ["command"]
 
 
-@click.command("doctor", short_help="Tell which targets work on this machine, or whether a checkpoint exports.")
+@click.command("doctor", short_help="Tell which targets work here, or whether a checkpoint exports.")
 @click.option("--checkpoint", type=click.Path(), metavar="DIR", help="Look at a checkpoint instead of this machine.")
 @click.option(
     "--adapter", "adapters", multiple=True, metavar="DIR", help="A LoRA adapter to be merged; with --checkpoint."

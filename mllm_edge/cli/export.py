@@ -56,9 +56,7 @@ _STOPPED = interrupted_message("the export") + "; its temporary files are gone"
     metavar="FILE",
     help="A picture of your own to compare on, too; may be repeated, all go into one prompt.",
 )
-@click.option(
-    "--verify-prompt", metavar="TEXT", help="A prompt of your own to compare on, with --verify-image's pictures."
-)
+@click.option("--verify-prompt", metavar="TEXT", help="A prompt of your own to compare on, about these pictures.")
 @click.option(
     "--adapter",
     "adapters",

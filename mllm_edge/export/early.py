@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mllm_edge.bundle import MANIFEST
 from mllm_edge.errors import SourceError
+from mllm_edge.export.checkpoint.files import local_path
 from mllm_edge.export.workspace import check_out, check_space
 
 __all__ = ["check_checkpoint", "check_export", "check_quantize", "check_source", "is_bundle"]
@@ -19,7 +20,7 @@ def is_bundle(folder: Path) -> bool:
 
 def check_checkpoint(model: str) -> None:
     """Raise SourceError for what cannot be a checkpoint: a bundle, a file, a path that does not exist."""
-    folder = Path(model)
+    folder = local_path(model)
     if is_bundle(folder):
         name = shlex.quote(model)
         raise SourceError(
@@ -34,7 +35,7 @@ def check_checkpoint(model: str) -> None:
 
 def check_source(source: str) -> None:
     """Raise SourceError for what can be neither a bundle nor a checkpoint."""
-    folder = Path(source)
+    folder = local_path(source)
     _check_exists(source)
     if folder.is_dir() and not (folder / _CONFIG).is_file() and not (folder / MANIFEST).is_file():
         raise SourceError(
@@ -56,13 +57,13 @@ def check_quantize(source: str, out: str, data: str, force: bool) -> None:
 
     check_source(source)
     check_out(Path(out), force)
-    if is_bundle(Path(source)):  # what is quantized is no larger
-        check_space(Path(out), sum(p.stat().st_size for p in Path(source).iterdir() if p.is_file()))
+    if is_bundle(local_path(source)):  # what is quantized is no larger
+        check_space(Path(out), sum(p.stat().st_size for p in local_path(source).iterdir() if p.is_file()))
     load_samples(data, missing_images=True)
 
 
 def _check_exists(source: str) -> None:
-    path = Path(source)
+    path = local_path(source)
     if path.is_dir():
         return
     if path.is_file():

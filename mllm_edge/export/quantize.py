@@ -27,6 +27,7 @@ from mllm_edge.calibration.sensitivity import Unit, affordable, measure
 from mllm_edge.calibration.whole import Losses, against_rounding
 from mllm_edge.checksums import file_entry
 from mllm_edge.errors import AccuracyError, BundleError, ExportError, MllmEdgeError
+from mllm_edge.export.checkpoint.files import local_path
 from mllm_edge.export.datafile import DataFile
 from mllm_edge.export.early import check_source
 from mllm_edge.export.graph import save_model, tensor_specs
@@ -131,6 +132,8 @@ def quantize(
     """
     chosen = calibrated_recipe(recipe) if isinstance(recipe, str) else recipe
     check_source(str(source))
+    if local_path(source).is_dir():
+        source = local_path(source)
     with reserved(Path(out), force) as place:
         samples, kept, skipped = read_samples(data, prompt, held_back, skip_bad)
         work, options = place.with_name(f".{place.name}.calibration"), checkpoint or FromCheckpoint()

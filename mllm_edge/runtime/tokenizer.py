@@ -34,7 +34,7 @@ class Tokenizer:
         self._core = core
         self._add_special_tokens = generation.add_special_tokens
         self.bos_token = generation.special_tokens.get("bos_token")
-        stops = (core.id_to_token(i) for i in generation.eos_token_ids if i >= 0)
+        stops = (core.id_to_token(i) for i in generation.eos_token_ids if 0 <= i < 1 << 31)
         self.named_tokens = tuple(token for token in (*generation.special_tokens.values(), *stops) if token)
         added = core.get_added_tokens_decoder()
         self.added_tokens: dict[int, str] = {i: token.content for i, token in added.items()}

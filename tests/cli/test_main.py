@@ -32,6 +32,7 @@ def test_every_module_of_a_verb_is_listed() -> None:
     folder = Path(importlib.import_module("mllm_edge.cli").__file__ or "").parent
     helpers = {
         "__init__",
+        "doctor_checkpoint",
         "exporter",
         "options",
         "output",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mllm_edge import VLM
-from mllm_edge.errors import ConfigError, ImageError, PromptError, WeightsError
+from mllm_edge.errors import ConfigError, ImageError, OptionError, PromptError, WeightsError
 from mllm_edge.export.families.qwen2_vl import load_processor
 from mllm_edge.export.pipeline import export
 from mllm_edge.export.source import open_source
@@ -176,7 +176,7 @@ def test_aspect_ratio_beyond_the_limit(bundle: Path) -> None:
 
 def test_what_is_no_image(bundle: Path) -> None:
     with VLM.load(bundle) as vlm:
-        with pytest.raises(ImageError, match="no pixels"):
+        with pytest.raises(OptionError, match="height of an image size"):
             vlm.count_tokens("Hi", [(0, 5)])
         with pytest.raises(PromptError, match="video"):
             vlm.generate([{"role": "user", "content": [{"type": "video"}]}])

@@ -163,7 +163,9 @@ def test_index_that_leaves_the_folder(folder: Path) -> None:
 def test_what_a_folder_without_weights_holds(tmp_path: Path, single: Path, names: list[str], words: list[str]) -> None:
     folder = Path(shutil.copytree(single, tmp_path / "m", ignore=shutil.ignore_patterns("*.safetensors")))
     for name in names:
-        (folder / name).write_bytes(b"{}")
+        (folder / name).write_bytes(
+            b'{"peft_type": "LORA", "r": 4, "lora_alpha": 8}' if name == "adapter_config.json" else b"{}"
+        )
     for word in words:
         assert word in reason(folder)
 

@@ -45,7 +45,7 @@ def test_data_file_is_hashed_while_it_is_written(tmp_path: Path) -> None:
     with DataFile(tmp_path / "data") as data:
         tensors = [data.add(f"t{a.shape[0]}", ir.DataType.FLOAT, a.shape, lambda a=a: a) for a in arrays]
     content = (tmp_path / "data").read_bytes()
-    assert data.sha256 == hashlib.sha256(content).hexdigest()
+    assert data.entry.sha256 == hashlib.sha256(content).hexdigest()
     assert data.nbytes == len(content)
     for tensor, array in zip(tensors, arrays, strict=True):
         assert np.array_equal(tensor.numpy(), array)

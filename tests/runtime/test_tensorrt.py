@@ -75,10 +75,10 @@ def test_answers_are_those_of_onnxruntime(machine: StandIn, exported: Path, tmp_
         assert vlm.backend.name == target
         assert answers(vlm) == expected
         assert answers(vlm) == expected
+        new = sum(vlm.count_tokens(text, [i.shape[:2] for i in images]) + 23 for text, images in QUESTIONS)
     assert len(notices) == machine.counts["builds"] == 3
     assert all("building the engine" in notice and "GB of memory" in notice for notice in notices)
     # Caches are never copied; new rows of an append cache are, where they begin at an odd place.
-    new = sum(vlm.count_tokens(text, [i.shape[:2] for i in images]) + 23 for text, images in QUESTIONS)
     row, copied = 2 * 2 * 2 * 16 * 4, machine.counts["bytes copied on the device"]
     assert copied == 0 if target == "tensorrt" else 0 < copied <= 2 * new * row
     # Steps over a cache in place keep their shapes for 64 tokens; an append cache has another past at each step.
