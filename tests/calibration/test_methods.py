@@ -244,3 +244,21 @@ def test_range_after_factors() -> None:
     statistics = InputStatistics(2)
     statistics.add(np.array([[1.0, -100.0], [-2.0, 50.0]], np.float32))
     assert activation_range(statistics, "minmax", np.array([1.0, 100.0], np.float32)) == (-2.0, 1.0)
+
+
+def test_awq_evens_out_columns_that_a_norm_can_take_back() -> None:
+    """Columns and inputs times factors that cancel: what is left of the error must not know of them."""
+    random = np.random.default_rng(0)
+    weight = random.standard_normal((96, 128)).astype(np.float32)
+    rescale, sizes = np.exp(random.standard_normal((2, 128))).astype(np.float32)
+    x = random.standard_normal((512, 128)).astype(np.float32) * sizes
+
+    def rounded(w: np.ndarray) -> np.ndarray:
+        grouped = w.reshape(-1, 64)
+        return rtn.rounded_blocks(grouped, np.abs(grouped).max(axis=1) / 7, 4).reshape(w.shape)
+
+    def error(w: np.ndarray, inputs: np.ndarray) -> float:
+        factors = awq.scaling([w], inputs, np.abs(inputs).mean(axis=0), rounded)
+        return float(np.linalg.norm(inputs @ (rounded(w * factors) / factors - w).T))
+
+    assert error(weight * rescale, x / rescale) <= 1.05 * error(weight, x)
