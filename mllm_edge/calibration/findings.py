@@ -147,5 +147,6 @@ def is_whole(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
+    # zipfile's kinds for damage; the last but two where a damaged header names a compression that it does not know.
     except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error):
         return False

@@ -74,12 +74,17 @@ def scales_of(model: ir.Model) -> dict[str, np.ndarray]:
 FORMS = [(kind, contrib) for kind in (FLOAT, HALF, BFLOAT) for contrib in (True, False)]
 
 
-@pytest.mark.parametrize(("kind", "contrib"), FORMS)
-@pytest.mark.parametrize("name", PRECISIONS)
+def exists(name: str, kind: ir.DataType, contrib: bool) -> bool:
+    """ONNX Runtime's own operators have no float8 and no bfloat16."""
+    return not (contrib and (PRECISIONS[name].kind == "fp8" or kind == BFLOAT))
+
+
+WRITTEN = [(name, kind, contrib) for name in PRECISIONS for kind, contrib in FORMS if exists(name, kind, contrib)]
+
+
+@pytest.mark.parametrize(("name", "kind", "contrib"), WRITTEN)
 def test_scales_are_normal_numbers_in_every_form(tmp_path: Path, name: str, kind: ir.DataType, contrib: bool) -> None:
     precision = PRECISIONS[name]
-    if contrib and (precision.kind == "fp8" or kind == BFLOAT):
-        pytest.skip("there is no such form")
     path, model = build(tmp_path, precision, kind, contrib, rows_of_all_sizes())
     found = scales_of(model)
     assert found
@@ -103,7 +108,7 @@ def test_scales_are_normal_numbers_in_every_form(tmp_path: Path, name: str, kind
 @pytest.mark.parametrize(("kind", "contrib"), FORMS)
 def test_a_weight_of_zeros_gives_zeros(tmp_path: Path, kind: ir.DataType, contrib: bool) -> None:
     for name, precision in PRECISIONS.items():
-        if contrib and (precision.kind == "fp8" or kind == BFLOAT):
+        if not exists(name, kind, contrib):
             continue
         (tmp_path / name).mkdir()
         path, model = build(tmp_path / name, precision, kind, contrib, np.zeros((ROWS, ROW), np.float32))
@@ -114,17 +119,16 @@ def test_a_weight_of_zeros_gives_zeros(tmp_path: Path, kind: ir.DataType, contri
 
 
 @pytest.mark.parametrize("where", [(0.0, 0.0), (-1e-12, 0.0), (0.0, 1e-6), (-1e-44, 1e-44), (-1e-3, 1e-5)])
-@pytest.mark.parametrize("name", ["int8_static", "fp8"])
-@pytest.mark.parametrize(("kind", "contrib"), FORMS)
+@pytest.mark.parametrize(("name", "kind", "contrib"), [w for w in WRITTEN if w[0] in ("int8_static", "fp8")])
 def test_ranges_of_inputs_that_are_nearly_nothing(
-    tmp_path: Path, kind: ir.DataType, contrib: bool, name: str, where: tuple[float, float]
+    tmp_path: Path, name: str, kind: ir.DataType, contrib: bool, where: tuple[float, float]
 ) -> None:
-    if contrib and (name == "fp8" or kind != FLOAT):
-        pytest.skip("there is no such form")
     weight = np.ones((ROWS, ROW), np.float32)
     path, model = build(tmp_path, PRECISIONS[name], kind, contrib, weight, where=where)
     for scales in scales_of(model).values():
-        assert (scales.astype(np.float32) >= smallest(scales.dtype)).all()
+        # Blocks of ONNX Runtime's own operators may have a scale with a sign; Q/DQ may not.
+        values = scales.astype(np.float32)
+        assert ((np.abs(values) if contrib else values) >= smallest(scales.dtype)).all()
     if kind == FLOAT and name == "int8_static":
         (y,) = ort.InferenceSession(path).run(None, {"x": np.zeros((2, ROW), np.float32)})
         assert (y == 0).all()

@@ -20,11 +20,13 @@ class TokenRules:
         self._ids = [int(i) for i in prompt_ids]
         self._prompt = len(self._ids)
         self._stop_ids = tuple(stop_ids)
+        self._always = frozenset(defaults.suppress_tokens)
         # A word that is a stop id alone is let through, as in transformers.
         self._words = [w for w in defaults.bad_words_ids if w and not (len(w) == 1 and w[0] in self._stop_ids)]
         self._followers: dict[tuple[int, ...], set[int]] = {}
-        for end in range(1, len(self._ids) + 1):
-            self._note_ngram(end)
+        if defaults.no_repeat_ngram_size:
+            for end in range(1, self._prompt + 1):
+                self._note_ngram(end)
 
     @staticmethod
     def wanted(defaults: GenerationDefaults) -> bool:
@@ -52,7 +54,7 @@ class TokenRules:
 
     def forbidden(self) -> set[int]:
         """Ids that may not come next."""
-        found = set(self._defaults.suppress_tokens)
+        found = set(self._always)
         new = len(self._ids) - self._prompt
         if new == 0:
             found |= set(self._defaults.begin_suppress_tokens)
