@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 Kind = Literal["float32", "float16", "int8_dynamic", "int8_static", "fp8", "blocks", "w4a8"]
-Method = Literal["rtn", "smoothquant", "gptq", "awq", "awq+gptq"]
+Method = Literal["rtn", "evened", "smoothquant", "gptq", "awq", "awq+gptq"]
 _BLOCKS = (128, 64, 32)
 
 
@@ -41,7 +41,8 @@ class Precision:
     with one scale per `largest_block` weights at most) | w4a8 (blocks of 4 bits, activations in 8 bits with a range
     from calibration; the CPU's kernels for blocks quantize activations anyway).
 
-    `method` chooses codes and scales: rtn (the weight alone), or with calibration smoothquant, gptq, awq, awq+gptq
+    `method` chooses codes and scales: rtn (rounding to nearest), evened (from the weights alone: a decoder's columns
+    evened out, each block's scale searched for), or with calibration smoothquant, gptq, awq, awq+gptq
     (scaled by AWQ, rounded by GPTQ). `ranges` chooses what int8_static represents of the activations; search takes the
     way that serves the layer's outputs best.
     """
@@ -55,7 +56,7 @@ class Precision:
     @property
     def needs_data(self) -> bool:
         """Whether it cannot do without calibration."""
-        return self.is_static or self.method != "rtn"
+        return self.is_static or self.method not in ("rtn", "evened")
 
     @property
     def is_static(self) -> bool:
@@ -75,6 +76,7 @@ INT8_STATIC = Precision("int8_static", 8, method="smoothquant")
 FP8 = Precision("fp8", 8, method="smoothquant", ranges="minmax")
 BLOCKS_8 = Precision("blocks", 8)
 BLOCKS_4 = Precision("blocks", 4)
+EVENED_4 = Precision("blocks", 4, method="evened")
 CALIBRATED_4 = Precision("blocks", 4, method="awq+gptq")
 W4A8 = Precision("w4a8", 4, method="awq+gptq")
 # A 4-bit head makes small models repeat themselves; its block is 64 (CPU kernels).
@@ -115,7 +117,7 @@ RECIPES = {
     "fp32": Recipe("fp32", FLOAT32, FLOAT32, FLOAT32, FLOAT32),
     "fp16": Recipe("fp16", FLOAT16, FLOAT16, FLOAT16, FLOAT16),
     "int8": Recipe("int8", INT8_DYNAMIC, INT8_DYNAMIC, BLOCKS_8, HEAD_8),
-    "int4": Recipe("int4", INT8_DYNAMIC, INT8_DYNAMIC, BLOCKS_4, HEAD_8),
+    "int4": Recipe("int4", INT8_DYNAMIC, INT8_DYNAMIC, EVENED_4, HEAD_8),
 }
 # With calibration data.
 CALIBRATED = {

@@ -74,7 +74,7 @@ def test_report_and_manifest_hold_the_proof(quantized: Any, float_bundle: Path) 
     assert proof["nbytes"][0] > proof["nbytes"][1] > 0
     assert bundle.manifest.recipe["name"] == name
     assert not (bundle.path.parent / f".{name}.calibration").exists()
-    assert set(proof["layers"]["decoder"]) >= {"layers.0.qkv_proj"} or name == "mixed"
+    assert set(proof["layers"]["decoder"]) >= {"layers.0.qk_proj"} or name == "mixed"
     with Image.open(bundle.path / FIGURE) as figure:
         assert figure.format == "PNG"
         assert min(figure.size) > 200
