@@ -42,7 +42,7 @@ class Decision:
         """Decide, and add to the findings and to the row factors of the layer before the group."""
         exact = {layer.name: self._exact(layer) for layer in self._group.layers}
         weights = self._compensated(exact)
-        factors = self._factors(list(weights.values()))
+        factors = self._factors(weights)
         found = self._found(exact, weights, factors)
         if factors is not None and self._is_blocks and _loss(found, self._power(exact)) >= 0:
             # No better than rounding on rows that were held apart: do without what was fitted.
@@ -101,17 +101,20 @@ class Decision:
         where = self._input_range(list(weights.values()), factors)
         return [self._layer(name, exact[name], weight, factors, where) for name, weight in weights.items()]
 
-    def _factors(self, weights: Sequence[np.ndarray]) -> np.ndarray | None:
-        """Factors [K] of the input, where all layers of the group agree on a method that has them."""
-        precisions = set(self._precisions.values())
-        first = next(iter(precisions))
-        if self._group.fold is None or len(precisions) > 1 or self._statistics.rows == 0:
+    def _factors(self, weights: Mapping[str, np.ndarray]) -> np.ndarray | None:
+        """Factors [K] of the input, where all layers of the group agree on a method that has them. Layers with more
+        bits in their blocks need none, and take what serves the others."""
+        fewest = min(precision.bits for precision in self._precisions.values())
+        judged = {n: p for n, p in self._precisions.items() if p.bits == fewest or not self._is_blocks}
+        first, *others = set(judged.values())
+        if self._group.fold is None or others or self._statistics.rows == 0:
             return None
+        served = [weights[name] for name in judged]
         if first.method == "smoothquant":
-            return self._smoothing(weights, first)
+            return self._smoothing(served, first)
         if first.method.startswith("awq"):
             rounded = lambda weight: _nearest(weight, first)  # noqa: E731
-            return awq.scaling(weights, self._statistics.sample, self._statistics.channel_mean, rounded)
+            return awq.scaling(served, self._statistics.sample, self._statistics.channel_mean, rounded)
         return None
 
     def _smoothing(self, weights: Sequence[np.ndarray], precision: Precision) -> np.ndarray | None:
