@@ -5,7 +5,6 @@ vision encoder and connector outputs, prefill logits, the logits of every step a
 the greedy tokens themselves. The reference is what transformers itself loads from the folder.
 """
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from mllm_edge.errors import ParityError, PromptError
-from mllm_edge.export.reference import adapted, forget_prompts, load_reference, quiet_transformers
+from mllm_edge.export.reference import adapted, cache_name, forget_prompts, load_reference, quiet_transformers
 from mllm_edge.export.source import Source
 
-__all__ = ["LIMITS", "Parity", "Scope", "VerifyCase", "source_runner", "verify"]
+__all__ = ["LIMITS", "Parity", "Reference", "Scope", "VerifyCase", "source_runner", "verify"]
 
 _STEPS = 16
 _SEED = 0
@@ -78,13 +77,13 @@ def verify(
 
     Raises ParityError naming what differs, or each error beyond its limit.
     """
-    reference = _Reference(source, scope)
+    reference = Reference(source, scope)
     asked = (*_cases(), *cases)
     return tuple(_verify_target(reference, folder, recipe, scope, target, asked) for target in targets)
 
 
 def _verify_target(
-    reference: "_Reference", folder: Path, recipe: str, scope: Scope, target: str, cases: Sequence[VerifyCase]
+    reference: "Reference", folder: Path, recipe: str, scope: Scope, target: str, cases: Sequence[VerifyCase]
 ) -> Parity:
     results = [_compare(reference, folder, case, target) for case in cases]
     errors = {name: max(r.errors[name] for r in results if name in r.errors) for name in LIMITS[recipe]}
@@ -130,7 +129,7 @@ def _cases() -> list[VerifyCase]:
     ]
 
 
-class _Reference:
+class Reference:
     """The source model in float32 and its processor, as transformers loads them from the folder."""
 
     def __init__(self, source: Source, scope: Scope):
@@ -205,10 +204,7 @@ class _Reference:
 
     def _greedy(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         out = self.model(**inputs, use_cache=True, logits_to_keep=1)
-        # Named anew in transformers 5.24; the old name goes in 5.40.
-        named = inspect.signature(type(self.model).forward).parameters
-        cache = "cache" if "cache" in named else "past_key_values"
-        logits, tokens = [], []
+        cache, logits, tokens = cache_name(self.model), [], []  # type: str, list[np.ndarray], list[int]
         for _ in range(_STEPS):
             logits.append(out.logits[0, -1].numpy())
             tokens.append(int(out.logits[0, -1].argmax()))
@@ -217,7 +213,7 @@ class _Reference:
         return {"logits": np.stack(logits), "tokens": np.array(tokens)}
 
 
-def _compare(reference: _Reference, folder: Path, case: VerifyCase, target: str) -> _Outcome:
+def _compare(reference: Reference, folder: Path, case: VerifyCase, target: str) -> _Outcome:
     from mllm_edge.bundle import Bundle
     from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
     from mllm_edge.runtime.vlm import VLM
@@ -323,4 +319,4 @@ def source_runner(source: Source) -> Callable[[str, tuple[Any, ...], str], dict[
     """Load the source model, whole. The function returned takes a question, its images and our own rendered prompt, and
     gives `text`, `input_ids` [S], `logits` [steps, V] and greedy `tokens` [steps], with images `vision_hidden` and
     `image_features`, too."""
-    return _Reference(source, Scope(None)).run
+    return Reference(source, Scope(None)).run
