@@ -1,7 +1,7 @@
-"""What quantization costs, in words a user understands: a bundle against its source model on built-in questions.
+"""Measuring what quantization costs: a bundle against its source model on built-in questions.
 
-The source's own greedy answers lead. `References` are what it says, computed once; `measure` compares any number of
-bundles with them.
+The source's own greedy answers lead. `References` are what it says, computed once by `ask`; `measure` compares any
+number of bundles with them. What is done about a loss: `judge.py`.
 """
 
 from collections.abc import Sequence
@@ -15,12 +15,13 @@ import numpy as np
 from mllm_edge.bundle import CHAT_TEMPLATE, Bundle
 from mllm_edge.calibration.collect import greedy_tokens
 from mllm_edge.calibration.evaluate import divergence
-from mllm_edge.calibration.recipes import BLOCKS_8, HEAD_8
+from mllm_edge.calibration.recipes import HEAD_8, Precision
 from mllm_edge.errors import AccuracyError, MllmEdgeError
 from mllm_edge.export.loss_questions import QUESTIONS
 from mllm_edge.export.reference import greedy_answers, quiet_transformers, rounded, scores
+from mllm_edge.loss import WARN_KL, Loss
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
-from mllm_edge.runtime.processor import Processor
+from mllm_edge.runtime.processor import Processor, Prompt
 from mllm_edge.runtime.score import score
 from mllm_edge.runtime.tokenizer import ChatTemplate, Tokenizer
 from mllm_edge.runtime.vlm import VLM
@@ -28,35 +29,17 @@ from mllm_edge.runtime.vlm import VLM
 if TYPE_CHECKING:
     from mllm_edge.export.verify import Reference, VerifyCase
 
-__all__ = ["MAX_KL", "WARN_KL", "Loss", "References", "ask", "measure"]
+__all__ = ["WARN_KL", "Answered", "Loss", "References", "ask", "measure", "prompt_embeds"]
 
-MAX_KL = 0.5  # nats; an export that loses more fails
-WARN_KL = 0.1  # nats; from here on users notice
 _TOKENS = 40  # of each answer
 _FEWEST = 2  # tokens of an answer
-
-
-@dataclass(frozen=True)
-class Loss:
-    """Mean KL divergence in nats of a bundle's next token from the source model's along the source's greedy answers,
-    how often the likeliest token stays the same, and over how many positions. `kl_8_bits`, `agreement_8_bits`: the same
-    for the source with its language model rounded to 8-bit blocks, on the questions without pictures; None where that
-    was not measured, for losses that are not worth it. `question`: one of them, and what the source and the bundle
-    answer."""
-
-    kl: float
-    agreement: float
-    positions: int
-    kl_8_bits: float | None
-    agreement_8_bits: float | None
-    question: str
-    answer_before: str
-    answer_after: str
+_BY_HAND = "compare answers of your own: mllm-edge compare MODEL BUNDLE --prompt TEXT"
 
 
 @dataclass(frozen=True, eq=False)
-class _Answered:
-    """A question, and what the source says: its answer [n] and the logits [n, vocabulary] it came from."""
+class Answered:
+    """A question as token ids [S], and what the source says: its answer [n] and the logits [n, vocabulary] float32 it
+    came from."""
 
     question: str
     images: tuple[Any, ...]
@@ -67,20 +50,23 @@ class _Answered:
 
 @dataclass(frozen=True, eq=False)
 class References:
-    """What the source model answers to the built-in questions; the first is shown to people."""
+    """What the source model answers to the built-in questions; the first is shown to people. `embeds`: see
+    `prompt_embeds`."""
 
-    answered: tuple[_Answered, ...]
+    answered: tuple[Answered, ...]
     model: Any
-    # Of prompts with pictures, by the question and the files that make them: candidates often differ in the decoder.
-    embeds: dict[tuple[str, ...], np.ndarray] = field(default_factory=dict)
+    embeds: dict[tuple[Any, ...], np.ndarray]
+    _rounding: dict[int, tuple[float, float]] = field(default_factory=dict)
 
-    @cached_property
-    def eight_bits(self) -> tuple[float, float]:
-        """(mean KL in nats, agreement) of the source model with its language model in 8-bit blocks."""
-        texts = [a for a in self.answered if not a.images]
-        with quiet_transformers(), rounded(self.model, BLOCKS_8, HEAD_8):
-            found = scores(self.model, [a.ids for a in texts], [a.tokens for a in texts])
-        return _compared([a.logits for a in texts], found)
+    def rounding(self, bits: int) -> tuple[float, float]:
+        """(mean KL in nats, agreement) of the source with its language model rounded to blocks of `bits`, its head to 8
+        bits, on the questions without pictures. Takes a run of the source."""
+        if bits not in self._rounding:
+            texts = [a for a in self.answered if not a.images]
+            with quiet_transformers(), rounded(self.model, Precision("blocks", bits), HEAD_8):
+                found = scores(self.model, [a.ids for a in texts], [a.tokens for a in texts])
+            self._rounding[bits] = _compared([a.logits for a in texts], found)
+        return self._rounding[bits]
 
     @cached_property
     def unrelated(self) -> float:
@@ -93,46 +79,37 @@ class References:
 def ask(reference: "Reference", folder: Path, picture: "VerifyCase | None" = None) -> References:
     """The source's answers to the built-in questions, their ids made by the bundle in `folder`, and to `picture`.
 
-    Raises AccuracyError where there is nothing to ask: no chat template that takes a question, too short a context.
+    Raises AccuracyError where they cannot be asked: no chat template or tokenizer for them, too short a context.
     """
     bundle = Bundle.load(folder)
-    processor, generation = _processor(bundle), bundle.generation()
-    longest = bundle.manifest.model.context_length - _FEWEST
-    try:
-        ids = {question: processor.process(question).token_ids for question in QUESTIONS}
-    except MllmEdgeError as e:
-        raise AccuracyError(f"the built-in questions cannot be asked: {e.message}", e.fix) from e
-    ids = {question: row for question, row in ids.items() if len(row) <= longest}
-    if not ids:
-        raise AccuracyError(
-            f"a context of {longest + _FEWEST} tokens holds none of the built-in questions",
-            "compare answers of your own: mllm-edge compare",
-        )
+    generation, context = bundle.generation(), bundle.manifest.model.context_length
+    tokenizer, stops = Tokenizer.load(bundle.path, generation), frozenset(generation.eos_token_ids)
+    template = ChatTemplate.load(bundle.path, generation) if CHAT_TEMPLATE in bundle.manifest.files else None
+    processor = Processor(bundle.manifest.model, tokenizer, template)  # as the runtime makes it
+    ids = _question_ids(processor, tokenizer, context)
     prompts = list(ids.values())
-    most = min(_TOKENS, longest + _FEWEST - max(map(len, prompts)))
+    most = min(_TOKENS, context - max(map(len, prompts)))
     with quiet_transformers():
-        tokens = greedy_answers(reference.model, prompts, most, frozenset(generation.eos_token_ids))
+        tokens = greedy_answers(reference.model, prompts, most, stops)
         # One after another: padding is exact for rotary positions only.
         logits = [scores(reference.model, [p], [t])[0] for p, t in zip(prompts, tokens, strict=True)]
-    texts = [
-        _Answered(question, (), row, t, rows)
-        for question, row, t, rows in zip(ids, prompts, tokens, logits, strict=True)
-    ]
+    answered = [Answered(q, (), i, t, rows) for (q, i), t, rows in zip(ids.items(), tokens, logits, strict=True)]
     if picture is not None and bundle.manifest.model.image is not None:
-        texts.append(_about_picture(reference, processor, picture, frozenset(generation.eos_token_ids)))
-    return References(tuple(texts), reference.model)
+        answered.append(_about_picture(reference, processor, picture, stops))
+    return References(tuple(answered), reference.model, reference.embeds)
 
 
 def measure(references: References, folder: Path, target: str = "cpu") -> Loss:
-    """The loss of the bundle in `folder`, its graphs for `target` on ONNX Runtime's CPU provider."""
+    """The loss of the bundle in `folder`, its graphs for `target` on ONNX Runtime's CPU provider. What 8 bits would
+    cost is measured where the loss is one that people notice."""
     first = references.answered[0]
     with VLM(Bundle.load(folder), OnnxRuntimeCpu(target=target)) as vlm:
         found = [_score(vlm, a, references.embeds) for a in references.answered]
         prompt = vlm.processor.process(first.question)
-        after = greedy_tokens(vlm, vlm.prompt_embeds(prompt), prompt.positions, max(len(first.tokens), 1))
+        after = greedy_tokens(vlm, vlm.prompt_embeds(prompt), prompt.positions, len(first.tokens))
         answers = [_text(vlm, tokens) for tokens in (first.tokens, after)]
     kl, agreement = _compared([a.logits for a in references.answered], found)
-    eight = references.eight_bits if kl >= WARN_KL else (None, None)
+    eight = references.rounding(8) if not kl < WARN_KL else (None, None)
     return Loss(
         kl=kl,
         agreement=agreement,
@@ -145,32 +122,52 @@ def measure(references: References, folder: Path, target: str = "cpu") -> Loss:
     )
 
 
-def _processor(bundle: Bundle) -> Processor:
-    """As the runtime makes it, without the graphs."""
-    generation = bundle.generation()
-    template = ChatTemplate.load(bundle.path, generation) if CHAT_TEMPLATE in bundle.manifest.files else None
-    return Processor(bundle.manifest.model, Tokenizer.load(bundle.path, generation), template)
+def prompt_embeds(
+    vlm: VLM, prompt: Prompt, images: Sequence[Any], known: dict[tuple[Any, ...], np.ndarray]
+) -> np.ndarray:
+    """The embeddings [S, H] of a prompt; those with pictures are kept in `known`, by the pictures and the files that
+    see them: bundles that are compared often differ in the decoder alone."""
+    if not images:
+        return vlm.prompt_embeds(prompt)
+    key = (prompt.text, *map(id, images), *_seen_by(vlm.bundle, vlm.backend.target))
+    if key not in known:
+        known[key] = vlm.prompt_embeds(prompt)
+    return known[key]
 
 
-def _about_picture(
-    reference: "Reference", processor: Processor, case: "VerifyCase", stops: frozenset[int]
-) -> _Answered:
+def _question_ids(processor: Processor, tokenizer: Tokenizer, context: int) -> dict[str, np.ndarray]:
+    """The questions that the tokenizer has words for and the context room, and their ids [S]."""
+    try:
+        ids = {question: processor.process(question).token_ids for question in QUESTIONS}
+    except MllmEdgeError as e:
+        raise AccuracyError(f"the built-in questions cannot be asked: {e.message}", e.fix) from e
+    ids = {question: row for question, row in ids.items() if _survives(question, tokenizer.decode(row))}
+    if not ids:
+        raise AccuracyError("the tokenizer has no tokens for the words of the built-in questions", _BY_HAND)
+    ids = {question: row for question, row in ids.items() if len(row) + _FEWEST <= context}
+    if not ids:
+        raise AccuracyError(f"a context of {context} tokens holds none of the built-in questions", _BY_HAND)
+    return ids
+
+
+def _survives(question: str, decoded: str) -> bool:
+    """Whether most words of a question are still there behind its tokens."""
+    spelled = question.casefold().split()
+    return 2 * sum(word in decoded.casefold() for word in spelled) >= len(spelled)
+
+
+def _about_picture(reference: "Reference", processor: Processor, case: "VerifyCase", stops: frozenset[int]) -> Answered:
+    """What the comparison has computed already: fewer tokens, and no further run of the tower."""
     prompt = processor.process(case.prompt, case.images)
     found = reference.run(case.prompt, case.images, prompt.text)
     ends = np.flatnonzero(np.isin(found["tokens"], sorted(stops)))
     n = int(ends[0]) + 1 if len(ends) else len(found["tokens"])
-    return _Answered(case.prompt, case.images, prompt.token_ids, found["tokens"][:n], found["logits"][:n])
+    return Answered(case.prompt, case.images, prompt.token_ids, found["tokens"][:n], found["logits"][:n])
 
 
-def _score(vlm: VLM, answered: _Answered, known: dict[tuple[str, ...], np.ndarray]) -> np.ndarray:
+def _score(vlm: VLM, answered: Answered, known: dict[tuple[Any, ...], np.ndarray]) -> np.ndarray:
     prompt = vlm.processor.process(answered.question, answered.images)
-    embeds = None
-    if answered.images:
-        key = (answered.question, *_seen_by(vlm.bundle, vlm.backend.target))
-        if key not in known:
-            known[key] = vlm.prompt_embeds(prompt)
-        embeds = known[key]
-    return score(vlm, prompt, answered.tokens, embeds)
+    return score(vlm, prompt, answered.tokens, prompt_embeds(vlm, prompt, answered.images, known))
 
 
 def _seen_by(bundle: Bundle, target: str) -> list[str]:

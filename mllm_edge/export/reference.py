@@ -108,7 +108,7 @@ def rounded(model: Any, layers: Precision, head: Precision) -> Iterator[None]:
         return torch.nn.functional.linear(x, torch.from_numpy(weight), module.bias)
 
     for module, precision in chosen.items():
-        module.forward = partial(forward, module, precision)
+        setattr(module, "forward", partial(forward, module, precision))  # noqa: B010 # a method, mypy says
     try:
         yield
     finally:
