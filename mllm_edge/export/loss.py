@@ -50,10 +50,11 @@ class Answered:
 
 @dataclass(frozen=True, eq=False)
 class References:
-    """What the source model answers to the built-in questions; the first is shown to people. `embeds`: see
-    `prompt_embeds`."""
+    """What the source model answers to the built-in questions; `shown`, the first that it says anything to, is for
+    people. `embeds`: see `prompt_embeds`."""
 
     answered: tuple[Answered, ...]
+    shown: Answered
     model: Any
     embeds: dict[tuple[Any, ...], np.ndarray]
     _rounding: dict[int, tuple[float, float]] = field(default_factory=dict)
@@ -96,18 +97,20 @@ def ask(reference: "Reference", folder: Path, picture: "VerifyCase | None" = Non
     answered = [Answered(q, (), i, t, rows) for (q, i), t, rows in zip(ids.items(), tokens, logits, strict=True)]
     if picture is not None and bundle.manifest.model.image is not None:
         answered.append(_about_picture(reference, processor, picture, stops))
-    return References(tuple(answered), reference.model, reference.embeds)
+    shown = next((a for a in answered if tokenizer.decode(a.tokens).strip()), answered[0])
+    return References(tuple(answered), shown, reference.model, reference.embeds)
 
 
 def measure(references: References, folder: Path, target: str = "cpu") -> Loss:
     """The loss of the bundle in `folder`, its graphs for `target` on ONNX Runtime's CPU provider. What 8 bits would
     cost is measured where the loss is one that people notice."""
-    first = references.answered[0]
+    shown = references.shown
     with VLM(Bundle.load(folder), OnnxRuntimeCpu(target=target)) as vlm:
         found = [_score(vlm, a, references.embeds) for a in references.answered]
-        prompt = vlm.processor.process(first.question)
-        after = greedy_tokens(vlm, vlm.prompt_embeds(prompt), prompt.positions, len(first.tokens))
-        answers = [_text(vlm, tokens) for tokens in (first.tokens, after)]
+        prompt = vlm.processor.process(shown.question, shown.images)
+        embeds = prompt_embeds(vlm, prompt, shown.images, references.embeds)
+        after = greedy_tokens(vlm, embeds, prompt.positions, len(shown.tokens))
+        answers = [_text(vlm, tokens) for tokens in (shown.tokens, after)]
     kl, agreement = _compared([a.logits for a in references.answered], found)
     eight = references.rounding(8) if not kl < WARN_KL else (None, None)
     return Loss(
@@ -116,7 +119,7 @@ def measure(references: References, folder: Path, target: str = "cpu") -> Loss:
         positions=sum(len(a.tokens) for a in references.answered),
         kl_8_bits=eight[0],
         agreement_8_bits=eight[1],
-        question=first.question,
+        question=shown.question,
         answer_before=answers[0],
         answer_after=answers[1],
     )

@@ -2,7 +2,7 @@
 
 __all__ = ["QUESTIONS"]
 
-# The first one's answers are shown to people.
+# Of the first one that the model says anything to, the answers are shown to people.
 QUESTIONS = (
     "What makes a good neighbour?",
     "Give me three tips for packing a small suitcase.",

@@ -112,3 +112,13 @@ def test_eight_bits_are_those_of_a_rounded_source(asked: tuple[Any, Path, Refere
     before = steps(reference.model, references.answered[0].ids, 2)
     assert references.rounding(8) == (pytest.approx(kl, rel=1e-3), pytest.approx(agreement, abs=1e-3))
     np.testing.assert_array_equal(steps(reference.model, references.answered[0].ids, 2), before)  # whole again
+
+
+def test_files_that_see_alike_run_once(asked: tuple[Any, Path, References], monkeypatch: pytest.MonkeyPatch) -> None:
+    reference, folder, _ = asked
+    references = ask(reference, folder, reference.cases[1])
+    assert references.answered[-1].images
+    first = measure(references, folder)
+    monkeypatch.setattr(VLM, "vision_runs", None)
+    monkeypatch.setattr(VLM, "_image_features", None)  # would fail
+    assert measure(references, folder) == first
