@@ -132,8 +132,12 @@ def calibration_options(required: bool) -> Callable[[_F], _F]:
         click.option("--skip-bad", is_flag=True, help="Leave out samples whose image cannot be read, and list them."),
         click.option("--held-back", type=POSITIVE, help="Samples kept for the proof; default: a quarter, to 32."),
         click.option(
-            "--max-kl", type=click.FloatRange(min=0), help="Fail when quantization's mean KL divergence is larger."
+            "--max-kl",
+            type=click.FloatRange(min=0),
+            metavar="NATS",
+            help="Fail when quantization's mean KL divergence is larger; default: 0.5.",
         ),
+        click.option("--allow-loss", is_flag=True, help="Write the bundle whatever quantization costs."),
         click.option("--min-agreement", type=_FRACTION, help="Fail when fewer likeliest tokens stay the same."),
     )
     return lambda command: _apply(options, command)

@@ -12,6 +12,8 @@ _WORST = 5  # layers shown
 
 def proof_summary(report: dict[str, Any]) -> str:
     """The report of a quantization, as a dict: the proof, the worst layers, what to do next."""
+    from mllm_edge.loss import words
+
     out = shlex.quote(report["out"])
     ending = (
         f"wrote {report['out']}: {bytes_text(report['nbytes'])} in {report['seconds']:.1f} s\n"
@@ -25,6 +27,7 @@ def proof_summary(report: dict[str, Any]) -> str:
             _layers(report),
             float32_operators(report),
             _skipped(report),
+            words(report),
             ending,
         )
         if part

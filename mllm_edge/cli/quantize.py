@@ -41,6 +41,7 @@ def command(
     skip_bad: bool,
     held_back: int | None,
     max_kl: float | None,
+    allow_loss: bool,
     min_agreement: float | None,
     targets: tuple[str, ...],
     threads: int | None,
@@ -71,6 +72,7 @@ def command(
             prompt=prompt or DEFAULT_PROMPT,
             held_back=held_back,
             gate=Gate(max_kl, min_agreement),
+            allow_loss=allow_loss,
             checkpoint=FromCheckpoint(targets),
             skip_bad=skip_bad,
             force=force,
@@ -82,3 +84,5 @@ def command(
         print_json(report)
     else:
         note(f"\n{proof_summary(report)}")
+    if report["warning"]:
+        note(f"warning: {report['warning']}")

@@ -91,7 +91,7 @@ def test_export_calibrates_with_data(cli: Cli, folder: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--max-kl", "1"], "--max-kl needs --data"),
+        (["--min-agreement", "1"], "--min-agreement needs --data"),
         (["--held-back", "1"], "--held-back needs --data"),
         (["--recipe", "mixed"], "without --data, --recipe is one of fp32, fp16, int8, int4, not 'mixed'"),
         (["--data", "images", "--dry-run"], "--dry-run does not calibrate"),
