@@ -3,7 +3,8 @@
 python -m benchmarks.real_weights [--only RECIPE …] [--quick] [--json F] [--cache DIR]
 
 The reference is the model with other columns and a little noise (see real_weights_source.py): its own greedy answers
-are the tokens on which every recipe's distribution is compared with it. Needs the package gguf.
+are the tokens on which every recipe's distribution is compared with it, and so is llama.cpp's (real_weights_llama.py).
+Needs the package gguf.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import real_weights_llama as llama
 from benchmarks.real_weights_checkpoint import write_smolvlm
 from benchmarks.real_weights_source import rescaled, smollm2
 from benchmarks.real_weights_texts import calibration_prompts, held_out_prompts
@@ -28,6 +30,7 @@ from mllm_edge.calibration.evaluate import divergence
 from mllm_edge.calibration.recipes import BLOCKS_4, BLOCKS_8, CALIBRATED, CALIBRATED_4, FLOAT16, Precision, Recipe
 from mllm_edge.export.pipeline import export
 from mllm_edge.export.quantize import quantize
+from mllm_edge.runtime.processor import Prompt
 from mllm_edge.runtime.score import score
 from mllm_edge.runtime.vlm import VLM
 
@@ -35,6 +38,8 @@ __all__ = ["main"]
 
 _TOKENS = 110  # of each answer
 Make = Callable[[Path, Path, Path], None]  # (checkpoint, float bundle, where the quantized one goes)
+Question = tuple[str, np.ndarray]  # and the ids of its answer
+Score = Callable[[Prompt, np.ndarray], np.ndarray]
 
 
 def _exported(name: str, checkpoint: Path, float_bundle: Path, out: Path) -> None:
@@ -64,8 +69,9 @@ RECIPES: Mapping[str, Make] = {
 
 
 def main() -> None:
+    names = [*RECIPES, *llama.TYPES]
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--quick", action="store_true", help="a tenth of the tokens")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "mllm-edge")
@@ -74,12 +80,16 @@ def main() -> None:
     questions = _answered(float_bundle, options.quick)
     report = Report("Recipes on trained weights")
     for name in options.only:
-        with tempfile.TemporaryDirectory(prefix="mllm-edge-") as folder:
-            begin = time.perf_counter()
-            RECIPES[name](checkpoint, float_bundle, Path(folder) / "out")
-            seconds = time.perf_counter() - begin
-            row = {"recipe": name, **_compared(float_bundle, Path(folder) / "out", questions)}
-        report.row({**row, "seconds": round(seconds)})
+        begin = time.perf_counter()
+        try:
+            if name in RECIPES:
+                row = _recipe_row(RECIPES[name], checkpoint, float_bundle, questions)
+            else:
+                row = _llama_row(name, options.cache, float_bundle, questions)
+        except llama.Unavailable as e:
+            print(f"{name}: left out, for llama.cpp cannot be had here ({e})", flush=True)
+            continue
+        report.row({"recipe": name, **row, "seconds": round(time.perf_counter() - begin)})
         print(report.rows[-1], flush=True)
         if options.json:
             report.write(options.json)
@@ -98,7 +108,7 @@ def _reference(cache: Path) -> tuple[Path, Path]:
     return checkpoint, float_bundle
 
 
-def _answered(float_bundle: Path, quick: bool) -> list[tuple[str, np.ndarray]]:
+def _answered(float_bundle: Path, quick: bool) -> list[Question]:
     """Questions and the float bundle's greedy answers, which are kept beside it."""
     path = float_bundle.with_name("quick.json" if quick else "answers.json")
     if not path.is_file():
@@ -112,18 +122,43 @@ def _answered(float_bundle: Path, quick: bool) -> list[tuple[str, np.ndarray]]:
     return [(prompt, np.array(answer, np.int64)) for prompt, answer in answers.items()]
 
 
-def _compared(float_bundle: Path, quantized: Path, questions: list[tuple[str, np.ndarray]]) -> dict[str, float]:
-    """Bits of the decoder's weights (head included) for each parameter, mean KL in nats, agreement of the likeliest
-    token in percent."""
+def _recipe_row(make: Make, checkpoint: Path, float_bundle: Path, questions: list[Question]) -> dict[str, float]:
+    """Bits of the decoder's weights (norms and head included) for each parameter, and how far from float."""
+    with tempfile.TemporaryDirectory(prefix="mllm-edge-") as folder:
+        out = Path(folder) / "out"
+        make(checkpoint, float_bundle, out)
+        bits = 32 * _weight_bytes(out) / _weight_bytes(float_bundle)
+        with VLM.load(out) as vlm:
+            return {"bits": round(bits, 2), **_compared(float_bundle, partial(score, vlm), questions)}
+
+
+def _llama_row(name: str, cache: Path, float_bundle: Path, questions: list[Question]) -> dict[str, float]:
+    """The same of llama.cpp's; its embeddings are its head, and counted once."""
+    python = llama.environment(cache)
+    reference = float_bundle.with_name("reference.gguf")
+    if not reference.is_file():
+        source = smollm2(cache)
+        llama.write_gguf(source, rescaled(source), np.load(float_bundle / "embed_tokens.npy"), reference)
+    with llama.opened(python, reference, name) as model:
+
+        def logits(prompt: Prompt, answer: np.ndarray) -> np.ndarray:
+            return model.score(prompt.token_ids.tolist(), answer.tolist())
+
+        return {"bits": round(model.bits, 2), **_compared(float_bundle, logits, questions)}
+
+
+def _compared(float_bundle: Path, other: Score, questions: list[Question]) -> dict[str, float]:
+    """Mean KL in nats of the `other` model's distributions from the float bundle's, agreement of the likeliest token in
+    percent."""
     divergences, same = [], []
-    with VLM.load(float_bundle) as a, VLM.load(quantized) as b:
-        for prompt, answer in questions:
-            first, second = (score(vlm, vlm.processor.process(prompt), answer) for vlm in (a, b))
+    with VLM.load(float_bundle) as vlm:
+        for question, answer in questions:
+            prompt = vlm.processor.process(question)
+            first, second = score(vlm, prompt, answer), other(prompt, answer)
             divergences.append(divergence(first, second))
             same.append(first.argmax(axis=1) == second.argmax(axis=1))
-    bits = 32 * _weight_bytes(quantized) / _weight_bytes(float_bundle)
     kl, agreement = float(np.concatenate(divergences).mean()), float(np.concatenate(same).mean())
-    return {"bits": round(bits, 2), "KL": round(kl, 4), "agrees %": round(100 * agreement, 1)}
+    return {"KL": round(kl, 4), "agrees %": round(100 * agreement, 1)}
 
 
 def _weight_bytes(path: Path) -> int:

@@ -18,8 +18,9 @@ _BLOCK, _LEVELS = 32, 15
 
 @dataclass(frozen=True)
 class Source:
-    """Of a GGUF file: `tensors` by its own names, float32 [out, in]; `fields`, its metadata."""
+    """Of a GGUF file at `path`: `tensors` by its own names, float32 [out, in]; `fields`, its metadata."""
 
+    path: Path
     tensors: dict[str, np.ndarray]
     fields: dict[str, Any]
 
@@ -60,7 +61,7 @@ def _read(path: Path) -> Source:
         shape = tuple(int(size) for size in reversed(tensor.shape))
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         tensors[tensor.name] = np.asarray(values, np.float32).reshape(shape)
-    return Source(tensors, {name: field.contents() for name, field in reader.fields.items()})
+    return Source(path, tensors, {name: field.contents() for name, field in reader.fields.items()})
 
 
 def rescaled(source: Source, spread: float = 0.35, seed: int = 0) -> dict[str, np.ndarray]:
