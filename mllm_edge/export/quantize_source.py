@@ -51,8 +51,8 @@ class Samples:
         return [*self.own, *self.builtin]
 
     def counts(self) -> dict[str, int]:
-        """For the manifest; `builtin_samples` are among the `calibration_samples`."""
-        return {"calibration_samples": len(self.calibration), "builtin_samples": len(self.builtin)}
+        """For the manifest."""
+        return {"calibration_samples": len(self.own), "builtin_samples": len(self.builtin)}
 
 
 def read_samples(
