@@ -21,7 +21,7 @@ def _quantize(source: str, out: str, ftype: int) -> None:
     llama_cpp.model_quantize(source, out, params)
 
 
-class _Vocabulary(llama_cpp.LlamaModel):  # type: ignore[misc]
+class _Vocabulary(llama_cpp.LlamaModel):
     """LlamaContext.get_logits_ith of cyllama 0.2.18 reads an attribute that its models do not have."""
 
     @property
