@@ -41,7 +41,7 @@ _STOPPED = interrupted_message("the export") + "; its temporary files are gone"
     show_default=True,
     help=f"Precision: {', '.join(RECIPES)}; with --data also mixed, or a file NAME.toml.",
 )
-@calibration_options(required=False)
+@calibration_options("weights are only rounded")
 @click.option(
     "--verify",
     type=click.Choice(["auto", "full", "off"]),
@@ -78,6 +78,7 @@ def command(
     no_fallback: bool,
     recipe: str,
     data: str | None,
+    no_builtin_text: bool,
     prompt: str | None,
     skip_bad: bool,
     held_back: int | None,
@@ -100,7 +101,7 @@ def command(
     quantize does it, and not only rounded.
     """
     calibration = {"--prompt": prompt, "--held-back": held_back, "--min-agreement": min_agreement}
-    calibration["--skip-bad"] = skip_bad or None
+    calibration |= {"--skip-bad": skip_bad or None, "--no-builtin-text": no_builtin_text or None}
     _check(recipe, data, calibration, dry_run)
     _check_loss(recipe, data, verify, max_kl, allow_loss)
     _check_verify(verify, verify_images, verify_prompt)
@@ -141,6 +142,7 @@ def command(
                 out,
                 recipe=recipe,
                 data=data,
+                builtin=not no_builtin_text,
                 prompt=prompt or DEFAULT_PROMPT,
                 held_back=held_back,
                 gate=Gate(max_kl, min_agreement),

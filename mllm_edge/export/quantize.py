@@ -4,7 +4,7 @@ import importlib.util
 import math
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,17 @@ from mllm_edge.export.half import KEY, Float32Operators, keep_in_range
 from mllm_edge.export.judge import is_quantized, remedy
 from mllm_edge.export.pipeline import Verify, export
 from mllm_edge.export.progress import Progress, Silent
-from mllm_edge.export.quantize_source import check_float, check_images, open_work, read_samples, so_far, work_key
+from mllm_edge.export.quantize_source import (
+    Samples,
+    check_float,
+    check_vision,
+    open_work,
+    read_samples,
+    replaced_parts,
+    so_far,
+    without_images,
+    work_key,
+)
 from mllm_edge.export.requantize import requantize
 from mllm_edge.export.verify import VerifyCase
 from mllm_edge.export.workspace import check_space, full_disk, reserved, workspace
@@ -81,10 +91,13 @@ class FromCheckpoint:
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """What was done. `layers`: component → layer → (error, error of rounding to nearest), relative, for sampled
-    inputs; only layers that calibration decided about. `float32_operators`: graph file → operator → magnitude, those
-    of half-precision graphs that half precision would have overflowed in. `skipped`: a line on each sample that was
-    left out because an image of it cannot be read. `against_rounding`: the divergence of the decoder on samples that
+    """What was done with `samples` of the user's own and `builtin` questions that come with the package.
+
+    `without_images`: components that were not calibrated because no sample has an image → the precision they got
+    instead. `layers`: component → layer → (error, error of rounding to nearest), relative, for sampled inputs; only
+    layers that calibration decided about. `float32_operators`: graph file → operator → magnitude, those of
+    half-precision graphs that half precision would have overflowed in. `skipped`: a line on each sample that was left
+    out because an image of it cannot be read. `against_rounding`: the divergence of the decoder on samples that
     calibration held apart, with the weights that were found and with plain rounding; the better one was written. None:
     it was not measured. `loss`: of the proof, with what 8 bits would cost; `warning`: what to do about it where people
     will notice."""
@@ -102,6 +115,8 @@ class QuantizeReport:
     against_rounding: tuple[float, float] | None = None
     loss: Loss | None = None
     warning: str = ""
+    builtin: int = 0
+    without_images: Mapping[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -113,7 +128,8 @@ def quantize(
     out: str | Path,
     *,
     recipe: str | Recipe = "int4",
-    data: str | Path | Iterable[Any],
+    data: str | Path | Iterable[Any] | None = None,
+    builtin: bool = True,
     prompt: str = DEFAULT_PROMPT,
     held_back: int | None = None,
     gate: Gate | None = None,
@@ -126,7 +142,9 @@ def quantize(
 ) -> QuantizeReport:
     """Quantize `source`, the directory of a float bundle or a checkpoint, to a new bundle in `out`.
 
-    `recipe`: a name, a .toml file, or a Recipe. `data` as for `load_samples`, `prompt` for folders of images.
+    `recipe`: a name, a .toml file, or a Recipe. `data` as for `load_samples`, `prompt` for folders of images; questions
+    that come with the package calibrate beside it (`builtin`), and alone where it is None. Without images the decoder
+    alone is calibrated, and the vision side gets what it gets without data.
     `held_back` samples (default: a quarter, up to 32) are kept from calibration and prove the result. When `gate` is
     not met, or the divergence is more than MAX_KL nats where the gate names none, nothing is written, unless
     `allow_loss`; a recipe that raises layers raises as many as meet a gate, in the place of its size.
@@ -142,7 +160,7 @@ def quantize(
     if local_path(source).is_dir():
         source = local_path(source)
     with reserved(Path(out), force) as place:
-        samples, kept, skipped = read_samples(data, prompt, held_back, skip_bad)
+        samples = read_samples(data, prompt, held_back, skip_bad, builtin)
         work, options = place.with_name(f".{place.name}.calibration"), checkpoint or FromCheckpoint()
         with full_disk(work):
             report = _quantize(
@@ -151,14 +169,13 @@ def quantize(
                 work,
                 chosen,
                 samples,
-                kept,
                 gate or Gate(),
                 allow_loss,
                 options,
                 threads,
                 progress or Silent(),
             )
-    return replace(report, out=str(out), skipped=tuple(skipped))
+    return replace(report, out=str(out), skipped=tuple(samples.skipped))
 
 
 def _quantize(
@@ -166,40 +183,43 @@ def _quantize(
     out: Path,
     work: Path,
     chosen: Recipe,
-    samples: list[Sample],
-    kept: list[Sample],
+    samples: Samples,
     gate: Gate,
     allow_loss: bool,
     options: FromCheckpoint,
     threads: int | None,
     progress: Progress,
 ) -> QuantizeReport:
-    again = open_work(work, work_key(source, chosen, samples, options))
+    again = open_work(work, work_key(source, chosen, samples.calibration, options))
+    images = any(sample.images for sample in samples.own)
     try:
         bundle = _float_bundle(source, work, options, progress)
-        check_images(bundle, samples, chosen)
+        wished, chosen = chosen, chosen if images else without_images(chosen)
         if chosen.kv == "int8":
             check_cache(chosen.name, {v.target: v.dialect for v in bundle.manifest.components["decoder"].variants})
-        check_rules(chosen, {n: [layer.name for layer in _layers(bundle, n)] for n in bundle.manifest.components})
+        names = {n: [layer.name for layer in _layers(bundle, n)] for n in bundle.manifest.components}
+        check_rules(chosen, names)
+        if not images:
+            check_vision(chosen, names)
     except MllmEdgeError:
         shutil.rmtree(work)  # nothing in it is worth another try
         raise
     if again:
         progress.stage(f"going on where it was interrupted; {so_far(work, bundle.manifest.components)}")
-    job = _Job(bundle, chosen, samples, work, threads, progress)
+    job = _Job(bundle, chosen, samples.calibration, work, threads, progress)
     findings, losses = job.against_rounding(job.calibrate())
     job.raise_worst(findings, gate)
     check_space(out, bundle.nbytes)
     with workspace(out, bundle.nbytes) as folder:
-        manifest, proof = job.prove(folder, findings, kept)
+        manifest, proof = job.prove(folder, findings, samples.kept)
         while gate.missed(proof) and job.raise_more():
-            manifest, proof = job.prove(folder, findings, kept)
+            manifest, proof = job.prove(folder, findings, samples.kept)
         layers = {name: job.errors(name, found) for name, found in findings.items()}
-        loss = job.loss(proof, kept)
+        loss = job.loss(proof, samples.kept)
         if not allow_loss:
             _check_gate(gate, proof, loss, layers, work, remedy(chosen, calibrated=True))
         manifest = _with_figure(folder, manifest, layers)
-        accuracy = {**proof.as_dict(), "layers": to_json(layers), "calibration_samples": len(samples)}
+        accuracy = {**proof.as_dict(), "layers": to_json(layers), **samples.counts()}
         accuracy["loss"] = to_json(loss)
         if losses is not None:
             accuracy["kl_against_rounding"] = to_json(losses)
@@ -210,8 +230,8 @@ def _quantize(
         source=str(source),
         out=str(out),
         recipe=chosen.name,
-        samples=len(samples),
-        held_back=len(kept),
+        samples=len(samples.own),
+        held_back=len(samples.kept),
         layers=layers,
         proof=proof,
         nbytes=written.nbytes,
@@ -219,6 +239,8 @@ def _quantize(
         against_rounding=losses,
         loss=loss,
         warning=warning(to_json(loss), remedy(chosen, calibrated=True)),
+        builtin=len(samples.builtin),
+        without_images=replaced_parts(wished, chosen),
     )
 
 
