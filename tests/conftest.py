@@ -23,3 +23,13 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     out = tmp_path_factory.mktemp("bundle") / "tiny"
     export(str(tiny_checkpoint), out, recipe_name="fp32")
     return out
+
+
+@pytest.fixture
+def rounded_int4(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An int4 that loses what people notice on tiny models: plain rounding, everywhere."""
+    from dataclasses import replace
+
+    from mllm_edge.calibration.recipes import BLOCKS_4, RECIPES
+
+    monkeypatch.setitem(RECIPES, "int4", replace(RECIPES["int4"], decoder=BLOCKS_4, more_bits_above=None))

@@ -99,7 +99,8 @@ class Recipe:
 
     `raised`: what the layers with the largest errors get instead, as many as the bundle stays under `size` with, a part
     of what it was in half precision. `kv`: how the decoder's cache holds keys and values; int8 has ranges from
-    calibration.
+    calibration. `more_bits_above`: the divergence in nats from which on `mixed.with_more_bits` is taken instead; None:
+    never.
     """
 
     name: str
@@ -111,18 +112,21 @@ class Recipe:
     raised: Precision | None = None
     size: float = 1.0
     kv: Literal["float", "int8"] = "float"
+    more_bits_above: float | None = None
 
 
+# Small models lose their words with four bits everywhere, large ones do not: measured, and not told by their names.
+_MORE_BITS_ABOVE = 0.1
 RECIPES = {
     "fp32": Recipe("fp32", FLOAT32, FLOAT32, FLOAT32, FLOAT32),
     "fp16": Recipe("fp16", FLOAT16, FLOAT16, FLOAT16, FLOAT16),
     "int8": Recipe("int8", INT8_DYNAMIC, INT8_DYNAMIC, BLOCKS_8, HEAD_8),
-    "int4": Recipe("int4", INT8_DYNAMIC, INT8_DYNAMIC, EVENED_4, HEAD_8),
+    "int4": Recipe("int4", INT8_DYNAMIC, INT8_DYNAMIC, EVENED_4, HEAD_8, more_bits_above=_MORE_BITS_ABOVE),
 }
 # With calibration data.
 CALIBRATED = {
     "int8": Recipe("int8", INT8_STATIC, INT8_STATIC, INT8_STATIC, HEAD_8),
-    "int4": Recipe("int4", INT8_STATIC, INT8_STATIC, CALIBRATED_4, HEAD_8),
+    "int4": Recipe("int4", INT8_STATIC, INT8_STATIC, CALIBRATED_4, HEAD_8, more_bits_above=_MORE_BITS_ABOVE),
     "fp8": Recipe("fp8", FP8, FP8, FP8, HEAD_8),
     "w4a8": Recipe("w4a8", INT8_STATIC, INT8_STATIC, W4A8, HEAD_8),
     "mixed": Recipe("mixed", CALIBRATED_4, CALIBRATED_4, CALIBRATED_4, HEAD_8, raised=BLOCKS_8, size=0.4),
@@ -190,8 +194,8 @@ _KEYS: Mapping[str, tuple[Any, ...]] = {
     "ranges": ("minmax", "percentile", "entropy", "mse", "search"),
 }
 _EXAMPLE = (
-    'base = "int4", kv = "int8", and tables [vision], [connector], [decoder], [head], [[rules]] with '
-    + ", ".join(_KEYS)
+    'base = "int4", kv = "int8", more_bits_above = 0.1, and tables [vision], [connector], [decoder], [head], '
+    f"[[rules]] with {', '.join(_KEYS)}"
 )
 
 
@@ -205,7 +209,7 @@ def read_recipe(path: Path) -> Recipe:
         raise RecipeError(f"{path}: {e.strerror}", "--recipe takes a name or a .toml file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise RecipeError(f"{path}: {e}", f"a recipe holds {_EXAMPLE}") from None
-    unknown = sorted(set(data) - {"name", "base", "size", "kv", "rules", *_PARTS})
+    unknown = sorted(set(data) - {"name", "base", "size", "kv", "more_bits_above", "rules", *_PARTS})
     if unknown:
         raise RecipeError(f"{path}: unknown key {unknown[0]!r}", f"a recipe holds {_EXAMPLE}")
     base = calibrated_recipe(str(data.get("base", "int4")))
@@ -217,10 +221,23 @@ def read_recipe(path: Path) -> Recipe:
     kv = data.get("kv", base.kv)
     if kv not in _CACHES:
         raise RecipeError(f"{path}: kv = {kv!r}", f"kv, the decoder's cache, is one of {', '.join(_CACHES)}")
+    above = _more_bits_above(path, data.get("more_bits_above", base.more_bits_above))
     parts = {part: _precision(f"{path}: [{part}]", data.get(part, {}), getattr(base, part)) for part in _PARTS}
     rules = tuple(_rule(f"{path}: [[rules]] {i}", rule) for i, rule in enumerate(data.get("rules", []), 1))
     name = str(data.get("name", path.stem))
-    return replace(base, name=name, **parts, rules=base.rules + rules, size=float(size), kv=kv)
+    rules = base.rules + rules
+    return replace(base, name=name, **parts, rules=rules, size=float(size), kv=kv, more_bits_above=above)
+
+
+def _more_bits_above(path: Path, value: Any) -> float | None:
+    if value in (None, "never"):
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+        raise RecipeError(
+            f"{path}: more_bits_above = {value!r}",
+            'a KL divergence in nats, 0 or more; or "never", for fixed bits',
+        )
+    return float(value)
 
 
 def _rule(where: str, data: Any) -> Rule:

@@ -1,8 +1,8 @@
 """The whole decoder with other weights: the last word on what calibration found, against plain rounding on samples held
-apart; and what 8 bits would cost."""
+apart; and what rounding costs."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +13,11 @@ from mllm_edge.calibration.data import Sample
 from mllm_edge.calibration.decide import shipped
 from mllm_edge.calibration.findings import Findings
 from mllm_edge.calibration.layers import Layer
-from mllm_edge.calibration.recipes import BLOCKS_8, HEAD_8, Recipe, precision_of
+from mllm_edge.calibration.recipes import Precision, Recipe, precision_of
 from mllm_edge.calibration.sensitivity import Unit, affordable, along_answers, measure_all
 from mllm_edge.runtime.backend import Backend
 
-__all__ = ["Losses", "against_rounding", "in_eight_bits"]
+__all__ = ["Losses", "against_rounding", "of_rounding"]
 
 Losses = tuple[float, float]
 _WAYS = 2
@@ -63,17 +63,23 @@ def against_rounding(
     return losses["found"], losses["rounded"]
 
 
-def in_eight_bits(
-    bundle: Bundle, backend: Backend, samples: Sequence[Sample], layers: Sequence[Layer], folder: Path
+def of_rounding(
+    bundle: Bundle,
+    backend: Backend,
+    samples: Sequence[Sample],
+    layers: Sequence[Layer],
+    precision: Callable[[str], Precision],
+    folder: Path,
 ) -> tuple[float, float] | None:
     """(divergence in nats, agreement of the likeliest token) along the answers of up to eight of `samples`, with the
-    decoder's `layers` in 8-bit blocks rounded to nearest; None for models too large for that."""
+    decoder's `layers` rounded to nearest in the blocks of their precision by name; None for models too large for that,
+    and where no layer has blocks."""
+    stored = {layer.name: layer for layer in layers if precision(layer.name).in_blocks}
     count = affordable(_AS_UNITS, sum(math.prod(layer.shape) for layer in layers))
-    if not count or not samples:
+    if not stored or not count or not samples:
         return None
-    stored = {layer.name: layer for layer in layers}
 
     def weight(name: str) -> np.ndarray:
-        return shipped(stored[name].read_weight(), HEAD_8 if name == "lm_head" else BLOCKS_8)
+        return shipped(stored[name].read_weight(), precision(name))
 
     return along_answers(bundle, backend, samples[: 2 * count], Unit("decoder", tuple(stored)), weight, folder)

@@ -15,7 +15,17 @@ from mllm_edge.loss import MAX_KL, NOT_MEASURED, WARN_KL, Loss, headline
 if TYPE_CHECKING:
     from mllm_edge.export.verify import Reference
 
-__all__ = ["Allowance", "judge", "judged", "is_quantized", "least_bits", "remedy", "require_rounding", "unmeasured"]
+__all__ = [
+    "Allowance",
+    "divergence_of",
+    "is_quantized",
+    "judge",
+    "judged",
+    "least_bits",
+    "remedy",
+    "require_rounding",
+    "unmeasured",
+]
 
 _PICTURE = 1  # of the comparison's cases, the one that goes into the loss
 # A loss comes from something else than rounding when it is so many times what rounding the source costs, and at least
@@ -41,7 +51,7 @@ def judged(
     Raises ParityError for a loss that rounding does not explain, AccuracyError for one that is not allowed.
     """
     try:
-        references = ask(reference, folder, reference.cases[_PICTURE])
+        references = _asked(reference, folder)
     except AccuracyError as e:
         return {NOT_MEASURED: f"{e.message}; {e.fix}"}
     losses = {target: measure(references, folder, target) for target in targets}
@@ -56,6 +66,21 @@ def judged(
     if others:
         found["targets"] = {target: to_json(losses[target]) for target in others}
     return {"loss": found}
+
+
+def divergence_of(reference: "Reference", folder: Path, target: str) -> float | None:
+    """Mean KL in nats of the bundle in `folder`; None where it cannot be measured."""
+    try:
+        return measure(_asked(reference, folder), folder, target).kl
+    except AccuracyError:
+        return None
+
+
+def _asked(reference: "Reference", folder: Path) -> References:
+    """The reference's answers, asked for once; raises AccuracyError as `ask` does."""
+    if reference.references is None:
+        reference.references = ask(reference, folder, reference.cases[_PICTURE])
+    return reference.references
 
 
 def require_rounding(loss: Loss, references: References, bits: int, target: str) -> None:

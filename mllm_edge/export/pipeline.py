@@ -13,7 +13,8 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 
-from mllm_edge.bundle import CHAT_TEMPLATE, GENERATION, TOKENIZER, file_entries, write_manifest
+from mllm_edge.bundle import CHAT_TEMPLATE, GENERATION, MANIFEST, TOKENIZER, file_entries, write_manifest
+from mllm_edge.calibration.mixed import MORE_BITS, with_more_bits
 from mllm_edge.calibration.recipes import Precision, Recipe, recipe
 from mllm_edge.errors import ExportError, OptionError, WeightsError
 from mllm_edge.export.checkpoint.files import local_path
@@ -24,7 +25,7 @@ from mllm_edge.export.early import check_checkpoint
 from mllm_edge.export.families import family_for, reading
 from mllm_edge.export.graph import save_model, tensor_specs
 from mllm_edge.export.half import KEY, Float32Operators, keep_in_range
-from mllm_edge.export.judge import Allowance, is_quantized, judged, remedy, unmeasured
+from mllm_edge.export.judge import Allowance, divergence_of, is_quantized, judged, remedy, unmeasured
 from mllm_edge.export.plan import Plan
 from mllm_edge.export.progress import Progress, Silent
 from mllm_edge.export.safetensors import Weights
@@ -175,6 +176,7 @@ def _export(
         if verify_mode != "off":
             if whole:  # all of it runs, in float32
                 manifest = keep_in_range(folder, manifest, progress=progress)
+                manifest = job.with_more_bits(folder, manifest)
             parity, accuracy = job.verify(folder, manifest, whole, verify_cases, allowance)
             manifest = replace(manifest, parity=parity)
         if is_quantized(chosen) and not accuracy:
@@ -187,6 +189,7 @@ def _export(
     operators = manifest.recipe.get(KEY, {})
     return replace(
         report,
+        components=job.plan_sizes(),
         parity=manifest.parity,
         nbytes=nbytes,
         float32_operators=operators,
@@ -215,6 +218,7 @@ class _Job:
         types = dict.fromkeys(form.float_type for form in wanted)
         self._traces = {(c.name, dtype): trace(c, dtype) for dtype in types for c in plan.traced}
         self._components = [*(c.name for c in plan.traced), "decoder"]
+        self._loaded: Reference | None = None
         self._hashes: dict[Path, FileEntry] = {}  # of the data files, which are hashed while they are written
 
     def plan_sizes(self) -> dict[str, int]:
@@ -256,6 +260,40 @@ class _Job:
             files=file_entries(folder, self._hashes),
         )
 
+    def with_more_bits(self, folder: Path, manifest: Manifest) -> Manifest:
+        """Where the bundle in `folder` loses more than the recipe accepts, the decoder is written again with more bits
+        for the layers that cost most."""
+        most = self._recipe.more_bits_above
+        if most is None:
+            return manifest
+        self._progress.stage("measuring the loss")
+        write_manifest(folder, manifest)
+        kl = divergence_of(self._reference(Scope(None)), folder, self._forms[0].target)
+        if kl is None or kl <= most:
+            return manifest
+        self._recipe = with_more_bits(self._recipe, self._plan.decoder.layers)
+        self._progress.notice(f"{self._recipe.name} everywhere costs KL {kl:.2g}: {MORE_BITS}")
+        (folder / MANIFEST).unlink()
+        return keep_in_range(folder, self._rewritten(folder, manifest), progress=self._progress)
+
+    def _rewritten(self, folder: Path, manifest: Manifest) -> Manifest:
+        """The decoder once more, as the recipe is now."""
+        decoder = Component(tuple(self._write_form(folder, "decoder", f, self._plan.decoder) for f in self._forms))
+        graphs = {variant.file for variant in decoder.variants}
+        widened = {file: ops for file, ops in manifest.recipe.get(KEY, {}).items() if file not in graphs}
+        return replace(
+            manifest,
+            components={**manifest.components, "decoder": decoder},
+            recipe={**to_json(self._recipe), **({KEY: widened} if widened else {})},
+            files=file_entries(folder, self._hashes),
+        )
+
+    def _reference(self, scope: Scope) -> Reference:
+        """The source model, loaded once."""
+        if self._loaded is None or self._loaded.scope != scope:
+            self._loaded = Reference(self._source, scope)
+        return self._loaded
+
     def verify(
         self, folder: Path, manifest: Manifest, whole: bool, cases: Sequence[VerifyCase], allowance: Allowance
     ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -276,7 +314,7 @@ class _Job:
     def _verify(
         self, folder: Path, scope: Scope, cases: Sequence[VerifyCase], allowance: Allowance
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        targets, reference = [form.target for form in self._forms], Reference(self._source, scope)
+        targets, reference = [form.target for form in self._forms], self._reference(scope)
         first, *others = verify(reference, folder, self._recipe.name, targets, cases)
         results: dict[str, Any] = to_json(first)
         if others:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mllm_edge.errors import ParityError, PromptError
-from mllm_edge.export.loss import prompt_embeds
+from mllm_edge.export.loss import References, prompt_embeds
 from mllm_edge.export.reference import adapted, cache_name, forget_prompts, load_reference, quiet_transformers
 from mllm_edge.export.source import Source
 
@@ -141,6 +141,7 @@ class Reference:
         from mllm_edge.export.families import family_for
 
         self.scope, self.cases = scope, tuple(_cases())
+        self.references: References | None = None  # what it answers to the built-in questions, see `judge.py`
         self.embeds: dict[tuple[Any, ...], np.ndarray] = {}  # see `loss.prompt_embeds`
         self._runs: dict[tuple[Any, ...], tuple[tuple[Any, ...], dict[str, Any]]] = {}
         torch.manual_seed(_SEED)

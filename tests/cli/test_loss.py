@@ -37,6 +37,7 @@ def test_the_help_states_the_default(cli: Cli) -> None:
         assert f"default: {MAX_KL:g}." in option.help
 
 
+@pytest.mark.usefixtures("rounded_int4")
 def test_export_ends_with_the_loss_and_inspect_shows_it(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = cli("export", tiny_checkpoint, out)
@@ -51,6 +52,7 @@ def test_export_ends_with_the_loss_and_inspect_shows_it(cli: Cli, tiny_checkpoin
     assert json.loads(cli("inspect", out, "--json").stdout)["manifest"]["accuracy"]["loss"] == loss
 
 
+@pytest.mark.usefixtures("rounded_int4")
 def test_json_has_the_loss(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:
     report = json.loads(cli("export", tiny_checkpoint, tmp_path / "out", "--json").stdout)
     assert report["loss"] == Bundle.load(tmp_path / "out").manifest.accuracy["loss"]

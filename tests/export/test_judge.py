@@ -6,14 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 
 from mllm_edge.bundle import Bundle
+from mllm_edge.calibration.recipes import RECIPES
 from mllm_edge.errors import AccuracyError, ExportError, OptionError, ParityError
 from mllm_edge.export import judge as judge_module
 from mllm_edge.export import pipeline
 from mllm_edge.export.decoder.spec import DecoderSpec
 from mllm_edge.export.pipeline import export
+from mllm_edge.export.progress import Silent
 from mllm_edge.json_form import to_json
 from mllm_edge.loss import MAX_KL, NOT_MEASURED, WARN_KL, Loss, warning, words
 from tests.tiny import save_tiny_idefics3
@@ -32,6 +35,7 @@ def test_a_loss_beyond_what_is_allowed_leaves_nothing_behind(tiny_checkpoint: Pa
     assert "int8" not in caught.value.fix
 
 
+@pytest.mark.usefixtures("rounded_int4")
 def test_an_allowed_loss_is_written_and_told(tiny_checkpoint: Path, tmp_path: Path) -> None:
     report = export(str(tiny_checkpoint), tmp_path / "out", recipe_name="int4", max_kl=0.001, allow_loss=True)
     assert 0.001 < report.loss["kl"] < MAX_KL
@@ -161,3 +165,39 @@ def test_words() -> None:
     assert words({}) == ""
     assert "differently" in warning(to_json(loss), "do this")
     assert warning(to_json(replace(loss, kl=0.05)), "do this") == ""
+
+
+def test_more_bits_where_the_loss_is_noticed(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and what leads back from the MLP, but in the first tenth of the layers; measured, and in the manifest."""
+    told: list[str] = []
+
+    class Told(Silent):
+        def notice(self, text: str) -> None:
+            told.append(text)
+
+    losses, kept, sizes = {}, {}, {}
+    for name, above in (("never", None), ("rarely", 10.0), ("always", 1e-6)):
+        monkeypatch.setitem(RECIPES, "int4", replace(RECIPES["int4"], more_bits_above=above))
+        report = export(str(tiny_checkpoint), tmp_path / name, recipe_name="int4", progress=Told())
+        bundle = Bundle.load(tmp_path / name)
+        bundle.check_all()
+        losses[name], kept[name] = report.loss["kl"], _bits(bundle)
+        assert bool(told) == (name == "always")
+        sizes[name] = report.components["decoder"]
+        assert bool(bundle.manifest.recipe["rules"]) == (name == "always")
+    assert "keep 8 bits" in told[0]
+    assert kept["never"] == kept["rarely"]
+    assert set(kept["never"].values()) == {4}
+    raised = {name for name, bits in kept["always"].items() if bits == 8}
+    assert raised == {name for name in kept["always"] if name.endswith(("v_proj", "down_proj"))}
+    assert sizes["always"] > sizes["never"] == sizes["rarely"]
+    assert losses["always"] < losses["never"] == losses["rarely"]
+
+
+def _bits(bundle: Bundle) -> dict[str, int]:
+    """Of the decoder's layers but its head."""
+    graph = ir.load(bundle.listed(bundle.variant("decoder", "cpu").file)).graph
+    nodes = [node for node in graph if node.op_type == "MatMulNBits" and node.name != "lm_head"]
+    return {str(node.name): node.attributes["bits"].as_int() for node in nodes}
