@@ -31,6 +31,8 @@ class Stages:
 
     def advance(self, amount: int) -> None: ...
 
+    def notice(self, text: str) -> None: ...
+
 
 def samples() -> list[dict[str, Any]]:
     pixels = np.random.default_rng(0)
