@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mllm_edge.calibration.recipes import Recipe
 from mllm_edge.errors import AccuracyError, ParityError
 from mllm_edge.export.loss import References, ask, measure
+from mllm_edge.export.source import Source
 from mllm_edge.json_form import to_json
 from mllm_edge.loss import MAX_KL, NOT_MEASURED, WARN_KL, Loss, headline
 
@@ -102,13 +103,16 @@ def remedy(recipe: Recipe, calibrated: bool = False) -> str:
     return f"use --recipe int8, or {data}, or use --recipe fp16"
 
 
-def unmeasured(model: str, out: str, off: bool, whole_limit: float) -> dict[str, Any]:
+def unmeasured(source: Source, out: str, off: bool, whole_limit: float) -> dict[str, Any]:
     """Why a loss is not measured when nothing is compared (`off`), or of a model of more than `whole_limit` parameters
     only the first layers, and the command that does it; as a manifest's `accuracy` has it."""
-    command = f"mllm-edge compare {shlex.quote(model)} {shlex.quote(out)}"
+    compare = f"with: mllm-edge compare {shlex.quote(str(source.folder))} {shlex.quote(out)}"
+    ways = [] if source.adapters else [compare]  # it would compare with the model without them
     if off:
-        return {NOT_MEASURED: f"nothing was compared (--verify off); measure it with: {command}"}
+        ways.append("by an export without --verify off")
+        return {NOT_MEASURED: f"nothing was compared (--verify off); measure it {' or '.join(ways)}"}
+    ways.append("by an export with --verify full")
     return {
         NOT_MEASURED: f"of a model of more than {whole_limit / 1e9:g} billion parameters only the first layers are "
-        f"compared; measure it with --verify full, or with: {command} (both run the whole source model in float32)"
+        f"compared; measure it {' or '.join(ways)} (the whole source model runs, in float32)"
     }
