@@ -103,8 +103,9 @@ def scores(model: Any, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarr
 
 
 @contextmanager
-def rounded(model: Any, layers: Precision, head: Precision) -> Iterator[None]:
-    """Within, the language model's linear layers compute with weights rounded to nearest, each only while it runs."""
+def rounded(model: Any, layers: Precision, head: Precision, activations: bool = False) -> Iterator[None]:
+    """Within, the language model's linear layers compute with weights rounded to nearest, each only while it runs; with
+    `activations`, their inputs are rounded to 8 bits for each token, too."""
     import torch
 
     chosen = {m: layers for m in model.get_decoder().modules() if isinstance(m, torch.nn.Linear)}
@@ -112,6 +113,9 @@ def rounded(model: Any, layers: Precision, head: Precision) -> Iterator[None]:
 
     def forward(module: Any, precision: Precision, x: Any) -> Any:
         weight = shipped(module.weight.detach().numpy(), precision)
+        if activations:
+            step = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30) / 127
+            x = torch.round(x / step) * step
         return torch.nn.functional.linear(x, torch.from_numpy(weight), module.bias)
 
     for module, precision in chosen.items():
