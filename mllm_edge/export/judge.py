@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mllm_edge.calibration.recipes import Recipe
 from mllm_edge.errors import AccuracyError, ParityError
 from mllm_edge.export.loss import References, ask, measure
+from mllm_edge.export.source import Source
 from mllm_edge.json_form import to_json
 from mllm_edge.loss import MAX_KL, NOT_MEASURED, WARN_KL, Loss, headline
 
@@ -28,9 +29,9 @@ __all__ = [
 ]
 
 _PICTURE = 1  # of the comparison's cases, the one that goes into the loss
-# A loss comes from something else than rounding when it is so many times what rounding the source costs, and at least
-# this part of the divergence between unrelated distributions. Right graphs lie near 1, wrong ones mostly above 4.
-_TIMES_ROUNDING, _PART_OF_UNRELATED = 3.0, 0.1
+# A loss comes from something else than rounding when it is so many times what rounding the source itself costs. Right
+# graphs lie near 1; on trained weights at 4 bits, wrong ones from 2.3 on.
+_TIMES_ROUNDING = 2.0
 
 
 @dataclass(frozen=True)
@@ -85,14 +86,11 @@ def _asked(reference: "Reference", folder: Path) -> References:
 
 def require_rounding(loss: Loss, references: References, bits: int, target: str) -> None:
     """Raise ParityError for a loss that rounding weights to `bits` does not explain: the graph is wrong."""
-    if loss.kl < WARN_KL or loss.kl < _PART_OF_UNRELATED * references.unrelated:
-        return
-    by_rounding, _ = references.rounding(bits)
-    if loss.kl < _TIMES_ROUNDING * by_rounding:
+    if loss.kl < WARN_KL or loss.kl < _TIMES_ROUNDING * references.explained(bits):
         return
     raise ParityError(
         f"the exported graphs for {target} disagree with the source model: {headline(asdict(loss))}, where rounding "
-        f"the source's own weights to {bits} bits costs KL {by_rounding:.2g}",
+        f"the source's own weights to {bits} bits costs KL {references.explained(bits):.2g}",
         "please report this with the model's name; --verify off writes the bundle all the same",
     )
 
@@ -127,13 +125,16 @@ def remedy(recipe: Recipe, calibrated: bool = False) -> str:
     return f"use --recipe int8, or {data}, or use --recipe fp16"
 
 
-def unmeasured(model: str, out: str, off: bool, whole_limit: float) -> dict[str, Any]:
+def unmeasured(source: Source, out: str, off: bool, whole_limit: float) -> dict[str, Any]:
     """Why a loss is not measured when nothing is compared (`off`), or of a model of more than `whole_limit` parameters
     only the first layers, and the command that does it; as a manifest's `accuracy` has it."""
-    command = f"mllm-edge compare {shlex.quote(model)} {shlex.quote(out)}"
+    compare = f"with: mllm-edge compare {shlex.quote(str(source.folder))} {shlex.quote(out)}"
+    ways = [] if source.adapters else [compare]  # it would compare with the model without them
     if off:
-        return {NOT_MEASURED: f"nothing was compared (--verify off); measure it with: {command}"}
+        ways.append("by an export without --verify off")
+        return {NOT_MEASURED: f"nothing was compared (--verify off); measure it {' or '.join(ways)}"}
+    ways.append("by an export with --verify full")
     return {
         NOT_MEASURED: f"of a model of more than {whole_limit / 1e9:g} billion parameters only the first layers are "
-        f"compared; measure it with --verify full, or with: {command} (both run the whole source model in float32)"
+        f"compared; measure it {' or '.join(ways)} (the whole source model runs, in float32)"
     }

@@ -6,7 +6,6 @@ number of bundles with them. What is done about a loss: `judge.py`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ import numpy as np
 from mllm_edge.bundle import CHAT_TEMPLATE, Bundle
 from mllm_edge.calibration.collect import greedy_tokens
 from mllm_edge.calibration.evaluate import divergence
-from mllm_edge.calibration.recipes import HEAD_8, Precision
+from mllm_edge.calibration.recipes import HEAD_8, INT8_DYNAMIC, Precision
 from mllm_edge.errors import AccuracyError, MllmEdgeError
 from mllm_edge.export.loss_questions import QUESTIONS
 from mllm_edge.export.reference import greedy_answers, quiet_transformers, rounded, scores
@@ -31,7 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["WARN_KL", "Answered", "Loss", "References", "ask", "measure", "prompt_embeds"]
 
-_TOKENS = 40  # of each answer
+_TOKENS = 32  # of each answer
+_SAME = 1e-3  # of the range of logits; as float32 graphs are held to
 _FEWEST = 2  # tokens of an answer
 _BY_HAND = "compare answers of your own: mllm-edge compare MODEL BUNDLE --prompt TEXT"
 
@@ -58,23 +58,28 @@ class References:
     model: Any
     embeds: dict[tuple[Any, ...], np.ndarray]
     _rounding: dict[int, tuple[float, float]] = field(default_factory=dict)
+    _explained: dict[int, float] = field(default_factory=dict)
 
     def rounding(self, bits: int) -> tuple[float, float]:
         """(mean KL in nats, agreement) of the source with its language model rounded to blocks of `bits`, its head to 8
         bits, on the questions without pictures. Takes a run of the source."""
         if bits not in self._rounding:
-            texts = [a for a in self.answered if not a.images]
-            with quiet_transformers(), rounded(self.model, Precision("blocks", bits), HEAD_8):
-                found = scores(self.model, [a.ids for a in texts], [a.tokens for a in texts])
-            self._rounding[bits] = _compared([a.logits for a in texts], found)
+            self._rounding[bits] = self._rounded(Precision("blocks", bits), HEAD_8)
         return self._rounding[bits]
 
-    @cached_property
-    def unrelated(self) -> float:
-        """Mean KL in nats between the source's distributions at different positions: what a bundle would have whose
-        logits have nothing to do with the source's."""
-        logits = np.concatenate([a.logits for a in self.answered])
-        return float(divergence(logits, np.roll(logits, len(logits) // 2, axis=0)).mean())
+    def explained(self, bits: int) -> float:
+        """The mean KL in nats that the roundings of any target may come to: weights in blocks of `bits`, or with one
+        scale for each row where they are 8, and inputs of layers in 8 bits with one for each token."""
+        if bits not in self._explained:
+            layers = Precision("blocks", bits) if bits < INT8_DYNAMIC.bits else INT8_DYNAMIC
+            self._explained[bits] = self._rounded(layers, INT8_DYNAMIC, activations=True)[0]
+        return self._explained[bits]
+
+    def _rounded(self, layers: Precision, head: Precision, activations: bool = False) -> tuple[float, float]:
+        texts = [a for a in self.answered if not a.images]
+        with quiet_transformers(), rounded(self.model, layers, head, activations):
+            found = scores(self.model, [a.ids for a in texts], [a.tokens for a in texts])
+        return _compared([a.logits for a in texts], found)
 
 
 def ask(reference: "Reference", folder: Path, picture: "VerifyCase | None" = None) -> References:
@@ -91,9 +96,9 @@ def ask(reference: "Reference", folder: Path, picture: "VerifyCase | None" = Non
     prompts = list(ids.values())
     most = min(_TOKENS, context - max(map(len, prompts)))
     with quiet_transformers():
-        tokens = greedy_answers(reference.model, prompts, most, stops)
-        # One after another: padding is exact for rotary positions only.
-        logits = [scores(reference.model, [p], [t])[0] for p, t in zip(prompts, tokens, strict=True)]
+        tokens, logits = greedy_answers(reference.model, prompts, most, stops)
+        if not _same_alone(reference.model, prompts, tokens, logits):
+            logits = [scores(reference.model, [p], [t])[0] for p, t in zip(prompts, tokens, strict=True)]
     answered = [Answered(q, (), i, t, rows) for (q, i), t, rows in zip(ids.items(), tokens, logits, strict=True)]
     if picture is not None and bundle.manifest.model.image is not None:
         answered.append(_about_picture(reference, processor, picture, stops))
@@ -136,6 +141,14 @@ def prompt_embeds(
     if key not in known:
         known[key] = vlm.prompt_embeds(prompt)
     return known[key]
+
+
+def _same_alone(model: Any, prompts: Sequence[np.ndarray], tokens: Sequence[np.ndarray], logits: Any) -> bool:
+    """Whether the shortest prompt has these logits without the padding that it got beside longer ones; padding is
+    exact for rotary positions, not for learned ones."""
+    i = min(range(len(prompts)), key=lambda i: len(prompts[i]))
+    (alone,) = scores(model, [prompts[i]], [tokens[i]])
+    return bool(np.abs(alone - logits[i]).max() <= _SAME * np.ptp(alone))
 
 
 def _question_ids(processor: Processor, tokenizer: Tokenizer, context: int) -> dict[str, np.ndarray]:

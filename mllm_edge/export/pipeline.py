@@ -180,7 +180,7 @@ def _export(
             parity, accuracy = job.verify(folder, manifest, whole, verify_cases, allowance)
             manifest = replace(manifest, parity=parity)
         if is_quantized(chosen) and not accuracy:
-            accuracy = unmeasured(model, out, verify_mode == "off", WHOLE_LIMIT)
+            accuracy = unmeasured(source, out, verify_mode == "off", WHOLE_LIMIT)
         # The comparison reads files, too.
         provenance = {**manifest.provenance, "notices": list(source.notices)}
         manifest = replace(manifest, provenance=provenance, accuracy=accuracy)

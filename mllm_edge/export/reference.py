@@ -60,26 +60,33 @@ def cache_name(model: Any) -> str:
     return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
 
-def greedy_answers(model: Any, prompts: Sequence[np.ndarray], most: int, stops: Set[int]) -> list[np.ndarray]:
-    """The model's own answer to each of `prompts` (ids [S], text alone), with its end if that comes within `most`
-    tokens. All run at once, which takes hardly longer than one."""
+def greedy_answers(
+    model: Any, prompts: Sequence[np.ndarray], most: int, stops: Set[int]
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The model's own answer [n] to each of `prompts` (ids [S], text alone), with its end if that comes within `most`
+    tokens, and the logits [n, vocabulary] float32 that each came from. All run at once, which takes hardly longer than
+    one."""
     import torch
 
     forget_prompts(model)
     ids, mask = _left_padded(prompts)
-    found = []
+    tokens, logits = [], []
+    ended = torch.zeros(len(prompts), dtype=torch.bool)
     with torch.no_grad():
         out = model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1)
         while True:
-            found.append(out.logits[:, -1].argmax(dim=-1, keepdim=True))
-            ended = [any(int(step[row]) in stops for step in found) for row in range(len(prompts))]
-            if len(found) == most or all(ended):
+            logits.append(out.logits[:, -1].float())
+            tokens.append(logits[-1].argmax(dim=-1, keepdim=True))
+            ended |= torch.isin(tokens[-1][:, 0], torch.tensor(sorted(stops), dtype=torch.int64))
+            if len(tokens) == most or bool(ended.all()):
                 break
-            mask = torch.cat([mask, torch.ones_like(found[-1])], dim=1)
+            mask = torch.cat([mask, torch.ones_like(tokens[-1])], dim=1)
             cache = {cache_name(model): out.past_key_values}
-            out = model(input_ids=found[-1], attention_mask=mask, **cache, use_cache=True, logits_to_keep=1)
+            out = model(input_ids=tokens[-1], attention_mask=mask, **cache, use_cache=True, logits_to_keep=1)
     forget_prompts(model)
-    return [_ended(answer, stops) for answer in torch.cat(found, dim=1).numpy()]
+    answers = [_ended(answer, stops) for answer in torch.cat(tokens, dim=1).numpy()]
+    rows = [np.stack([step[i].numpy() for step in logits[: len(answer)]]) for i, answer in enumerate(answers)]
+    return answers, rows
 
 
 def scores(model: Any, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -96,8 +103,9 @@ def scores(model: Any, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarr
 
 
 @contextmanager
-def rounded(model: Any, layers: Precision, head: Precision) -> Iterator[None]:
-    """Within, the language model's linear layers compute with weights rounded to nearest, each only while it runs."""
+def rounded(model: Any, layers: Precision, head: Precision, activations: bool = False) -> Iterator[None]:
+    """Within, the language model's linear layers compute with weights rounded to nearest, each only while it runs; with
+    `activations`, their inputs are rounded to 8 bits for each token, too."""
     import torch
 
     chosen = {m: layers for m in model.get_decoder().modules() if isinstance(m, torch.nn.Linear)}
@@ -105,6 +113,9 @@ def rounded(model: Any, layers: Precision, head: Precision) -> Iterator[None]:
 
     def forward(module: Any, precision: Precision, x: Any) -> Any:
         weight = shipped(module.weight.detach().numpy(), precision)
+        if activations:
+            step = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30) / 127
+            x = torch.round(x / step) * step
         return torch.nn.functional.linear(x, torch.from_numpy(weight), module.bias)
 
     for module, precision in chosen.items():

@@ -72,7 +72,7 @@ def test_a_loss_that_is_not_allowed(cli: Cli, tiny_checkpoint: Path, tmp_path: P
 def test_a_loss_that_was_not_measured(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:
     result = cli("export", tiny_checkpoint, tmp_path / "out", "--verify", "off")
     line = (
-        f"loss not measured: nothing was compared (--verify off); measure it with: mllm-edge compare {tiny_checkpoint}"
+        f"loss not measured: nothing was compared (--verify off); measure it with: mllm-edge compare {tiny_checkpoint} "
     )
     assert line in result.stderr
     assert line in cli("inspect", tmp_path / "out").stdout

@@ -8,6 +8,7 @@ from typing import Any
 
 import onnx_ir as ir
 import pytest
+from safetensors.numpy import save_file
 
 from mllm_edge.bundle import Bundle
 from mllm_edge.calibration.recipes import RECIPES
@@ -123,9 +124,22 @@ def test_without_a_comparison_the_loss_is_unknown(tiny_checkpoint: Path, tmp_pat
     report = export(str(tiny_checkpoint), tmp_path / "out", recipe_name="int4", verify_mode="off")
     assert "--verify off" in report.loss_not_measured
     assert f"mllm-edge compare {tiny_checkpoint} {tmp_path / 'out'}" in report.loss_not_measured
+    assert "by an export without --verify off" in report.loss_not_measured
     assert words(Bundle.load(tmp_path / "out").manifest.accuracy).startswith("loss not measured: nothing was compared")
+    adapter = _empty_adapter(tmp_path / "adapter")
+    report = export(str(tiny_checkpoint), tmp_path / "merged", verify_mode="off", adapters=[adapter])
+    assert "mllm-edge compare" not in report.loss_not_measured  # it would compare with the model without the adapter
+    assert "by an export without --verify off" in report.loss_not_measured
     report = export(str(tiny_checkpoint), tmp_path / "float", recipe_name="fp32", verify_mode="off")
     assert report.loss_not_measured == ""
+
+
+def _empty_adapter(folder: Path) -> Path:
+    folder.mkdir()
+    save_file({}, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder
 
 
 def test_questions_that_cannot_be_asked(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mllm_edge.calibration.recipes import block_size
+from mllm_edge.export import loss
 from mllm_edge.export.loss import References, ask, measure
 from mllm_edge.export.loss_questions import QUESTIONS
 from mllm_edge.export.pipeline import export
@@ -50,6 +51,22 @@ def test_references_are_the_sources_own_greedy_answers(asked: tuple[Any, Path, R
     assert sum(len(a.tokens) for a in references.answered) >= 150  # random answers end at times
 
 
+def test_padding_that_changes_logits_is_found(
+    asked: tuple[Any, Path, References], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference, folder, references = asked
+    exact = loss.greedy_answers
+
+    def padded(*arguments: Any) -> Any:
+        tokens, logits = exact(*arguments)
+        return tokens, [rows + 0.1 * np.ptp(rows) * (np.arange(rows.shape[1]) % 2) for rows in logits]
+
+    monkeypatch.setattr(loss, "greedy_answers", padded)
+    for a, b in zip(ask(reference, folder).answered, references.answered, strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        np.testing.assert_allclose(a.logits, b.logits, atol=1e-4 * np.ptp(b.logits))
+
+
 def bundle_steps(folder: Path, answered: Any) -> np.ndarray:
     """Logits [n, V] of a bundle, token by token along an answer."""
     with VLM.load(folder) as vlm:
@@ -70,18 +87,18 @@ def compared(expected: list[np.ndarray], found: list[np.ndarray]) -> tuple[float
 
 def test_loss_is_that_of_steps_along_the_sources_answers(asked: tuple[Any, Path, References]) -> None:
     _, folder, references = asked
-    loss = measure(references, folder)
+    measured = measure(references, folder)
     found = [bundle_steps(folder, answered) for answered in references.answered]
     kl, agreement = compared([a.logits for a in references.answered], found)
-    assert loss.kl == pytest.approx(kl, rel=0.02)  # prefill and steps quantize activations in other groups
-    assert loss.agreement == pytest.approx(agreement, abs=0.02)
-    assert loss.positions == sum(len(a.tokens) for a in references.answered)
+    assert measured.kl == pytest.approx(kl, rel=0.02)  # prefill and steps quantize activations in other groups
+    assert measured.agreement == pytest.approx(agreement, abs=0.02)
+    assert measured.positions == sum(len(a.tokens) for a in references.answered)
     first = references.answered[0]
     with VLM.load(folder) as vlm:
         stop = {int(t) for t in first.tokens if int(t) in vlm.stop_ids}
-        assert loss.answer_before == vlm.tokenizer.decode([t for t in first.tokens if int(t) not in stop]).strip()
-        assert loss.answer_after == vlm.generate(QUESTIONS[0], max_new_tokens=len(first.tokens)).text.strip()
-    assert loss.question == QUESTIONS[0]
+        assert measured.answer_before == vlm.tokenizer.decode([t for t in first.tokens if int(t) not in stop]).strip()
+        assert measured.answer_after == vlm.generate(QUESTIONS[0], max_new_tokens=len(first.tokens)).text.strip()
+    assert measured.question == QUESTIONS[0]
 
 
 def in_eight_bits(weight: torch.Tensor, largest: int) -> torch.Tensor:
