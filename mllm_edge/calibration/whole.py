@@ -1,4 +1,5 @@
-"""The last word on what calibration found: the whole decoder against plain rounding, on samples held apart."""
+"""The whole decoder with other weights: the last word on what calibration found, against plain rounding on samples held
+apart; and what 8 bits would cost."""
 
 import math
 from collections.abc import Sequence
@@ -12,14 +13,15 @@ from mllm_edge.calibration.data import Sample
 from mllm_edge.calibration.decide import shipped
 from mllm_edge.calibration.findings import Findings
 from mllm_edge.calibration.layers import Layer
-from mllm_edge.calibration.recipes import Recipe, precision_of
-from mllm_edge.calibration.sensitivity import Unit, affordable, measure_all
+from mllm_edge.calibration.recipes import BLOCKS_8, HEAD_8, Recipe, precision_of
+from mllm_edge.calibration.sensitivity import Unit, affordable, along_answers, measure_all
 from mllm_edge.runtime.backend import Backend
 
-__all__ = ["Losses", "against_rounding"]
+__all__ = ["Losses", "against_rounding", "in_eight_bits"]
 
 Losses = tuple[float, float]
 _WAYS = 2
+_AS_UNITS = 64  # a decoder whose weights lie in memory twice is for models of up to some three billion parameters
 
 
 def against_rounding(
@@ -59,3 +61,19 @@ def against_rounding(
     ways = {"found": found, "rounded": rounded}
     losses = measure_all(bundle, backend, held[: 2 * count], Unit("decoder", names), ways, folder)
     return losses["found"], losses["rounded"]
+
+
+def in_eight_bits(
+    bundle: Bundle, backend: Backend, samples: Sequence[Sample], layers: Sequence[Layer], folder: Path
+) -> tuple[float, float] | None:
+    """(divergence in nats, agreement of the likeliest token) along the answers of up to eight of `samples`, with the
+    decoder's `layers` in 8-bit blocks rounded to nearest; None for models too large for that."""
+    count = affordable(_AS_UNITS, sum(math.prod(layer.shape) for layer in layers))
+    if not count or not samples:
+        return None
+    stored = {layer.name: layer for layer in layers}
+
+    def weight(name: str) -> np.ndarray:
+        return shipped(stored[name].read_weight(), HEAD_8 if name == "lm_head" else BLOCKS_8)
+
+    return along_answers(bundle, backend, samples[: 2 * count], Unit("decoder", tuple(stored)), weight, folder)

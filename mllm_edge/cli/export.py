@@ -23,6 +23,7 @@ __all__ = ["RECIPES", "TARGETS", "command"]
 
 # Repeated here so that the help needs no export extra; a test compares them with the exporter's own.
 RECIPES = ("fp32", "fp16", "int8", "int4")
+_FLOAT = RECIPES[:2]
 # mallopt's names for the size from which an allocation is mapped, and for how much freed memory is kept.
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 _STOPPED = interrupted_message("the export") + "; its temporary files are gone"
@@ -40,7 +41,7 @@ _STOPPED = interrupted_message("the export") + "; its temporary files are gone"
     show_default=True,
     help=f"Precision: {', '.join(RECIPES)}; with --data also mixed, or a file NAME.toml.",
 )
-@calibration_options(required=False)
+@calibration_options("weights are only rounded")
 @click.option(
     "--verify",
     type=click.Choice(["auto", "full", "off"]),
@@ -77,10 +78,12 @@ def command(
     no_fallback: bool,
     recipe: str,
     data: str | None,
+    no_builtin_text: bool,
     prompt: str | None,
     skip_bad: bool,
     held_back: int | None,
     max_kl: float | None,
+    allow_loss: bool,
     min_agreement: float | None,
     verify: Any,
     verify_images: tuple[str, ...],
@@ -93,12 +96,14 @@ def command(
 ) -> None:
     """Export MODEL, a checkpoint directory or a hub id like owner/name, to a bundle in the new directory OUT.
 
-    The result is compared with the source model; when they disagree, the export fails. A failed or interrupted export
-    leaves OUT as it was. With --data, weights are calibrated, as the verb quantize does it, and not only rounded.
+    The result is compared with the source model; when they disagree, or quantization costs more than --max-kl, the
+    export fails. A failed or interrupted export leaves OUT as it was. With --data, weights are calibrated, as the verb
+    quantize does it, and not only rounded.
     """
-    calibration = {"--prompt": prompt, "--held-back": held_back, "--max-kl": max_kl, "--min-agreement": min_agreement}
-    calibration["--skip-bad"] = skip_bad or None
+    calibration = {"--prompt": prompt, "--held-back": held_back, "--min-agreement": min_agreement}
+    calibration |= {"--skip-bad": skip_bad or None, "--no-builtin-text": no_builtin_text or None}
     _check(recipe, data, calibration, dry_run)
+    _check_loss(recipe, data, verify, max_kl, allow_loss)
     _check_verify(verify, verify_images, verify_prompt)
     began = time.perf_counter()
     _keep_freed_memory()
@@ -106,6 +111,8 @@ def command(
         _check_places(model, out, data, force, dry_run)
         progress.stage("loading the exporter")
         pipeline = load_exporter()
+        from mllm_edge.loss import MAX_KL
+
         source: dict[str, Any] = {
             "targets": targets,
             "fallback": not no_fallback,
@@ -116,7 +123,15 @@ def command(
         }
         if data is None:
             done = pipeline.export(
-                model, out, recipe_name=recipe, force=force, dry_run=dry_run, progress=progress, **source
+                model,
+                out,
+                recipe_name=recipe,
+                force=force,
+                dry_run=dry_run,
+                max_kl=MAX_KL if max_kl is None else max_kl,
+                allow_loss=allow_loss,
+                progress=progress,
+                **source,
             )
         else:
             from mllm_edge.calibration.data import DEFAULT_PROMPT
@@ -127,9 +142,11 @@ def command(
                 out,
                 recipe=recipe,
                 data=data,
+                builtin=not no_builtin_text,
                 prompt=prompt or DEFAULT_PROMPT,
                 held_back=held_back,
                 gate=Gate(max_kl, min_agreement),
+                allow_loss=allow_loss,
                 checkpoint=FromCheckpoint(**source),
                 skip_bad=skip_bad,
                 force=force,
@@ -141,6 +158,8 @@ def command(
         print_json(report)
     else:
         note(f"\n{_summary(report) if data is None else proof_summary(report)}")
+    if report["warning"]:
+        note(f"warning: {report['warning']}")
 
 
 def _check_verify(verify: str, images: tuple[str, ...], prompt: str | None) -> None:
@@ -152,6 +171,17 @@ def _check_verify(verify: str, images: tuple[str, ...], prompt: str | None) -> N
     for image in images:
         if not image_path(image).is_file():
             raise click.UsageError(f"--verify-image {image}: no such file")
+
+
+def _check_loss(recipe: str, data: str | None, verify: str, max_kl: float | None, allow_loss: bool) -> None:
+    """Raise UsageError for a demand on a loss that is not measured."""
+    given = [name for name, value in (("--max-kl", max_kl), ("--allow-loss", allow_loss or None)) if value is not None]
+    if data is not None or not given:
+        return
+    if recipe in _FLOAT:
+        raise click.UsageError(f"{given[0]}: --recipe {recipe} does not quantize, and has limits of its own")
+    if verify == "off":
+        raise click.UsageError(f"{given[0]} needs the comparison with the source model: leave out --verify off")
 
 
 def _verify_cases(images: tuple[str, ...], prompt: str | None) -> "list[VerifyCase]":
@@ -201,13 +231,15 @@ def _keep_freed_memory() -> None:
 
 
 def _summary(report: dict[str, Any]) -> str:
+    from mllm_edge.loss import words
+
     parts = [_components(report)]
     if report["parity"]:
         parts.append(_parity(report["parity"]))
         parts += [_parity(parity) for parity in report["parity"].get("targets", {}).values()]
     elif not report["dry_run"]:
         parts.append("not compared with the source model (--verify off)")
-    parts += [float32_operators(report), _ending(report)]
+    parts += [float32_operators(report), words(report), _ending(report)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -230,7 +262,8 @@ def _components(report: dict[str, Any]) -> str:
 
 
 def _parity(parity: dict[str, Any]) -> str:
-    rows = [[name, f"{error:.1e}", f"{parity['limits'][name]:g}"] for name, error in parity["errors"].items()]
+    limits = parity["limits"]
+    rows = [[n, f"{e:.1e}", f"{limits[n]:g}" if n in limits else ""] for n, e in parity["errors"].items()]
     text = table([f"{parity['target']} against the source model ({parity['scope']})", "error", "limit"], rows)
     notes = "".join(f"\n{line}" for line in parity["notes"])
     return f"{text}\ngreedy tokens agree: {parity['greedy_agreement']:.1%} of {parity['greedy_tokens']}{notes}"

@@ -11,6 +11,8 @@ from mllm_edge.install import install_hint
 
 __all__ = ["command"]
 
+_LOSS = "what quantization cost is a fact of a bundle: export and quantize tell it, mllm-edge inspect BUNDLE shows it"
+
 
 @click.command("families", short_help="List the models that can be exported.")
 @json_option("Print the list as JSON.")
@@ -24,7 +26,9 @@ def command(as_json: bool) -> None:
     lines += [[f["family"], ", ".join(f["model_types"]), ", ".join(f["decoders"])] for f in families]
     examples = [f"  {name}" for f in families for name in f["examples"]]
     text = table(lines[0], lines[1:])
-    write_answer("\n".join([text, "", f"targets: {', '.join(_targets())}", "", "examples:", *examples]) + "\n")
+    write_answer(
+        "\n".join([text, "", f"targets: {', '.join(_targets())}", "", "examples:", *examples, "", _LOSS]) + "\n"
+    )
 
 
 def _families() -> list[dict[str, Any]]:

@@ -195,8 +195,11 @@ def _target_parity(parity: Mapping[str, Any]) -> str:
 
 
 def _accuracy(bundle: "Bundle") -> str:
+    from mllm_edge.loss import NOT_MEASURED, words
+
     accuracy = bundle.manifest.accuracy
-    return table(["accuracy", ""], [[name, str(value)] for name, value in accuracy.items()]) if accuracy else ""
+    rows = [[name, str(value)] for name, value in accuracy.items() if name not in ("loss", NOT_MEASURED)]
+    return "\n\n".join(filter(None, [words(accuracy), table(["accuracy", ""], rows) if rows else ""]))
 
 
 def _provenance(bundle: "Bundle") -> str:

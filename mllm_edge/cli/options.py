@@ -119,21 +119,27 @@ class RecipeName(click.ParamType):
         return [CompletionItem(name) for name in self._names if name.startswith(incomplete)]
 
 
-def calibration_options(required: bool) -> Callable[[_F], _F]:
-    """Calibration data and what the result must show."""
+def calibration_options(without_data: str) -> Callable[[_F], _F]:
+    """Calibration data and what the result must show; `without_data` says what happens without any."""
     options = (
         click.option(
             "--data",
-            required=required,
             type=click.Path(),
-            help="A folder of images, or a .jsonl file of questions, to calibrate with.",
+            help=f"A folder of images, or a .jsonl file of questions, to calibrate with; without it {without_data}.",
+        ),
+        click.option(
+            "--no-builtin-text", is_flag=True, help="Calibrate without the questions that come with mllm-edge."
         ),
         click.option("--prompt", help="The question that goes with each image of a folder."),
         click.option("--skip-bad", is_flag=True, help="Leave out samples whose image cannot be read, and list them."),
         click.option("--held-back", type=POSITIVE, help="Samples kept for the proof; default: a quarter, to 32."),
         click.option(
-            "--max-kl", type=click.FloatRange(min=0), help="Fail when quantization's mean KL divergence is larger."
+            "--max-kl",
+            type=click.FloatRange(min=0),
+            metavar="NATS",
+            help="Fail when quantization's mean KL divergence is larger; default: 0.5.",
         ),
+        click.option("--allow-loss", is_flag=True, help="Write the bundle whatever quantization costs."),
         click.option("--min-agreement", type=_FRACTION, help="Fail when fewer likeliest tokens stay the same."),
     )
     return lambda command: _apply(options, command)

@@ -12,6 +12,8 @@ _WORST = 5  # layers shown
 
 def proof_summary(report: dict[str, Any]) -> str:
     """The report of a quantization, as a dict: the proof, the worst layers, what to do next."""
+    from mllm_edge.loss import words
+
     out = shlex.quote(report["out"])
     ending = (
         f"wrote {report['out']}: {bytes_text(report['nbytes'])} in {report['seconds']:.1f} s\n"
@@ -24,7 +26,9 @@ def proof_summary(report: dict[str, Any]) -> str:
             _rounding(report),
             _layers(report),
             float32_operators(report),
+            _without_images(report),
             _skipped(report),
+            words(report),
             ending,
         )
         if part
@@ -48,6 +52,16 @@ def _skipped(report: dict[str, Any]) -> str:
     if not lines:
         return ""
     return "\n".join([f"left out, an image cannot be read ({len(lines)}):", *(f"  {line}" for line in lines)])
+
+
+def _without_images(report: dict[str, Any]) -> str:
+    """What the vision side got because there was no image to calibrate it with."""
+    parts = " and ".join(f"{part} {kind}" for part, kind in report.get("without_images", {}).items())
+    return (
+        f"no sample has an image, so these are as without data: {parts}; --data with images calibrates them"
+        if parts
+        else ""
+    )
 
 
 def _rounding(report: dict[str, Any]) -> str:
@@ -83,7 +97,10 @@ def _proof(report: dict[str, Any]) -> str:
     ):
         before, after = proof[key]
         rows.append([f"{title}: float, quantized", f"{text(before)}, {text(after)}"])
-    title = f"{report['recipe']}, {report['samples']} samples; proof on {report['held_back']} others"
+    builtin = report.get("builtin", 0)
+    own = f"{report['samples']} samples" + (f" and {builtin} built-in questions" if builtin else "")
+    own = own if report["samples"] else f"{builtin} built-in questions"
+    title = f"{report['recipe']}, {own}; proof on {report['held_back']} others"
     return table([title, ""], rows)
 
 

@@ -1,6 +1,8 @@
 """`mllm-edge quantize`: a float bundle (or a checkpoint) becomes a calibrated, quantized bundle, with the proof."""
 
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import click
 
@@ -27,7 +29,7 @@ _STOPPED = interrupted_message("the quantization") + "; the same command goes on
     show_default=True,
     help=f"Precision: {', '.join(RECIPES)}, or a file NAME.toml.",
 )
-@calibration_options(required=True)
+@calibration_options("the built-in text calibrates the decoder")
 @target_option("Where it will run, when SOURCE is a checkpoint; may be repeated.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads inside one operator; default: physical cores.")
 @click.option("--force", is_flag=True, help="Replace the bundle in OUT.")
@@ -35,12 +37,14 @@ _STOPPED = interrupted_message("the quantization") + "; the same command goes on
 def command(
     source: str,
     out: str,
-    data: str,
+    data: str | None,
+    no_builtin_text: bool,
     recipe: str,
     prompt: str | None,
     skip_bad: bool,
     held_back: int | None,
     max_kl: float | None,
+    allow_loss: bool,
     min_agreement: float | None,
     targets: tuple[str, ...],
     threads: int | None,
@@ -49,9 +53,11 @@ def command(
 ) -> None:
     """Quantize SOURCE, a bundle exported with --recipe fp16 or fp32 (or a checkpoint), to the new bundle OUT.
 
-    Part of the data calibrates, part is held back to prove what quantization cost. A run that was interrupted goes on
-    where it was when started again in the same way.
+    Part of the data calibrates, part is held back to prove what quantization cost. Questions that come with mllm-edge
+    calibrate beside it, or alone without --data: then the vision encoder is rounded, for they have no images. A run
+    that was interrupted goes on where it was when started again in the same way.
     """
+    _check(data, {"--prompt": prompt, "--skip-bad": skip_bad or None}, no_builtin_text)
     began = time.perf_counter()
     with interruptible(_STOPPED) as check, stages(check) as progress:
         from mllm_edge.export.early import check_quantize
@@ -68,9 +74,11 @@ def command(
             out,
             recipe=recipe,
             data=data,
+            builtin=not no_builtin_text,
             prompt=prompt or DEFAULT_PROMPT,
             held_back=held_back,
             gate=Gate(max_kl, min_agreement),
+            allow_loss=allow_loss,
             checkpoint=FromCheckpoint(targets),
             skip_bad=skip_bad,
             force=force,
@@ -82,3 +90,16 @@ def command(
         print_json(report)
     else:
         note(f"\n{proof_summary(report)}")
+    if report["warning"]:
+        note(f"warning: {report['warning']}")
+
+
+def _check(data: str | None, own: Mapping[str, Any], no_builtin_text: bool) -> None:
+    """Raise UsageError for options that need --data, `own` by name."""
+    if data is not None:
+        return
+    for option, value in own.items():
+        if value is not None:
+            raise click.UsageError(f"{option} needs --data")
+    if no_builtin_text:
+        raise click.UsageError("--no-builtin-text leaves nothing to calibrate with: give --data")

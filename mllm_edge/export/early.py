@@ -51,15 +51,16 @@ def check_export(model: str, out: str, force: bool, dry_run: bool) -> None:
         check_out(Path(out), force)
 
 
-def check_quantize(source: str, out: str, data: str, force: bool) -> None:
-    """Raise what a quantization would raise about its arguments."""
+def check_quantize(source: str, out: str, data: str | None, force: bool) -> None:
+    """Raise what a quantization would raise about its arguments. Without `data` the built-in text calibrates."""
     from mllm_edge.calibration.data import load_samples
 
     check_source(source)
     check_out(Path(out), force)
     if is_bundle(local_path(source)):  # what is quantized is no larger
         check_space(Path(out), sum(p.stat().st_size for p in local_path(source).iterdir() if p.is_file()))
-    load_samples(data, missing_images=True)
+    if data is not None:
+        load_samples(data, missing_images=True)
 
 
 def _check_exists(source: str) -> None:

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from mllm_edge.bundle import CHAT_TEMPLATE, GENERATION, TOKENIZER, file_entries, write_manifest
 from mllm_edge.calibration.recipes import Precision, Recipe, recipe
-from mllm_edge.errors import ExportError, WeightsError
+from mllm_edge.errors import ExportError, OptionError, WeightsError
 from mllm_edge.export.checkpoint.files import local_path
 from mllm_edge.export.datafile import DataFile, DataSink, DryFile
 from mllm_edge.export.decoder.build import build_decoder
@@ -24,6 +24,7 @@ from mllm_edge.export.early import check_checkpoint
 from mllm_edge.export.families import family_for, reading
 from mllm_edge.export.graph import save_model, tensor_specs
 from mllm_edge.export.half import KEY, Float32Operators, keep_in_range
+from mllm_edge.export.judge import Allowance, is_quantized, judged, remedy, unmeasured
 from mllm_edge.export.plan import Plan
 from mllm_edge.export.progress import Progress, Silent
 from mllm_edge.export.safetensors import Weights
@@ -31,9 +32,10 @@ from mllm_edge.export.source import Source, open_source
 from mllm_edge.export.targets import TARGETS, Form, forms
 from mllm_edge.export.tokens import check_generation
 from mllm_edge.export.trace import lower, trace
-from mllm_edge.export.verify import Scope, VerifyCase, verify
+from mllm_edge.export.verify import Reference, Scope, VerifyCase, verify
 from mllm_edge.export.workspace import check_space, reserved, workspace
 from mllm_edge.json_form import to_json
+from mllm_edge.loss import MAX_KL, NOT_MEASURED, warning
 from mllm_edge.spec import SCHEMA_VERSION, Component, FileEntry, Manifest, ModelSpec, PositionSpec, Variant
 
 __all__ = ["TARGETS", "WHOLE_LIMIT", "ExportReport", "Verify", "export", "require_all_used"]
@@ -50,7 +52,9 @@ _OTHER_FILES = 16 << 20  # bytes; room for tokenizer and graphs in the estimate
 class ExportReport:
     """What an export did, or (dry run) would do. `components` maps names to bytes of weights, embeddings included;
     `float32_operators` are those of half-precision graphs that half precision would have overflowed in; `notices` say
-    what the user should know of how the checkpoint was read."""
+    what the user should know of how the checkpoint was read. `loss`: a `Loss` as a dict, of a quantized recipe's first
+    target; with others, theirs under `targets`. Where it was not measured, `loss_not_measured` says why. `warning`:
+    what to do about a loss that people notice."""
 
     source: str
     adapters: tuple[str, ...]
@@ -65,6 +69,9 @@ class ExportReport:
     dry_run: bool
     float32_operators: Float32Operators = field(default_factory=dict)
     notices: tuple[str, ...] = ()
+    loss: Mapping[str, Any] = field(default_factory=dict)
+    loss_not_measured: str = ""
+    warning: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -84,17 +91,22 @@ def export(
     revision: str | None = None,
     adapters: Sequence[str | Path] = (),
     verify_cases: Sequence[VerifyCase] = (),
+    max_kl: float = MAX_KL,
+    allow_loss: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Export `model` (a directory or a hub id) to a bundle in `out`.
 
     The CPU's graphs are among those of other `targets`, unless `fallback` is False. `adapters` are directories or hub
     ids of LoRA adapters, merged into the weights in their order. `verify_cases`: questions and images of your own that
-    the bundle is compared with the source model on, too.
+    the bundle is compared with the source model on, too. A quantized bundle whose mean KL divergence from the source
+    model's next token is more than `max_kl` nats fails, unless `allow_loss`.
 
-    Raises SourceError and its kinds, ExportError, ParityError, LockedError (another process works on `out`); then `out`
-    is as it was before.
+    Raises SourceError and its kinds, ExportError, ParityError, AccuracyError, LockedError (another process works on
+    `out`); then `out` is as it was before.
     """
+    if not max_kl >= 0:
+        raise OptionError(f"max_kl = {max_kl!r}", "a KL divergence in nats: 0 or more")
     check_checkpoint(model)
     chosen = recipe(recipe_name)
     wanted = forms(targets, chosen.name, fallback)
@@ -110,6 +122,7 @@ def export(
             revision,
             adapters,
             verify_cases,
+            Allowance(max_kl, allow_loss),
             progress or Silent(),
         )
 
@@ -125,6 +138,7 @@ def _export(
     revision: str | None,
     adapters: Sequence[str | Path],
     verify_cases: Sequence[VerifyCase],
+    allowance: Allowance,
     progress: Progress,
 ) -> ExportReport:
     """`out` is the user's name for the directory `place`."""
@@ -157,13 +171,17 @@ def _export(
     check_space(place, report.nbytes + _OTHER_FILES)
     with workspace(place, report.nbytes + _OTHER_FILES) as folder:
         manifest, whole = job.write(folder), verify_mode == "full" or plan.model.parameters <= WHOLE_LIMIT
+        accuracy: dict[str, Any] = {}
         if verify_mode != "off":
             if whole:  # all of it runs, in float32
                 manifest = keep_in_range(folder, manifest, progress=progress)
-            parity = job.verify(folder, manifest, whole=whole, cases=verify_cases)
+            parity, accuracy = job.verify(folder, manifest, whole, verify_cases, allowance)
             manifest = replace(manifest, parity=parity)
+        if is_quantized(chosen) and not accuracy:
+            accuracy = unmeasured(model, out, verify_mode == "off", WHOLE_LIMIT)
         # The comparison reads files, too.
-        manifest = replace(manifest, provenance={**manifest.provenance, "notices": list(source.notices)})
+        provenance = {**manifest.provenance, "notices": list(source.notices)}
+        manifest = replace(manifest, provenance=provenance, accuracy=accuracy)
         write_manifest(folder, manifest)
     nbytes = sum(entry.nbytes for entry in manifest.files.values())
     operators = manifest.recipe.get(KEY, {})
@@ -173,6 +191,9 @@ def _export(
         nbytes=nbytes,
         float32_operators=operators,
         notices=tuple(source.notices),
+        loss=accuracy.get("loss", {}),
+        loss_not_measured=accuracy.get(NOT_MEASURED, ""),
+        warning=warning(accuracy["loss"], remedy(chosen)) if "loss" in accuracy else "",
     )
 
 
@@ -235,28 +256,35 @@ class _Job:
             files=file_entries(folder, self._hashes),
         )
 
-    def verify(self, folder: Path, manifest: Manifest, whole: bool, cases: Sequence[VerifyCase] = ()) -> dict[str, Any]:
-        """Compare with the source model; a part of the decoder stands for it when the model is large. The results of
-        the first form, and under `targets` those of the others."""
+    def verify(
+        self, folder: Path, manifest: Manifest, whole: bool, cases: Sequence[VerifyCase], allowance: Allowance
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Compare with the source model; a part of the decoder stands for it when the model is large. The errors and,
+        of a quantized recipe, the loss: those of the first form, and under `targets` those of the others."""
         self._progress.stage("comparing with the source model")
         if whole:
             write_manifest(folder, manifest)
-            return self._verify(folder, Scope(None), cases)
+            return self._verify(folder, Scope(None), cases, allowance)
         probe = folder / "probe"
         probe.mkdir()
         try:
             write_manifest(probe, self._write_probe(folder, probe, manifest))
-            return self._verify(probe, Scope(_PROBE_LAYERS), cases)
+            return self._verify(probe, Scope(_PROBE_LAYERS), cases, allowance)
         finally:
             shutil.rmtree(probe)
 
-    def _verify(self, folder: Path, scope: Scope, cases: Sequence[VerifyCase]) -> dict[str, Any]:
-        targets = [form.target for form in self._forms]
-        first, *others = verify(self._source, folder, self._recipe.name, scope, targets, cases)
+    def _verify(
+        self, folder: Path, scope: Scope, cases: Sequence[VerifyCase], allowance: Allowance
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        targets, reference = [form.target for form in self._forms], Reference(self._source, scope)
+        first, *others = verify(reference, folder, self._recipe.name, targets, cases)
         results: dict[str, Any] = to_json(first)
         if others:
             results["targets"] = {parity.target: to_json(parity) for parity in others}
-        return results
+        if not is_quantized(self._recipe):
+            return results, {}
+        self._progress.stage("measuring the loss")
+        return results, judged(reference, folder, self._recipe, targets, allowance)
 
     def _write_probe(self, folder: Path, probe: Path, manifest: Manifest) -> Manifest:
         """A bundle beside the real one with only the decoder's first layers; the other files are links."""

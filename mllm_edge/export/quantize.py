@@ -4,7 +4,7 @@ import importlib.util
 import math
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from mllm_edge.calibration.layers import Layer, find_groups, find_layers
 from mllm_edge.calibration.mixed import Candidate, by_loss, by_size, ranked, weight_bytes
 from mllm_edge.calibration.recipes import Recipe, calibrated_recipe, check_rules, precision_of
 from mllm_edge.calibration.sensitivity import Unit, affordable, measure
-from mllm_edge.calibration.whole import Losses, against_rounding
+from mllm_edge.calibration.whole import Losses, against_rounding, in_eight_bits
 from mllm_edge.checksums import file_entry
 from mllm_edge.errors import AccuracyError, BundleError, ExportError, MllmEdgeError
 from mllm_edge.export.checkpoint.files import local_path
@@ -32,13 +32,25 @@ from mllm_edge.export.datafile import DataFile
 from mllm_edge.export.early import check_source
 from mllm_edge.export.graph import save_model, tensor_specs
 from mllm_edge.export.half import KEY, Float32Operators, keep_in_range
+from mllm_edge.export.judge import is_quantized, remedy
 from mllm_edge.export.pipeline import Verify, export
 from mllm_edge.export.progress import Progress, Silent
-from mllm_edge.export.quantize_source import check_float, check_images, open_work, read_samples, so_far, work_key
+from mllm_edge.export.quantize_source import (
+    Samples,
+    check_float,
+    check_vision,
+    open_work,
+    read_samples,
+    replaced_parts,
+    so_far,
+    without_images,
+    work_key,
+)
 from mllm_edge.export.requantize import requantize
 from mllm_edge.export.verify import VerifyCase
 from mllm_edge.export.workspace import check_space, full_disk, reserved, workspace
 from mllm_edge.json_form import to_json
+from mllm_edge.loss import MAX_KL, WARN_KL, Loss, headline, warning
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.spec import Component, FileEntry, Manifest, Variant
 
@@ -50,7 +62,7 @@ FIGURE = "accuracy.png"
 @dataclass(frozen=True)
 class Gate:
     """What the proof must show: the mean KL divergence at most, the part of positions with the same likeliest token at
-    least. None: no demand."""
+    least. None: no demand of one's own; a divergence of more than MAX_KL nats is not written unless that is allowed."""
 
     max_kl: float | None = None
     min_agreement: float | None = None
@@ -79,12 +91,16 @@ class FromCheckpoint:
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """What was done. `layers`: component → layer → (error, error of rounding to nearest), relative, for sampled
-    inputs; only layers that calibration decided about. `float32_operators`: graph file → operator → magnitude, those
-    of half-precision graphs that half precision would have overflowed in. `skipped`: a line on each sample that was
-    left out because an image of it cannot be read. `against_rounding`: the divergence of the decoder on samples that
+    """What was done with `samples` of the user's own and `builtin` questions that come with the package.
+
+    `without_images`: components that were not calibrated because no sample has an image → the precision they got
+    instead. `layers`: component → layer → (error, error of rounding to nearest), relative, for sampled inputs; only
+    layers that calibration decided about. `float32_operators`: graph file → operator → magnitude, those of
+    half-precision graphs that half precision would have overflowed in. `skipped`: a line on each sample that was left
+    out because an image of it cannot be read. `against_rounding`: the divergence of the decoder on samples that
     calibration held apart, with the weights that were found and with plain rounding; the better one was written. None:
-    it was not measured."""
+    it was not measured. `loss`: of the proof, with what 8 bits would cost; `warning`: what to do about it where people
+    will notice."""
 
     source: str
     out: str
@@ -97,6 +113,10 @@ class QuantizeReport:
     float32_operators: Float32Operators
     skipped: tuple[str, ...] = ()
     against_rounding: tuple[float, float] | None = None
+    loss: Loss | None = None
+    warning: str = ""
+    builtin: int = 0
+    without_images: Mapping[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -108,21 +128,26 @@ def quantize(
     out: str | Path,
     *,
     recipe: str | Recipe = "int4",
-    data: str | Path | Iterable[Any],
+    data: str | Path | Iterable[Any] | None = None,
+    builtin: bool = True,
     prompt: str = DEFAULT_PROMPT,
     held_back: int | None = None,
     gate: Gate | None = None,
     checkpoint: FromCheckpoint | None = None,
     skip_bad: bool = False,
+    allow_loss: bool = False,
     force: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> QuantizeReport:
     """Quantize `source`, the directory of a float bundle or a checkpoint, to a new bundle in `out`.
 
-    `recipe`: a name, a .toml file, or a Recipe. `data` as for `load_samples`, `prompt` for folders of images.
+    `recipe`: a name, a .toml file, or a Recipe. `data` as for `load_samples`, `prompt` for folders of images; questions
+    that come with the package calibrate beside it (`builtin`), and alone where it is None. Without images the decoder
+    alone is calibrated, and the vision side gets what it gets without data.
     `held_back` samples (default: a quarter, up to 32) are kept from calibration and prove the result. When `gate` is
-    not met, nothing is written; a recipe that raises layers raises as many as meet it, in the place of its size.
+    not met, or the divergence is more than MAX_KL nats where the gate names none, nothing is written, unless
+    `allow_loss`; a recipe that raises layers raises as many as meet a gate, in the place of its size.
     `checkpoint`: options for a source that has to be exported first; a bundle keeps its targets. `skip_bad`: leave out
     samples with an image that cannot be read, and report them; else the first one is an error. An interrupted
     calibration leaves `.{out}.calibration` beside `out` and goes on from there when called again in the same way.
@@ -135,13 +160,22 @@ def quantize(
     if local_path(source).is_dir():
         source = local_path(source)
     with reserved(Path(out), force) as place:
-        samples, kept, skipped = read_samples(data, prompt, held_back, skip_bad)
+        samples = read_samples(data, prompt, held_back, skip_bad, builtin)
         work, options = place.with_name(f".{place.name}.calibration"), checkpoint or FromCheckpoint()
         with full_disk(work):
             report = _quantize(
-                source, place, work, chosen, samples, kept, gate or Gate(), options, threads, progress or Silent()
+                source,
+                place,
+                work,
+                chosen,
+                samples,
+                gate or Gate(),
+                allow_loss,
+                options,
+                threads,
+                progress or Silent(),
             )
-    return replace(report, out=str(out), skipped=tuple(skipped))
+    return replace(report, out=str(out), skipped=tuple(samples.skipped))
 
 
 def _quantize(
@@ -149,37 +183,44 @@ def _quantize(
     out: Path,
     work: Path,
     chosen: Recipe,
-    samples: list[Sample],
-    kept: list[Sample],
+    samples: Samples,
     gate: Gate,
+    allow_loss: bool,
     options: FromCheckpoint,
     threads: int | None,
     progress: Progress,
 ) -> QuantizeReport:
-    again = open_work(work, work_key(source, chosen, samples, options))
+    again = open_work(work, work_key(source, chosen, samples.calibration, options))
+    images = any(sample.images for sample in samples.own)
     try:
         bundle = _float_bundle(source, work, options, progress)
-        check_images(bundle, samples, chosen)
+        wished, chosen = chosen, chosen if images else without_images(chosen)
         if chosen.kv == "int8":
             check_cache(chosen.name, {v.target: v.dialect for v in bundle.manifest.components["decoder"].variants})
-        check_rules(chosen, {n: [layer.name for layer in _layers(bundle, n)] for n in bundle.manifest.components})
+        names = {n: [layer.name for layer in _layers(bundle, n)] for n in bundle.manifest.components}
+        check_rules(chosen, names)
+        if not images:
+            check_vision(chosen, names)
     except MllmEdgeError:
         shutil.rmtree(work)  # nothing in it is worth another try
         raise
     if again:
         progress.stage(f"going on where it was interrupted; {so_far(work, bundle.manifest.components)}")
-    job = _Job(bundle, chosen, samples, work, threads, progress)
+    job = _Job(bundle, chosen, samples.calibration, work, threads, progress)
     findings, losses = job.against_rounding(job.calibrate())
     job.raise_worst(findings, gate)
     check_space(out, bundle.nbytes)
     with workspace(out, bundle.nbytes) as folder:
-        manifest, proof = job.prove(folder, findings, kept)
+        manifest, proof = job.prove(folder, findings, samples.kept)
         while gate.missed(proof) and job.raise_more():
-            manifest, proof = job.prove(folder, findings, kept)
+            manifest, proof = job.prove(folder, findings, samples.kept)
         layers = {name: job.errors(name, found) for name, found in findings.items()}
-        _check_gate(gate, proof, layers, work)
+        loss = job.loss(proof, samples.kept)
+        if not allow_loss:
+            _check_gate(gate, proof, loss, layers, work, remedy(chosen, calibrated=True))
         manifest = _with_figure(folder, manifest, layers)
-        accuracy = {**proof.as_dict(), "layers": to_json(layers), "calibration_samples": len(samples)}
+        accuracy = {**proof.as_dict(), "layers": to_json(layers), **samples.counts()}
+        accuracy["loss"] = to_json(loss)
         if losses is not None:
             accuracy["kl_against_rounding"] = to_json(losses)
         write_manifest(folder, replace(manifest, accuracy=accuracy))
@@ -189,13 +230,17 @@ def _quantize(
         source=str(source),
         out=str(out),
         recipe=chosen.name,
-        samples=len(samples),
-        held_back=len(kept),
+        samples=len(samples.own),
+        held_back=len(samples.kept),
         layers=layers,
         proof=proof,
         nbytes=written.nbytes,
         float32_operators=written.manifest.recipe.get(KEY, {}),
         against_rounding=losses,
+        loss=loss,
+        warning=warning(to_json(loss), remedy(chosen, calibrated=True)),
+        builtin=len(samples.builtin),
+        without_images=replaced_parts(wished, chosen),
     )
 
 
@@ -300,6 +345,24 @@ class _Job:
         write_manifest(folder, manifest)
         self._progress.stage("comparing with the float bundle", len(kept))
         return manifest, prove(self._source.path, folder, kept, self._threads, self._progress.advance)
+
+    def loss(self, proof: Proof, kept: list[Sample]) -> Loss:
+        """The proof in words for people; beside it, where they will notice, what 8 bits would cost."""
+        eight = None
+        if is_quantized(self._recipe) and not proof.kl < WARN_KL:
+            self._progress.stage("measuring what 8 bits would cost")
+            layers, folder = _layers(self._source, "decoder"), self._work / "eight_bits"
+            eight = in_eight_bits(self._source, self._backend, kept, layers, folder)
+        return Loss(
+            kl=proof.kl,
+            agreement=proof.top1,
+            positions=proof.positions,
+            kl_8_bits=eight and eight[0],
+            agreement_8_bits=eight and eight[1],
+            question=proof.question,
+            answer_before=proof.answer_before,
+            answer_after=proof.answer_after,
+        )
 
     def write(self, folder: Path, findings: Mapping[str, Findings]) -> Manifest:
         """Every file of the new bundle but the manifest, which is returned, still without the proof."""
@@ -432,14 +495,24 @@ def _layers(bundle: Bundle, component: str) -> list[Layer]:
     return find_layers(ir.load(bundle.listed(variant.file)).graph)
 
 
-def _check_gate(gate: Gate, proof: Proof, layers: Mapping[str, Mapping[str, tuple[float, float]]], work: Path) -> None:
-    missed = gate.missed(proof)
+def _check_gate(
+    gate: Gate,
+    proof: Proof,
+    loss: Loss,
+    layers: Mapping[str, Mapping[str, tuple[float, float]]],
+    work: Path,
+    fix: str,
+) -> None:
+    """Raise AccuracyError where the gate is missed, or the stated divergence by a gate that names none."""
+    missed = (gate if gate.max_kl is not None else replace(gate, max_kl=MAX_KL)).missed(proof)
     if not missed:
         return
     largest = sorted(((e[0], f"{c}: {n}") for c, found in layers.items() for n, e in found.items()), reverse=True)
     worst = ", ".join(f"{name} ({error:.1%})" for error, name in largest[:5])
     raise AccuracyError(
-        f"{missed}. Layers with the largest error: {worst or 'none was calibrated'}",
-        "keep those in float16 with a recipe file ([[rules]] with layers and kind), give more samples, or allow more "
-        f"(what was found so far is kept in {work})",
+        f"{missed}. Layers with the largest error: {worst or 'none was calibrated'}. In all: "
+        f"{headline(to_json(loss))}. Asked {loss.question!r:.200}, the float model answers "
+        f"{loss.answer_before!r:.200}, this bundle {loss.answer_after!r:.200}",
+        f"{fix}; keep those layers in float16 with a recipe file ([[rules]] with layers and kind); or allow more: "
+        f"--max-kl, or --allow-loss for any (what was found so far is kept in {work})",
     )

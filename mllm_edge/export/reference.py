@@ -1,15 +1,30 @@
 """The transformers side of a comparison."""
 
 import importlib.util
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import numpy as np
+
+from mllm_edge.calibration.decide import shipped
+from mllm_edge.calibration.recipes import Precision
 from mllm_edge.export.adapters import Skeleton, skeleton
 from mllm_edge.export.checkpoint.quantized import without_quantization
 from mllm_edge.export.source import Source
 
-__all__ = ["adapted", "forget_prompts", "load_reference", "quiet_transformers"]
+__all__ = [
+    "adapted",
+    "cache_name",
+    "forget_prompts",
+    "greedy_answers",
+    "load_reference",
+    "quiet_transformers",
+    "rounded",
+    "scores",
+]
 
 _OWN_MERGE = "the reference's adapters were merged by mllm-edge, too: pip install peft lets PEFT do it"
 _OWN_NAMES = (
@@ -38,6 +53,84 @@ def forget_prompts(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "rope_deltas"):
             module.rope_deltas = None
+
+
+def cache_name(model: Any) -> str:
+    """The argument that takes the cache: named anew in transformers 5.24; the old name goes in 5.40."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+
+
+def greedy_answers(model: Any, prompts: Sequence[np.ndarray], most: int, stops: Set[int]) -> list[np.ndarray]:
+    """The model's own answer to each of `prompts` (ids [S], text alone), with its end if that comes within `most`
+    tokens. All run at once, which takes hardly longer than one."""
+    import torch
+
+    forget_prompts(model)
+    ids, mask = _left_padded(prompts)
+    found = []
+    with torch.no_grad():
+        out = model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1)
+        while True:
+            found.append(out.logits[:, -1].argmax(dim=-1, keepdim=True))
+            ended = [any(int(step[row]) in stops for step in found) for row in range(len(prompts))]
+            if len(found) == most or all(ended):
+                break
+            mask = torch.cat([mask, torch.ones_like(found[-1])], dim=1)
+            cache = {cache_name(model): out.past_key_values}
+            out = model(input_ids=found[-1], attention_mask=mask, **cache, use_cache=True, logits_to_keep=1)
+    forget_prompts(model)
+    return [_ended(answer, stops) for answer in torch.cat(found, dim=1).numpy()]
+
+
+def scores(model: Any, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Logits [n, vocabulary] float32 that the model gives each token of an answer [n], behind its prompt [S] of text
+    and the tokens before it; all at once."""
+    import torch
+
+    forget_prompts(model)
+    ids, mask = _left_padded([np.concatenate([p, a[:-1]]) for p, a in zip(prompts, answers, strict=True)])
+    with torch.no_grad():
+        out = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=max(map(len, answers)))
+    forget_prompts(model)
+    return [out.logits[row, -len(answer) :].float().numpy() for row, answer in enumerate(answers)]
+
+
+@contextmanager
+def rounded(model: Any, layers: Precision, head: Precision) -> Iterator[None]:
+    """Within, the language model's linear layers compute with weights rounded to nearest, each only while it runs."""
+    import torch
+
+    chosen = {m: layers for m in model.get_decoder().modules() if isinstance(m, torch.nn.Linear)}
+    chosen[model.get_output_embeddings()] = head
+
+    def forward(module: Any, precision: Precision, x: Any) -> Any:
+        weight = shipped(module.weight.detach().numpy(), precision)
+        return torch.nn.functional.linear(x, torch.from_numpy(weight), module.bias)
+
+    for module, precision in chosen.items():
+        setattr(module, "forward", partial(forward, module, precision))  # noqa: B010 # a method, mypy says
+    try:
+        yield
+    finally:
+        for module in chosen:
+            del module.forward
+
+
+def _left_padded(rows: Sequence[np.ndarray]) -> tuple[Any, Any]:
+    """Ids [rows, longest] with zeros before the shorter ones, and where they are not."""
+    import torch
+
+    longest = max(map(len, rows))
+    ids, mask = (np.zeros((len(rows), longest), np.int64) for _ in range(2))
+    for i, row in enumerate(rows):
+        ids[i, longest - len(row) :], mask[i, longest - len(row) :] = row, 1
+    return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+def _ended(answer: np.ndarray, stops: Set[int]) -> np.ndarray:
+    """The answer up to the first token that ends it, that one included."""
+    ends = np.flatnonzero(np.isin(answer, sorted(stops)))
+    return answer[: ends[0] + 1] if len(ends) else answer
 
 
 @contextmanager

@@ -6,13 +6,16 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 
 from mllm_edge.bundle import Bundle
 from mllm_edge.calibration.data import load_samples
 from mllm_edge.calibration.layers import find_layers
-from mllm_edge.calibration.sensitivity import Unit, affordable, measure
+from mllm_edge.calibration.sensitivity import Unit, affordable, along_answers, measure
 from mllm_edge.export.pipeline import export
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
+from mllm_edge.runtime.score import score
+from mllm_edge.runtime.vlm import VLM
 from tests.export.test_quantize import samples
 from tests.tiny import save_tiny_idefics3
 
@@ -85,3 +88,28 @@ def test_what_large_models_can_afford() -> None:
     assert affordable(168, 230e6) == 4
     assert affordable(220, 7e9) == 0
     assert 0 < affordable(200, 5e8) < 4
+
+
+def test_along_answers_is_the_divergence_of_the_proofs_tokens(bundle: Bundle, tmp_path: Path) -> None:
+    """A head with doubled weights doubles the logits."""
+    held = load_samples(samples(4))[:2]
+
+    def doubled(name: str) -> np.ndarray:
+        return 2 * noisy(bundle, 0.0)("decoder", name)
+
+    unit = Unit("decoder", ("lm_head",))
+    kl, agreement = along_answers(bundle, OnnxRuntimeCpu(), held, unit, doubled, tmp_path / "doubled")
+    expected = []
+    with VLM.load(bundle.path) as vlm:
+        for sample in held:
+            prompt = vlm.processor.process(sample.prompt, sample.images)
+            if sample.answer is None:
+                answer = np.array(vlm.generate(sample.prompt, sample.images, max_new_tokens=32).token_ids)
+            else:
+                answer = np.array([*vlm.tokenizer.encode(sample.answer, add_special_tokens=False), *vlm.stop_ids])
+            logits = torch.tensor(score(vlm, prompt, answer)).double()
+            p, q = logits.log_softmax(1), (2 * logits).log_softmax(1)
+            expected.append((p.exp() * (p - q)).sum(1).numpy())
+    assert kl == pytest.approx(np.concatenate(expected).mean(), rel=1e-3)
+    assert agreement == 1.0
+    assert not (tmp_path / "doubled").exists()

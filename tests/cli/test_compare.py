@@ -66,7 +66,10 @@ def test_a_target_that_the_bundle_lacks(cli: Cli, tiny_bundle: Path) -> None:
 
 
 def test_tolerances_are_the_exporters_limits() -> None:
-    assert {name: limits["decode_logits"] for name, limits in LIMITS.items()} == dict(TOLERANCES)
+    """Of the recipes that have such a limit: those that quantize are judged by their loss."""
+    limits = {name: limits["decode_logits"] for name, limits in LIMITS.items() if "decode_logits" in limits}
+    assert limits == {"fp32": TOLERANCES["fp32"], "fp16": TOLERANCES["fp16"]}
+    assert set(LIMITS) == set(TOLERANCES)
 
 
 def test_the_same_files_have_no_error(cli: Cli, tiny_bundle: Path) -> None:

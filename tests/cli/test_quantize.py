@@ -34,7 +34,12 @@ def test_folder_of_images_to_a_bundle_with_its_proof(cli: Cli, folder: Path, tmp
     result = cli("quantize", str(folder / "fp16"), str(out), "--data", str(folder / "images"), "--prompt", "What?")
     assert result.exit_code == 0, result.stderr
     assert result.stdout == ""
-    for words in ("6 samples; proof on 2 others", "KL divergence", "likeliest token agrees", "layers with the largest"):
+    for words in (
+        "6 samples and 48 built-in questions; proof on 2 others",
+        "KL divergence",
+        "likeliest token agrees",
+        "layers with the largest",
+    ):
         assert words in result.stderr
     assert f"next: mllm-edge run {out}" in result.stderr
     assert json.loads((out / "manifest.json").read_text())["recipe"]["name"] == "int4"
@@ -64,7 +69,9 @@ def test_a_missed_gate_fails(cli: Cli, folder: Path, tmp_path: Path) -> None:
         (["--data", "gone"], "gone does not exist"),
         (["--data", "images", "--recipe", "int5"], "unknown recipe 'int5'"),
         (["--data", "images", "--recipe", "gone.toml"], "gone.toml"),
-        ([], "Missing option '--data'"),
+        (["--prompt", "What?"], "--prompt needs --data"),
+        (["--skip-bad"], "--skip-bad needs --data"),
+        (["--no-builtin-text"], "--no-builtin-text leaves nothing to calibrate with"),
     ],
 )
 def test_wrong_input_is_told(
@@ -91,8 +98,9 @@ def test_export_calibrates_with_data(cli: Cli, folder: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--max-kl", "1"], "--max-kl needs --data"),
+        (["--min-agreement", "1"], "--min-agreement needs --data"),
         (["--held-back", "1"], "--held-back needs --data"),
+        (["--no-builtin-text"], "--no-builtin-text needs --data"),
         (["--recipe", "mixed"], "without --data, --recipe is one of fp32, fp16, int8, int4, not 'mixed'"),
         (["--data", "images", "--dry-run"], "--dry-run does not calibrate"),
     ],

@@ -31,7 +31,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from mllm_edge.calibration.recipes import RECIPES
+from mllm_edge.calibration.recipes import RECIPES, Recipe
 from mllm_edge.export.datafile import DataFile
 from mllm_edge.export.decoder.build import DIALECTS, build_decoder
 from mllm_edge.export.decoder.chameleon import chameleon_spec
@@ -329,9 +329,12 @@ def open_decoder(
     float_type: ir.DataType = ir.DataType.FLOAT,
     residual_type: ir.DataType | None = None,
     recipe_name: str = "",
+    recipe: Recipe | None = None,
 ) -> Decoder:
-    """Write the decoder's graph into `folder` and open it; weights are of `float_type` unless a recipe is named."""
-    recipe = RECIPES[recipe_name or ("fp32" if float_type == ir.DataType.FLOAT else "fp16")]
+    """Write the decoder's graph into `folder` and open it; weights are of `float_type` unless a recipe is named, or
+    given."""
+    recipe = recipe or RECIPES[recipe_name or ("fp32" if float_type == ir.DataType.FLOAT else "fp16")]
+    folder.mkdir(exist_ok=True)
     with DataFile(folder / "decoder.onnx.data") as data:
         graph = build_decoder(spec, weights, recipe, data, dialect, float_type, residual_type=residual_type)
     opened = open_graph(graph, folder / "decoder.onnx", dialect, DIALECTS[dialect].kv_mode)

@@ -14,7 +14,7 @@ from PIL import Image
 from mllm_edge.bundle import MANIFEST, Bundle
 from mllm_edge.calibration import calibrate as calibrate_module
 from mllm_edge.calibration import whole
-from mllm_edge.calibration.recipes import CALIBRATED, FLOAT16, Precision, Recipe
+from mllm_edge.calibration.recipes import CALIBRATED, FLOAT16, Precision, Recipe, Rule
 from mllm_edge.calibration.sensitivity import measure_all
 from mllm_edge.errors import AccuracyError, BundleError, DataError, ExportError, RecipeError
 from mllm_edge.export.pipeline import export
@@ -74,7 +74,7 @@ def test_report_and_manifest_hold_the_proof(quantized: Any, float_bundle: Path) 
     assert proof["nbytes"][0] > proof["nbytes"][1] > 0
     assert bundle.manifest.recipe["name"] == name
     assert not (bundle.path.parent / f".{name}.calibration").exists()
-    assert set(proof["layers"]["decoder"]) >= {"layers.0.qkv_proj"} or name == "mixed"
+    assert set(proof["layers"]["decoder"]) >= {"layers.0.qk_proj"} or name == "mixed"
     with Image.open(bundle.path / FIGURE) as figure:
         assert figure.format == "PNG"
         assert min(figure.size) > 200
@@ -355,9 +355,14 @@ def test_what_cannot_be_quantized(float_bundle: Path, tmp_path: Path) -> None:
         quantize(float_bundle, tmp_path / "few", recipe="int4", data=samples(4))
     with pytest.raises(DataError, match="no sample is held back"):
         quantize(float_bundle, tmp_path / "few", recipe="int4", data=samples(), held_back=0)
+    with pytest.raises(DataError, match="no data, and no built-in text"):
+        quantize(float_bundle, tmp_path / "none", recipe="int4", builtin=False)
+    rule = Rule("vision_encoder", "*", CALIBRATED["int8"].vision)
     texts = [{"prompt": f"Question {i}?"} for i in range(8)]
-    with pytest.raises(DataError, match="no sample has an image"):
-        quantize(float_bundle, tmp_path / "text", recipe="int8", data=texts)
+    with pytest.raises(
+        DataError, match="no sample has an image, and a rule of recipe int8 calibrates vision_encoder: "
+    ):
+        quantize(float_bundle, tmp_path / "text", recipe=replace(CALIBRATED["int8"], rules=(rule,)), data=texts)
     rules = tmp_path / "r.toml"
     rules.write_text('[[rules]]\ncomponent = "decoder"\nlayers = "layers.0.upproj"\nkind = "float16"')
     with pytest.raises(RecipeError, match=r"layers.0.upproj matches no layer\n.*near matches: .*layers.0.up_proj"):

@@ -19,6 +19,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama_multi_head_no_template": {"text": {"num_key_value_heads": 4}, "template": None},
     "mistral_window": {"text": {"model_type": "mistral", "sliding_window": 24}, "config": {"vision_feature_layer": 2}},
     "qwen2_tied": {"text": {"model_type": "qwen2", "tie_word_embeddings": True}},
+    "gemma3_window": {
+        "text": {
+            "model_type": "gemma3_text",
+            "head_dim": 32,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 24,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        "config": {"tie_word_embeddings": True},
+    },
     "last_layer_full": {"config": {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}},
     "several_layers": {"config": {"vision_feature_layer": [-2, 1, -1], "multimodal_projector_bias": False}},
     "several_layers_full": {

@@ -73,8 +73,9 @@ class Dialect(Protocol):
         """The norm over the last axis of x [B, S, heads, D]."""
         ...
 
-    def self_attention(self, layer: SelfAttention, qkv: ir.Value) -> ir.Value:
-        """Rotary embedding, cache update and attention over packed q, k, v [B, S, (heads + 2·kv_heads)·D].
+    def self_attention(self, layer: SelfAttention, query_key: ir.Value, value: ir.Value) -> ir.Value:
+        """Rotary embedding, cache update and attention over packed q and k [B, S, (heads + kv_heads)·D] and v
+        [B, S, kv_heads·D].
 
         Returns [B, S, heads·D].
         """

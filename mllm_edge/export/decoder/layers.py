@@ -1,14 +1,17 @@
 """The layers of decoders and text encoders, written once; a dialect supplies the operators."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 
+from mllm_edge.calibration.methods import rtn, searched
 from mllm_edge.calibration.qdq import Linear, linear, to_float
-from mllm_edge.calibration.recipes import FLOAT32, Recipe
+from mllm_edge.calibration.recipes import FLOAT32, Recipe, precision_of
 from mllm_edge.export.decoder.dialect import Dialect, Norm, SelfAttention
 from mllm_edge.export.decoder.dialects import standard
+from mllm_edge.export.decoder.evened import EvenedWeights
 from mllm_edge.export.decoder.moe import dense_routing
 from mllm_edge.export.decoder.spec import AttentionSpec, Branch, DecoderSpec, EncoderSpec, LayerSpec, NormSpec
 from mllm_edge.export.safetensors import Weights
@@ -45,7 +48,9 @@ class Layers:
     """The parts of a layer, with names `layers.N.part` in the graph."""
 
     def __init__(self, ops: Dialect, spec: DecoderSpec | EncoderSpec, weights: Weights, recipe: Recipe):
-        self._ops, self._spec, self._weights, self._recipe = ops, spec, weights, recipe
+        self._ops, self._spec, self._recipe = ops, spec, recipe
+        evened = recipe.decoder.method == "evened"
+        self._weights: Weights | EvenedWeights = EvenedWeights(weights, spec) if evened else weights
         self._cached = self._crossed = 0
 
     def branch(self, stream: Stream, i: int, layer: LayerSpec, branch: Branch, inputs: "dict[str, ir.Value]") -> None:
@@ -124,27 +129,31 @@ class Layers:
         return self._self_attention(i, layer, x, inputs)
 
     def _self_attention(self, i: int, layer: LayerSpec, x: ir.Value, inputs: "dict[str, ir.Value]") -> ir.Value:
-        """Packed q, k, v projection, attention (over the cache, in a decoder), output projection."""
-        spec, name = self._spec.attention, f"layers.{i}.attention"
-        rows = [n * spec.head_dim for n in (spec.heads, spec.kv_heads, spec.kv_heads)]
-        names = [self._name(i, part) for part in ("q_proj", "k_proj", "v_proj")]
-        qkv = self._project(x, f"layers.{i}.qkv_proj", names, rows, self._spec.hidden_size, spec.qkv_bias)
+        """Projections (q and k packed; v apart, for it may need more bits), attention (over the cache, in a decoder),
+        output projection."""
+        spec, name, width = self._spec.attention, f"layers.{i}.attention", self._spec.hidden_size
+        rows = [n * spec.head_dim for n in (spec.heads, spec.kv_heads)]
+        names = [self._name(i, part) for part in ("q_proj", "k_proj")]
+        query_key = self._project(x, f"layers.{i}.qk_proj", names, rows, width, spec.qkv_bias)
+        value = self._project(x, f"layers.{i}.v_proj", [self._name(i, "v_proj")], rows[1:], width, spec.qkv_bias)
         if isinstance(self._spec, EncoderSpec):
-            attended = self._bidirectional(name, spec, qkv, inputs["attention_bias"])
+            attended = self._bidirectional(name, spec, query_key, value, inputs["attention_bias"])
         else:
             cache, self._cached = self._cached, self._cached + 1
             described = SelfAttention(name, cache, layer.rope, layer.window, self._qk_norm(i, spec))
-            attended = self._ops.self_attention(described, qkv)
+            attended = self._ops.self_attention(described, query_key, value)
         return self._to_hidden(attended, f"layers.{i}.o_proj", self._name(i, "o_proj"), rows[0], spec.output_bias)
 
-    def _bidirectional(self, name: str, spec: AttentionSpec, qkv: ir.Value, bias: ir.Value) -> ir.Value:
+    def _bidirectional(
+        self, name: str, spec: AttentionSpec, query_key: ir.Value, values: ir.Value, bias: ir.Value
+    ) -> ir.Value:
         graph = self._ops.graph
-        query, *rest = standard.split_qkv(graph, name, qkv, spec)
+        query, keys = standard.split_query_key(graph, name, query_key, spec)
         key, value = (
             standard.heads_first(
                 graph, f"{name}.{p}", standard.reshape(graph, f"{name}.{p}.heads", x, (0, 0, -1, spec.head_dim))
             )
-            for p, x in zip(("key", "value"), rest, strict=True)
+            for p, x in zip(("key", "value"), (keys, values), strict=True)
         )
         return self._ops.attention(name, spec, query, key, value, bias)
 
@@ -256,10 +265,16 @@ class Layers:
 
     def _to_hidden(self, x: ir.Value, name: str, source: str, row: int, bias: bool, factor: float = 1.0) -> ir.Value:
         layer = self.linear(name, [source], [self._spec.hidden_size], row, bias, factor)
-        return linear(self._ops.graph, x, layer, self._recipe.decoder)
+        return self._rounded(x, layer)
 
     def _project(self, x: ir.Value, name: str, sources: list[str], rows: list[int], row: int, bias: bool) -> ir.Value:
-        return linear(self._ops.graph, x, self.linear(name, sources, rows, row, bias), self._recipe.decoder)
+        return self._rounded(x, self.linear(name, sources, rows, row, bias))
+
+    def _rounded(self, x: ir.Value, layer: Linear) -> ir.Value:
+        """The layer as the recipe wants it."""
+        precision = precision_of(self._recipe, "decoder", layer.name)
+        rounding = searched if precision.method == "evened" else rtn
+        return linear(self._ops.graph, x, replace(layer, rounding=rounding), precision)
 
     def _name(self, i: int, part: str) -> str:
         return self._spec.names.layer[part].format(i=i)

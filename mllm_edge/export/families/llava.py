@@ -1,7 +1,7 @@
 """LLaVA 1.5 and its relatives: CLIP or SigLIP tower, hidden states from inside it, two-layer connector.
 
 An image is one square tile; in the prompt its placeholder is repeated once per feature. The decoder is a Llama,
-Mistral or Qwen2.
+Mistral, Qwen2 or Gemma 3.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,6 +19,7 @@ from mllm_edge.export.checkpoint.processing import (
     read_tokenizer,
 )
 from mllm_edge.export.checkpoint.texts import read_texts
+from mllm_edge.export.decoder.gemma import gemma_spec
 from mllm_edge.export.decoder.llama import llama_spec
 from mllm_edge.export.decoder.spec import DecoderSpec
 from mllm_edge.export.images import resample_name, value_transforms
@@ -46,7 +47,8 @@ __all__ = ["MODEL_TYPES", "SUMMARY", "image_features", "load_processor", "plan"]
 
 MODEL_TYPES = ("llava",)
 
-_DECODERS = ("llama", "mistral", "qwen2")
+_GEMMA_3 = "gemma3_text"
+_DECODERS = ("llama", "mistral", "qwen2", _GEMMA_3)
 SUMMARY = {"decoders": list(_DECODERS), "examples": ["llava-hf/llava-1.5-7b-hf"]}
 _CLIP, _SIGLIP = "clip_vision_model", "siglip_vision_model"
 _PROCESSORS = ("CLIPImageProcessor", "LlavaImageProcessor", "SiglipImageProcessor")
@@ -107,6 +109,8 @@ def plan(source: Source, weights: Weights) -> Plan:
     image = _image_spec(source, processor, vision, image_token_id)
     check_vocabulary(source, {image.prompt.token: image_token_id}, (), decoder.vocab_size)
     embedding = f"{names.text}.embed_tokens.weight"
+    # Image features come as they are: only rows of the table are scaled.
+    scale = decoder.hidden_size**0.5 if config.text_config.model_type == _GEMMA_3 else 1.0
     model = ModelSpec(
         family="llava",
         model_type=source.model_type,
@@ -114,7 +118,7 @@ def plan(source: Source, weights: Weights) -> Plan:
         vocab_size=decoder.vocab_size,
         context_length=context,
         parameters=weights.parameters,
-        embedding=EmbeddingSpec("embed_tokens.npy", rows=weights.shape(embedding)[0]),
+        embedding=EmbeddingSpec("embed_tokens.npy", rows=weights.shape(embedding)[0], scale=scale),
         positions=decoder.position_spec(),
         cache=decoder.cache_spec(),
         image=image,
@@ -203,6 +207,8 @@ def _ignored(name: str, names: _Names, layers: int) -> bool:
 
 
 def _decoder(text: ConfigReader, weights: Weights, names: _Names, model_type: str, tied: bool) -> DecoderSpec:
+    if model_type == _GEMMA_3:
+        return gemma_spec(text, weights, names.text, model_type, tied=tied, head=names.head)
     decoder = llama_spec(text, weights, names.text, tied, model_type)
     stored = f"{names.head}.weight" in weights
     head = names.head if stored or not tied else f"{names.text}.embed_tokens"

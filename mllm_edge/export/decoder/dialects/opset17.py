@@ -72,9 +72,9 @@ class Opset17:
     def head_norm(self, name: str, norm: Norm, x: ir.Value) -> ir.Value:
         return self._norm(name, norm, x, self._dtype)
 
-    def self_attention(self, layer: SelfAttention, qkv: ir.Value) -> ir.Value:
+    def self_attention(self, layer: SelfAttention, query_key: ir.Value, value: ir.Value) -> ir.Value:
         name, graph, attention = layer.name, self.graph, self._spec.attention
-        query, key, value = standard.split_qkv(graph, name, qkv, attention)
+        query, key = standard.split_query_key(graph, name, query_key, attention)
         norms: Sequence[Norm | None] = layer.qk_norm or (None, None)
         query = self._rotated(f"{name}.query", query, norms[0], layer.rope)
         key = self._rotated(f"{name}.key", key, norms[1], layer.rope)

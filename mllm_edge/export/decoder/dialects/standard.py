@@ -31,7 +31,7 @@ __all__ = [
     "shared",
     "simple_activation",
     "softcap",
-    "split_qkv",
+    "split_query_key",
     "times",
     "unsqueeze",
     "weights_of",
@@ -91,15 +91,15 @@ def simple_activation(graph: GraphBuilder, name: str, kind: Activation, x: ir.Va
     return None
 
 
-def split_qkv(
-    graph: GraphBuilder, name: str, qkv: ir.Value, attention: AttentionSpec
-) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Packed projections [B, S, (heads + 2·kv_heads)·D] → q, k, v [B, S, ·]."""
-    sizes = np.array([attention.heads, attention.kv_heads, attention.kv_heads], np.int64) * attention.head_dim
-    query, key, value = graph.nodes(
-        "Split", [qkv, graph.constant("qkv.sizes", sizes)], f"{name}.qkv", outputs=3, axis=-1
+def split_query_key(
+    graph: GraphBuilder, name: str, query_key: ir.Value, attention: AttentionSpec
+) -> tuple[ir.Value, ir.Value]:
+    """Packed projections [B, S, (heads + kv_heads)·D] → q, k [B, S, ·]."""
+    sizes = np.array([attention.heads, attention.kv_heads], np.int64) * attention.head_dim
+    query, key = graph.nodes(
+        "Split", [query_key, graph.constant("query_key.sizes", sizes)], f"{name}.query_key", outputs=2, axis=-1
     )
-    return query, key, value
+    return query, key
 
 
 def reshape(graph: GraphBuilder, name: str, x: ir.Value, shape: Sequence[int]) -> ir.Value:

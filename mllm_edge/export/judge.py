@@ -1,0 +1,114 @@
+"""What is done about a bundle's loss: refused, told, or said why it was not measured."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mllm_edge.calibration.recipes import Recipe
+from mllm_edge.errors import AccuracyError, ParityError
+from mllm_edge.export.loss import References, ask, measure
+from mllm_edge.json_form import to_json
+from mllm_edge.loss import MAX_KL, NOT_MEASURED, WARN_KL, Loss, headline
+
+if TYPE_CHECKING:
+    from mllm_edge.export.verify import Reference
+
+__all__ = ["Allowance", "judge", "judged", "is_quantized", "least_bits", "remedy", "require_rounding", "unmeasured"]
+
+_PICTURE = 1  # of the comparison's cases, the one that goes into the loss
+# A loss comes from something else than rounding when it is so many times what rounding the source costs, and at least
+# this part of the divergence between unrelated distributions. Right graphs lie near 1, wrong ones mostly above 4.
+_TIMES_ROUNDING, _PART_OF_UNRELATED = 3.0, 0.1
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """Which loss may be written: a mean KL of at most `max_kl` nats, or (`anyway`) any."""
+
+    max_kl: float = MAX_KL
+    anyway: bool = False
+
+
+def judged(
+    reference: "Reference", folder: Path, recipe: Recipe, targets: Sequence[str], allowance: Allowance
+) -> dict[str, Any]:
+    """The loss of the bundle in `folder` as a manifest's `accuracy` has it: the first target's, under `targets` those
+    of the others; or why it cannot be measured. Of a source of which only the first layers were loaded it is looked at
+    only, and not returned.
+
+    Raises ParityError for a loss that rounding does not explain, AccuracyError for one that is not allowed.
+    """
+    try:
+        references = ask(reference, folder, reference.cases[_PICTURE])
+    except AccuracyError as e:
+        return {NOT_MEASURED: f"{e.message}; {e.fix}"}
+    losses = {target: measure(references, folder, target) for target in targets}
+    for target, loss in losses.items():
+        require_rounding(loss, references, least_bits(recipe), target)
+    if reference.scope.decoder_layers is not None:
+        return {}
+    for loss in losses.values():
+        judge(loss, allowance, remedy(recipe))
+    first, *others = targets
+    found = to_json(losses[first])
+    if others:
+        found["targets"] = {target: to_json(losses[target]) for target in others}
+    return {"loss": found}
+
+
+def require_rounding(loss: Loss, references: References, bits: int, target: str) -> None:
+    """Raise ParityError for a loss that rounding weights to `bits` does not explain: the graph is wrong."""
+    if loss.kl < WARN_KL or loss.kl < _PART_OF_UNRELATED * references.unrelated:
+        return
+    by_rounding, _ = references.rounding(bits)
+    if loss.kl < _TIMES_ROUNDING * by_rounding:
+        return
+    raise ParityError(
+        f"the exported graphs for {target} disagree with the source model: {headline(asdict(loss))}, where rounding "
+        f"the source's own weights to {bits} bits costs KL {by_rounding:.2g}",
+        "please report this with the model's name; --verify off writes the bundle all the same",
+    )
+
+
+def judge(loss: Loss, allowance: Allowance, fix: str) -> None:
+    """Raise AccuracyError for a loss that is not allowed; `fix`: see `remedy`."""
+    if loss.kl <= allowance.max_kl or allowance.anyway:
+        return
+    raise AccuracyError(
+        f"quantization loses too much: {headline(asdict(loss))}; a KL of {allowance.max_kl:g} is allowed (--max-kl). "
+        f"Asked {loss.question!r}, the float model answers {loss.answer_before!r:.200}, this bundle "
+        f"{loss.answer_after!r:.200}",
+        f"{fix}; --allow-loss writes it all the same",
+    )
+
+
+def is_quantized(recipe: Recipe) -> bool:
+    """Whether a recipe rounds the decoder's weights, so that its bundle is judged by its loss."""
+    return recipe.decoder.kind not in ("float32", "float16")
+
+
+def least_bits(recipe: Recipe) -> int:
+    """Of any of the decoder's layers."""
+    return min([recipe.decoder.bits, *(rule.precision.bits for rule in recipe.rules)])
+
+
+def remedy(recipe: Recipe, calibrated: bool = False) -> str:
+    """What loses less than a recipe."""
+    if least_bits(recipe) >= 8 and not calibrated:
+        return "use --recipe fp16"
+    data = "give more samples" if calibrated else "calibrate: mllm-edge quantize, with questions of your own as --data"
+    return f"use --recipe int8, or {data}, or use --recipe fp16"
+
+
+def unmeasured(model: str, out: str, off: bool, whole_limit: float) -> dict[str, Any]:
+    """Why a loss is not measured when nothing is compared (`off`), or of a model of more than `whole_limit` parameters
+    only the first layers, and the command that does it; as a manifest's `accuracy` has it."""
+    command = f"mllm-edge compare {shlex.quote(model)} {shlex.quote(out)}"
+    if off:
+        return {NOT_MEASURED: f"nothing was compared (--verify off); measure it with: {command}"}
+    return {
+        NOT_MEASURED: f"of a model of more than {whole_limit / 1e9:g} billion parameters only the first layers are "
+        f"compared; measure it with --verify full, or with: {command} (both run the whole source model in float32)"
+    }

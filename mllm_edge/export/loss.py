@@ -1,0 +1,191 @@
+"""Measuring what quantization costs: a bundle against its source model on built-in questions.
+
+The source's own greedy answers lead. `References` are what it says, computed once by `ask`; `measure` compares any
+number of bundles with them. What is done about a loss: `judge.py`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mllm_edge.bundle import CHAT_TEMPLATE, Bundle
+from mllm_edge.calibration.collect import greedy_tokens
+from mllm_edge.calibration.evaluate import divergence
+from mllm_edge.calibration.recipes import HEAD_8, Precision
+from mllm_edge.errors import AccuracyError, MllmEdgeError
+from mllm_edge.export.loss_questions import QUESTIONS
+from mllm_edge.export.reference import greedy_answers, quiet_transformers, rounded, scores
+from mllm_edge.loss import WARN_KL, Loss
+from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
+from mllm_edge.runtime.processor import Processor, Prompt
+from mllm_edge.runtime.score import score
+from mllm_edge.runtime.tokenizer import ChatTemplate, Tokenizer
+from mllm_edge.runtime.vlm import VLM
+
+if TYPE_CHECKING:
+    from mllm_edge.export.verify import Reference, VerifyCase
+
+__all__ = ["WARN_KL", "Answered", "Loss", "References", "ask", "measure", "prompt_embeds"]
+
+_TOKENS = 40  # of each answer
+_FEWEST = 2  # tokens of an answer
+_BY_HAND = "compare answers of your own: mllm-edge compare MODEL BUNDLE --prompt TEXT"
+
+
+@dataclass(frozen=True, eq=False)
+class Answered:
+    """A question as token ids [S], and what the source says: its answer [n] and the logits [n, vocabulary] float32 it
+    came from."""
+
+    question: str
+    images: tuple[Any, ...]
+    ids: np.ndarray
+    tokens: np.ndarray
+    logits: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class References:
+    """What the source model answers to the built-in questions; `shown`, the first that it says anything to, is for
+    people. `embeds`: see `prompt_embeds`."""
+
+    answered: tuple[Answered, ...]
+    shown: Answered
+    model: Any
+    embeds: dict[tuple[Any, ...], np.ndarray]
+    _rounding: dict[int, tuple[float, float]] = field(default_factory=dict)
+
+    def rounding(self, bits: int) -> tuple[float, float]:
+        """(mean KL in nats, agreement) of the source with its language model rounded to blocks of `bits`, its head to 8
+        bits, on the questions without pictures. Takes a run of the source."""
+        if bits not in self._rounding:
+            texts = [a for a in self.answered if not a.images]
+            with quiet_transformers(), rounded(self.model, Precision("blocks", bits), HEAD_8):
+                found = scores(self.model, [a.ids for a in texts], [a.tokens for a in texts])
+            self._rounding[bits] = _compared([a.logits for a in texts], found)
+        return self._rounding[bits]
+
+    @cached_property
+    def unrelated(self) -> float:
+        """Mean KL in nats between the source's distributions at different positions: what a bundle would have whose
+        logits have nothing to do with the source's."""
+        logits = np.concatenate([a.logits for a in self.answered])
+        return float(divergence(logits, np.roll(logits, len(logits) // 2, axis=0)).mean())
+
+
+def ask(reference: "Reference", folder: Path, picture: "VerifyCase | None" = None) -> References:
+    """The source's answers to the built-in questions, their ids made by the bundle in `folder`, and to `picture`.
+
+    Raises AccuracyError where they cannot be asked: no chat template or tokenizer for them, too short a context.
+    """
+    bundle = Bundle.load(folder)
+    generation, context = bundle.generation(), bundle.manifest.model.context_length
+    tokenizer, stops = Tokenizer.load(bundle.path, generation), frozenset(generation.eos_token_ids)
+    template = ChatTemplate.load(bundle.path, generation) if CHAT_TEMPLATE in bundle.manifest.files else None
+    processor = Processor(bundle.manifest.model, tokenizer, template)  # as the runtime makes it
+    ids = _question_ids(processor, tokenizer, context)
+    prompts = list(ids.values())
+    most = min(_TOKENS, context - max(map(len, prompts)))
+    with quiet_transformers():
+        tokens = greedy_answers(reference.model, prompts, most, stops)
+        # One after another: padding is exact for rotary positions only.
+        logits = [scores(reference.model, [p], [t])[0] for p, t in zip(prompts, tokens, strict=True)]
+    answered = [Answered(q, (), i, t, rows) for (q, i), t, rows in zip(ids.items(), tokens, logits, strict=True)]
+    if picture is not None and bundle.manifest.model.image is not None:
+        answered.append(_about_picture(reference, processor, picture, stops))
+    shown = next((a for a in answered if tokenizer.decode(a.tokens).strip()), answered[0])
+    return References(tuple(answered), shown, reference.model, reference.embeds)
+
+
+def measure(references: References, folder: Path, target: str = "cpu") -> Loss:
+    """The loss of the bundle in `folder`, its graphs for `target` on ONNX Runtime's CPU provider. What 8 bits would
+    cost is measured where the loss is one that people notice."""
+    shown = references.shown
+    with VLM(Bundle.load(folder), OnnxRuntimeCpu(target=target)) as vlm:
+        found = [_score(vlm, a, references.embeds) for a in references.answered]
+        prompt = vlm.processor.process(shown.question, shown.images)
+        embeds = prompt_embeds(vlm, prompt, shown.images, references.embeds)
+        after = greedy_tokens(vlm, embeds, prompt.positions, len(shown.tokens))
+        answers = [_text(vlm, tokens) for tokens in (shown.tokens, after)]
+    kl, agreement = _compared([a.logits for a in references.answered], found)
+    eight = references.rounding(8) if not kl < WARN_KL else (None, None)
+    return Loss(
+        kl=kl,
+        agreement=agreement,
+        positions=sum(len(a.tokens) for a in references.answered),
+        kl_8_bits=eight[0],
+        agreement_8_bits=eight[1],
+        question=shown.question,
+        answer_before=answers[0],
+        answer_after=answers[1],
+    )
+
+
+def prompt_embeds(
+    vlm: VLM, prompt: Prompt, images: Sequence[Any], known: dict[tuple[Any, ...], np.ndarray]
+) -> np.ndarray:
+    """The embeddings [S, H] of a prompt; those with pictures are kept in `known`, by the pictures and the files that
+    see them: bundles that are compared often differ in the decoder alone."""
+    if not images:
+        return vlm.prompt_embeds(prompt)
+    key = (prompt.text, *map(id, images), *_seen_by(vlm.bundle, vlm.backend.target))
+    if key not in known:
+        known[key] = vlm.prompt_embeds(prompt)
+    return known[key]
+
+
+def _question_ids(processor: Processor, tokenizer: Tokenizer, context: int) -> dict[str, np.ndarray]:
+    """The questions that the tokenizer has words for and the context room, and their ids [S]."""
+    try:
+        ids = {question: processor.process(question).token_ids for question in QUESTIONS}
+    except MllmEdgeError as e:
+        raise AccuracyError(f"the built-in questions cannot be asked: {e.message}", e.fix) from e
+    ids = {question: row for question, row in ids.items() if _survives(question, tokenizer.decode(row))}
+    if not ids:
+        raise AccuracyError("the tokenizer has no tokens for the words of the built-in questions", _BY_HAND)
+    ids = {question: row for question, row in ids.items() if len(row) + _FEWEST <= context}
+    if not ids:
+        raise AccuracyError(f"a context of {context} tokens holds none of the built-in questions", _BY_HAND)
+    return ids
+
+
+def _survives(question: str, decoded: str) -> bool:
+    """Whether most words of a question are still there behind its tokens."""
+    spelled = question.casefold().split()
+    return 2 * sum(word in decoded.casefold() for word in spelled) >= len(spelled)
+
+
+def _about_picture(reference: "Reference", processor: Processor, case: "VerifyCase", stops: frozenset[int]) -> Answered:
+    """What the comparison has computed already: fewer tokens, and no further run of the tower."""
+    prompt = processor.process(case.prompt, case.images)
+    found = reference.run(case.prompt, case.images, prompt.text)
+    ends = np.flatnonzero(np.isin(found["tokens"], sorted(stops)))
+    n = int(ends[0]) + 1 if len(ends) else len(found["tokens"])
+    return Answered(case.prompt, case.images, prompt.token_ids, found["tokens"][:n], found["logits"][:n])
+
+
+def _score(vlm: VLM, answered: Answered, known: dict[tuple[Any, ...], np.ndarray]) -> np.ndarray:
+    prompt = vlm.processor.process(answered.question, answered.images)
+    return score(vlm, prompt, answered.tokens, prompt_embeds(vlm, prompt, answered.images, known))
+
+
+def _seen_by(bundle: Bundle, target: str) -> list[str]:
+    """Hashes of the files that make a prompt's embeddings of a picture."""
+    graphs = [bundle.variant(name, target).file for name in bundle.manifest.components if name != "decoder"]
+    names = [*graphs, *(f"{file}.data" for file in graphs), bundle.manifest.model.embedding.file]
+    return [bundle.manifest.files[name].sha256 for name in names if name in bundle.manifest.files]
+
+
+def _compared(expected: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> tuple[float, float]:
+    """(mean KL in nats, part of the positions with the same likeliest token)."""
+    pairs = list(zip(expected, found, strict=True))
+    kl = np.concatenate([divergence(a, b) for a, b in pairs])
+    return float(kl.mean()), float(np.concatenate([a.argmax(axis=1) == b.argmax(axis=1) for a, b in pairs]).mean())
+
+
+def _text(vlm: VLM, tokens: np.ndarray) -> str:
+    return vlm.tokenizer.decode([int(t) for t in tokens if int(t) not in vlm.stop_ids]).strip()

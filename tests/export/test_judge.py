@@ -1,0 +1,163 @@
+"""What is done about a loss: what is refused, what is written, what is said where none is measured."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mllm_edge.bundle import Bundle
+from mllm_edge.errors import AccuracyError, ExportError, OptionError, ParityError
+from mllm_edge.export import judge as judge_module
+from mllm_edge.export import pipeline
+from mllm_edge.export.decoder.spec import DecoderSpec
+from mllm_edge.export.pipeline import export
+from mllm_edge.json_form import to_json
+from mllm_edge.loss import MAX_KL, NOT_MEASURED, WARN_KL, Loss, warning, words
+from tests.tiny import save_tiny_idefics3
+
+
+def test_a_loss_beyond_what_is_allowed_leaves_nothing_behind(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(AccuracyError, match=r"KL 0\.\d+ nats, the likeliest token stays in \d+% of \d+") as caught:
+        export(str(tiny_checkpoint), tmp_path / "out", recipe_name="int4", max_kl=0.001)
+    assert "a KL of 0.001 is allowed" in caught.value.message
+    assert "the float model answers" in caught.value.message
+    for way in ("--recipe int8", "mllm-edge quantize", "--recipe fp16", "--allow-loss"):
+        assert way in caught.value.fix
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(AccuracyError) as caught:
+        export(str(tiny_checkpoint), tmp_path / "out", recipe_name="int8", max_kl=1e-9)
+    assert "int8" not in caught.value.fix
+
+
+def test_an_allowed_loss_is_written_and_told(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    report = export(str(tiny_checkpoint), tmp_path / "out", recipe_name="int4", max_kl=0.001, allow_loss=True)
+    assert 0.001 < report.loss["kl"] < MAX_KL
+    assert Bundle.load(tmp_path / "out").manifest.accuracy == {"loss": report.loss}
+    assert not report.loss_not_measured
+    assert (report.loss["kl"] >= WARN_KL) == bool(report.warning) == (report.loss["kl_8_bits"] is not None)
+    assert report.loss["kl_8_bits"] < report.loss["kl"] / 10  # this model's rounding is noticed
+    assert "--recipe int8" in report.warning
+    json.dumps(report.as_dict())
+
+
+def test_eight_bits_of_a_model_lose_little(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    report = export(str(tiny_checkpoint), tmp_path / "out", recipe_name="int8")
+    assert report.loss["kl"] < 0.01
+    assert report.loss["kl_8_bits"] is None
+    assert report.warning == ""
+
+
+def test_float_recipes_have_limits_and_no_loss(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    report = export(str(tiny_checkpoint), tmp_path / "out", recipe_name="fp16")
+    assert (report.loss, report.loss_not_measured) == ({}, "")
+    assert set(report.parity["limits"]) == set(report.parity["errors"])
+    assert Bundle.load(tmp_path / "out").manifest.accuracy == {}
+
+
+def test_each_target_is_measured(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = export(str(tiny_checkpoint), tmp_path / "out", recipe_name="int4", targets=["tensorrt"])
+    assert list(report.loss["targets"]) == ["tensorrt"]
+    other = report.loss["targets"]["tensorrt"]["kl"]
+    assert 0 < other != report.loss["kl"]
+    measure = judge_module.measure
+
+    def much(references: Any, folder: Path, target: str) -> Loss:
+        loss = measure(references, folder, target)
+        return replace(loss, kl=0.11) if target == "cpu" else replace(loss, kl=0.6)
+
+    monkeypatch.setattr(judge_module, "measure", much)
+    monkeypatch.setattr(judge_module, "require_rounding", lambda *arguments: None)
+    with pytest.raises(AccuracyError, match=r"KL 0\.60"):
+        export(str(tiny_checkpoint), tmp_path / "other", recipe_name="int4", targets=["tensorrt"])
+
+
+def _scaled(spec: DecoderSpec) -> DecoderSpec:
+    return replace(spec, attention=replace(spec.attention, scale=2 * spec.attention.scale))
+
+
+def _offset(spec: DecoderSpec) -> DecoderSpec:
+    return replace(spec, norm=replace(spec.norm, offset=1.0))
+
+
+def _build_wrong(monkeypatch: pytest.MonkeyPatch, change: Callable[[DecoderSpec], DecoderSpec]) -> None:
+    build = pipeline.build_decoder
+    monkeypatch.setattr(pipeline, "build_decoder", lambda spec, *rest: build(change(spec), *rest))
+
+
+@pytest.mark.parametrize("recipe", ["int4", "int8"])
+@pytest.mark.parametrize("change", [_scaled, _offset])
+@pytest.mark.parametrize("limit", [pipeline.WHOLE_LIMIT, 1000])
+def test_a_wrong_graph_is_no_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, change: Any, limit: int
+) -> None:
+    """Whatever may be lost, and when only the first layers of a large model are compared, too."""
+    save_tiny_idefics3(tmp_path / "model", text={"num_hidden_layers": 3})
+    monkeypatch.setattr(pipeline, "WHOLE_LIMIT", limit)
+    _build_wrong(monkeypatch, change)
+    with pytest.raises(ParityError, match=r"disagree with the source model: KL .* costs KL"):
+        export(str(tmp_path / "model"), tmp_path / "out", recipe_name=recipe, allow_loss=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_large_model_says_that_its_loss_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny_idefics3(tmp_path / "model", text={"num_hidden_layers": 4})
+    monkeypatch.setattr(pipeline, "WHOLE_LIMIT", 1000)
+    report = export(str(tmp_path / "model"), tmp_path / "out", recipe_name="int4", max_kl=0.0)
+    assert report.loss == {}
+    command = f"mllm-edge compare {tmp_path / 'model'} {tmp_path / 'out'}"
+    for part in ("only the first layers are compared", "--verify full", command):
+        assert part in report.loss_not_measured
+    assert Bundle.load(tmp_path / "out").manifest.accuracy == {NOT_MEASURED: report.loss_not_measured}
+    whole = export(str(tmp_path / "model"), tmp_path / "whole", recipe_name="int4", verify_mode="full")
+    assert whole.loss["kl"] > 0
+
+
+def test_without_a_comparison_the_loss_is_unknown(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    report = export(str(tiny_checkpoint), tmp_path / "out", recipe_name="int4", verify_mode="off")
+    assert "--verify off" in report.loss_not_measured
+    assert f"mllm-edge compare {tiny_checkpoint} {tmp_path / 'out'}" in report.loss_not_measured
+    assert words(Bundle.load(tmp_path / "out").manifest.accuracy).startswith("loss not measured: nothing was compared")
+    report = export(str(tiny_checkpoint), tmp_path / "float", recipe_name="fp32", verify_mode="off")
+    assert report.loss_not_measured == ""
+
+
+def test_questions_that_cannot_be_asked(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mllm_edge.export import loss
+
+    monkeypatch.setattr(loss, "QUESTIONS", ("zzz " * 2000,))
+    report = export(str(tiny_checkpoint), tmp_path / "long", recipe_name="int4")
+    assert "a context of 1024 tokens holds none of the built-in questions" in report.loss_not_measured
+    monkeypatch.setattr(loss, "QUESTIONS", ("What?",))
+    monkeypatch.setattr(loss.Tokenizer, "decode", lambda self, ids: "[UNK]")
+    report = export(str(tiny_checkpoint), tmp_path / "words", recipe_name="int4")
+    assert "the tokenizer has no tokens for the words" in report.loss_not_measured
+    assert "mllm-edge compare MODEL BUNDLE --prompt" in report.loss_not_measured
+
+
+def test_a_template_that_takes_no_question_is_named(tmp_path: Path) -> None:
+    save_tiny_idefics3(tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ raise_exception('only pictures') }}")
+    with pytest.raises((ExportError, ValueError), match="only pictures"):
+        export(str(tmp_path / "model"), tmp_path / "out", recipe_name="int4")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [-0.1, float("nan")])
+def test_what_is_no_divergence(tiny_checkpoint: Path, tmp_path: Path, value: float) -> None:
+    with pytest.raises(OptionError, match="max_kl"):
+        export(str(tiny_checkpoint), tmp_path / "out", max_kl=value)
+
+
+def test_words() -> None:
+    loss = Loss(0.26, 0.761, 365, 0.0042, 0.97, "Why?", "Because\nof \x1b[31mit", "x " * 200)
+    lines = words({"loss": to_json(loss)}).splitlines()
+    assert lines[0] == "loss: KL 0.26 nats, the likeliest token stays in 76% of 365 (8 bits: KL 0.0042, 97%)"
+    assert lines[1:3] == ["  asked:       Why?", "  float model: Because of [31mit"]
+    assert lines[3].startswith("  this bundle: x x x")
+    assert lines[3].endswith(" …")
+    assert words({}) == ""
+    assert "differently" in warning(to_json(loss), "do this")
+    assert warning(to_json(replace(loss, kl=0.05)), "do this") == ""

@@ -1,0 +1,124 @@
+"""The loss of a bundle against an independent computation with transformers alone."""
+
+import copy as copy_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mllm_edge.calibration.recipes import block_size
+from mllm_edge.export.loss import References, ask, measure
+from mllm_edge.export.loss_questions import QUESTIONS
+from mllm_edge.export.pipeline import export
+from mllm_edge.export.reference import forget_prompts
+from mllm_edge.export.source import open_source
+from mllm_edge.export.verify import Reference, Scope
+from mllm_edge.runtime.vlm import VLM
+from tests.tiny_families import SAVE
+
+
+@pytest.fixture(scope="module", params=SAVE)
+def asked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, References]:
+    """(the source as transformers loads it, an int4 bundle of it, its answers)"""
+    folder = tmp_path_factory.mktemp(request.param)
+    SAVE[request.param](folder / "model")
+    export(str(folder / "model"), folder / "int4", recipe_name="int4", verify_mode="off")
+    reference = Reference(open_source(str(folder / "model")), Scope(None))
+    return reference, folder / "int4", ask(reference, folder / "int4")
+
+
+def steps(model: Any, ids: np.ndarray, tokens: int) -> np.ndarray:
+    """Logits [tokens, V] of greedy steps, each with the whole text before it and no cache."""
+    rows, text = [], torch.tensor(ids)[None]
+    with torch.no_grad():
+        for _ in range(tokens):
+            forget_prompts(model)
+            rows.append(model(input_ids=text, use_cache=False).logits[0, -1].numpy())
+            text = torch.cat([text, torch.tensor([[int(rows[-1].argmax())]])], dim=1)
+    return np.stack(rows)
+
+
+def test_references_are_the_sources_own_greedy_answers(asked: tuple[Any, Path, References]) -> None:
+    reference, _, references = asked
+    assert [a.question for a in references.answered] == list(QUESTIONS)
+    for answered in references.answered[::4]:
+        expected = steps(reference.model, answered.ids, len(answered.tokens))
+        np.testing.assert_array_equal(answered.tokens, expected.argmax(axis=1))
+        np.testing.assert_allclose(answered.logits, expected, atol=1e-4 * np.ptp(expected))
+    assert sum(len(a.tokens) for a in references.answered) >= 150  # random answers end at times
+
+
+def bundle_steps(folder: Path, answered: Any) -> np.ndarray:
+    """Logits [n, V] of a bundle, token by token along an answer."""
+    with VLM.load(folder) as vlm:
+        prompt = vlm.processor.process(answered.question, answered.images)
+        embeds = vlm.prompt_embeds(prompt)
+        vlm.decoder.reset(len(embeds) + len(answered.tokens))
+        rows = [vlm.decoder.forward(embeds, prompt.positions).copy()]
+        rows += [vlm.decoder.forward(vlm.embed(np.array([t]))).copy() for t in answered.tokens[:-1]]
+        return np.stack(rows)
+
+
+def compared(expected: list[np.ndarray], found: list[np.ndarray]) -> tuple[float, float]:
+    """(mean KL, agreement) by torch."""
+    a, b = (torch.tensor(np.concatenate(rows)).double() for rows in (expected, found))
+    kl = torch.nn.functional.kl_div(b.log_softmax(1), a.log_softmax(1), log_target=True, reduction="none").sum(1)
+    return float(kl.mean()), float((a.argmax(1) == b.argmax(1)).double().mean())
+
+
+def test_loss_is_that_of_steps_along_the_sources_answers(asked: tuple[Any, Path, References]) -> None:
+    _, folder, references = asked
+    loss = measure(references, folder)
+    found = [bundle_steps(folder, answered) for answered in references.answered]
+    kl, agreement = compared([a.logits for a in references.answered], found)
+    assert loss.kl == pytest.approx(kl, rel=0.02)  # prefill and steps quantize activations in other groups
+    assert loss.agreement == pytest.approx(agreement, abs=0.02)
+    assert loss.positions == sum(len(a.tokens) for a in references.answered)
+    first = references.answered[0]
+    with VLM.load(folder) as vlm:
+        stop = {int(t) for t in first.tokens if int(t) in vlm.stop_ids}
+        assert loss.answer_before == vlm.tokenizer.decode([t for t in first.tokens if int(t) not in stop]).strip()
+        assert loss.answer_after == vlm.generate(QUESTIONS[0], max_new_tokens=len(first.tokens)).text.strip()
+    assert loss.question == QUESTIONS[0]
+
+
+def in_eight_bits(weight: torch.Tensor, largest: int) -> torch.Tensor:
+    """Blocks of a row: the element of largest magnitude becomes -128 times the scale."""
+    block = block_size(weight.shape[1], largest)
+    grouped = weight.reshape(len(weight), -1, block)
+    peak = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True))
+    scale = -peak / 128
+    return ((grouped / scale).round().clamp(-128, 127) * scale).reshape(weight.shape)
+
+
+def test_eight_bits_are_those_of_a_rounded_source(asked: tuple[Any, Path, References]) -> None:
+    reference, _, references = asked
+    copy = copy_module.deepcopy(reference.model)
+    head = copy.get_output_embeddings()
+    head.weight = torch.nn.Parameter(in_eight_bits(head.weight, 64))
+    for module in copy.get_decoder().modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight = torch.nn.Parameter(in_eight_bits(module.weight, 128))
+    found = []
+    for answered in references.answered:
+        forget_prompts(copy)
+        whole = np.concatenate([answered.ids, answered.tokens[:-1]])
+        with torch.no_grad():
+            logits = copy(input_ids=torch.tensor(whole)[None], use_cache=False).logits[0]
+        found.append(logits[-len(answered.tokens) :].numpy())
+    kl, agreement = compared([a.logits for a in references.answered], found)
+    before = steps(reference.model, references.answered[0].ids, 2)
+    assert references.rounding(8) == (pytest.approx(kl, rel=1e-3), pytest.approx(agreement, abs=1e-3))
+    np.testing.assert_array_equal(steps(reference.model, references.answered[0].ids, 2), before)  # whole again
+
+
+def test_files_that_see_alike_run_once(asked: tuple[Any, Path, References], monkeypatch: pytest.MonkeyPatch) -> None:
+    reference, folder, _ = asked
+    references = ask(reference, folder, reference.cases[1])
+    assert references.answered[-1].images
+    first = measure(references, folder)
+    monkeypatch.setattr(VLM, "vision_runs", None)
+    monkeypatch.setattr(VLM, "_image_features", None)  # would fail
+    assert measure(references, folder) == first
