@@ -58,7 +58,7 @@ def calibrate(
     findings = Findings(folder / "layers")
     folder.mkdir(parents=True, exist_ok=True)
     groups = {layer.name: group for group in find_groups(find_layers(model.graph)) for layer in group.layers}
-    sequential = sequential and any(precision(name).sequential for name in groups)
+    sequential = sequential and any("gptq" in precision(name).method for name in groups)
     segments = cut(model.graph, 0 if sequential else SEGMENT_BYTES)
     state = _State(model, folder, feeds, graph_file, variant, backend, progress, sequential)
     done = state.pieces_done(segments)

@@ -115,7 +115,7 @@ class Decision:
         if self._group.fold is None or others or self._statistics.rows == 0:
             return None
         served = [weights[name] for name in judged]
-        if first.method.startswith("smoothquant"):
+        if first.method == "smoothquant":
             return self._smoothing(served, first)
         if first.method.startswith("awq"):
             rounded = lambda weight: _nearest(weight, first)  # noqa: E731
@@ -181,9 +181,9 @@ class Decision:
         error = _judged(judges, _rounded_inputs(inputs, rounding), chosen, exact)
         nearest = _rounded_inputs(judges.x, activation_range(statistics, "minmax") if where else rounding)
         nearest_error = _judged(judges, nearest, shipped(exact, precision), exact)
-        if self._held is not None and codes is not None and (error >= nearest_error or not precision.in_blocks):
+        if error >= nearest_error and precision.in_blocks and self._held is not None:
             plain = exact if factors is None else exact * factors
-            rounded = _signed_codes(plain, precision) if precision.in_blocks else _row_codes(plain)
+            rounded = _signed_codes(plain, precision)
             if rounded is not None:
                 again = _judged(judges, _rounded_inputs(inputs, rounding), _dequantized(*rounded), exact)
                 if again < error:
@@ -222,7 +222,8 @@ class Decision:
             scales = awq.clipped_scales(weight, sample, precision.bits, block)
             return _codes_for(weight, scales, precision.bits, block), scales, block
         if block is None:
-            return _row_codes(weight)
+            codes, channel = rtn.quantize_channels(weight)
+            return codes, channel[:, None], None
         codes, scales = rtn.quantize_blocks(weight, precision.bits, block, positive_scales=True)
         centred = codes.astype(np.int16) - (1 << (precision.bits - 1))
         return centred.reshape(len(codes), -1)[:, :row].astype(np.int8), scales, block
@@ -282,12 +283,6 @@ def shipped(weight: np.ndarray, precision: Precision) -> np.ndarray:
     """The weight as a recipe without data leaves it."""
     rounded = _signed_codes(weight, precision) if precision.in_blocks else None
     return _nearest(weight, precision) if rounded is None else _dequantized(*rounded)
-
-
-def _row_codes(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, None]:
-    """(codes, scales, no block) of rounding to nearest with a scale for each row."""
-    codes, scales = rtn.quantize_channels(weight)
-    return codes, scales[:, None], None
 
 
 def _signed_codes(weight: np.ndarray, precision: Precision) -> tuple[np.ndarray, np.ndarray, int] | None:

@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 Kind = Literal["float32", "float16", "int8_dynamic", "int8_static", "fp8", "blocks", "w4a8"]
-Method = Literal["rtn", "evened", "smoothquant", "gptq", "awq", "smoothquant+gptq", "awq+gptq"]
+Method = Literal["rtn", "evened", "smoothquant", "gptq", "awq", "awq+gptq"]
 _BLOCKS = (128, 64, 32)
 
 
@@ -42,8 +42,8 @@ class Precision:
     from calibration; the CPU's kernels for blocks quantize activations anyway).
 
     `method` chooses codes and scales: rtn (rounding to nearest), evened (from the weights alone: a decoder's columns
-    evened out, each block's scale searched for), or with calibration smoothquant, gptq, awq, smoothquant+gptq, awq+gptq
-    (scaled by the one, rounded by GPTQ). `ranges` chooses what int8_static, fp8 and w4a8 represent of the activations;
+    evened out, each block's scale searched for), or with calibration smoothquant, gptq, awq, awq+gptq
+    (scaled by AWQ, rounded by GPTQ). `ranges` chooses what int8_static, fp8 and w4a8 represent of the activations;
     search takes the way that serves the layer's outputs best, and with token each token has a scale of its own, from
     its largest magnitude when it is computed.
     """
@@ -75,11 +75,6 @@ class Precision:
         return self.kind in ("int8_static", "fp8", "w4a8")
 
     @property
-    def sequential(self) -> bool:
-        """Whether layers are decided one after another, on what the rounded layers before them give."""
-        return self.method in ("gptq", "awq+gptq")
-
-    @property
     def in_blocks(self) -> bool:
         """Whether weights have a scale for each block of a row."""
         return self.kind in ("blocks", "w4a8")
@@ -89,7 +84,7 @@ FLOAT32 = Precision("float32")
 FLOAT16 = Precision("float16", 16)
 INT8_DYNAMIC = Precision("int8_dynamic", 8)
 INT8_STATIC = Precision("int8_static", 8, method="smoothquant")
-INT8_TOKEN = Precision("int8_static", 8, method="smoothquant+gptq", ranges="token")
+INT8_TOKEN = Precision("int8_static", 8, method="smoothquant", ranges="token")
 FP8 = Precision("fp8", 8, method="smoothquant", ranges="minmax")
 BLOCKS_8 = Precision("blocks", 8)
 BLOCKS_4 = Precision("blocks", 4)
@@ -203,7 +198,7 @@ _KEYS: Mapping[str, tuple[Any, ...]] = {
     "kind": ("float32", "float16", "int8", "int8_dynamic", "fp8", "blocks", "w4a8"),
     "bits": (2, 3, 4, 8),
     "block": _BLOCKS,
-    "method": ("rtn", "smoothquant", "gptq", "awq", "smoothquant+gptq", "awq+gptq"),
+    "method": ("rtn", "smoothquant", "gptq", "awq", "awq+gptq"),
     "ranges": ("minmax", "percentile", "entropy", "mse", "search", "token"),
 }
 _EXAMPLE = (
@@ -258,7 +253,7 @@ def _precision(where: str, data: Any, base: Precision) -> Precision:
             raise RecipeError(f"{where}: {key} = {value!r}", f"{key} is one of {', '.join(map(str, _KEYS[key]))}")
     kind = {"int8": "int8_static"}.get(data.get("kind", base.kind), data.get("kind", base.kind))
     if kind != base.kind:
-        defaults = (FLOAT32, FLOAT16, INT8_DYNAMIC, INT8_STATIC, FP8, CALIBRATED_4, W4A8)
+        defaults = (FLOAT32, FLOAT16, INT8_DYNAMIC, INT8_TOKEN, FP8, CALIBRATED_4, W4A8)
         base = next(precision for precision in defaults if precision.kind == kind)
     return replace(
         base,
