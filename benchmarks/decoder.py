@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from benchmarks import own_decoder, peer_genai
 from benchmarks.checkpoints import GEOMETRIES, Geometry, write_checkpoint
 from benchmarks.report import Report
 from benchmarks.worker import WARM_STEPS, Memory, Worker
-from mllm_edge.calibration.recipes import RECIPES, Precision, Recipe
+from mllm_edge.calibration.recipes import CALIBRATED, RECIPES, Precision, Recipe
 from mllm_edge.runtime.device import physical_cores
 
 __all__ = ["Contender", "Result", "main", "median_of_ratios"]
@@ -44,6 +44,9 @@ TARGETS = {"decode at context 64": 0.95, "decode at context 1024": 1.0, f"prefil
 LEAST_CORRELATION = 0.2
 LEAST_BESIDE_PRUNED = 0.95
 OURS, SHIPPING, PRUNED = "ours", "ours, int4 recipe", f"{peer_genai.NAME}, last row alone"
+# The decoder of the calibrated int8 recipe; what calibration finds changes no node.
+EIGHT, INT8 = "ours, int8 in 8 by 8 bits", replace(CALIBRATED["int8"].decoder, method="rtn")
+LEAST_PREFILL_OF_INT8 = 1.4
 _CACHE = Path.home() / ".cache" / "mllm-edge-benchmarks"
 
 
@@ -96,6 +99,9 @@ def _compare(geometry: Geometry, folder: Path, python: Path | None, rounds: int,
     contenders = list(_built(geometry, checkpoint, folder, python))
     results = _measure(geometry, contenders, rounds, folder)
     report.rows += [row for c in contenders for row in _rows(geometry.name, c, results[c.name])]
+    figure = f"prefill {PREFILL}"
+    ratio = median_of_ratios(results[EIGHT].rounds[figure], results[SHIPPING].rounds[figure])
+    report.at_least(f"{geometry.name} {figure}, int8 / int4", ratio, LEAST_PREFILL_OF_INT8)
     if python is not None:
         _check(report, geometry.name, results)
 
@@ -114,6 +120,8 @@ def _built(geometry: Geometry, checkpoint: Path, folder: Path, python: Path | No
             yield Contender(name, setting, peer_genai.command(python, place, threads, CAPACITY))
     own_decoder.build(geometry, checkpoint, RECIPES["int4"], folder / "int4")
     yield Contender(SHIPPING, "int4 recipe", own_decoder.command(folder / "int4", threads, CAPACITY))
+    own_decoder.build(geometry, checkpoint, replace(RECIPES["int8"], decoder=INT8), folder / "int8")
+    yield Contender(EIGHT, "int8, a scale for each token", own_decoder.command(folder / "int8", threads, CAPACITY))
 
 
 def _equal_recipe(block: int) -> Recipe:

@@ -29,7 +29,16 @@ from benchmarks.report import Report
 from mllm_edge.bundle import MANIFEST, Bundle
 from mllm_edge.calibration.collect import greedy_tokens
 from mllm_edge.calibration.evaluate import divergence
-from mllm_edge.calibration.recipes import BLOCKS_4, BLOCKS_8, CALIBRATED, CALIBRATED_4, FLOAT16, Precision, Recipe
+from mllm_edge.calibration.recipes import (
+    BLOCKS_4,
+    BLOCKS_8,
+    CALIBRATED,
+    CALIBRATED_4,
+    FLOAT16,
+    FLOAT32,
+    Precision,
+    Recipe,
+)
 from mllm_edge.export.pipeline import export
 from mllm_edge.export.quantize import quantize
 from mllm_edge.runtime.processor import Prompt
@@ -86,7 +95,8 @@ RECIPES: Mapping[str, Make] = {
     "awq, 48 samples": partial(_calibrated, _decoder(replace(BLOCKS_4, method="awq")), 48),
     "gptq, 48 samples": partial(_calibrated, _decoder(replace(BLOCKS_4, method="gptq")), 48),
     "8-bit blocks": partial(_calibrated, _decoder(replace(BLOCKS_8, largest_block=64)), 4),
-    "int8 W8A8, 48 samples": partial(_calibrated, _decoder(CALIBRATED["int8"].decoder), 48),
+    **{f"int8 W8A8, {n} samples": partial(_calibrated, _decoder(CALIBRATED["int8"].decoder), n) for n in (48, 128)},
+    "int8 cache": partial(_calibrated, replace(_decoder(FLOAT32), head=FLOAT32, kv="int8"), 48),
 }
 
 

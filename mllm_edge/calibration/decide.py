@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 
 from mllm_edge.calibration.findings import Findings, LayerFindings
 from mllm_edge.calibration.layers import Group, Layer
-from mllm_edge.calibration.methods import awq, descent, drift, gptq, rtn, smoothquant
+from mllm_edge.calibration.methods import awq, balance, descent, drift, gptq, rtn, smoothquant
 from mllm_edge.calibration.methods.ranges import SEARCHED, Range, activation_range
 from mllm_edge.calibration.methods.scales import reciprocal, smallest
 from mllm_edge.calibration.recipes import FLOAT32, Precision, block_size
@@ -16,11 +17,15 @@ from mllm_edge.calibration.statistics import HeldRows, InputStatistics
 __all__ = ["Decision", "shipped"]
 
 _ALPHAS = (0.2, 0.35, 0.5, 0.65, 0.8)
+_BALANCES = (0.35, 0.5, 0.65)
 # Of the error on rows held apart, what making up for drift may leave at most: below 4 bits, and from there on. Small
 # gains are of these texts alone: a trained decoder in 4 bits lost a fifth more in the end where 5% of each layer's
 # error was gained. The coarser the codes, the more there is to gain.
 _GAINS = (0.95, 0.8)
 _SWEEPS = 4  # of coordinate descent; eight gain 1% more
+
+_ROWS: Literal["rows"] = "rows"  # inputs in 8 bits, each row over the range of its own largest magnitude
+Inputs = Range | Literal["rows"] | None
 
 
 class Decision:
@@ -122,6 +127,10 @@ class Decision:
         found: list[np.ndarray | None] = [
             smoothquant.smoothing(weights, self._statistics.channel_max, a) for a in _ALPHAS
         ]
+        if precision.per_token:
+            sample = self._statistics.sample
+            found += [balance.balancing(weights, sample, a) for a in _BALANCES]
+            return min([None, *found], key=lambda factors: self._unseen_error(weights, factors, precision))
         if not precision.is_static:
             return found[len(found) // 2]
         ranges = [activation_range(self._statistics, "minmax", factors) for factors in [None, *found]]
@@ -130,10 +139,10 @@ class Decision:
 
     def _input_range(self, weights: Sequence[np.ndarray], factors: np.ndarray | None) -> Range | None:
         """What 8 bits represent of the input: of the ways to choose, the one with the smallest error of the outputs."""
-        wanted = [p for p in self._precisions.values() if p.is_static]
+        wanted = [p.ranges for p in self._precisions.values() if p.is_static and p.ranges != "token"]
         if not wanted:
             return None
-        methods = SEARCHED if wanted[0].ranges == "search" else (wanted[0].ranges,)
+        methods = SEARCHED if wanted[0] == "search" else (wanted[0],)
         ranges = [activation_range(self._statistics, method, factors) for method in methods]
         errors = [self._error(weights, factors, where, FLOAT32) for where in ranges] if len(ranges) > 1 else [0.0]
         return ranges[int(np.argmin(errors))]
@@ -149,24 +158,34 @@ class Decision:
             total += float(np.square(inputs @ rounded.T - sample @ weight.T).sum(dtype=np.float64))
         return total
 
+    def _unseen_error(self, weights: Sequence[np.ndarray], factors: np.ndarray | None, precision: Precision) -> float:
+        """The layers' squared relative errors on the judges' rows, weights rounded to nearest."""
+        judges, total = self._judges, 0.0
+        inputs = _rounded_inputs(judges.x if factors is None else judges.x / factors, _ROWS)
+        for weight in weights:
+            rounded = _nearest(weight if factors is None else weight * factors, precision)
+            total += _judged(judges, inputs, rounded, weight) ** 2
+        return total
+
     def _layer(
         self, name: str, exact: np.ndarray, weight: np.ndarray, factors: np.ndarray | None, group_range: Range | None
     ) -> LayerFindings:
         """`exact`: the float weight; `weight`: what is rounded in its place."""
         precision, statistics, judges = self._precisions[name], self._statistics, self._judges
         where = group_range if precision.is_static else None
+        rounding: Inputs = _ROWS if precision.per_token else where
         scaled = weight if factors is None else weight * factors
         codes, scales, block = self._codes(scaled, precision, factors)
         chosen = _dequantized(codes, scales, block) if codes is not None else _nearest(scaled, precision)
         inputs = judges.x if factors is None else judges.x / factors
-        error = _judged(judges, _rounded_inputs(inputs, where), chosen, exact)
-        nearest = _rounded_inputs(judges.x, activation_range(statistics, "minmax") if where else None)
+        error = _judged(judges, _rounded_inputs(inputs, rounding), chosen, exact)
+        nearest = _rounded_inputs(judges.x, activation_range(statistics, "minmax") if where else rounding)
         nearest_error = _judged(judges, nearest, shipped(exact, precision), exact)
         if error >= nearest_error and precision.in_blocks and self._held is not None:
             plain = exact if factors is None else exact * factors
             rounded = _signed_codes(plain, precision)
             if rounded is not None:
-                again = _judged(judges, _rounded_inputs(inputs, where), _dequantized(*rounded), exact)
+                again = _judged(judges, _rounded_inputs(inputs, rounding), _dequantized(*rounded), exact)
                 if again < error:
                     (codes, scales, block), error = rounded, again
         return LayerFindings(
@@ -238,11 +257,14 @@ def _nearest(weight: np.ndarray, precision: Precision) -> np.ndarray:
     return rtn.rounded_blocks(grouped, scales, precision.bits).reshape(rows, row)
 
 
-def _rounded_inputs(x: np.ndarray, where: Range | None) -> np.ndarray:
-    """Inputs as 8 bits over the range represent them."""
-    if where is None:
+def _rounded_inputs(x: np.ndarray, how: Inputs) -> np.ndarray:
+    """Inputs as 8 bits represent them, over a range or over each row's own."""
+    if how is None:
         return x
-    low, high = where
+    if how == _ROWS:
+        steps = np.maximum(np.abs(x).max(axis=-1, keepdims=True), smallest(np.dtype(np.float32))) / 127
+        return np.rint(x / steps) * steps
+    low, high = how
     scale = max((high - low) / 255, smallest(np.dtype(np.float32)))
     return (np.clip(np.rint(x / scale), np.rint(low / scale), np.rint(high / scale)) * scale).astype(np.float32)
 

@@ -6,18 +6,19 @@ MatMulIntegerToFloat (uint8 activations: signed ones are many times slower there
 precision, for CUDA, whose kernels quantize no activations, MatMul and MatMulNBits alone. For the standard dialects:
 MatMul in the graph's float type, and MatMul over DequantizeLinear of int8 weights per output channel or int4 weights in
 blocks, activations as QuantizeLinear → DequantizeLinear (all symmetric, positive scales, zero points 0, as TensorRT
-demands); float8 e4m3 in the place of int8 for fp8.
+demands); float8 e4m3 in the place of int8 for fp8. Where each row of activations has a scale of its own, a row is
+divided by its largest magnitude first, so that the kernels' one scale serves them all, and the product is multiplied.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from mllm_edge.calibration.methods import rtn
+from mllm_edge.calibration.methods import rtn, searched
 from mllm_edge.calibration.methods.ranges import Range
 from mllm_edge.calibration.methods.scales import smallest, storable
 from mllm_edge.calibration.recipes import Precision, block_size
@@ -25,11 +26,25 @@ from mllm_edge.calibration.recipes import Precision, block_size
 if TYPE_CHECKING:
     from mllm_edge.export.graph import GraphBuilder
 
-__all__ = ["Linear", "Rounding", "keeps_activations", "linear", "pack_blocks", "quantized_input", "to_float", "to_half"]
+__all__ = [
+    "Linear",
+    "Quantized",
+    "Rounding",
+    "by_weights",
+    "keeps_activations",
+    "linear",
+    "pack_blocks",
+    "quantized_input",
+    "quantized_rows",
+    "to_float",
+    "to_half",
+]
 
 _MICROSOFT = "com.microsoft"
 _FLOAT, _HALF, _UINT8, _INT8 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.UINT8, ir.DataType.INT8
 _INT4, _FP8 = ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN
+# What uint8 codes around 128 hold when the largest magnitude is 1, in steps of 1/127.
+_CODES = (-128 / 127, 1.0)
 
 
 class Rounding(Protocol):
@@ -47,10 +62,21 @@ class Rounding(Protocol):
 
 
 @dataclass(frozen=True)
+class Quantized:
+    """x in 8 bits, for several layers: `values` are uint8 codes in `contrib`, else what codes stand for, over
+    `input_range`. `peaks` [..., 1]: what rows were divided by before, and their products are to be multiplied by; None:
+    nothing."""
+
+    values: ir.Value
+    input_range: Range
+    peaks: ir.Value | None = None
+
+
+@dataclass(frozen=True)
 class Linear:
     """y = x · weightᵀ + bias. `weight` and `bias` return float32 arrays [out, in] and [out] when called.
 
-    `quantized`: x as `quantized_input` made it, for static precisions, and `input_range` the range it was made for.
+    `quantized`: x as `quantized_input` or `quantized_rows` made it, for precisions that have inputs in 8 bits.
     """
 
     name: str
@@ -58,15 +84,33 @@ class Linear:
     weight: Callable[[], np.ndarray]
     bias: Callable[[], np.ndarray] | None = None
     rounding: Rounding = rtn
-    quantized: ir.Value | None = None
-    input_range: Range | None = None
+    quantized: Quantized | None = None
 
 
-def quantized_input(graph: "GraphBuilder", x: ir.Value, name: str, where: Range, fp8: bool = False) -> ir.Value:
-    """x in 8 bits over the range `where`: uint8 codes in `contrib`, else what int8 (or float8) codes stand for."""
+def by_weights(precision: Precision) -> Rounding:
+    """What rounds a weight that no calibration decided about."""
+    return searched if precision.method == "evened" else rtn
+
+
+def quantized_input(graph: "GraphBuilder", x: ir.Value, name: str, where: Range, fp8: bool = False) -> Quantized:
+    """x in 8 bits (int8 or float8) over the range `where`."""
     scale, zero = _activation_scale(graph, name, where, fp8)
     codes = graph.node("QuantizeLinear", [x, scale, zero], f"{name}.codes")
-    return codes if graph.contrib else graph.node("DequantizeLinear", [codes, scale, zero], f"{name}.int8")
+    values = codes if graph.contrib else graph.node("DequantizeLinear", [codes, scale, zero], f"{name}.int8")
+    return Quantized(values, where)
+
+
+def quantized_rows(graph: "GraphBuilder", x: ir.Value, name: str, fp8: bool = False) -> Quantized:
+    """x in 8 bits, each row over the range of its own largest magnitude; rows of zeros stay zero."""
+    graph.require_opset(18)  # axes as an input
+    kind = graph.float_type.numpy()
+    axis = graph.constant("peak.axis", np.array([-1], np.int64))
+    largest = graph.node("ReduceMax", [graph.node("Abs", [x], f"{name}.absolute"), axis], f"{name}.row_max")
+    peaks = graph.node(
+        "Max", [largest, graph.constant("peak.least", np.array(smallest(kind), kind))], f"{name}.row_peak"
+    )
+    relative = graph.node("Div", [x, peaks], f"{name}.relative")
+    return replace(quantized_input(graph, relative, name, _CODES if graph.contrib else (-1.0, 1.0), fp8), peaks=peaks)
 
 
 def keeps_activations(graph: "GraphBuilder") -> bool:
@@ -78,11 +122,14 @@ def keeps_activations(graph: "GraphBuilder") -> bool:
 
 def linear(graph: "GraphBuilder", x: ir.Value, layer: Linear, precision: Precision) -> ir.Value:
     """Append `layer` applied to x [..., in] in the graph's float type; returns [..., out] in that type."""
+    takes_floats = graph.contrib and (precision.in_blocks or keeps_activations(graph))
+    if precision.per_token and layer.quantized is None and not takes_floats:
+        layer = replace(layer, quantized=quantized_rows(graph, x, layer.name, precision.kind == "fp8"))
     if not graph.contrib or (keeps_activations(graph) and precision.kind in ("float32", "float16")):
         return _standard(graph, x, layer, precision)
     if precision.in_blocks or keeps_activations(graph):
         return _blocks(graph, x, layer, precision)
-    if precision.is_static:
+    if precision.rounds_inputs:
         return _int8_static(graph, layer)
     if precision.kind == "int8_dynamic":
         return _int8_dynamic(graph, x, layer)
@@ -108,6 +155,9 @@ def _float(graph: "GraphBuilder", x: ir.Value, layer: Linear, half: bool) -> ir.
 
 def _matmul(graph: "GraphBuilder", x: ir.Value, weight: ir.Value, layer: Linear) -> ir.Value:
     """x · weight [in, out] + bias."""
+    if layer.quantized is not None and layer.quantized.peaks is not None:
+        product = graph.node("MatMul", [x, weight], f"{layer.name}.matmul")
+        return _times_peaks(graph, product, layer.quantized.peaks, layer)
     bias = _bias(graph, layer)
     if bias is None:
         return graph.node("MatMul", [x, weight], layer.name)
@@ -140,7 +190,15 @@ def _standard(graph: "GraphBuilder", x: ir.Value, layer: Linear, precision: Prec
         codes = graph.weight(name, _INT4, (row, rows), lambda: _int4_columns(packed()[0], row))
         scales = graph.weight(f"{name}.scale", kind, (blocks, rows), lambda: to_float(name, packed()[1].T, kind))
         weight = graph.node("DequantizeLinear", [codes, scales], f"{name}.float", axis=0, block_size=block)
-    return _matmul(graph, x if layer.quantized is None else layer.quantized, weight, layer)
+    return _matmul(graph, x if layer.quantized is None else layer.quantized.values, weight, layer)
+
+
+def _times_peaks(graph: "GraphBuilder", product: ir.Value, peaks: ir.Value, layer: Linear) -> ir.Value:
+    """The product of rows that were divided by their peaks, as of rows that were not, + bias."""
+    bias = _bias(graph, layer)
+    if bias is None:
+        return graph.node("Mul", [product, peaks], layer.name)
+    return graph.node("Add", [graph.node("Mul", [product, peaks], f"{layer.name}.unbiased"), bias], layer.name)
 
 
 def _float8(layer: Linear, kind: ir.DataType) -> tuple[np.ndarray, np.ndarray]:
@@ -153,7 +211,7 @@ def _channels(layer: Linear, kind: ir.DataType) -> tuple[np.ndarray, np.ndarray]
     """int8 codes and scales for `kind`."""
     weight = layer.weight()
     codes, scales = layer.rounding.quantize_channels(weight)
-    return storable(codes, scales, kind.numpy(), exact=(lambda: weight) if layer.rounding is rtn else None)
+    return storable(codes, scales, kind.numpy(), exact=(lambda: weight) if layer.rounding in (rtn, searched) else None)
 
 
 def _blocks_of(
@@ -166,7 +224,7 @@ def _blocks_of(
     def blocks() -> np.ndarray:
         return np.pad(weight, ((0, 0), (0, codes[0].size - weight.shape[1]))).reshape(codes.shape)
 
-    exact = blocks if layer.rounding is rtn else None
+    exact = blocks if layer.rounding in (rtn, searched) else None
     return storable(codes, scales, kind.numpy(), 1 << (bits - 1), exact)
 
 
@@ -212,11 +270,13 @@ def _int8_dynamic(graph: "GraphBuilder", x: ir.Value, layer: Linear) -> ir.Value
 
 def _int8_static(graph: "GraphBuilder", layer: Linear) -> ir.Value:
     assert layer.quantized is not None
-    assert layer.input_range is not None
     codes, scales, zero = _int8_weight(graph, layer)
-    input_scale, input_zero = _activation_scale(graph, layer.name, layer.input_range)
-    inputs = [layer.quantized, codes, input_scale, scales, input_zero, zero, _bias(graph, layer)]
-    return graph.node("MatMulIntegerToFloat", inputs, layer.name, _MICROSOFT)
+    input_scale, input_zero = _activation_scale(graph, layer.name, layer.quantized.input_range)
+    inputs = [layer.quantized.values, codes, input_scale, scales, input_zero, zero]
+    if layer.quantized.peaks is None:
+        return graph.node("MatMulIntegerToFloat", [*inputs, _bias(graph, layer)], layer.name, _MICROSOFT)
+    product = graph.node("MatMulIntegerToFloat", inputs, f"{layer.name}.product", _MICROSOFT)
+    return _times_peaks(graph, product, layer.quantized.peaks, layer)
 
 
 def _int8_weight(graph: "GraphBuilder", layer: Linear) -> tuple[ir.Value, ir.Value, ir.Value]:

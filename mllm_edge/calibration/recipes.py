@@ -43,15 +43,16 @@ class Precision:
 
     `method` chooses codes and scales: rtn (rounding to nearest), evened (from the weights alone: a decoder's columns
     evened out, each block's scale searched for), or with calibration smoothquant, gptq, awq, awq+gptq
-    (scaled by AWQ, rounded by GPTQ). `ranges` chooses what int8_static represents of the activations; search takes the
-    way that serves the layer's outputs best.
+    (scaled by AWQ, rounded by GPTQ). `ranges` chooses what int8_static, fp8 and w4a8 represent of the activations;
+    search takes the way that serves the layer's outputs best, and with token each token has a scale of its own, from
+    its largest magnitude when it is computed.
     """
 
     kind: Kind
     bits: int = 32
     largest_block: int = 128
     method: Method = "rtn"
-    ranges: RangeMethod = "search"
+    ranges: RangeMethod | Literal["token"] = "search"
 
     @property
     def needs_data(self) -> bool:
@@ -61,6 +62,16 @@ class Precision:
     @property
     def is_static(self) -> bool:
         """Whether activations are quantized with a range from calibration."""
+        return self.rounds_inputs and self.ranges != "token"
+
+    @property
+    def per_token(self) -> bool:
+        """Whether activations are quantized with a scale for each token."""
+        return self.rounds_inputs and self.ranges == "token"
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether activations are quantized by nodes of the graph, apart from the product."""
         return self.kind in ("int8_static", "fp8", "w4a8")
 
     @property
@@ -73,6 +84,7 @@ FLOAT32 = Precision("float32")
 FLOAT16 = Precision("float16", 16)
 INT8_DYNAMIC = Precision("int8_dynamic", 8)
 INT8_STATIC = Precision("int8_static", 8, method="smoothquant")
+INT8_TOKEN = Precision("int8_static", 8, method="smoothquant", ranges="token")
 FP8 = Precision("fp8", 8, method="smoothquant", ranges="minmax")
 BLOCKS_8 = Precision("blocks", 8)
 BLOCKS_4 = Precision("blocks", 4)
@@ -125,7 +137,7 @@ RECIPES = {
 }
 # With calibration data.
 CALIBRATED = {
-    "int8": Recipe("int8", INT8_STATIC, INT8_STATIC, INT8_STATIC, HEAD_8),
+    "int8": Recipe("int8", INT8_STATIC, INT8_STATIC, INT8_TOKEN, HEAD_8),
     "int4": Recipe("int4", INT8_STATIC, INT8_STATIC, CALIBRATED_4, HEAD_8, more_bits_above=_MORE_BITS_ABOVE),
     "fp8": Recipe("fp8", FP8, FP8, FP8, HEAD_8),
     "w4a8": Recipe("w4a8", INT8_STATIC, INT8_STATIC, W4A8, HEAD_8),
@@ -191,7 +203,7 @@ _KEYS: Mapping[str, tuple[Any, ...]] = {
     "bits": (2, 3, 4, 8),
     "block": _BLOCKS,
     "method": ("rtn", "smoothquant", "gptq", "awq", "awq+gptq"),
-    "ranges": ("minmax", "percentile", "entropy", "mse", "search"),
+    "ranges": ("minmax", "percentile", "entropy", "mse", "search", "token"),
 }
 _EXAMPLE = (
     'base = "int4", kv = "int8", more_bits_above = 0.1, and tables [vision], [connector], [decoder], [head], '
@@ -258,7 +270,7 @@ def _precision(where: str, data: Any, base: Precision) -> Precision:
             raise RecipeError(f"{where}: {key} = {value!r}", f"{key} is one of {', '.join(map(str, _KEYS[key]))}")
     kind = {"int8": "int8_static"}.get(data.get("kind", base.kind), data.get("kind", base.kind))
     if kind != base.kind:
-        defaults = (FLOAT32, FLOAT16, INT8_DYNAMIC, INT8_STATIC, FP8, CALIBRATED_4, W4A8)
+        defaults = (FLOAT32, FLOAT16, INT8_DYNAMIC, INT8_TOKEN, FP8, CALIBRATED_4, W4A8)
         base = next(precision for precision in defaults if precision.kind == kind)
     return replace(
         base,

@@ -45,7 +45,7 @@ def against_rounding(
     count = affordable(_WAYS, sum(math.prod(layer.shape) for layer in layers))
     if not names or not held or not count or recipe.raised is not None:
         return None
-    if not all(precision.in_blocks and not precision.is_static for precision in precisions.values()):
+    if not all(precision.in_blocks and not precision.rounds_inputs for precision in precisions.values()):
         return None
     stored = {layer.name: layer for layer in layers}
 

@@ -9,9 +9,17 @@ import onnx_ir as ir
 from mllm_edge.calibration.findings import Findings, LayerFindings
 from mllm_edge.calibration.kv import quantize_cache
 from mllm_edge.calibration.layers import Group, Layer, find_groups, find_layers
-from mllm_edge.calibration.methods import rtn
 from mllm_edge.calibration.overflow import IN_FLOAT32, half_values
-from mllm_edge.calibration.qdq import Linear, keeps_activations, linear, quantized_input, to_float
+from mllm_edge.calibration.qdq import (
+    Linear,
+    Quantized,
+    by_weights,
+    keeps_activations,
+    linear,
+    quantized_input,
+    quantized_rows,
+    to_float,
+)
 from mllm_edge.calibration.recipes import Precision
 from mllm_edge.export.datafile import DataSink
 from mllm_edge.export.gate import check_cuda_graph, check_graph
@@ -44,14 +52,16 @@ def requantize(
         kind = ir.DataType.FLOAT16 if group.x in half else ir.DataType.FLOAT
         new = partial(GraphBuilder, graph.name or "", opset, data, kind, contrib=dialect == "contrib")
         found = {layer.name: findings.layer(layer.name) for layer in group.layers}
-        quantized = _quantize_input(graph, group, found, precision, new())
+        before = new()
+        quantized = _quantize_input(graph, group, found, precision, before)
+        opset = max(opset, before.opset)
         for layer in group.layers:
             builder = new()
             chosen = precision(layer.name)
-            described = _describe(layer, found[layer.name], quantized.get(_activation(chosen)))
+            described = _describe(layer, found[layer.name], chosen, quantized.get(_activation(chosen)))
             result = linear(builder, layer.x, described, chosen)
-            *before, last = layer.nodes
-            builder.splice(graph, last, result, before)
+            *rest, last = layer.nodes
+            builder.splice(graph, last, result, rest)
             opset = max(opset, builder.opset)
     graph.opset_imports[""] = opset
     quantize_cache(graph, dialect, findings)
@@ -91,9 +101,9 @@ def _quantize_input(
     found: dict[str, LayerFindings | None],
     precision: Callable[[str], Precision],
     builder: GraphBuilder,
-) -> dict[str, ir.Value]:
+) -> dict[str, Quantized]:
     """The group's input in 8 bits, once for all of its layers that take it so, by the kind of its codes."""
-    quantized: dict[str, ir.Value] = {}
+    quantized: dict[str, Quantized] = {}
     if keeps_activations(builder):
         return quantized
     for layer in group.layers:
@@ -101,20 +111,24 @@ def _quantize_input(
         kind = _activation(chosen)
         # The CPU's kernels for blocks take floats, and quantize them themselves.
         if kind and kind not in quantized and not (builder.contrib and chosen.in_blocks):
+            if chosen.per_token:
+                quantized[kind] = quantized_rows(builder, group.x, layer.name, chosen.kind == "fp8")
+                continue
             assert own is not None
             assert own.input_range is not None
-            quantized[kind] = quantized_input(builder, group.x, layer.name, own.input_range, kind == "fp8")
+            quantized[kind] = quantized_input(builder, group.x, layer.name, own.input_range, chosen.kind == "fp8")
     if quantized:
         builder.insert(graph, group.layers[0].nodes[0])
     return quantized
 
 
 def _activation(precision: Precision) -> str:
-    """What the activations of a static precision become; empty for others."""
-    return {"int8_static": "int8", "w4a8": "int8", "fp8": "fp8"}.get(precision.kind, "")
+    """What the activations become, where nodes of the graph quantize them; else empty."""
+    kind = {"int8_static": "int8", "w4a8": "int8", "fp8": "fp8"}.get(precision.kind, "")
+    return f"{kind} by rows" if precision.per_token else kind
 
 
-def _describe(layer: Layer, found: LayerFindings | None, quantized: ir.Value | None) -> Linear:
+def _describe(layer: Layer, found: LayerFindings | None, precision: Precision, quantized: Quantized | None) -> Linear:
     """The layer for the writer, factors included."""
     columns = None if found is None else found.factors
     rows = None if found is None else found.row_factors
@@ -132,7 +146,6 @@ def _describe(layer: Layer, found: LayerFindings | None, quantized: ir.Value | N
         shape=layer.shape,
         weight=weight,
         bias=None if layer.bias is None else bias,
-        rounding=rtn if found is None else found,
+        rounding=by_weights(precision) if found is None else found,
         quantized=quantized,
-        input_range=None if found is None else found.input_range,
     )

@@ -55,10 +55,7 @@ def build(
         x = graph.input("x", kind, ("n", ROW))
         if precision.is_static:
             where = layer.pop("where", (-3.0, 3.0))
-            layer |= {
-                "quantized": quantized_input(graph, x, "layer", where, precision.kind == "fp8"),
-                "input_range": where,
-            }
+            layer |= {"quantized": quantized_input(graph, x, "layer", where, precision.kind == "fp8")}
         y = linear(graph, x, Linear("layer", weight.shape, lambda: weight, **layer), precision)
         graph.output(y, "y", kind, ("n", len(weight)))
         model = graph.model()

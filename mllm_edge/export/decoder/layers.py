@@ -6,8 +6,7 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from mllm_edge.calibration.methods import rtn, searched
-from mllm_edge.calibration.qdq import Linear, linear, to_float
+from mllm_edge.calibration.qdq import Linear, by_weights, linear, to_float
 from mllm_edge.calibration.recipes import FLOAT32, Recipe, precision_of
 from mllm_edge.export.decoder.dialect import Dialect, Norm, SelfAttention
 from mllm_edge.export.decoder.dialects import standard
@@ -273,8 +272,7 @@ class Layers:
     def _rounded(self, x: ir.Value, layer: Linear) -> ir.Value:
         """The layer as the recipe wants it."""
         precision = precision_of(self._recipe, "decoder", layer.name)
-        rounding = searched if precision.method == "evened" else rtn
-        return linear(self._ops.graph, x, replace(layer, rounding=rounding), precision)
+        return linear(self._ops.graph, x, replace(layer, rounding=by_weights(precision)), precision)
 
     def _name(self, i: int, part: str) -> str:
         return self._spec.names.layer[part].format(i=i)
