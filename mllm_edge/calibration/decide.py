@@ -22,10 +22,12 @@ _BALANCES = (0.35, 0.5, 0.65)
 # gains are of these texts alone: a trained decoder in 4 bits lost a fifth more in the end where 5% of each layer's
 # error was gained. The coarser the codes, the more there is to gain.
 _GAINS = (0.95, 0.8)
+_MIDDLE = 0.3  # of the damping: tried first
 _SWEEPS = 4  # of coordinate descent; eight gain 1% more
 
 _ROWS: Literal["rows"] = "rows"  # inputs in 8 bits, each row over the range of its own largest magnitude
 Inputs = Range | Literal["rows"] | None
+_Codes = tuple[np.ndarray | None, np.ndarray | None, int | None]  # codes, scales, block; None for what stays float
 
 
 class Decision:
@@ -91,12 +93,16 @@ class Decision:
         gain = _GAINS[min(self._precisions[name].bits for name in names) >= 4]
         together = np.concatenate([exact[name] for name in names])
         best = drift.compensated(together, gram, moved, max(drift.DAMPS)) if judges is None else together
-        least = 0.0 if judges is None else gain * judges.error(together, together)
-        for damp in drift.DAMPS if judges is not None else ():
-            tried = drift.compensated(together, gram, moved, damp)
-            error = judges.error(tried, together) if judges is not None else 0.0
-            if error < least:
-                least, best = error, tried
+        if judges is not None:
+            plain = judges.error(together, together)
+            least = gain * plain
+            for damp in sorted(drift.DAMPS, key=lambda damp: abs(np.log(damp / _MIDDLE))):
+                tried = drift.compensated(together, gram, moved, damp)
+                error = judges.error(tried, together)
+                if error < least:
+                    least, best = error, tried
+                elif error > (1 + gain) / 2 * plain:
+                    break  # less than half of what it takes: the other ways will not do
         ends = np.cumsum([len(exact[name]) for name in names])[:-1]
         return {**exact, **dict(zip(names, np.split(best, ends), strict=True))}
 
@@ -104,7 +110,20 @@ class Decision:
         self, exact: dict[str, np.ndarray], weights: dict[str, np.ndarray], factors: np.ndarray | None
     ) -> list[LayerFindings]:
         where = self._input_range(list(weights.values()), factors)
-        return [self._layer(name, exact[name], weight, factors, where) for name, weight in weights.items()]
+        codes = self._all_codes(weights, factors)
+        return [self._layer(name, exact[name], w, factors, where, codes[name]) for name, w in weights.items()]
+
+    def _all_codes(self, weights: Mapping[str, np.ndarray], factors: np.ndarray | None) -> dict[str, _Codes]:
+        """By layer; those of one precision together, for they share what comes of the inputs alone."""
+        found: dict[str, _Codes] = {}
+        for precision in set(self._precisions.values()):
+            names = [name for name in weights if self._precisions[name] == precision]
+            together = np.concatenate([weights[name] for name in names])
+            codes, scales, block = self._codes(together if factors is None else together * factors, precision, factors)
+            ends = np.cumsum([len(weights[name]) for name in names])[:-1]
+            parts = [[None] * len(names) if a is None else np.split(a, ends) for a in (codes, scales)]
+            found |= {name: (c, s, block) for name, c, s in zip(names, *parts, strict=True)}
+        return found
 
     def _factors(self, weights: Mapping[str, np.ndarray]) -> np.ndarray | None:
         """Factors [K] of the input, where all layers of the group agree on a method that has them. Layers with more
@@ -168,14 +187,20 @@ class Decision:
         return total
 
     def _layer(
-        self, name: str, exact: np.ndarray, weight: np.ndarray, factors: np.ndarray | None, group_range: Range | None
+        self,
+        name: str,
+        exact: np.ndarray,
+        weight: np.ndarray,
+        factors: np.ndarray | None,
+        group_range: Range | None,
+        found: _Codes,
     ) -> LayerFindings:
-        """`exact`: the float weight; `weight`: what is rounded in its place."""
+        """`exact`: the float weight; `weight`: what is rounded in its place, to the codes that were `found`."""
         precision, statistics, judges = self._precisions[name], self._statistics, self._judges
         where = group_range if precision.is_static else None
         rounding: Inputs = _ROWS if precision.per_token else where
         scaled = weight if factors is None else weight * factors
-        codes, scales, block = self._codes(scaled, precision, factors)
+        codes, scales, block = found
         chosen = _dequantized(codes, scales, block) if codes is not None else _nearest(scaled, precision)
         inputs = judges.x if factors is None else judges.x / factors
         error = _judged(judges, _rounded_inputs(inputs, rounding), chosen, exact)
@@ -201,10 +226,8 @@ class Decision:
             nearest_error=nearest_error,
         )
 
-    def _codes(
-        self, weight: np.ndarray, precision: Precision, factors: np.ndarray | None
-    ) -> tuple[np.ndarray | None, np.ndarray | None, int | None]:
-        """(codes, scales, block); None for weights that stay float."""
+    def _codes(self, weight: np.ndarray, precision: Precision, factors: np.ndarray | None) -> _Codes:
+        """Codes, scales and block of a weight after its factors."""
         if precision.kind in ("float32", "float16", "fp8"):
             return None, None, None
         row = weight.shape[1]

@@ -11,7 +11,8 @@ from mllm_edge.calibration.methods.rtn import rounded_blocks
 
 __all__ = ["clipped_scales", "scaling"]
 
-_RATIOS = 10
+_RATIOS = (0.0, 0.2, 0.4, 0.6, 0.8)
+_STEP = 0.1  # to what is tried on both sides of the best
 _SMALLEST = 1e-3  # of the largest column: what is less counts as that
 _CLIPS = np.linspace(1.0, 0.5, 21, dtype=np.float32)
 Rounded = Callable[[np.ndarray], np.ndarray]
@@ -22,25 +23,30 @@ def scaling(
 ) -> np.ndarray:
     """Factors s [K] float32 for layers [N, K] that share an input: x / s and W · s take the places of x and W.
 
-    s = mean|x|^r, or mean|x|^r / |w|^(1−r) with the root mean square |w| of each column, normalized; r of `_RATIOS` in
-    [0, 1) and the way with the smallest error of the outputs for the rows of `sample` [n, K]. The second way also evens
+    s = mean|x|^r, or mean|x|^r / |w|^(1−r) with the root mean square |w| of each column, normalized; r in [0, 0.9] and
+    the way with the smallest error of the outputs for the rows of `sample` [n, K]. The second way also evens
     out columns, so that large ones do not make the scale of the small ones beside them. `rounded` returns what a weight
     is after quantization.
     """
     mean = np.maximum(channel_mean, 1e-4)
     columns = np.sqrt(np.mean([np.square(weight).mean(axis=0) for weight in weights], axis=0))
     columns = np.maximum(columns, max(_SMALLEST * float(columns.max()), 1e-30))
-    best, factors = np.inf, np.ones(len(mean), np.float32)
-    ratios = np.arange(_RATIOS) / _RATIOS
-    for s in (*(mean**ratio for ratio in ratios), *(mean**ratio / columns ** (1 - ratio) for ratio in ratios)):
-        s = (s / np.sqrt(s.max() * s.min())).astype(np.float32)
-        error = 0.0
+
+    def factors(ratio: float, even: bool) -> np.ndarray:
+        s = mean**ratio / (columns ** (1 - ratio) if even else 1)
+        return (s / np.sqrt(s.max() * s.min())).astype(np.float32)
+
+    def error(ratio: float, even: bool) -> float:
+        s, total = factors(ratio, even), 0.0
         for weight in weights:
             difference = rounded(weight * s) / s - weight
-            error += float(np.square(sample @ difference.T, dtype=np.float32).sum(dtype=np.float64))
-        if error < best:
-            best, factors = error, s
-    return factors
+            total += float(np.square(sample @ difference.T, dtype=np.float32).sum(dtype=np.float64))
+        return total
+
+    errors = {(ratio, even): error(ratio, even) for even in (False, True) for ratio in _RATIOS}
+    ratio, even = min(errors, key=errors.__getitem__)
+    errors |= {(r, even): error(r, even) for r in (ratio - _STEP, ratio + _STEP) if r >= 0}
+    return factors(*min(errors, key=errors.__getitem__))
 
 
 def clipped_scales(weight: np.ndarray, sample: np.ndarray, bits: int, block: int) -> np.ndarray:
