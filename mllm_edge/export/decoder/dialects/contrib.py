@@ -79,12 +79,16 @@ class Contrib:
 
     def self_attention(self, layer: SelfAttention, query_key: ir.Value, value: ir.Value) -> ir.Value:
         attention = self._spec.attention
-        query, key = standard.split_query_key(self.graph, layer.name, query_key, attention)
-        if layer.qk_norm is not None:
+        projections: list[ir.Value | None]
+        if layer.qk_norm is None:
+            projections = [self.graph.node("Concat", [query_key, value], f"{layer.name}.packed", axis=-1), None, None]
+        else:
+            query, key = standard.split_query_key(self.graph, layer.name, query_key, attention)
             query = self._normed_heads(f"{layer.name}.q_norm", query, layer.qk_norm[0])
             key = self._normed_heads(f"{layer.name}.k_norm", key, layer.qk_norm[1])
+            projections = [query, key, value]
         rope: list[ir.Value | None] = [None, None] if layer.rope is None else [*self._ropes[layer.rope]]
-        inputs: list[ir.Value | None] = [query, key, value, *self._past[layer.cache], self._seqlens, self._total, *rope]
+        inputs = [*projections, *self._past[layer.cache], self._seqlens, self._total, *rope]
         window = self._spec.windows[layer.window]
         options: dict[str, float] = {} if attention.softcap is None else {"softcap": attention.softcap}
         if self._biases:
