@@ -69,7 +69,7 @@ MODELS: Mapping[str, Model] = {
 
 
 def _exported(name: str, checkpoint: Path, float_bundle: Path, out: Path) -> None:
-    export(str(checkpoint), out, recipe_name=name, targets=("cpu",), verify_mode="off")
+    export(str(checkpoint), out, recipe_name=name, targets=("cpu",), allow_loss=True)
 
 
 def _calibrated(
@@ -78,20 +78,27 @@ def _calibrated(
     """`samples` questions for calibration, none: the built-in text alone; four more prove the result within `quantize`,
     as it demands. `builtin`: with the built-in text beside them."""
     data = [{"prompt": prompt} for prompt in calibration_prompts(samples + 4)] if samples else None
-    quantize(float_bundle, out, recipe=recipe, data=data, held_back=4, builtin=builtin or not samples)
+    builtin = builtin or not samples
+    quantize(float_bundle, out, recipe=recipe, data=data, held_back=4, builtin=builtin, allow_loss=True)
 
 
-def _decoder(precision: Precision) -> Recipe:
-    """The tower is random: only the decoder is quantized."""
-    return replace(CALIBRATED["int4"], vision=FLOAT16, connector=FLOAT16, decoder=precision)
+def _decoder(precision: Precision, more_bits: bool = False) -> Recipe:
+    """The tower is random: only the decoder is quantized. `more_bits`: where the recipe wants them."""
+    recipe = replace(CALIBRATED["int4"], vision=FLOAT16, connector=FLOAT16, decoder=precision)
+    return recipe if more_bits else replace(recipe, more_bits_above=None)
 
 
 RECIPES: Mapping[str, Make] = {
     "int4": partial(_exported, "int4"),
     "int8": partial(_exported, "int8"),
-    **{f"int4, {n} samples": partial(_calibrated, _decoder(CALIBRATED_4), n) for n in (4, 16, 48, 128)},
-    "int4, built-in text": partial(_calibrated, _decoder(CALIBRATED_4), 0),
-    "int4, 16 samples and built-in text": partial(_calibrated, _decoder(CALIBRATED_4), 16, builtin=True),
+    "4 bits, rounded": partial(_calibrated, _decoder(BLOCKS_4), 4),
+    **{f"4 bits, {n} samples": partial(_calibrated, _decoder(CALIBRATED_4), n) for n in (4, 16, 48, 128)},
+    "4 bits, built-in text": partial(_calibrated, _decoder(CALIBRATED_4), 0),
+    **{f"int4, {n} samples": partial(_calibrated, _decoder(CALIBRATED_4, more_bits=True), n) for n in (16, 128)},
+    "int4, built-in text": partial(_calibrated, _decoder(CALIBRATED_4, more_bits=True), 0),
+    "int4, 16 samples and built-in text": partial(
+        _calibrated, _decoder(CALIBRATED_4, more_bits=True), 16, builtin=True
+    ),
     "awq, 48 samples": partial(_calibrated, _decoder(replace(BLOCKS_4, method="awq")), 48),
     "gptq, 48 samples": partial(_calibrated, _decoder(replace(BLOCKS_4, method="gptq")), 48),
     "8-bit blocks": partial(_calibrated, _decoder(replace(BLOCKS_8, largest_block=64)), 4),
@@ -131,14 +138,14 @@ def main() -> None:
 
 
 def _reference(model: Model, cache: Path) -> tuple[Path, Path]:
-    """The checkpoint and its float bundle, made where they are not in the cache."""
+    """The checkpoint, made where it is not in the cache, and its float bundle, as this version exports it."""
     folder = cache / model.folder
     checkpoint, float_bundle = folder / "checkpoint", folder / "float"
     if not (float_bundle / MANIFEST).is_file():
         shutil.rmtree(folder, ignore_errors=True)
         source = model.source(cache)
         model.write(source, rescaled(source), checkpoint)
-        export(str(checkpoint), float_bundle, recipe_name="fp32", targets=("cpu",), verify_mode="off")
+    export(str(checkpoint), float_bundle, recipe_name="fp32", targets=("cpu",), verify_mode="off", force=True)
     return checkpoint, float_bundle
 
 
