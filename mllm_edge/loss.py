@@ -17,7 +17,8 @@ class Loss:
     """Mean KL divergence in nats of a bundle's next token from the float model's along the float model's answers, how
     often the likeliest token stays the same, and over how many positions. `kl_8_bits`, `agreement_8_bits`: the same
     for the float model with its language model rounded to 8-bit blocks, on the questions without pictures; None where
-    that was not measured, for losses that are not worth it. `question`: one of them, and what the float model and the
+    that was not measured, for losses that are not worth it. `kl_texts`: the bundle's on these, None where they are not
+    apart. `question`: one of them, and what the float model and the
     bundle answer."""
 
     kl: float
@@ -28,6 +29,7 @@ class Loss:
     question: str
     answer_before: str
     answer_after: str
+    kl_texts: float | None = None
 
 
 def headline(loss: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ number of bundles with them. What is done about a loss: `judge.py`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,7 @@ class References:
     model: Any
     embeds: dict[tuple[Any, ...], np.ndarray]
     _rounding: dict[int, tuple[float, float]] = field(default_factory=dict)
-    _explained: dict[int, float] = field(default_factory=dict)
+    _explained: dict[tuple[int, bool], float] = field(default_factory=dict)
 
     def rounding(self, bits: int) -> tuple[float, float]:
         """(mean KL in nats, agreement) of the source with its language model rounded to blocks of `bits`, its head to 8
@@ -67,19 +68,32 @@ class References:
             self._rounding[bits] = self._rounded(Precision("blocks", bits), HEAD_8)
         return self._rounding[bits]
 
-    def explained(self, bits: int) -> float:
-        """The mean KL in nats that the roundings of any target may come to: weights in blocks of `bits`, or with one
-        scale for each row where they are 8, and inputs of layers in 8 bits with one for each token."""
-        if bits not in self._explained:
+    def explained(self, bits: int, positive_scales: bool = False) -> float:
+        """The mean KL in nats, on the questions without pictures, that the roundings of a target may come to: weights
+        in blocks of `bits`, or with one scale for each row where they are 8, and inputs of layers in 8 bits with one
+        for each token. `positive_scales`: as TensorRT demands them, which loses more."""
+        key = bits, positive_scales
+        if key not in self._explained:
             layers = Precision("blocks", bits) if bits < INT8_DYNAMIC.bits else INT8_DYNAMIC
-            self._explained[bits] = self._rounded(layers, INT8_DYNAMIC, activations=True)[0]
-        return self._explained[bits]
+            self._explained[key] = self._rounded(layers, INT8_DYNAMIC, True, positive_scales)[0]
+        return self._explained[key]
 
-    def _rounded(self, layers: Precision, head: Precision, activations: bool = False) -> tuple[float, float]:
-        texts = [a for a in self.answered if not a.images]
-        with quiet_transformers(), rounded(self.model, layers, head, activations):
-            found = scores(self.model, [a.ids for a in texts], [a.tokens for a in texts])
-        return _compared([a.logits for a in texts], found)
+    @property
+    def texts(self) -> list[Answered]:
+        """Those about no picture; they come first."""
+        return [a for a in self.answered if not a.images]
+
+    @cached_property
+    def unrelated(self) -> float:
+        """Mean KL in nats between the source's distributions at different positions: what a bundle would have whose
+        logits have nothing to do with the source's."""
+        logits = np.concatenate([a.logits for a in self.answered])
+        return float(divergence(logits, np.roll(logits, len(logits) // 2, axis=0)).mean())
+
+    def _rounded(self, layers: Precision, head: Precision, *how: bool) -> tuple[float, float]:
+        with quiet_transformers(), rounded(self.model, layers, head, *how):
+            found = scores(self.model, [a.ids for a in self.texts], [a.tokens for a in self.texts])
+        return _compared([a.logits for a in self.texts], found)
 
 
 def ask(reference: "Reference", folder: Path, picture: "VerifyCase | None" = None) -> References:
@@ -117,6 +131,7 @@ def measure(references: References, folder: Path, target: str = "cpu") -> Loss:
         after = greedy_tokens(vlm, embeds, prompt.positions, len(shown.tokens))
         answers = [_text(vlm, tokens) for tokens in (shown.tokens, after)]
     kl, agreement = _compared([a.logits for a in references.answered], found)
+    texts, _ = _compared([a.logits for a in references.texts], found[: len(references.texts)])
     eight = references.rounding(8) if not kl < WARN_KL else (None, None)
     return Loss(
         kl=kl,
@@ -127,6 +142,7 @@ def measure(references: References, folder: Path, target: str = "cpu") -> Loss:
         question=shown.question,
         answer_before=answers[0],
         answer_after=answers[1],
+        kl_texts=texts,
     )
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from mllm_edge.calibration.decide import shipped
-from mllm_edge.calibration.recipes import Precision
+from mllm_edge.calibration.methods import rtn
+from mllm_edge.calibration.recipes import Precision, block_size
 from mllm_edge.export.adapters import Skeleton, skeleton
 from mllm_edge.export.checkpoint.quantized import without_quantization
 from mllm_edge.export.source import Source
@@ -103,16 +104,23 @@ def scores(model: Any, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarr
 
 
 @contextmanager
-def rounded(model: Any, layers: Precision, head: Precision, activations: bool = False) -> Iterator[None]:
+def rounded(
+    model: Any, layers: Precision, head: Precision, activations: bool = False, positive_scales: bool = False
+) -> Iterator[None]:
     """Within, the language model's linear layers compute with weights rounded to nearest, each only while it runs; with
-    `activations`, their inputs are rounded to 8 bits for each token, too."""
+    `activations`, their inputs are rounded to 8 bits for each token, too; with `positive_scales`, blocks as for
+    TensorRT."""
     import torch
 
     chosen = {m: layers for m in model.get_decoder().modules() if isinstance(m, torch.nn.Linear)}
     chosen[model.get_output_embeddings()] = head
 
     def forward(module: Any, precision: Precision, x: Any) -> Any:
-        weight = shipped(module.weight.detach().numpy(), precision)
+        weight = module.weight.detach().numpy()
+        if positive_scales and precision.in_blocks:
+            weight = _positive_blocks(weight, precision)
+        else:
+            weight = shipped(weight, precision)
         if activations:
             step = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30) / 127
             x = torch.round(x / step) * step
@@ -125,6 +133,14 @@ def rounded(model: Any, layers: Precision, head: Precision, activations: bool = 
     finally:
         for module in chosen:
             del module.forward
+
+
+def _positive_blocks(weight: np.ndarray, precision: Precision) -> np.ndarray:
+    rows, row = weight.shape
+    block = block_size(row, precision.largest_block)
+    codes, scales = rtn.quantize_blocks(weight, precision.bits, block, positive_scales=True)
+    values = (codes.astype(np.float32) - (1 << (precision.bits - 1))) * scales[..., None]
+    return np.ascontiguousarray(values.reshape(rows, -1)[:, :row])
 
 
 def _left_padded(rows: Sequence[np.ndarray]) -> tuple[Any, Any]:
