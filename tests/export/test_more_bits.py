@@ -11,7 +11,7 @@ import pytest
 from mllm_edge.bundle import Bundle
 from mllm_edge.calibration.mixed import with_more_bits
 from mllm_edge.calibration.recipes import CALIBRATED, FLOAT16, Recipe, Rule, precision_of
-from mllm_edge.export import quantize as quantize_module
+from mllm_edge.export import quantize_job
 from mllm_edge.export.pipeline import export
 from mllm_edge.export.progress import Silent
 from mllm_edge.export.quantize import Gate, quantize
@@ -84,14 +84,14 @@ def test_it_is_measured_once(source: Path, tmp_path: Path, monkeypatch: pytest.M
 
     recipe, told = replace(INT4, more_bits_above=1e-6), Told()
     with monkeypatch.context() as patch:
-        patch.setattr(quantize_module, "calibrate", stop)
+        patch.setattr(quantize_job, "calibrate", stop)
         with pytest.raises(KeyboardInterrupt):
             quantized(source, tmp_path / "out", recipe, told)
     note = tmp_path / ".out.calibration" / "rounding.json"
     assert json.loads(note.read_text(encoding="utf-8")) > 0
     with monkeypatch.context() as patch:
-        patch.setattr(quantize_module, "of_rounding", stop)
-        patch.setattr(quantize_module, "calibrate", lambda *a, **k: (_ for _ in ()).throw(EOFError))
+        patch.setattr(quantize_job, "of_rounding", stop)
+        patch.setattr(quantize_job, "calibrate", lambda *a, **k: (_ for _ in ()).throw(EOFError))
         with pytest.raises(EOFError):
             quantized(source, tmp_path / "out", recipe, told)
     note.write_text("{", encoding="utf-8")

@@ -306,7 +306,7 @@ def test_interrupted_calibration_goes_on(float_bundle: Path, tmp_path: Path, mon
         quantize(float_bundle, tmp_path / "out", recipe="int4", data=samples())
     assert not (tmp_path / "out").exists()
     assert (tmp_path / ".out.calibration" / "recorded").exists()
-    monkeypatch.setattr("mllm_edge.export.quantize.record", None)  # would fail: it must not record again
+    monkeypatch.setattr("mllm_edge.export.quantize_job.record", None)  # would fail: it must not record again
     again: list[str] = []
 
     def count(self: Any) -> None:
