@@ -79,6 +79,36 @@ def test_each_target_is_measured(tiny_checkpoint: Path, tmp_path: Path, monkeypa
         export(str(tiny_checkpoint), tmp_path / "other", recipe_name="int4", targets=["tensorrt"])
 
 
+def test_the_target_that_loses_most_decides(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """About more bits, about the warning, and what is refused; each is told, and a loss is measured once."""
+    measure, measured = judge_module.measure, list[str]()
+
+    def more_for_tensorrt(references: Any, folder: Path, target: str) -> Loss:
+        measured.append(target)
+        loss = measure(references, folder, target)
+        return replace(loss, kl=0.01 if target == "cpu" else 0.2)
+
+    monkeypatch.setattr(judge_module, "measure", more_for_tensorrt)
+    monkeypatch.setattr(judge_module, "require_rounding", lambda *arguments: None)
+    options: Any = {"recipe_name": "int4", "targets": ["tensorrt"]}
+    report = export(str(tiny_checkpoint), tmp_path / "raised", **options)
+    assert measured == ["cpu", "tensorrt"] * 2
+    assert Bundle.load(tmp_path / "raised").manifest.recipe["rules"]
+    assert report.warning.startswith("this bundle answers differently from its float model for tensorrt: KL 0.20 nats")
+    shown = words({"loss": report.loss}).splitlines()
+    assert shown[0].startswith("loss: KL 0.01 nats")
+    assert shown[-1].startswith("loss for tensorrt: KL 0.20 nats")
+    with pytest.raises(AccuracyError, match=r"loses too much for tensorrt: KL 0\.20"):
+        export(str(tiny_checkpoint), tmp_path / "refused", max_kl=0.1, **options)
+    measured.clear()
+    monkeypatch.setitem(RECIPES, "int4", replace(RECIPES["int4"], more_bits_above=0.3))
+    export(str(tiny_checkpoint), tmp_path / "kept", **options)
+    assert measured == ["cpu", "tensorrt"]
+    assert Bundle.load(tmp_path / "kept").manifest.recipe["rules"] == []
+
+
 def _scaled(spec: DecoderSpec) -> DecoderSpec:
     return replace(spec, attention=replace(spec.attention, scale=2 * spec.attention.scale))
 
