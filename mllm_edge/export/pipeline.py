@@ -53,9 +53,9 @@ _OTHER_FILES = 16 << 20  # bytes; room for tokenizer and graphs in the estimate
 class ExportReport:
     """What an export did, or (dry run) would do. `components` maps names to bytes of weights, embeddings included;
     `float32_operators` are those of half-precision graphs that half precision would have overflowed in; `notices` say
-    what the user should know of how the checkpoint was read. `loss`: a `Loss` as a dict, of a quantized recipe's first
-    target; with others, theirs under `targets`. Where it was not measured, `loss_not_measured` says why. `warning`:
-    what to do about a loss that people notice."""
+    what the user should know of how the checkpoint was read, and which layers got more bits. `loss`: a `Loss` as a
+    dict, of a quantized recipe's first target; with others, theirs under `targets`. Where it was not measured,
+    `loss_not_measured` says why. `warning`: what to do about a loss that people notice."""
 
     source: str
     adapters: tuple[str, ...]
@@ -274,7 +274,7 @@ class _Job:
             return manifest
         self._losses.clear()
         self._recipe = with_more_bits(self._recipe, self._plan.decoder.layers)
-        self._progress.notice(f"{self._recipe.name} everywhere costs KL {kl:.2g}: {MORE_BITS}")
+        self._source.notices.add(f"{self._recipe.name} everywhere costs KL {kl:.2g}: {MORE_BITS}")
         (folder / MANIFEST).unlink()
         return keep_in_range(folder, self._rewritten(folder, manifest), progress=self._progress)
 

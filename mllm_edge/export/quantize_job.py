@@ -95,6 +95,7 @@ class QuantizeJob:
         progress: Progress,
     ):
         self._source, self._recipe, self._base, self._samples = source, recipe, recipe, samples
+        self.notices: tuple[str, ...] = ()  # what the user should know of the bits
         self._order: list[Candidate] = []
         self._loss_left, self._threads = 0.0, threads
         self._work, self._progress = work, progress
@@ -120,7 +121,8 @@ class QuantizeJob:
         self._begin_with(more)
         if more:
             self._recipe = self._base = with_more_bits(self._recipe, _layer_count(self._source))
-            self._progress.notice(f"rounding to {self._recipe.decoder.bits} bits costs KL {kl:.2g}: {MORE_BITS}")
+            self.notices = (f"rounding to {self._recipe.decoder.bits} bits costs KL {kl:.2g}: {MORE_BITS}",)
+            self._progress.notice(*self.notices)
 
     def calibrate(self) -> dict[str, Findings]:
         """What calibration finds for each component, or found before it was interrupted."""

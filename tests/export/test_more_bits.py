@@ -69,6 +69,7 @@ def test_rounding_is_measured_first(source: Path, tmp_path: Path, above: float, 
     bits = quantized(source, tmp_path / "out", replace(INT4, more_bits_above=above), told, gate=Gate(gate))
     assert told.titles.index("measuring what rounding costs") < told.titles.index("calibrating the decoder")
     assert bool(told.notices) == more
+    assert Bundle.load(tmp_path / "out").manifest.provenance["notices"] == told.notices
     eight = {name for name, b in bits.items() if b == 8 and name != "lm_head"}
     # The first of six layers is in the first tenth, rounded.
     expected = {f"layers.{i}.v_proj" for i in range(6)} | {f"layers.{i}.down_proj" for i in range(1, 6)}
