@@ -128,12 +128,15 @@ def least_bits(recipe: Recipe) -> int:
     return min([recipe.decoder.bits, *(rule.precision.bits for rule in recipe.rules)])
 
 
-def remedy(recipe: Recipe, calibrated: bool = False) -> str:
-    """What loses less than a recipe."""
-    if least_bits(recipe) >= 8 and not calibrated:
-        return "use --recipe fp16"
-    data = "give more samples" if calibrated else "calibrate: mllm-edge quantize, with questions of your own as --data"
-    return f"use --recipe int8, or {data}, or use --recipe fp16"
+def remedy(recipe: Recipe, samples: int | None = None) -> str:
+    """What loses less than a recipe, calibrated on so many samples of the user's own; None: not calibrated."""
+    few = least_bits(recipe) < 8
+    ways = ["use --recipe int8"] if few else []
+    if samples is not None:
+        ways.append("give more samples" if samples else "give questions of your own as --data")
+    elif few:
+        ways.append("calibrate: mllm-edge quantize, with questions of your own as --data")
+    return ", or ".join([*ways, "use --recipe fp16"])
 
 
 def unmeasured(source: Source, out: str, off: bool, whole_limit: float) -> dict[str, Any]:

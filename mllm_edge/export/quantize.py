@@ -186,9 +186,9 @@ def _quantize(
         while gate.missed(proof) and job.raise_more():
             manifest, proof = job.prove(folder, findings, samples.kept)
         layers = {name: job.errors(name, found) for name, found in findings.items()}
-        loss = job.loss(proof, samples.kept)
+        loss, fix = job.loss(proof, samples.kept), remedy(chosen, len(samples.own))
         if not allow_loss:
-            _check_gate(gate, proof, loss, layers, work, remedy(chosen, calibrated=True))
+            _check_gate(gate, proof, loss, layers, work, fix)
         manifest = _with_figure(folder, manifest, layers)
         accuracy = {**proof.as_dict(), "layers": to_json(layers), **samples.counts()}
         accuracy["loss"] = to_json(loss)
@@ -209,7 +209,7 @@ def _quantize(
         float32_operators=written.manifest.recipe.get(KEY, {}),
         against_rounding=losses,
         loss=loss,
-        warning=warning(to_json(loss), remedy(chosen, calibrated=True)),
+        warning=warning(to_json(loss), fix),
         builtin=len(samples.builtin),
         without_images=replaced_parts(wished, chosen),
         notices=job.notices,

@@ -11,11 +11,12 @@ import pytest
 from safetensors.numpy import save_file
 
 from mllm_edge.bundle import Bundle
-from mllm_edge.calibration.recipes import RECIPES
+from mllm_edge.calibration.recipes import CALIBRATED, RECIPES, Recipe
 from mllm_edge.errors import AccuracyError, ExportError, OptionError, ParityError
 from mllm_edge.export import judge as judge_module
 from mllm_edge.export import pipeline
 from mllm_edge.export.decoder.spec import DecoderSpec
+from mllm_edge.export.judge import remedy
 from mllm_edge.export.pipeline import export
 from mllm_edge.export.progress import Silent
 from mllm_edge.json_form import to_json
@@ -107,6 +108,23 @@ def test_the_target_that_loses_most_decides(
     export(str(tiny_checkpoint), tmp_path / "kept", **options)
     assert measured == ["cpu", "tensorrt"]
     assert Bundle.load(tmp_path / "kept").manifest.recipe["rules"] == []
+
+
+@pytest.mark.parametrize(
+    ("recipe", "samples", "ways"),
+    [
+        (RECIPES["int4"], None, ["--recipe int8", "calibrate: mllm-edge quantize", "--recipe fp16"]),
+        (RECIPES["int8"], None, ["--recipe fp16"]),
+        (CALIBRATED["int4"], 0, ["--recipe int8", "give questions of your own as --data", "--recipe fp16"]),
+        (CALIBRATED["int4"], 9, ["--recipe int8", "give more samples", "--recipe fp16"]),
+        (CALIBRATED["int8"], 9, ["give more samples", "--recipe fp16"]),
+        (CALIBRATED["int8"], 0, ["give questions of your own as --data", "--recipe fp16"]),
+    ],
+)
+def test_the_remedy_is_another_one(recipe: Recipe, samples: int | None, ways: list[str]) -> None:
+    found = remedy(recipe, samples).split(", or ")
+    assert len(found) == len(ways)
+    assert all(way in text for way, text in zip(ways, found, strict=True))
 
 
 def _scaled(spec: DecoderSpec) -> DecoderSpec:
