@@ -176,7 +176,7 @@ def _export(
         if verify_mode != "off":
             if whole:  # all of it runs, in float32
                 manifest = keep_in_range(folder, manifest, progress=progress)
-                manifest = job.with_more_bits(folder, manifest)
+                manifest = job.with_more_bits(folder, manifest, allowance.max_kl)
             parity, accuracy = job.verify(folder, manifest, whole, verify_cases, allowance)
             manifest = replace(manifest, parity=parity)
         if is_quantized(chosen) and not accuracy:
@@ -261,12 +261,12 @@ class _Job:
             files=file_entries(folder, self._hashes),
         )
 
-    def with_more_bits(self, folder: Path, manifest: Manifest) -> Manifest:
-        """Where the bundle in `folder` loses more than the recipe accepts, the decoder is written again with more bits
-        for the layers that cost most."""
-        most = self._recipe.more_bits_above
-        if most is None:
+    def with_more_bits(self, folder: Path, manifest: Manifest, max_kl: float) -> Manifest:
+        """Where the bundle in `folder` loses more than the recipe accepts, or than is allowed, the decoder is written
+        again with more bits for the layers that cost most."""
+        if self._recipe.more_bits_above is None:
             return manifest
+        most = min(self._recipe.more_bits_above, max_kl)
         self._progress.stage("measuring the loss")
         write_manifest(folder, manifest)
         kl = self._largest_loss(folder, most)

@@ -110,6 +110,15 @@ def test_the_target_that_loses_most_decides(
     assert Bundle.load(tmp_path / "kept").manifest.recipe["rules"] == []
 
 
+def test_a_demand_below_the_recipes_gets_more_bits(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """What they can meet is not refused."""
+    four = export(str(tiny_checkpoint), tmp_path / "four", recipe_name="int4").loss["kl"]
+    assert four < RECIPES["int4"].more_bits_above
+    report = export(str(tiny_checkpoint), tmp_path / "more", recipe_name="int4", max_kl=0.95 * four)
+    assert report.loss["kl"] <= 0.95 * four
+    assert Bundle.load(tmp_path / "more").manifest.recipe["rules"]
+
+
 @pytest.mark.parametrize(
     ("recipe", "samples", "ways"),
     [
