@@ -41,21 +41,24 @@ def headline(loss: Mapping[str, Any]) -> str:
 
 
 def words(accuracy: Mapping[str, Any]) -> str:
-    """What a report or a manifest's `accuracy` says of the loss: a line, and a sample question with both answers; or
-    why it was not measured. Empty where it says nothing."""
+    """What a report or a manifest's `accuracy` says of the loss: a line, a sample question with both answers, and a
+    line for each further target; or why it was not measured. Empty where it says nothing."""
     loss = accuracy.get("loss")
     if loss:
-        return "\n".join([f"loss: {headline(loss)}", *_sample(loss)])
+        others = [f"loss for {target}: {headline(other)}" for target, other in loss.get("targets", {}).items()]
+        return "\n".join([f"loss: {headline(loss)}", *_sample(loss), *others])
     reason = accuracy.get(NOT_MEASURED)
     return f"loss not measured: {reason}" if reason else ""
 
 
 def warning(loss: Mapping[str, Any], remedy: str) -> str:
-    """What to tell people of a loss that they will notice; empty for others."""
-    if loss["kl"] < WARN_KL:
+    """What to tell people of a loss that they will notice, the largest of all targets'; empty for others."""
+    losses = {"": loss, **{f" for {target}": other for target, other in loss.get("targets", {}).items()}}
+    where, largest = max(losses.items(), key=lambda item: item[1]["kl"])
+    if largest["kl"] < WARN_KL:
         return ""
-    what = "this bundle answers differently from its float model"
-    return f"{what}: KL {_nats(loss['kl'])} nats (people notice from {WARN_KL:g} on); {remedy}"
+    what = f"this bundle answers differently from its float model{where}"
+    return f"{what}: KL {_nats(largest['kl'])} nats (people notice from {WARN_KL:g} on); {remedy}"
 
 
 def _nats(kl: float) -> str:

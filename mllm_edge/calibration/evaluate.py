@@ -151,8 +151,9 @@ class _Tally:
                 (_text(one, a.greedy) == sample.answer.strip(), _text(other, b.greedy) == sample.answer.strip())
             )
         self._times.append((a.prefill, b.prefill, a.token, b.token))
-        if not self._samples:
-            self._example = sample.prompt, _text(one, a.greedy), _text(other, b.greedy)
+        if not self._example[1]:  # the first that the float model says anything to
+            example = sample.prompt, _text(one, a.greedy), _text(other, b.greedy)
+            self._example = example if example[1] or not self._samples else self._example
         self._samples += 1
 
     def proof(self, float_bytes: int, quantized_bytes: int) -> Proof:

@@ -1,6 +1,7 @@
 """Recipes: which precision each part of the model gets, as data."""
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -78,6 +79,11 @@ class Precision:
     def in_blocks(self) -> bool:
         """Whether weights have a scale for each block of a row."""
         return self.kind in ("blocks", "w4a8")
+
+    @property
+    def fewer_than_8(self) -> bool:
+        """Whether weights lie in blocks that 8 bits would hold better."""
+        return self.in_blocks and self.bits < 8
 
 
 FLOAT32 = Precision("float32")
@@ -226,7 +232,7 @@ def read_recipe(path: Path) -> Recipe:
         raise RecipeError(f"{path}: unknown key {unknown[0]!r}", f"a recipe holds {_EXAMPLE}")
     base = calibrated_recipe(str(data.get("base", "int4")))
     size = data.get("size", base.size)
-    if not isinstance(size, (int, float)) or not 0 < size <= 1:
+    if not _is_number(size) or not 0 < size <= 1:
         raise RecipeError(
             f"{path}: size = {size!r}", "size is a part of the half-precision bundle: 0.4, for base = mixed"
         )
@@ -235,21 +241,36 @@ def read_recipe(path: Path) -> Recipe:
         raise RecipeError(f"{path}: kv = {kv!r}", f"kv, the decoder's cache, is one of {', '.join(_CACHES)}")
     above = _more_bits_above(path, data.get("more_bits_above", base.more_bits_above))
     parts = {part: _precision(f"{path}: [{part}]", data.get(part, {}), getattr(base, part)) for part in _PARTS}
-    rules = tuple(_rule(f"{path}: [[rules]] {i}", rule) for i, rule in enumerate(data.get("rules", []), 1))
+    listed = data.get("rules", [])
+    if not isinstance(listed, list):
+        raise RecipeError(f"{path}: rules = {listed!r}", "rules are tables, each under a line [[rules]]")
+    rules = tuple(_rule(f"{path}: [[rules]] {i}", rule) for i, rule in enumerate(listed, 1))
     name = str(data.get("name", path.stem))
     rules = base.rules + rules
+    if not parts["decoder"].fewer_than_8:
+        if "more_bits_above" in data and above is not None:
+            decoder = parts["decoder"]
+            raise RecipeError(
+                f"{path}: more_bits_above = {above:g}, and the decoder is {decoder.kind} of {decoder.bits} bits",
+                "it gives more bits to a decoder in blocks of fewer than 8: leave it out",
+            )
+        above = None
     return replace(base, name=name, **parts, rules=rules, size=float(size), kv=kv, more_bits_above=above)
 
 
 def _more_bits_above(path: Path, value: Any) -> float | None:
     if value in (None, "never"):
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+    if not _is_number(value) or not 0 <= value < math.inf:
         raise RecipeError(
             f"{path}: more_bits_above = {value!r}",
             'a KL divergence in nats, 0 or more; or "never", for fixed bits',
         )
     return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _rule(where: str, data: Any) -> Rule:
@@ -266,12 +287,19 @@ def _precision(where: str, data: Any, base: Precision) -> Precision:
     for key, value in data.items():
         if key not in _KEYS:
             raise RecipeError(f"{where}: unknown key {key!r}", f"known keys: {', '.join(_KEYS)}")
-        if value not in _KEYS[key]:
+        if not any(value == known and type(value) is type(known) for known in _KEYS[key]):
             raise RecipeError(f"{where}: {key} = {value!r}", f"{key} is one of {', '.join(map(str, _KEYS[key]))}")
     kind = {"int8": "int8_static"}.get(data.get("kind", base.kind), data.get("kind", base.kind))
     if kind != base.kind:
         defaults = (FLOAT32, FLOAT16, INT8_DYNAMIC, INT8_TOKEN, FP8, CALIBRATED_4, W4A8)
         base = next(precision for precision in defaults if precision.kind == kind)
+    own = {"bits": ("blocks",), "block": ("blocks", "w4a8"), "ranges": ("int8_static", "fp8", "w4a8")}
+    for key, kinds in own.items():
+        if key in data and kind not in kinds and not (key == "bits" and data[key] == base.bits):
+            said = ", ".join("int8" if known == "int8_static" else known for known in kinds)
+            raise RecipeError(
+                f"{where}: {key} = {data[key]!r} means nothing for kind {kind}", f"{key} belongs to kind {said}"
+            )
     return replace(
         base,
         bits=data.get("bits", base.bits),

@@ -9,6 +9,7 @@ import click
 from mllm_edge.cli.options import POSITIVE, json_option
 from mllm_edge.cli.output import bytes_text, print_json, table, write_answer
 from mllm_edge.cli.progress import stages
+from mllm_edge.cli.proof import layers_table
 
 if TYPE_CHECKING:
     from mllm_edge.bundle import Bundle
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from mllm_edge.spec import TensorSpec, Variant
 
 __all__ = ["command"]
+
+_FEW = 3  # patterns of layers, or numbers, in a line
 
 
 def _size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
@@ -172,7 +175,20 @@ def _tensor(name: str, tensor: "TensorSpec") -> str:
 
 
 def _recipe(bundle: "Bundle") -> str:
-    return f"recipe     {bundle.manifest.recipe.get('name', '')}"
+    """The recipe's name, and which layers have another precision than it says for their part."""
+    recipe, others = bundle.manifest.recipe, dict[str, list[str]]()
+    for rule in recipe.get("rules", ()):
+        precision = rule["precision"]
+        kind = f"{precision['bits']}-bit blocks" if precision["kind"] == "blocks" else precision["kind"]
+        others.setdefault(kind, []).append(f"{rule['component']}: {rule['layers']}")
+    lines = [f"  {kind}: {_first_and_last(names)}" for kind, names in others.items()]
+    return "\n".join([f"recipe     {recipe.get('name', '')}", *lines])
+
+
+def _first_and_last(names: list[str]) -> str:
+    if len(names) <= _FEW:
+        return ", ".join(names)
+    return f"{', '.join(names[: _FEW - 1])} … {names[-1]} ({len(names)})"
 
 
 def _parity(bundle: "Bundle") -> str:
@@ -195,11 +211,27 @@ def _target_parity(parity: Mapping[str, Any]) -> str:
 
 
 def _accuracy(bundle: "Bundle") -> str:
+    """The loss in words, what the proof measured, and the worst layers; all of it is in --json."""
     from mllm_edge.loss import NOT_MEASURED, words
 
     accuracy = bundle.manifest.accuracy
-    rows = [[name, str(value)] for name, value in accuracy.items() if name not in ("loss", NOT_MEASURED)]
-    return "\n\n".join(filter(None, [words(accuracy), table(["accuracy", ""], rows) if rows else ""]))
+    told = ("loss", NOT_MEASURED, "question", "answer_before", "answer_after", "layers", "components")
+    shown = {name: _fact(value) for name, value in accuracy.items() if name not in told}
+    rows = [
+        [f"{name}: SQNR, cosine", f"{found['sqnr']:.1f} dB, {found['cosine']:.5f}"]
+        for name, found in accuracy.get("components", {}).items()
+    ]
+    rows += [[name, text] for name, text in shown.items() if text]
+    parts = [words(accuracy), table(["accuracy", ""], rows) if rows else "", layers_table(accuracy.get("layers", {}))]
+    return "\n\n".join(filter(None, parts))
+
+
+def _fact(value: Any) -> str:
+    """A measured value; empty for what is no number and for more numbers than a line holds."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    if len(values) > _FEW or not all(isinstance(v, (int, float)) for v in values):
+        return ""
+    return ", ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values)
 
 
 def _provenance(bundle: "Bundle") -> str:

@@ -1,11 +1,12 @@
 """What quantization cost, as text."""
 
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
 from mllm_edge.cli.output import bytes_text, milliseconds, table
 
-__all__ = ["float32_operators", "proof_summary"]
+__all__ = ["float32_operators", "layers_table", "proof_summary"]
 
 _WORST = 5  # layers shown
 
@@ -24,7 +25,7 @@ def proof_summary(report: dict[str, Any]) -> str:
         for part in (
             _proof(report),
             _rounding(report),
-            _layers(report),
+            layers_table(report["layers"]),
             float32_operators(report),
             _without_images(report),
             _skipped(report),
@@ -104,10 +105,9 @@ def _proof(report: dict[str, Any]) -> str:
     return table([title, ""], rows)
 
 
-def _layers(report: dict[str, Any]) -> str:
-    ranked = sorted(
-        ((errors, f"{c}: {n}") for c, found in report["layers"].items() for n, errors in found.items()), reverse=True
-    )
+def layers_table(layers: Mapping[str, Any]) -> str:
+    """The worst of the layers (component → layer → its error, that of rounding); empty without any."""
+    ranked = sorted(((errors, f"{c}: {n}") for c, found in layers.items() for n, errors in found.items()), reverse=True)
     if not ranked:
         return ""
     rows = [[name, f"{error:.2%}", f"{nearest:.2%}"] for (error, nearest), name in ranked[:_WORST]]

@@ -1,7 +1,7 @@
 """What is done about a bundle's loss: refused, told, or said why it was not measured."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Allowance",
-    "divergence_of",
     "is_quantized",
     "judge",
     "judged",
     "least_bits",
+    "loss_of",
     "remedy",
     "require_rounding",
     "unmeasured",
@@ -44,11 +44,16 @@ class Allowance:
 
 
 def judged(
-    reference: "Reference", folder: Path, recipe: Recipe, targets: Sequence[str], allowance: Allowance
+    reference: "Reference",
+    folder: Path,
+    recipe: Recipe,
+    targets: Sequence[str],
+    allowance: Allowance,
+    known: Mapping[str, Loss],
 ) -> dict[str, Any]:
     """The loss of the bundle in `folder` as a manifest's `accuracy` has it: the first target's, under `targets` those
-    of the others; or why it cannot be measured. Of a source of which only the first layers were loaded it is looked at
-    only, and not returned.
+    of the others; or why it cannot be measured. `known`: what `loss_of` has measured already. Of a source of which only
+    the first layers were loaded it is looked at only, and not returned.
 
     Raises ParityError for a loss that rounding does not explain, AccuracyError for one that is not allowed.
     """
@@ -56,13 +61,13 @@ def judged(
         references = _asked(reference, folder)
     except AccuracyError as e:
         return {NOT_MEASURED: f"{e.message}; {e.fix}"}
-    losses = {target: measure(references, folder, target) for target in targets}
+    losses = {target: known.get(target) or measure(references, folder, target) for target in targets}
     for target, loss in losses.items():
         require_rounding(loss, references, least_bits(recipe), target)
     if reference.scope.decoder_layers is not None:
         return {}
-    for loss in losses.values():
-        judge(loss, allowance, remedy(recipe))
+    for target, loss in losses.items():
+        judge(loss, allowance, remedy(recipe), f" for {target}" if len(losses) > 1 else "")
     first, *others = targets
     found = to_json(losses[first])
     if others:
@@ -70,10 +75,10 @@ def judged(
     return {"loss": found}
 
 
-def divergence_of(reference: "Reference", folder: Path, target: str) -> float | None:
-    """Mean KL in nats of the bundle in `folder`; None where it cannot be measured."""
+def loss_of(reference: "Reference", folder: Path, target: str) -> Loss | None:
+    """That of the bundle in `folder`; None where it cannot be measured."""
     try:
-        return measure(_asked(reference, folder), folder, target).kl
+        return measure(_asked(reference, folder), folder, target)
     except AccuracyError:
         return None
 
@@ -101,13 +106,13 @@ def require_rounding(loss: Loss, references: References, bits: int, target: str)
     )
 
 
-def judge(loss: Loss, allowance: Allowance, fix: str) -> None:
-    """Raise AccuracyError for a loss that is not allowed; `fix`: see `remedy`."""
+def judge(loss: Loss, allowance: Allowance, fix: str, where: str = "") -> None:
+    """Raise AccuracyError for a loss that is not allowed; `fix`: see `remedy`; `where`: of which graphs, in words."""
     if loss.kl <= allowance.max_kl or allowance.anyway:
         return
     raise AccuracyError(
-        f"quantization loses too much: {headline(asdict(loss))}; a KL of {allowance.max_kl:g} is allowed (--max-kl). "
-        f"Asked {loss.question!r}, the float model answers {loss.answer_before!r:.200}, this bundle "
+        f"quantization loses too much{where}: {headline(asdict(loss))}; a KL of {allowance.max_kl:g} is allowed "
+        f"(--max-kl). Asked {loss.question!r}, the float model answers {loss.answer_before!r:.200}, this bundle "
         f"{loss.answer_after!r:.200}",
         f"{fix}; --allow-loss writes it all the same",
     )
@@ -123,12 +128,15 @@ def least_bits(recipe: Recipe) -> int:
     return min([recipe.decoder.bits, *(rule.precision.bits for rule in recipe.rules)])
 
 
-def remedy(recipe: Recipe, calibrated: bool = False) -> str:
-    """What loses less than a recipe."""
-    if least_bits(recipe) >= 8 and not calibrated:
-        return "use --recipe fp16"
-    data = "give more samples" if calibrated else "calibrate: mllm-edge quantize, with questions of your own as --data"
-    return f"use --recipe int8, or {data}, or use --recipe fp16"
+def remedy(recipe: Recipe, samples: int | None = None) -> str:
+    """What loses less than a recipe, calibrated on so many samples of the user's own; None: not calibrated."""
+    few = least_bits(recipe) < 8
+    ways = ["use --recipe int8"] if few else []
+    if samples is not None:
+        ways.append("give more samples" if samples else "give questions of your own as --data")
+    elif few:
+        ways.append("calibrate: mllm-edge quantize, with questions of your own as --data")
+    return ", or ".join([*ways, "use --recipe fp16"])
 
 
 def unmeasured(source: Source, out: str, off: bool, whole_limit: float) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from mllm_edge.export.early import check_checkpoint
 from mllm_edge.export.families import family_for, reading
 from mllm_edge.export.graph import save_model, tensor_specs
 from mllm_edge.export.half import KEY, Float32Operators, keep_in_range
-from mllm_edge.export.judge import Allowance, divergence_of, is_quantized, judged, remedy, unmeasured
+from mllm_edge.export.judge import Allowance, is_quantized, judged, loss_of, remedy, unmeasured
 from mllm_edge.export.plan import Plan
 from mllm_edge.export.progress import Progress, Silent
 from mllm_edge.export.safetensors import Weights
@@ -36,7 +36,7 @@ from mllm_edge.export.trace import lower, trace
 from mllm_edge.export.verify import Reference, Scope, VerifyCase, verify
 from mllm_edge.export.workspace import check_space, reserved, workspace
 from mllm_edge.json_form import to_json
-from mllm_edge.loss import MAX_KL, NOT_MEASURED, warning
+from mllm_edge.loss import MAX_KL, NOT_MEASURED, Loss, warning
 from mllm_edge.spec import SCHEMA_VERSION, Component, FileEntry, Manifest, ModelSpec, PositionSpec, Variant
 
 __all__ = ["TARGETS", "WHOLE_LIMIT", "ExportReport", "Verify", "export", "require_all_used"]
@@ -53,9 +53,9 @@ _OTHER_FILES = 16 << 20  # bytes; room for tokenizer and graphs in the estimate
 class ExportReport:
     """What an export did, or (dry run) would do. `components` maps names to bytes of weights, embeddings included;
     `float32_operators` are those of half-precision graphs that half precision would have overflowed in; `notices` say
-    what the user should know of how the checkpoint was read. `loss`: a `Loss` as a dict, of a quantized recipe's first
-    target; with others, theirs under `targets`. Where it was not measured, `loss_not_measured` says why. `warning`:
-    what to do about a loss that people notice."""
+    what the user should know of how the checkpoint was read, and which layers got more bits. `loss`: a `Loss` as a
+    dict, of a quantized recipe's first target; with others, theirs under `targets`. Where it was not measured,
+    `loss_not_measured` says why. `warning`: what to do about a loss that people notice."""
 
     source: str
     adapters: tuple[str, ...]
@@ -176,7 +176,7 @@ def _export(
         if verify_mode != "off":
             if whole:  # all of it runs, in float32
                 manifest = keep_in_range(folder, manifest, progress=progress)
-                manifest = job.with_more_bits(folder, manifest)
+                manifest = job.with_more_bits(folder, manifest, allowance.max_kl)
             parity, accuracy = job.verify(folder, manifest, whole, verify_cases, allowance)
             manifest = replace(manifest, parity=parity)
         if is_quantized(chosen) and not accuracy:
@@ -219,6 +219,7 @@ class _Job:
         self._traces = {(c.name, dtype): trace(c, dtype) for dtype in types for c in plan.traced}
         self._components = [*(c.name for c in plan.traced), "decoder"]
         self._loaded: Reference | None = None
+        self._losses: dict[str, Loss] = {}  # of the bundle as it is, by target
         self._hashes: dict[Path, FileEntry] = {}  # of the data files, which are hashed while they are written
 
     def plan_sizes(self) -> dict[str, int]:
@@ -260,21 +261,36 @@ class _Job:
             files=file_entries(folder, self._hashes),
         )
 
-    def with_more_bits(self, folder: Path, manifest: Manifest) -> Manifest:
-        """Where the bundle in `folder` loses more than the recipe accepts, the decoder is written again with more bits
-        for the layers that cost most."""
-        most = self._recipe.more_bits_above
-        if most is None:
+    def with_more_bits(self, folder: Path, manifest: Manifest, max_kl: float) -> Manifest:
+        """Where the bundle in `folder` loses more than the recipe accepts, or than is allowed, the decoder is written
+        again with more bits for the layers that cost most."""
+        if self._recipe.more_bits_above is None:
             return manifest
+        most = min(self._recipe.more_bits_above, max_kl)
         self._progress.stage("measuring the loss")
         write_manifest(folder, manifest)
-        kl = divergence_of(self._reference(Scope(None)), folder, self._forms[0].target)
+        kl = self._largest_loss(folder, most)
         if kl is None or kl <= most:
             return manifest
+        self._losses.clear()
         self._recipe = with_more_bits(self._recipe, self._plan.decoder.layers)
-        self._progress.notice(f"{self._recipe.name} everywhere costs KL {kl:.2g}: {MORE_BITS}")
+        self._source.notices.add(f"{self._recipe.name} everywhere costs KL {kl:.2g}: {MORE_BITS}")
         (folder / MANIFEST).unlink()
         return keep_in_range(folder, self._rewritten(folder, manifest), progress=self._progress)
+
+    def _largest_loss(self, folder: Path, most: float) -> float | None:
+        """Mean KL in nats of the target that loses most, or the first above `most`; None where it cannot be measured.
+        What was measured is kept."""
+        largest = None
+        for form in self._forms:
+            loss = loss_of(self._reference(Scope(None)), folder, form.target)
+            if loss is None:
+                return None
+            self._losses[form.target] = loss
+            largest = loss.kl if largest is None else max(largest, loss.kl)
+            if not loss.kl <= most:
+                return loss.kl
+        return largest
 
     def _rewritten(self, folder: Path, manifest: Manifest) -> Manifest:
         """The decoder once more, as the recipe is now."""
@@ -322,7 +338,7 @@ class _Job:
         if not is_quantized(self._recipe):
             return results, {}
         self._progress.stage("measuring the loss")
-        return results, judged(reference, folder, self._recipe, targets, allowance)
+        return results, judged(reference, folder, self._recipe, targets, allowance, self._losses)
 
     def _write_probe(self, folder: Path, probe: Path, manifest: Manifest) -> Manifest:
         """A bundle beside the real one with only the decoder's first layers; the other files are links."""

@@ -69,7 +69,7 @@ class QuantizeReport:
     out because an image of it cannot be read. `against_rounding`: the divergence of the decoder on samples that
     calibration held apart, with the weights that were found and with plain rounding; the better one was written. None:
     it was not measured. `loss`: of the proof, with what 8 bits would cost; `warning`: what to do about it where people
-    will notice."""
+    will notice. `notices`: which layers got more bits, as the manifest keeps it beside the source's."""
 
     source: str
     out: str
@@ -86,6 +86,7 @@ class QuantizeReport:
     warning: str = ""
     builtin: int = 0
     without_images: Mapping[str, str] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -185,15 +186,15 @@ def _quantize(
         while gate.missed(proof) and job.raise_more():
             manifest, proof = job.prove(folder, findings, samples.kept)
         layers = {name: job.errors(name, found) for name, found in findings.items()}
-        loss = job.loss(proof, samples.kept)
+        loss, fix = job.loss(proof, samples.kept), remedy(chosen, len(samples.own))
         if not allow_loss:
-            _check_gate(gate, proof, loss, layers, work, remedy(chosen, calibrated=True))
+            _check_gate(gate, proof, loss, layers, work, fix)
         manifest = _with_figure(folder, manifest, layers)
         accuracy = {**proof.as_dict(), "layers": to_json(layers), **samples.counts()}
         accuracy["loss"] = to_json(loss)
         if losses is not None:
             accuracy["kl_against_rounding"] = to_json(losses)
-        write_manifest(folder, replace(manifest, accuracy=accuracy))
+        write_manifest(folder, replace(manifest, accuracy=accuracy, provenance=_told(manifest, job.notices)))
     shutil.rmtree(work, ignore_errors=True)
     written = Bundle.load(out)
     return QuantizeReport(
@@ -208,10 +209,16 @@ def _quantize(
         float32_operators=written.manifest.recipe.get(KEY, {}),
         against_rounding=losses,
         loss=loss,
-        warning=warning(to_json(loss), remedy(chosen, calibrated=True)),
+        warning=warning(to_json(loss), fix),
         builtin=len(samples.builtin),
         without_images=replaced_parts(wished, chosen),
+        notices=job.notices,
     )
+
+
+def _told(manifest: Manifest, notices: tuple[str, ...]) -> dict[str, Any]:
+    """The provenance with `notices` beside those of the source's export."""
+    return {**manifest.provenance, "notices": [*manifest.provenance.get("notices", []), *notices]}
 
 
 def _with_figure(folder: Path, manifest: Manifest, layers: Mapping[str, Mapping[str, tuple[float, float]]]) -> Manifest:

@@ -38,7 +38,7 @@ from mllm_edge.calibration.recipes import (
 )
 from mllm_edge.calibration.sensitivity import Unit, affordable, measure
 from mllm_edge.calibration.whole import Losses, against_rounding, of_rounding
-from mllm_edge.errors import ExportError
+from mllm_edge.errors import ExportError, OptionError
 from mllm_edge.export.datafile import DataFile
 from mllm_edge.export.graph import save_model, tensor_specs
 from mllm_edge.export.half import KEY, keep_in_range
@@ -65,6 +65,13 @@ class Gate:
     max_kl: float | None = None
     min_agreement: float | None = None
 
+    def __post_init__(self) -> None:
+        """Raises OptionError for what no proof can show."""
+        if self.max_kl is not None and not self.max_kl >= 0:
+            raise OptionError(f"max_kl = {self.max_kl!r}", "a KL divergence in nats: 0 or more")
+        if self.min_agreement is not None and not self.min_agreement >= 0:
+            raise OptionError(f"min_agreement = {self.min_agreement!r}", "a part of the positions: 0 or more, to 1")
+
     def missed(self, proof: Proof) -> str:
         """What the proof does not show; empty when all is met."""
         missed = []
@@ -88,6 +95,7 @@ class QuantizeJob:
         progress: Progress,
     ):
         self._source, self._recipe, self._base, self._samples = source, recipe, recipe, samples
+        self.notices: tuple[str, ...] = ()  # what the user should know of the bits
         self._order: list[Candidate] = []
         self._loss_left, self._threads = 0.0, threads
         self._work, self._progress = work, progress
@@ -97,8 +105,8 @@ class QuantizeJob:
     def choose_bits(self, gate: Gate) -> None:
         """Where plain rounding costs so much that calibration will not make up for it, let the layers that cost most
         keep more bits. What was measured is kept for another attempt."""
-        above, note = self._recipe.more_bits_above, self._work / "rounding.json"
-        if above is None:
+        above, note, more = self._recipe.more_bits_above, self._work / "rounding.json", False
+        if above is None or not self._recipe.decoder.fewer_than_8:
             return
         kl = _kept_number(note)
         if kl is None:
@@ -108,9 +116,13 @@ class QuantizeJob:
             found = of_rounding(self._source, self._backend, self._samples, layers, precision, folder)
             kl = found and found[0]
             write_whole(note, json.dumps(kl))
-        if kl is not None and not _LEFT * kl <= (above if gate.max_kl is None else min(above, gate.max_kl)):
+        if kl is not None:
+            more = not _LEFT * kl <= (above if gate.max_kl is None else min(above, gate.max_kl))
+        self._begin_with(more)
+        if more:
             self._recipe = self._base = with_more_bits(self._recipe, _layer_count(self._source))
-            self._progress.notice(f"rounding to {self._recipe.decoder.bits} bits costs KL {kl:.2g}: {MORE_BITS}")
+            self.notices = (f"rounding to {self._recipe.decoder.bits} bits costs KL {kl:.2g}: {MORE_BITS}",)
+            self._progress.notice(*self.notices)
 
     def calibrate(self) -> dict[str, Findings]:
         """What calibration finds for each component, or found before it was interrupted."""
@@ -205,6 +217,14 @@ class QuantizeJob:
         """Layer → (error, error of rounding to nearest) of the layers that kept the precision they were measured in."""
         precision = partial(precision_of, self._recipe, component)
         return {n: errors for n, errors in findings.errors().items() if precision(n) != self._recipe.raised}
+
+    def _begin_with(self, more_bits: bool) -> None:
+        """Of an earlier attempt whose gate asked for other bits, the decoder's findings are of no use."""
+        note, now = self._work / "more_bits.json", json.dumps(more_bits)
+        if note.is_file() and note.read_text(encoding="utf-8", errors="replace") == now:
+            return
+        shutil.rmtree(self._work / "decoder", ignore_errors=True)
+        write_whole(note, now)
 
     def _calibrate(self, component: str, feeds: Feeds) -> Findings:
         variant = self._source.variant(component, self._backend.target)

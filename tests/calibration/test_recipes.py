@@ -76,6 +76,21 @@ def test_file_changes_what_it_names(tmp_path: Path) -> None:
         ("size = 2", "size = 2"),
         ('kv = "int4"', "kv = 'int4'"),
         ('[[rules]]\nkind = "float16"', r"\[\[rules\]\] 1: no layers"),
+        ("rules = 3", "rules = 3"),
+        ("size = true", "size = True"),
+        ("[decoder]\nbits = 4.0", r"\[decoder\]: bits = 4.0"),
+        ("more_bits_above = nan", "more_bits_above = nan"),
+        ("more_bits_above = inf", "more_bits_above = inf"),
+        ("more_bits_above = true", "more_bits_above = True"),
+        ("more_bits_above = -0.1", "more_bits_above = -0.1"),
+        ('more_bits_above = "often"', "more_bits_above = 'often'"),
+        ('base = "int8"\nmore_bits_above = 0.1', "more_bits_above = 0.1, and the decoder is int8_static of 8 bits"),
+        ("more_bits_above = 0.1\n[decoder]\nbits = 8", "more_bits_above = 0.1, and the decoder is blocks of 8 bits"),
+        ('[decoder]\nkind = "int8"\nbits = 4', "bits = 4 means nothing for kind int8_static"),
+        ('base = "fp32"\n[decoder]\nbits = 4', "bits = 4 means nothing for kind float32"),
+        ('[decoder]\nkind = "int8"\nblock = 64', "block = 64 means nothing for kind int8_static"),
+        ('[decoder]\nranges = "token"', "ranges = 'token' means nothing for kind blocks"),
+        ('[decoder]\nmethod = "evened"', "method = 'evened'"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, what: str) -> None:
@@ -83,6 +98,13 @@ def test_mistakes_are_named(tmp_path: Path, text: str, what: str) -> None:
         calibrated_recipe(written(tmp_path, text))
     with pytest.raises(RecipeError, match="No such file"):
         calibrated_recipe(str(tmp_path / "gone.toml"))
+
+
+def test_more_bits_are_for_decoders_of_fewer_than_8(tmp_path: Path) -> None:
+    assert calibrated_recipe(written(tmp_path, "")).more_bits_above == CALIBRATED["int4"].more_bits_above
+    assert calibrated_recipe(written(tmp_path, 'more_bits_above = "never"')).more_bits_above is None
+    assert calibrated_recipe(written(tmp_path, "more_bits_above = 0")).more_bits_above == 0
+    assert calibrated_recipe(written(tmp_path, '[decoder]\nkind = "int8"\nbits = 8')).more_bits_above is None
 
 
 def test_rule_for_no_layer_lists_near_matches(tmp_path: Path) -> None:

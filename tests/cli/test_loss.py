@@ -1,6 +1,7 @@
 """The loss of a bundle as `export`, `quantize` and `inspect` tell it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 
 from mllm_edge.bundle import Bundle
+from mllm_edge.calibration.recipes import RECIPES
 from mllm_edge.cli import export as export_verb
 from mllm_edge.cli import quantize as quantize_verb
 from mllm_edge.export.pipeline import export
@@ -131,3 +133,26 @@ def test_quantize_has_the_same_default(
 
 def test_families_say_where_a_loss_is_told(cli: Cli) -> None:
     assert "mllm-edge inspect BUNDLE" in cli("families").stdout
+
+
+def test_more_bits_are_told(cli: Cli, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the export, its JSON, the manifest and `inspect`."""
+    monkeypatch.setitem(RECIPES, "int4", replace(RECIPES["int4"], more_bits_above=1e-6))
+    result = cli("export", tiny_checkpoint, tmp_path / "out", "--allow-loss", "--json")
+    assert result.exit_code == 0, result.stderr
+    (notice,) = json.loads(result.stdout)["notices"]
+    assert notice.startswith("int4 everywhere costs KL ")
+    assert f"note: {notice}" in result.stderr
+    shown = cli("inspect", tmp_path / "out").stdout
+    assert f"note: {notice}" in shown
+    assert "recipe     int4\n  8-bit blocks: decoder: layers.*.v_proj, decoder: layers.0.*down_proj" in shown
+
+
+def test_inspect_shows_a_proof_in_lines_that_can_be_read(cli: Cli, half: Path, data: Path, tmp_path: Path) -> None:
+    report = json.loads(cli("quantize", half, tmp_path / "out", "--data", data, "--allow-loss", "--json").stdout)
+    shown = cli("inspect", tmp_path / "out").stdout
+    assert max(map(len, shown.splitlines())) < 250
+    proof = report["proof"]
+    for line in (f"kl {proof['kl']:.4g}", f"positions {proof['positions']}", "layers with the largest error error"):
+        assert line in " ".join(shown.split())
+    assert f"{proof['components']['vision_encoder']['sqnr']:.1f} dB" in shown

@@ -4,7 +4,7 @@ In every dialect, in float32, against transformers; tolerance as in test_parity.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from mllm_edge.calibration.recipes import RECIPES
+from mllm_edge.calibration.recipes import RECIPES, Precision, Recipe
 from mllm_edge.export.datafile import DataFile
 from mllm_edge.export.decoder.bart import bart_specs
 from mllm_edge.export.decoder.build import DIALECTS, build_cross_kv, build_text_encoder
@@ -78,16 +78,27 @@ class Case:
     cross_kv: dict[str, np.ndarray]
 
 
+# Columns are evened out, and nothing is rounded.
+EVENED = replace(RECIPES["fp32"], decoder=Precision("float32", method="evened"))
+
+
 def component(model: Any, path: Path, dialect: str) -> Callable[..., dict[str, np.ndarray]]:
     """A graph as a function of its inputs."""
     session = open_graph(model, path, dialect).session
     return lambda **feeds: session.run(feeds)
 
 
-def encode(spec: EncoderSpec, weights: Weights, dialect: str, folder: Path, embeds: np.ndarray) -> np.ndarray:
+def encode(
+    spec: EncoderSpec,
+    weights: Weights,
+    dialect: str,
+    folder: Path,
+    embeds: np.ndarray,
+    recipe: Recipe = RECIPES["fp32"],
+) -> np.ndarray:
     """The text encoder's last hidden states [1, S, H] for embeddings [S, H]."""
     with DataFile(folder / "encoder.onnx.data") as data:
-        graph = build_text_encoder(spec, weights, RECIPES["fp32"], data, dialect)
+        graph = build_text_encoder(spec, weights, recipe, data, dialect)
     run = component(graph, folder / "e.onnx", dialect)
     relative = None
     assert spec.table is not None
@@ -100,11 +111,16 @@ def encode(spec: EncoderSpec, weights: Weights, dialect: str, folder: Path, embe
 
 
 def look(
-    spec: DecoderSpec, weights: Weights, dialect: str, folder: Path, features: np.ndarray
+    spec: DecoderSpec,
+    weights: Weights,
+    dialect: str,
+    folder: Path,
+    features: np.ndarray,
+    recipe: Recipe = RECIPES["fp32"],
 ) -> dict[str, np.ndarray]:
     """Cross-attention keys and values for features [1, N, F]."""
     with DataFile(folder / "cross.onnx.data") as data:
-        graph = build_cross_kv(spec, weights, RECIPES["fp32"], data, dialect)
+        graph = build_cross_kv(spec, weights, recipe, data, dialect)
     return component(graph, folder / "c.onnx", dialect)(encoder_hidden_states=features)
 
 
@@ -136,6 +152,23 @@ def built(request: pytest.FixtureRequest, checkpoint: Any, tmp_path_factory: pyt
     left = [n for n in weights.unused() if not any(part in n for part in ("shared", "embed_tokens"))]
     assert not left, "a weight was left out"
     return Case(model, decoder, encoded, cross_kv)
+
+
+def test_evened_columns_change_nothing(checkpoint: Any, tmp_path: Path) -> None:
+    name, model, folder = checkpoint
+    weights, config = open_weights(folder), model.config
+    encoder, spec = PAIRS[name][2](ConfigReader("c", config.to_dict(), type(config)().to_dict()), weights)
+    embeddings = model.get_input_embeddings().weight.detach().numpy()
+    found = []
+    for recipe in (RECIPES["fp32"], EVENED):
+        decoder = open_decoder(spec, weights, "contrib", tmp_path, recipe=recipe)
+        encoded = encode(encoder, weights, "contrib", tmp_path, embeddings[PROMPT], recipe)
+        decoder.reset(CAPACITY)
+        decoder.set_cross(look(spec, weights, "contrib", tmp_path, encoded, recipe))
+        found.append((encoded, decoder.forward(embeddings[IDS]).copy()))
+    for plain, evened in zip(*found, strict=True):
+        assert_close(evened, plain, 1e-4)
+        assert not np.array_equal(evened, plain), "nothing was evened out"
 
 
 def reference(model: Any, pieces: list[list[int]]) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -268,6 +301,21 @@ def test_mllama_looks_at_features_where_its_mask_lets_it(mllama: Mllama) -> None
     for piece, (bias, rows), logits in zip(pieces, masks, expected, strict=True):
         extras = {"cross_attention_bias": bias[None], "cross_attention_rows": rows}
         assert_close(mllama.decoder.forward(embeddings[piece], extras=extras), logits)
+
+
+def test_evened_columns_change_nothing_of_mllama(mllama_checkpoint: Any, tmp_path: Path) -> None:
+    model, folder = mllama_checkpoint
+    weights = open_weights(folder)
+    spec, found = spec_of_mllama(model, weights), []
+    embeddings = model.get_input_embeddings().weight.detach().numpy()
+    features = np.random.default_rng(5).normal(size=(1, 6, 64)).astype(np.float32)
+    for recipe in (RECIPES["fp32"], EVENED):
+        decoder = open_decoder(spec, weights, "contrib", tmp_path, recipe=recipe)
+        decoder.reset(CAPACITY)
+        decoder.set_cross(look(spec, weights, "contrib", tmp_path, features, recipe))
+        found.append(decoder.forward(embeddings[IDS]).copy())
+    assert_close(found[1], found[0], 1e-4)
+    assert not np.array_equal(found[1], found[0]), "nothing was evened out"
 
 
 def test_mllama_sees_all_features_without_a_mask(mllama: Mllama) -> None:

@@ -52,6 +52,31 @@ def test_logits_stay(source: tuple[Any, Path], tmp_path: Path) -> None:
     assert not np.array_equal(logits[0], logits[1]), "nothing was evened out"
 
 
+def test_zeros_stay(tmp_path: Path) -> None:
+    """Norms, rows and columns of nothing but zeros: no factor is infinite or nought."""
+    model = random_model(CONFIGS["llama"])
+    with torch.no_grad():
+        first, second, third = model.model.layers
+        first.input_layernorm.weight.zero_()
+        first.post_attention_layernorm.weight[:7] = 0
+        second.mlp.up_proj.weight[:5] = 0
+        second.mlp.down_proj.weight[:, 3:9] = 0
+        second.self_attn.v_proj.weight[:4] = 0
+        for reader in (second.self_attn.q_proj, second.self_attn.k_proj, second.self_attn.v_proj):
+            reader.weight[:, :3] = 0
+        third.mlp.up_proj.weight.zero_()
+        third.self_attn.o_proj.weight.zero_()
+    save_checkpoint(model, tmp_path)
+    weights = open_weights(tmp_path)
+    spec = decoder_spec(model.config, weights)
+    embeds = np.random.default_rng(0).normal(size=(len(IDS), spec.hidden_size)).astype(np.float32)
+    logits = []
+    for name, recipe in (("plain", RECIPES["fp32"]), ("evened", EVENED)):
+        decoder = open_decoder(spec, weights, "contrib", tmp_path / name, recipe=recipe)
+        logits.append(decoder.forward(embeds).copy())
+    assert_close(logits[1], logits[0], TOLERANCE)
+
+
 def test_uneven_columns_cost_no_bits(tmp_path: Path) -> None:
     """A Llama whose columns were rescaled, with the norms before them taking it back."""
     model = random_model(CONFIGS["llama"])

@@ -11,11 +11,12 @@ import pytest
 from safetensors.numpy import save_file
 
 from mllm_edge.bundle import Bundle
-from mllm_edge.calibration.recipes import RECIPES
+from mllm_edge.calibration.recipes import CALIBRATED, RECIPES, Recipe
 from mllm_edge.errors import AccuracyError, ExportError, OptionError, ParityError
 from mllm_edge.export import judge as judge_module
 from mllm_edge.export import pipeline
 from mllm_edge.export.decoder.spec import DecoderSpec
+from mllm_edge.export.judge import remedy
 from mllm_edge.export.pipeline import export
 from mllm_edge.export.progress import Silent
 from mllm_edge.json_form import to_json
@@ -77,6 +78,62 @@ def test_each_target_is_measured(tiny_checkpoint: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(judge_module, "require_rounding", lambda *arguments: None)
     with pytest.raises(AccuracyError, match=r"KL 0\.60"):
         export(str(tiny_checkpoint), tmp_path / "other", recipe_name="int4", targets=["tensorrt"])
+
+
+def test_the_target_that_loses_most_decides(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """About more bits, about the warning, and what is refused; each is told, and a loss is measured once."""
+    measure, measured = judge_module.measure, list[str]()
+
+    def more_for_tensorrt(references: Any, folder: Path, target: str) -> Loss:
+        measured.append(target)
+        loss = measure(references, folder, target)
+        return replace(loss, kl=0.01 if target == "cpu" else 0.2)
+
+    monkeypatch.setattr(judge_module, "measure", more_for_tensorrt)
+    monkeypatch.setattr(judge_module, "require_rounding", lambda *arguments: None)
+    options: Any = {"recipe_name": "int4", "targets": ["tensorrt"]}
+    report = export(str(tiny_checkpoint), tmp_path / "raised", **options)
+    assert measured == ["cpu", "tensorrt"] * 2
+    assert Bundle.load(tmp_path / "raised").manifest.recipe["rules"]
+    assert report.warning.startswith("this bundle answers differently from its float model for tensorrt: KL 0.20 nats")
+    shown = words({"loss": report.loss}).splitlines()
+    assert shown[0].startswith("loss: KL 0.01 nats")
+    assert shown[-1].startswith("loss for tensorrt: KL 0.20 nats")
+    with pytest.raises(AccuracyError, match=r"loses too much for tensorrt: KL 0\.20"):
+        export(str(tiny_checkpoint), tmp_path / "refused", max_kl=0.1, **options)
+    measured.clear()
+    monkeypatch.setitem(RECIPES, "int4", replace(RECIPES["int4"], more_bits_above=0.3))
+    export(str(tiny_checkpoint), tmp_path / "kept", **options)
+    assert measured == ["cpu", "tensorrt"]
+    assert Bundle.load(tmp_path / "kept").manifest.recipe["rules"] == []
+
+
+def test_a_demand_below_the_recipes_gets_more_bits(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """What they can meet is not refused."""
+    four = export(str(tiny_checkpoint), tmp_path / "four", recipe_name="int4").loss["kl"]
+    assert four < RECIPES["int4"].more_bits_above
+    report = export(str(tiny_checkpoint), tmp_path / "more", recipe_name="int4", max_kl=0.95 * four)
+    assert report.loss["kl"] <= 0.95 * four
+    assert Bundle.load(tmp_path / "more").manifest.recipe["rules"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "samples", "ways"),
+    [
+        (RECIPES["int4"], None, ["--recipe int8", "calibrate: mllm-edge quantize", "--recipe fp16"]),
+        (RECIPES["int8"], None, ["--recipe fp16"]),
+        (CALIBRATED["int4"], 0, ["--recipe int8", "give questions of your own as --data", "--recipe fp16"]),
+        (CALIBRATED["int4"], 9, ["--recipe int8", "give more samples", "--recipe fp16"]),
+        (CALIBRATED["int8"], 9, ["give more samples", "--recipe fp16"]),
+        (CALIBRATED["int8"], 0, ["give questions of your own as --data", "--recipe fp16"]),
+    ],
+)
+def test_the_remedy_is_another_one(recipe: Recipe, samples: int | None, ways: list[str]) -> None:
+    found = remedy(recipe, samples).split(", or ")
+    assert len(found) == len(ways)
+    assert all(way in text for way, text in zip(ways, found, strict=True))
 
 
 def _scaled(spec: DecoderSpec) -> DecoderSpec:

@@ -1,6 +1,7 @@
 """A calibrated int4 whose rounding would cost too much keeps more bits where they matter most."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,17 @@ import pytest
 
 from mllm_edge.bundle import Bundle
 from mllm_edge.calibration.mixed import with_more_bits
-from mllm_edge.calibration.recipes import CALIBRATED, FLOAT16, Recipe, Rule, precision_of
+from mllm_edge.calibration.recipes import (
+    BLOCKS_8,
+    CALIBRATED,
+    FLOAT16,
+    INT8_TOKEN,
+    Precision,
+    Recipe,
+    Rule,
+    precision_of,
+)
+from mllm_edge.errors import OptionError
 from mllm_edge.export import quantize_job
 from mllm_edge.export.pipeline import export
 from mllm_edge.export.progress import Silent
@@ -58,6 +69,7 @@ def test_rounding_is_measured_first(source: Path, tmp_path: Path, above: float, 
     bits = quantized(source, tmp_path / "out", replace(INT4, more_bits_above=above), told, gate=Gate(gate))
     assert told.titles.index("measuring what rounding costs") < told.titles.index("calibrating the decoder")
     assert bool(told.notices) == more
+    assert Bundle.load(tmp_path / "out").manifest.provenance["notices"] == told.notices
     eight = {name for name, b in bits.items() if b == 8 and name != "lm_head"}
     # The first of six layers is in the first tenth, rounded.
     expected = {f"layers.{i}.v_proj" for i in range(6)} | {f"layers.{i}.down_proj" for i in range(1, 6)}
@@ -96,6 +108,41 @@ def test_it_is_measured_once(source: Path, tmp_path: Path, monkeypatch: pytest.M
             quantized(source, tmp_path / "out", recipe, told)
     note.write_text("{", encoding="utf-8")
     assert quantized(source, tmp_path / "out", recipe, told)["layers.3.v_proj"] == 8
+
+
+@pytest.mark.parametrize("gates", [(Gate(10.0, 1.0), Gate(1e-6)), (Gate(1e-6), Gate(10.0))])
+def test_another_gate_may_ask_for_other_bits(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gates: tuple[Gate, Gate]
+) -> None:
+    """What was found for other bits is found anew: the bundle is the one that the second gate alone would give."""
+
+    def stop(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    recipe = replace(INT4, more_bits_above=10.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(quantize_job.QuantizeJob, "against_rounding", stop)
+        with pytest.raises(KeyboardInterrupt):
+            quantized(source, tmp_path / "again", recipe, Told(), gate=gates[0])
+    for name in ("again", "fresh"):
+        quantized(source, tmp_path / name, recipe, Told(), gate=gates[1])
+    again, fresh = (Bundle.load(tmp_path / name).manifest for name in ("again", "fresh"))
+    assert again.files["decoder.onnx.data"] == fresh.files["decoder.onnx.data"]
+    assert again.accuracy["layers"] == fresh.accuracy["layers"]
+
+
+@pytest.mark.parametrize("kind", [INT8_TOKEN, BLOCKS_8, FLOAT16])
+def test_decoders_of_8_bits_are_not_measured(source: Path, tmp_path: Path, kind: Precision) -> None:
+    told = Told()
+    quantized(source, tmp_path / "out", replace(INT4, decoder=kind, more_bits_above=0.0), told)
+    assert told.notices == []
+    assert "measuring what rounding costs" not in told.titles
+
+
+@pytest.mark.parametrize("demand", [(math.nan, None), (-1.0, None), (None, math.nan), (None, -0.5)])
+def test_demands_that_are_no_numbers(demand: tuple[float | None, float | None]) -> None:
+    with pytest.raises(OptionError, match=r"= (nan|-1.0|-0.5)\n.*0 or more"):
+        Gate(*demand)
 
 
 def test_own_rules_come_before() -> None:
