@@ -135,7 +135,7 @@ def remedy(recipe: Recipe, samples: int | None = None) -> str:
     if samples is not None:
         ways.append("give more samples" if samples else "give questions of your own as --data")
     elif few:
-        ways.append("calibrate: mllm-edge quantize, with questions of your own as --data")
+        ways.append("calibrate: mllm-edge quantize, on questions that come with it or (--data) your own")
     return ", or ".join([*ways, "use --recipe fp16"])
 
 
