@@ -127,9 +127,7 @@ def calibration_options(without_data: str) -> Callable[[_F], _F]:
             type=click.Path(),
             help=f"A folder of images, or a .jsonl file of questions, to calibrate with; without it {without_data}.",
         ),
-        click.option(
-            "--no-builtin-text", is_flag=True, help="Calibrate without the questions that come with mllm-edge."
-        ),
+        click.option("--no-builtin-text", is_flag=True, help="Calibrate without the built-in questions."),
         click.option("--prompt", help="The question that goes with each image of a folder."),
         click.option("--skip-bad", is_flag=True, help="Leave out samples whose image cannot be read, and list them."),
         click.option("--held-back", type=POSITIVE, help="Samples kept for the proof; default: a quarter, to 32."),

@@ -108,13 +108,14 @@ def test_half_precision_on_the_cpu(source: tuple[DecoderSpec, Weights], tmp_path
                 assert_close(a, b, TOLERANCE if spec.moe is None else 0.3)
 
 
-@pytest.mark.parametrize(("recipe", "least", "part"), [("int8", 0.99, 0.75), ("int4", 0.6, 0.65)])
+@pytest.mark.parametrize(("recipe", "least", "part"), [("int8", 0.99, 0.77), ("int4", 0.6, 0.69)])
 def test_rounded_weights_on_the_cpu(
     source: tuple[DecoderSpec, Weights], recipe: str, least: float, part: float, tmp_path: Path
 ) -> None:
     """Both standard dialects hold the same codes; logits stay correlated with the unrounded decoder's (seen: 0.997 and
     0.73: rows of 64 random weights leave little to average). In half precision ONNX Runtime's kernel for blocks rounds
-    inputs to 8 bits, and a value in half falls to the other side now and then (seen: 0.06)."""
+    inputs to 8 bits, and a value in half falls to the other side now and then (seen: 0.06). Each array begins on a page
+    of 4 KiB, which is a part of files as small as these."""
     spec, weights = source
     embeds = 0.4 * np.random.default_rng(0).normal(size=(len(IDS), spec.hidden_size)).astype(np.float32)
 
