@@ -219,6 +219,13 @@ def random_weights(model: Any) -> Any:
     return model.eval()
 
 
+def saved_model(name: str, folder: Path) -> Any:
+    """The random model of a configuration, whose checkpoint is in `folder` afterwards."""
+    model = random_model(CONFIGS[name])
+    save_checkpoint(model, folder)
+    return model
+
+
 def save_checkpoint(model: Any, folder: Path) -> None:
     """Save the model; one configuration is rewritten in InternLM2's layout."""
     model.save_pretrained(folder)

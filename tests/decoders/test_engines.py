@@ -31,6 +31,7 @@ from tests.decoders.models import (
     open_decoder,
     random_model,
     save_checkpoint,
+    saved_model,
 )
 
 STANDARD = ("opset24", "opset17")
@@ -47,9 +48,8 @@ TOLERANCE = 2e-2
 
 @pytest.fixture(scope="module", params=NAMES)
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[DecoderSpec, Weights]:
-    model = random_model(CONFIGS[request.param])
     folder = tmp_path_factory.mktemp(request.param)
-    save_checkpoint(model, folder)
+    model = saved_model(request.param, folder)
     weights = open_weights(folder)
     options = {"blocks": True} if request.param == "gemma3" else {}
     spec = decoder_spec(model.config, weights, **options)

@@ -22,6 +22,7 @@ from tests.decoders.models import (
     open_decoder,
     random_model,
     save_checkpoint,
+    saved_model,
 )
 
 IDS = np.array([3, 14, 15, 92, 65, 35, 89])
@@ -32,10 +33,8 @@ TOLERANCE = 1e-4
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    model = random_model(CONFIGS[request.param])
     folder = tmp_path_factory.mktemp(request.param)
-    save_checkpoint(model, folder)
-    return model, folder
+    return saved_model(request.param, folder), folder
 
 
 def test_logits_stay(source: tuple[Any, Path], tmp_path: Path) -> None:

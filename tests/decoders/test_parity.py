@@ -31,6 +31,7 @@ from tests.decoders.models import (
     open_decoder,
     random_model,
     save_checkpoint,
+    saved_model,
 )
 
 IDS = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26]
@@ -81,10 +82,8 @@ def embeddings_of(model: Any) -> np.ndarray:
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    model = random_model(CONFIGS[request.param])
     folder = tmp_path_factory.mktemp(request.param)
-    save_checkpoint(model, folder)
-    return model, folder
+    return saved_model(request.param, folder), folder
 
 
 @pytest.fixture(scope="module", params=DIALECTS)
