@@ -13,11 +13,13 @@ from mllm_edge.errors import RecipeError
 
 __all__ = [
     "CALIBRATED",
+    "MOST_BITS",
     "RECIPES",
     "Method",
     "Precision",
     "Recipe",
     "Rule",
+    "at_most",
     "block_size",
     "calibrated_recipe",
     "check_rules",
@@ -29,6 +31,7 @@ __all__ = [
 Kind = Literal["float32", "float16", "int8_dynamic", "int8_static", "fp8", "blocks", "w4a8"]
 Method = Literal["rtn", "evened", "smoothquant", "gptq", "awq", "awq+gptq"]
 _BLOCKS = (128, 64, 32)
+HEAD = "lm_head"  # the decoder's projection onto the vocabulary
 
 
 @dataclass(frozen=True)
@@ -117,8 +120,8 @@ class Recipe:
 
     `raised`: what the layers with the largest errors get instead, as many as the bundle stays under `size` with, a part
     of what it was in half precision. `kv`: how the decoder's cache holds keys and values; int8 has ranges from
-    calibration. `more_bits_above`: the divergence in nats from which on `mixed.with_more_bits` is taken instead; None:
-    never.
+    calibration. `more_bits_above`: the divergence in nats from which on the decoder's bits are spread by what each part
+    costs (`mixed.spread`), so that all take at most `most_bits` a weight (None: 8); None: never.
     """
 
     name: str
@@ -131,20 +134,31 @@ class Recipe:
     size: float = 1.0
     kv: Literal["float", "int8"] = "float"
     more_bits_above: float | None = None
+    most_bits: float | None = None
 
 
 # Small models lose their words with four bits everywhere, large ones do not: measured, and not told by their names.
 _MORE_BITS_ABOVE = 0.1
+MOST_BITS = 6.15  # what small decoders take in llama.cpp's Q4_K_M
 RECIPES = {
     "fp32": Recipe("fp32", FLOAT32, FLOAT32, FLOAT32, FLOAT32),
     "fp16": Recipe("fp16", FLOAT16, FLOAT16, FLOAT16, FLOAT16),
     "int8": Recipe("int8", INT8_DYNAMIC, INT8_DYNAMIC, BLOCKS_8, HEAD_8),
-    "int4": Recipe("int4", INT8_DYNAMIC, INT8_DYNAMIC, EVENED_4, HEAD_8, more_bits_above=_MORE_BITS_ABOVE),
+    "int4": Recipe(
+        "int4",
+        INT8_DYNAMIC,
+        INT8_DYNAMIC,
+        EVENED_4,
+        HEAD_8,
+        more_bits_above=_MORE_BITS_ABOVE,
+        most_bits=MOST_BITS,
+    ),
 }
+_MOST_BITS_ARE = "bits a weight of the decoder, scales included: 6.15"
 # With calibration data.
 CALIBRATED = {
     "int8": Recipe("int8", INT8_STATIC, INT8_STATIC, INT8_TOKEN, HEAD_8),
-    "int4": Recipe("int4", INT8_STATIC, INT8_STATIC, CALIBRATED_4, HEAD_8, more_bits_above=_MORE_BITS_ABOVE),
+    "int4": replace(RECIPES["int4"], vision=INT8_STATIC, connector=INT8_STATIC, decoder=CALIBRATED_4),
     "fp8": Recipe("fp8", FP8, FP8, FP8, HEAD_8),
     "w4a8": Recipe("w4a8", INT8_STATIC, INT8_STATIC, W4A8, HEAD_8),
     "mixed": Recipe("mixed", CALIBRATED_4, CALIBRATED_4, CALIBRATED_4, HEAD_8, raised=BLOCKS_8, size=0.4),
@@ -171,10 +185,23 @@ def calibrated_recipe(name: str) -> Recipe:
     return known[name]
 
 
+def at_most(recipe: Recipe, bits: float) -> Recipe:
+    """`recipe` with at most so many bits a weight of the decoder, scales included; raises RecipeError for what has no
+    bits to choose."""
+    if not 0 < bits < math.inf:
+        raise RecipeError(f"most_bits = {bits!r}", _MOST_BITS_ARE)
+    if recipe.more_bits_above is None or not recipe.decoder.fewer_than_8:
+        raise RecipeError(
+            f"most_bits = {bits:g}, and recipe {recipe.name} gives every layer the bits that stand in it",
+            "use --recipe int4",
+        )
+    return replace(recipe, most_bits=float(bits))
+
+
 def precision_of(recipe: Recipe, component: str, layer: str) -> Precision:
     """What `recipe` says about one linear layer of a component."""
     chosen = {"decoder": recipe.decoder, "connector": recipe.connector}.get(component, recipe.vision)
-    if component == "decoder" and layer == "lm_head":
+    if component == "decoder" and layer == HEAD:
         chosen = recipe.head
     for rule in recipe.rules:
         if fnmatchcase(component, rule.component) and fnmatchcase(layer, rule.layers):
@@ -212,8 +239,8 @@ _KEYS: Mapping[str, tuple[Any, ...]] = {
     "ranges": ("minmax", "percentile", "entropy", "mse", "search", "token"),
 }
 _EXAMPLE = (
-    'base = "int4", kv = "int8", more_bits_above = 0.1, and tables [vision], [connector], [decoder], [head], '
-    f"[[rules]] with {', '.join(_KEYS)}"
+    'base = "int4", kv = "int8", more_bits_above = 0.1, most_bits = 6.15, and tables [vision], [connector], '
+    f"[decoder], [head], [[rules]] with {', '.join(_KEYS)}"
 )
 
 
@@ -227,7 +254,7 @@ def read_recipe(path: Path) -> Recipe:
         raise RecipeError(f"{path}: {e.strerror}", "--recipe takes a name or a .toml file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise RecipeError(f"{path}: {e}", f"a recipe holds {_EXAMPLE}") from None
-    unknown = sorted(set(data) - {"name", "base", "size", "kv", "more_bits_above", "rules", *_PARTS})
+    unknown = sorted(set(data) - {"name", "base", "size", "kv", "more_bits_above", "most_bits", "rules", *_PARTS})
     if unknown:
         raise RecipeError(f"{path}: unknown key {unknown[0]!r}", f"a recipe holds {_EXAMPLE}")
     base = calibrated_recipe(str(data.get("base", "int4")))
@@ -240,22 +267,42 @@ def read_recipe(path: Path) -> Recipe:
     if kv not in _CACHES:
         raise RecipeError(f"{path}: kv = {kv!r}", f"kv, the decoder's cache, is one of {', '.join(_CACHES)}")
     above = _more_bits_above(path, data.get("more_bits_above", base.more_bits_above))
-    parts = {part: _precision(f"{path}: [{part}]", data.get(part, {}), getattr(base, part)) for part in _PARTS}
+    most = _most_bits(path, data.get("most_bits", base.most_bits))
+    vision, connector, decoder, head = (
+        _precision(f"{path}: [{part}]", data.get(part, {}), getattr(base, part)) for part in _PARTS
+    )
     listed = data.get("rules", [])
     if not isinstance(listed, list):
         raise RecipeError(f"{path}: rules = {listed!r}", "rules are tables, each under a line [[rules]]")
     rules = tuple(_rule(f"{path}: [[rules]] {i}", rule) for i, rule in enumerate(listed, 1))
     name = str(data.get("name", path.stem))
     rules = base.rules + rules
-    if not parts["decoder"].fewer_than_8:
-        if "more_bits_above" in data and above is not None:
-            decoder = parts["decoder"]
+    chosen = Recipe(name, vision, connector, decoder, head, rules, base.raised, float(size), kv, above, most)
+    if not chosen.decoder.fewer_than_8:
+        for key in ("more_bits_above", "most_bits"):
+            if key in data and getattr(chosen, key) is not None:
+                raise RecipeError(
+                    f"{path}: {key} = {data[key]:g}, and the decoder is {chosen.decoder.kind} of "
+                    f"{chosen.decoder.bits} bits",
+                    "it gives more bits to a decoder in blocks of fewer than 8: leave it out",
+                )
+        return replace(chosen, more_bits_above=None, most_bits=None)
+    if above is None:
+        if "most_bits" in data:
             raise RecipeError(
-                f"{path}: more_bits_above = {above:g}, and the decoder is {decoder.kind} of {decoder.bits} bits",
-                "it gives more bits to a decoder in blocks of fewer than 8: leave it out",
+                f"{path}: most_bits = {data['most_bits']!r}, and every layer keeps the bits that stand here",
+                f'more_bits_above = {_MORE_BITS_ABOVE:g} instead of "never", or no most_bits',
             )
-        above = None
-    return replace(base, name=name, **parts, rules=rules, size=float(size), kv=kv, more_bits_above=above)
+        return replace(chosen, most_bits=None)
+    return chosen
+
+
+def _most_bits(path: Path, value: Any) -> float | None:
+    if value is None:
+        return None
+    if not _is_number(value) or not 0 < value < math.inf:
+        raise RecipeError(f"{path}: most_bits = {value!r}", _MOST_BITS_ARE)
+    return float(value)
 
 
 def _more_bits_above(path: Path, value: Any) -> float | None:

@@ -14,7 +14,7 @@ from mllm_edge.calibration.decide import shipped
 from mllm_edge.calibration.findings import Findings
 from mllm_edge.calibration.layers import Layer
 from mllm_edge.calibration.recipes import Precision, Recipe, precision_of
-from mllm_edge.calibration.sensitivity import Unit, affordable, along_answers, measure_all
+from mllm_edge.calibration.sensitivity import Unit, affordable, answered, measure_ways
 from mllm_edge.runtime.backend import Backend
 
 __all__ = ["Losses", "against_rounding", "of_rounding"]
@@ -59,8 +59,8 @@ def against_rounding(
         return shipped(stored[name].read_weight(), precisions[name])
 
     ways = {"found": found, "rounded": rounded}
-    losses = measure_all(bundle, backend, held[: 2 * count], Unit("decoder", names), ways, folder)
-    return losses["found"], losses["rounded"]
+    losses = measure_ways(bundle, backend, answered(held[: 2 * count]), Unit("decoder", names), ways, folder)
+    return losses["found"][0], losses["rounded"][0]
 
 
 def of_rounding(
@@ -82,4 +82,5 @@ def of_rounding(
     def weight(name: str) -> np.ndarray:
         return shipped(stored[name].read_weight(), precision(name))
 
-    return along_answers(bundle, backend, samples[: 2 * count], Unit("decoder", tuple(stored)), weight, folder)
+    unit, asked = Unit("decoder", tuple(stored)), answered(samples[: 2 * count])
+    return measure_ways(bundle, backend, asked, unit, {"rounded": weight}, folder)["rounded"]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
-_FEW = 3  # patterns of layers, or numbers, in a line
+_FEW, _SOME = 3, 8  # numbers, patterns of layers, in a line
 
 
 def _size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
@@ -181,14 +181,29 @@ def _recipe(bundle: "Bundle") -> str:
         precision = rule["precision"]
         kind = f"{precision['bits']}-bit blocks" if precision["kind"] == "blocks" else precision["kind"]
         others.setdefault(kind, []).append(f"{rule['component']}: {rule['layers']}")
-    lines = [f"  {kind}: {_first_and_last(names)}" for kind, names in others.items()]
+    lines = [f"  {kind}: {_first_and_last(_in_ranges(names))}" for kind, names in others.items()]
     return "\n".join([f"recipe     {recipe.get('name', '')}", *lines])
 
 
+def _in_ranges(names: list[str]) -> list[str]:
+    """Names that differ in one number, which are in a row: `layers.0-29.v_proj`."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for name in names:
+        before, number, after = (*re.split(r"\.(\d+)\.", name, maxsplit=1), "", "")[:3]
+        found.setdefault((before, after), []).append(int(number) if number else -1)
+    return [text for (before, after), numbers in found.items() for text in _runs(before, sorted(numbers), after)]
+
+
+def _runs(before: str, numbers: list[int], after: str) -> list[str]:
+    starts = [i for i, n in enumerate(numbers) if i == 0 or n != numbers[i - 1] + 1]
+    runs = [(numbers[i], numbers[j - 1]) for i, j in zip(starts, [*starts[1:], len(numbers)], strict=True)]
+    return [before if a < 0 else f"{before}.{a if a == b else f'{a}-{b}'}.{after}" for a, b in runs]
+
+
 def _first_and_last(names: list[str]) -> str:
-    if len(names) <= _FEW:
+    if len(names) <= _SOME:
         return ", ".join(names)
-    return f"{', '.join(names[: _FEW - 1])} … {names[-1]} ({len(names)})"
+    return f"{', '.join(names[: _SOME - 1])} … {names[-1]} ({len(names)})"
 
 
 def _parity(bundle: "Bundle") -> str:

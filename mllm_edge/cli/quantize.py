@@ -29,6 +29,12 @@ _STOPPED = interrupted_message("the quantization") + "; the same command goes on
     show_default=True,
     help=f"Precision: {', '.join(RECIPES)}, or a file NAME.toml.",
 )
+@click.option(
+    "--most-bits",
+    type=float,
+    metavar="BITS",
+    help="Bits a weight of int4's decoder at most, scales included; default: 6.15.",
+)
 @calibration_options("the built-in text calibrates the decoder")
 @target_option("Where it will run, when SOURCE is a checkpoint; may be repeated.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads inside one operator; default: physical cores.")
@@ -40,6 +46,7 @@ def command(
     data: str | None,
     no_builtin_text: bool,
     recipe: str,
+    most_bits: float | None,
     prompt: str | None,
     skip_bad: bool,
     held_back: int | None,
@@ -73,6 +80,7 @@ def command(
             source,
             out,
             recipe=recipe,
+            most_bits=most_bits,
             data=data,
             builtin=not no_builtin_text,
             prompt=prompt or DEFAULT_PROMPT,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Allowance",
+    "asked",
     "is_quantized",
     "judge",
     "judged",
@@ -58,12 +59,12 @@ def judged(
     Raises ParityError for a loss that rounding does not explain, AccuracyError for one that is not allowed.
     """
     try:
-        references = _asked(reference, folder)
+        references = asked(reference, folder)
     except AccuracyError as e:
         return {NOT_MEASURED: f"{e.message}; {e.fix}"}
     losses = {target: known.get(target) or measure(references, folder, target) for target in targets}
     for target, loss in losses.items():
-        require_rounding(loss, references, least_bits(recipe), target)
+        require_rounding(loss, references, recipe, target)
     if reference.scope.decoder_layers is not None:
         return {}
     for target, loss in losses.items():
@@ -78,25 +79,26 @@ def judged(
 def loss_of(reference: "Reference", folder: Path, target: str) -> Loss | None:
     """That of the bundle in `folder`; None where it cannot be measured."""
     try:
-        return measure(_asked(reference, folder), folder, target)
+        return measure(asked(reference, folder), folder, target)
     except AccuracyError:
         return None
 
 
-def _asked(reference: "Reference", folder: Path) -> References:
-    """The reference's answers, asked for once; raises AccuracyError as `ask` does."""
+def asked(reference: "Reference", folder: Path) -> References:
+    """What the reference answers to the built-in questions, asked for once; raises AccuracyError as `ask` does."""
     if reference.references is None:
         reference.references = ask(reference, folder, reference.cases[_PICTURE])
     return reference.references
 
 
-def require_rounding(loss: Loss, references: References, bits: int, target: str) -> None:
-    """Raise ParityError for a loss that rounding weights to `bits` does not explain: the graph is wrong."""
+def require_rounding(loss: Loss, references: References, recipe: Recipe, target: str) -> None:
+    """Raise ParityError for a loss that rounding to the recipe's bits does not explain: the graph is wrong."""
     kl = loss.kl if loss.kl_texts is None else loss.kl_texts
     few = sum(len(a.tokens) for a in references.texts) < _FEW
     if kl < WARN_KL or (few and kl < _PART_OF_UNRELATED * references.unrelated):
         return
-    by_rounding = references.explained(bits, target.startswith("tensorrt"))
+    bits = least_bits(recipe)
+    by_rounding = references.explained(bits, min(recipe.head.bits, 8), target.startswith("tensorrt"))
     if kl < _TIMES_ROUNDING * by_rounding:
         return
     raise ParityError(

@@ -16,6 +16,7 @@ from mllm_edge.bundle import CHAT_TEMPLATE, Bundle
 from mllm_edge.calibration.collect import greedy_tokens
 from mllm_edge.calibration.evaluate import divergence
 from mllm_edge.calibration.recipes import HEAD_8, INT8_DYNAMIC, Precision
+from mllm_edge.calibration.sensitivity import Asked, Turn
 from mllm_edge.errors import AccuracyError, MllmEdgeError
 from mllm_edge.export.loss_questions import QUESTIONS
 from mllm_edge.export.reference import greedy_answers, quiet_transformers, rounded, scores
@@ -29,7 +30,7 @@ from mllm_edge.runtime.vlm import VLM
 if TYPE_CHECKING:
     from mllm_edge.export.verify import Reference, VerifyCase
 
-__all__ = ["WARN_KL", "Answered", "Loss", "References", "ask", "measure", "prompt_embeds"]
+__all__ = ["WARN_KL", "Answered", "Loss", "References", "ask", "measure", "prompt_embeds", "turns_of"]
 
 _TOKENS = 32  # of each answer
 _SAME = 1e-3  # of the range of logits; as float32 graphs are held to
@@ -59,7 +60,7 @@ class References:
     model: Any
     embeds: dict[tuple[Any, ...], np.ndarray]
     _rounding: dict[int, tuple[float, float]] = field(default_factory=dict)
-    _explained: dict[tuple[int, bool], float] = field(default_factory=dict)
+    _explained: dict[tuple[int, int, bool], float] = field(default_factory=dict)
 
     def rounding(self, bits: int) -> tuple[float, float]:
         """(mean KL in nats, agreement) of the source with its language model rounded to blocks of `bits`, its head to 8
@@ -68,14 +69,16 @@ class References:
             self._rounding[bits] = self._rounded(Precision("blocks", bits), HEAD_8)
         return self._rounding[bits]
 
-    def explained(self, bits: int, positive_scales: bool = False) -> float:
+    def explained(self, bits: int, head_bits: int = 8, positive_scales: bool = False) -> float:
         """The mean KL in nats, on the questions without pictures, that the roundings of a target may come to: weights
-        in blocks of `bits`, or with one scale for each row where they are 8, and inputs of layers in 8 bits with one
-        for each token. `positive_scales`: as TensorRT demands them, which loses more."""
-        key = bits, positive_scales
+        in blocks of `bits`, the head's of `head_bits`, or with one scale for each row where they are 8, and inputs of
+        layers in 8 bits with one for each token. `positive_scales`: as TensorRT demands them, which loses more."""
+        key = bits, head_bits, positive_scales
         if key not in self._explained:
-            layers = Precision("blocks", bits) if bits < INT8_DYNAMIC.bits else INT8_DYNAMIC
-            self._explained[key] = self._rounded(layers, INT8_DYNAMIC, True, positive_scales)[0]
+            layers, head = (
+                Precision("blocks", n) if n < INT8_DYNAMIC.bits else INT8_DYNAMIC for n in (bits, head_bits)
+            )
+            self._explained[key] = self._rounded(layers, head, True, positive_scales)[0]
         return self._explained[key]
 
     @property
@@ -144,6 +147,16 @@ def measure(references: References, folder: Path, target: str = "cpu") -> Loss:
         answer_after=answers[1],
         kl_texts=texts,
     )
+
+
+def turns_of(answered: Sequence[Answered], count: int) -> Asked:
+    """`count` of the source's answers about no pictures, for measuring what layers cost."""
+
+    def turns(vlm: VLM) -> list[Turn]:
+        prompts = [vlm.processor.process(a.question) for a in answered[:count]]
+        return [Turn(p, vlm.prompt_embeds(p), a.tokens) for p, a in zip(prompts, answered, strict=False)]
+
+    return turns
 
 
 def prompt_embeds(

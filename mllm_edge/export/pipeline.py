@@ -3,9 +3,10 @@
 import json
 import platform
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +14,9 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 
-from mllm_edge.bundle import CHAT_TEMPLATE, GENERATION, MANIFEST, TOKENIZER, file_entries, write_manifest
-from mllm_edge.calibration.mixed import MORE_BITS, with_more_bits
+from mllm_edge.bundle import CHAT_TEMPLATE, GENERATION, MANIFEST, TOKENIZER, Bundle, file_entries, write_manifest
+from mllm_edge.calibration.bits import measured, told
+from mllm_edge.calibration.layers import find_layers
 from mllm_edge.calibration.recipes import Precision, Recipe, recipe
 from mllm_edge.errors import ExportError, OptionError, WeightsError
 from mllm_edge.export.checkpoint.files import local_path
@@ -25,7 +27,8 @@ from mllm_edge.export.early import check_checkpoint
 from mllm_edge.export.families import family_for, reading
 from mllm_edge.export.graph import save_model, tensor_specs
 from mllm_edge.export.half import KEY, Float32Operators, keep_in_range
-from mllm_edge.export.judge import Allowance, is_quantized, judged, loss_of, remedy, unmeasured
+from mllm_edge.export.judge import Allowance, asked, is_quantized, judged, loss_of, remedy, unmeasured
+from mllm_edge.export.loss import turns_of
 from mllm_edge.export.plan import Plan
 from mllm_edge.export.progress import Progress, Silent
 from mllm_edge.export.safetensors import Weights
@@ -37,6 +40,7 @@ from mllm_edge.export.verify import Reference, Scope, VerifyCase, verify
 from mllm_edge.export.workspace import check_space, reserved, workspace
 from mllm_edge.json_form import to_json
 from mllm_edge.loss import MAX_KL, NOT_MEASURED, Loss, warning
+from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.spec import SCHEMA_VERSION, Component, FileEntry, Manifest, ModelSpec, PositionSpec, Variant
 
 __all__ = ["TARGETS", "WHOLE_LIMIT", "ExportReport", "Verify", "export", "require_all_used"]
@@ -44,6 +48,7 @@ __all__ = ["TARGETS", "WHOLE_LIMIT", "ExportReport", "Verify", "export", "requir
 Verify = Literal["auto", "full", "off"]
 WHOLE_LIMIT = 2_000_000_000  # parameters; larger models are compared by their first layers
 _PROBE_LAYERS = 2
+_EVENED = 0.5  # of what rounding costs, evened out columns and searched scales leave on trained decoders
 _POSITION_TABLE = "position_table.npy"
 _ROWS = 1024  # of the embeddings at a time
 _OTHER_FILES = 16 << 20  # bytes; room for tokenizer and graphs in the estimate
@@ -273,10 +278,27 @@ class _Job:
         if kl is None or kl <= most:
             return manifest
         self._losses.clear()
-        self._recipe = with_more_bits(self._recipe, self._plan.decoder.layers)
-        self._source.notices.add(f"{self._recipe.name} everywhere costs KL {kl:.2g}: {MORE_BITS}")
+        self._recipe, words = self._measured(folder, manifest, most)
+        self._source.notices.add(f"{self._recipe.name} everywhere costs KL {kl:.2g}: {words}")
         (folder / MANIFEST).unlink()
         return keep_in_range(folder, self._rewritten(folder, manifest), progress=self._progress)
+
+    def _measured(self, folder: Path, manifest: Manifest, most_loss: float) -> tuple[Recipe, str]:
+        """The recipe whose bits are spread by what the float decoder's parts cost, and that in words."""
+        references, form = asked(self._reference(Scope(None)), folder), self._forms[0]
+        with self._beside(folder, manifest, [form], recipe("fp32"), self._plan.decoder) as floats:
+            bundle = Bundle.load(floats)
+            layers = find_layers(ir.load(bundle.listed(bundle.variant("decoder", form.target).file)).graph)
+            turns = partial(turns_of, references.texts)
+            backend = OnnxRuntimeCpu(target=form.target)
+            chosen = measured(
+                bundle, backend, turns, self._recipe, layers, most_loss / _EVENED, floats / "parts", self._counted
+            )
+            return chosen, told(chosen, layers)
+
+    def _counted(self, stage: str, units: int) -> Callable[[int], None]:
+        self._progress.stage(stage, units)
+        return self._progress.advance
 
     def _largest_loss(self, folder: Path, most: float) -> float | None:
         """Mean KL in nats of the target that loses most, or the first above `most`; None where it cannot be measured.
@@ -319,13 +341,9 @@ class _Job:
         if whole:
             write_manifest(folder, manifest)
             return self._verify(folder, Scope(None), cases, allowance)
-        probe = folder / "probe"
-        probe.mkdir()
-        try:
-            write_manifest(probe, self._write_probe(folder, probe, manifest))
+        short = replace(self._plan.decoder, stack=self._plan.decoder.stack[:_PROBE_LAYERS])
+        with self._beside(folder, manifest, self._forms, self._recipe, short) as probe:
             return self._verify(probe, Scope(_PROBE_LAYERS), cases, allowance)
-        finally:
-            shutil.rmtree(probe)
 
     def _verify(
         self, folder: Path, scope: Scope, cases: Sequence[VerifyCase], allowance: Allowance
@@ -340,20 +358,31 @@ class _Job:
         self._progress.stage("measuring the loss")
         return results, judged(reference, folder, self._recipe, targets, allowance, self._losses)
 
-    def _write_probe(self, folder: Path, probe: Path, manifest: Manifest) -> Manifest:
-        """A bundle beside the real one with only the decoder's first layers; the other files are links."""
-        for file in folder.iterdir():
-            if file.is_file() and not file.name.startswith("decoder."):
-                (probe / file.name).hardlink_to(file)
-        short = replace(self._plan.decoder, stack=self._plan.decoder.stack[:_PROBE_LAYERS])
-        decoder = Component(tuple(self._write_form(probe, "decoder", form, short) for form in self._forms))
-        model = replace(manifest.model, cache=short.cache_spec())
-        components = {**manifest.components, "decoder": decoder}
-        return replace(manifest, model=model, components=components, files=file_entries(probe, self._hashes))
+    @contextmanager
+    def _beside(
+        self, folder: Path, manifest: Manifest, forms: Sequence[Form], chosen: Recipe, decoder: DecoderSpec
+    ) -> Iterator[Path]:
+        """Within, a bundle in `folder` beside the real one, with another decoder; the other files are links."""
+        probe = folder / "probe"
+        probe.mkdir()
+        try:
+            for file in folder.iterdir():
+                if file.is_file() and not file.name.startswith("decoder.") and file.name != MANIFEST:
+                    (probe / file.name).hardlink_to(file)
+            variants = tuple(self._write_form(probe, "decoder", form, decoder, chosen) for form in forms)
+            components = {**manifest.components, "decoder": Component(variants)}
+            model = replace(manifest.model, cache=decoder.cache_spec())
+            files = file_entries(probe, self._hashes)
+            write_manifest(probe, replace(manifest, model=model, components=components, files=files))
+            yield probe
+        finally:
+            shutil.rmtree(probe)
 
-    def _build(self, name: str, form: Form, sink: DataSink, decoder: DecoderSpec) -> ir.Model:
+    def _build(
+        self, name: str, form: Form, sink: DataSink, decoder: DecoderSpec, chosen: Recipe | None = None
+    ) -> ir.Model:
         if name == "decoder":
-            return build_decoder(decoder, self._weights, self._recipe, sink, form.dialect, form.float_type)
+            return build_decoder(decoder, self._weights, chosen or self._recipe, sink, form.dialect, form.float_type)
         component = next(c for c in self._plan.traced if c.name == name)
         traced = self._traces[name, form.float_type]
         return lower(component, traced, self._weights, self._precision(name), sink, form.dialect, form.float_type)
@@ -361,14 +390,16 @@ class _Job:
     def _precision(self, name: str) -> Precision:
         return {"decoder": self._recipe.decoder, "connector": self._recipe.connector}.get(name, self._recipe.vision)
 
-    def _write_form(self, folder: Path, name: str, form: Form, decoder: DecoderSpec) -> Variant:
-        """Graph and weights of a component for one target."""
+    def _write_form(
+        self, folder: Path, name: str, form: Form, decoder: DecoderSpec, chosen: Recipe | None = None
+    ) -> Variant:
+        """Graph and weights of a component for one target, by another recipe where one is `chosen`."""
         dry, stem = DryFile(), form.stem(name)
-        self._build(name, form, dry, decoder)
+        self._build(name, form, dry, decoder, chosen)
         self._progress.stage(f"writing {stem}", dry.nbytes)
         try:
             with DataFile(folder / f"{stem}.onnx.data", self._progress.advance) as data:
-                model = self._build(name, form, data, decoder)
+                model = self._build(name, form, data, decoder, chosen)
         except OverflowError as e:
             raise ExportError(f"recipe {self._recipe.name}: {e}", "use --recipe fp32 or int8") from e
         self._hashes[data.path] = data.entry

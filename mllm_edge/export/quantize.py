@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from mllm_edge.bundle import MANIFEST, Bundle, write_manifest
+from mllm_edge.calibration.bits import check_bits
 from mllm_edge.calibration.data import DEFAULT_PROMPT
 from mllm_edge.calibration.evaluate import Proof
 from mllm_edge.calibration.figure import draw_errors
 from mllm_edge.calibration.kv import check_cache
 from mllm_edge.calibration.recipes import (
     Recipe,
+    at_most,
     calibrated_recipe,
     check_rules,
 )
@@ -98,6 +100,7 @@ def quantize(
     out: str | Path,
     *,
     recipe: str | Recipe = "int4",
+    most_bits: float | None = None,
     data: str | Path | Iterable[Any] | None = None,
     builtin: bool = True,
     prompt: str = DEFAULT_PROMPT,
@@ -112,7 +115,8 @@ def quantize(
 ) -> QuantizeReport:
     """Quantize `source`, the directory of a float bundle or a checkpoint, to a new bundle in `out`.
 
-    `recipe`: a name, a .toml file, or a Recipe. `data` as for `load_samples`, `prompt` for folders of images; questions
+    `recipe`: a name, a .toml file, or a Recipe; `most_bits`: in the place of the recipe's, see `Recipe`.
+    `data` as for `load_samples`, `prompt` for folders of images; questions
     that come with the package calibrate beside it (`builtin`), and alone where it is None. Without images the decoder
     alone is calibrated, and the vision side gets what it gets without data.
     `held_back` samples (default: a quarter, up to 32) are kept from calibration and prove the result. When `gate` is
@@ -126,6 +130,8 @@ def quantize(
     `out`), ExportError; then `out` is as it was.
     """
     chosen = calibrated_recipe(recipe) if isinstance(recipe, str) else recipe
+    if most_bits is not None:
+        chosen = at_most(chosen, most_bits)
     check_source(str(source))
     if local_path(source).is_dir():
         source = local_path(source)
@@ -169,6 +175,7 @@ def _quantize(
             check_cache(chosen.name, {v.target: v.dialect for v in bundle.manifest.components["decoder"].variants})
         names = {n: [layer.name for layer in layers_of(bundle, n)] for n in bundle.manifest.components}
         check_rules(chosen, names)
+        check_bits(chosen, layers_of(bundle, "decoder"))
         if not images:
             check_vision(chosen, names)
     except MllmEdgeError:

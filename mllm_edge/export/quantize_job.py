@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mllm_edge.bundle import Bundle, file_entries, write_manifest
+from mllm_edge.calibration.bits import measured, told
 from mllm_edge.calibration.calibrate import calibrate
 from mllm_edge.calibration.collect import Feeds, is_recorded, mark_recorded, record
 from mllm_edge.calibration.data import Sample
@@ -21,22 +22,16 @@ from mllm_edge.calibration.findings import Findings
 from mllm_edge.calibration.kv import MINIMUM
 from mllm_edge.calibration.layers import Layer, find_groups, find_layers
 from mllm_edge.calibration.mixed import (
-    MORE_BITS,
     Candidate,
+    bits_a_weight,
     by_loss,
     by_size,
+    eight_bits,
     ranked,
     weight_bytes,
-    with_more_bits,
 )
-from mllm_edge.calibration.recipes import (
-    BLOCKS_8,
-    HEAD_8,
-    Precision,
-    Recipe,
-    precision_of,
-)
-from mllm_edge.calibration.sensitivity import Unit, affordable, measure
+from mllm_edge.calibration.recipes import Recipe, precision_of
+from mllm_edge.calibration.sensitivity import Unit, affordable, answered, measure
 from mllm_edge.calibration.whole import Losses, against_rounding, of_rounding
 from mllm_edge.errors import ExportError, OptionError
 from mllm_edge.export.datafile import DataFile
@@ -103,26 +98,41 @@ class QuantizeJob:
         self._backend = OnnxRuntimeCpu(threads, target)
 
     def choose_bits(self, gate: Gate) -> None:
-        """Where plain rounding costs so much that calibration will not make up for it, let the layers that cost most
-        keep more bits. What was measured is kept for another attempt."""
-        above, note, more = self._recipe.more_bits_above, self._work / "rounding.json", False
-        if above is None or not self._recipe.decoder.fewer_than_8:
+        """Where plain rounding costs so much that calibration will not make up for it, or takes too much room, let
+        those layers keep more bits that cost most. What was measured is kept for another attempt."""
+        recipe, layers = self._recipe, layers_of(self._source, "decoder")
+        if recipe.more_bits_above is None or not recipe.decoder.fewer_than_8:
             return
+        kl = self._rounding(layers)
+        accepted = recipe.more_bits_above if gate.max_kl is None else min(recipe.more_bits_above, gate.max_kl)
+        shapes = {layer.name: layer.shape for layer in layers}
+        small = recipe.most_bits is None or bits_a_weight(recipe, shapes) <= recipe.most_bits
+        if small and (kl is None or _LEFT * kl <= accepted):
+            return self._begin_with(recipe)
+        asked, folder = (lambda count: answered(self._samples[:count])), self._work / "bits"
+        most = accepted / _LEFT
+        chosen = measured(self._source, self._backend, asked, recipe, layers, most, folder, self._counted)
+        self._begin_with(chosen)
+        self._recipe = self._base = chosen
+        why = f"rounding to {recipe.decoder.bits} bits costs KL {kl:.2g}: " if kl is not None else ""
+        self.notices = (f"{why}{told(chosen, layers)}",)
+        self._progress.notice(*self.notices)
+
+    def _rounding(self, layers: Sequence[Layer]) -> float | None:
+        """What plain rounding of the decoder costs, in nats; None of models too large for that."""
+        note = self._work / "rounding.json"
         kl = _kept_number(note)
         if kl is None:
             self._progress.stage("measuring what rounding costs")
-            layers, folder = layers_of(self._source, "decoder"), self._work / "rounding"
             precision = partial(precision_of, self._recipe, "decoder")
-            found = of_rounding(self._source, self._backend, self._samples, layers, precision, folder)
+            found = of_rounding(self._source, self._backend, self._samples, layers, precision, self._work / "rounding")
             kl = found and found[0]
             write_whole(note, json.dumps(kl))
-        if kl is not None:
-            more = not _LEFT * kl <= (above if gate.max_kl is None else min(above, gate.max_kl))
-        self._begin_with(more)
-        if more:
-            self._recipe = self._base = with_more_bits(self._recipe, _layer_count(self._source))
-            self.notices = (f"rounding to {self._recipe.decoder.bits} bits costs KL {kl:.2g}: {MORE_BITS}",)
-            self._progress.notice(*self.notices)
+        return kl
+
+    def _counted(self, stage: str, units: int) -> Callable[[int], None]:
+        self._progress.stage(stage, units)
+        return self._progress.advance
 
     def calibrate(self) -> dict[str, Findings]:
         """What calibration finds for each component, or found before it was interrupted."""
@@ -181,7 +191,7 @@ class QuantizeJob:
         if is_quantized(self._recipe) and not proof.kl < WARN_KL:
             self._progress.stage("measuring what 8 bits would cost")
             layers, folder = layers_of(self._source, "decoder"), self._work / "eight_bits"
-            eight = of_rounding(self._source, self._backend, kept, layers, _eight_bits, folder)
+            eight = of_rounding(self._source, self._backend, kept, layers, eight_bits, folder)
         return Loss(
             kl=proof.kl,
             agreement=proof.top1,
@@ -218,9 +228,9 @@ class QuantizeJob:
         precision = partial(precision_of, self._recipe, component)
         return {n: errors for n, errors in findings.errors().items() if precision(n) != self._recipe.raised}
 
-    def _begin_with(self, more_bits: bool) -> None:
+    def _begin_with(self, recipe: Recipe) -> None:
         """Of an earlier attempt whose gate asked for other bits, the decoder's findings are of no use."""
-        note, now = self._work / "more_bits.json", json.dumps(more_bits)
+        note, now = self._work / "bits.json", json.dumps(to_json(recipe))
         if note.is_file() and note.read_text(encoding="utf-8", errors="replace") == now:
             return
         shutil.rmtree(self._work / "decoder", ignore_errors=True)
@@ -257,7 +267,8 @@ class QuantizeJob:
         self._progress.stage("measuring what each layer costs", len(units))
         samples = [s for s in self._samples if s.images][:count] or self._samples[:count]
         folder = self._work / "sensitivity"
-        return measure(self._source, self._backend, samples, units, rounded, folder, self._progress.advance), True
+        asked = answered(samples)
+        return measure(self._source, self._backend, asked, units, rounded, folder, self._progress.advance), True
 
     def _units(self, findings: Mapping[str, Findings]) -> list[Unit]:
         """The layers that calibration decided about; those with the same input together."""
@@ -327,22 +338,12 @@ def _carried(manifest: Manifest) -> dict[str, Any]:
     return {KEY: manifest.recipe[KEY]} if KEY in manifest.recipe else {}
 
 
-def _eight_bits(layer: str) -> Precision:
-    return HEAD_8 if layer == "lm_head" else BLOCKS_8
-
-
 def _kept_number(note: Path) -> float | None:
     """What an earlier attempt measured; None where that cannot be read."""
     try:
         return float(json.loads(note.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
-
-
-def _layer_count(bundle: Bundle) -> int:
-    """Of the decoder, by its layers' names."""
-    numbers = [name.split(".")[1] for name in (layer.name for layer in layers_of(bundle, "decoder")) if "." in name]
-    return 1 + max(int(number) for number in numbers if number.isdigit())
 
 
 def layers_of(bundle: Bundle, component: str) -> list[Layer]:

@@ -86,6 +86,11 @@ def test_file_changes_what_it_names(tmp_path: Path) -> None:
         ('more_bits_above = "often"', "more_bits_above = 'often'"),
         ('base = "int8"\nmore_bits_above = 0.1', "more_bits_above = 0.1, and the decoder is int8_static of 8 bits"),
         ("more_bits_above = 0.1\n[decoder]\nbits = 8", "more_bits_above = 0.1, and the decoder is blocks of 8 bits"),
+        ("most_bits = 0", "most_bits = 0"),
+        ("most_bits = nan", "most_bits = nan"),
+        ('most_bits = "few"', "most_bits = 'few'"),
+        ('base = "int8"\nmost_bits = 6', "most_bits = 6, and the decoder is int8_static of 8 bits"),
+        ('most_bits = 6\nmore_bits_above = "never"', "most_bits = 6, and every layer keeps the bits that stand here"),
         ('[decoder]\nkind = "int8"\nbits = 4', "bits = 4 means nothing for kind int8_static"),
         ('base = "fp32"\n[decoder]\nbits = 4', "bits = 4 means nothing for kind float32"),
         ('[decoder]\nkind = "int8"\nblock = 64', "block = 64 means nothing for kind int8_static"),
@@ -104,6 +109,9 @@ def test_more_bits_are_for_decoders_of_fewer_than_8(tmp_path: Path) -> None:
     assert calibrated_recipe(written(tmp_path, "")).more_bits_above == CALIBRATED["int4"].more_bits_above
     assert calibrated_recipe(written(tmp_path, 'more_bits_above = "never"')).more_bits_above is None
     assert calibrated_recipe(written(tmp_path, "more_bits_above = 0")).more_bits_above == 0
+    assert calibrated_recipe(written(tmp_path, "most_bits = 5.5")).most_bits == 5.5
+    assert calibrated_recipe(written(tmp_path, "")).most_bits == CALIBRATED["int4"].most_bits
+    assert calibrated_recipe(written(tmp_path, 'more_bits_above = "never"')).most_bits is None
     assert calibrated_recipe(written(tmp_path, '[decoder]\nkind = "int8"\nbits = 8')).more_bits_above is None
 
 

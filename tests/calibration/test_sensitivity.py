@@ -11,7 +11,7 @@ import torch
 from mllm_edge.bundle import Bundle
 from mllm_edge.calibration.data import load_samples
 from mllm_edge.calibration.layers import find_layers
-from mllm_edge.calibration.sensitivity import Unit, affordable, along_answers, measure
+from mllm_edge.calibration.sensitivity import Unit, affordable, answered, measure, measure_ways
 from mllm_edge.export.pipeline import export
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.score import score
@@ -50,7 +50,7 @@ def units(bundle: Bundle) -> list[Unit]:
 
 def test_losses_are_of_the_unit_alone(bundle: Bundle, tmp_path: Path) -> None:
     chosen = units(bundle)
-    held = load_samples(samples(4))[:2]
+    held = answered(load_samples(samples(4))[:2])
     exact = measure(bundle, OnnxRuntimeCpu(), held, chosen, noisy(bundle, 0.0), tmp_path / "exact")
     some = measure(bundle, OnnxRuntimeCpu(), held, chosen, noisy(bundle, 0.05), tmp_path / "some")
     more = measure(bundle, OnnxRuntimeCpu(), held, chosen, noisy(bundle, 0.1), tmp_path / "more")
@@ -63,7 +63,7 @@ def test_losses_are_of_the_unit_alone(bundle: Bundle, tmp_path: Path) -> None:
 
 
 def test_measured_units_are_not_measured_again(bundle: Bundle, tmp_path: Path) -> None:
-    chosen, held = units(bundle)[:3], load_samples(samples(4))[:1]
+    chosen, held = units(bundle)[:3], answered(load_samples(samples(4))[:1])
     stop = noisy(bundle, 0.1)
 
     def interrupted(component: str, layer: str) -> np.ndarray:
@@ -98,7 +98,8 @@ def test_along_answers_is_the_divergence_of_the_proofs_tokens(bundle: Bundle, tm
         return 2 * noisy(bundle, 0.0)("decoder", name)
 
     unit = Unit("decoder", ("lm_head",))
-    kl, agreement = along_answers(bundle, OnnxRuntimeCpu(), held, unit, doubled, tmp_path / "doubled")
+    ways, folder = {"doubled": doubled}, tmp_path / "doubled"
+    kl, agreement = measure_ways(bundle, OnnxRuntimeCpu(), answered(held), unit, ways, folder)["doubled"]
     expected = []
     with VLM.load(bundle.path) as vlm:
         for sample in held:

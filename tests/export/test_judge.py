@@ -241,7 +241,7 @@ def test_words() -> None:
 def test_more_bits_where_the_loss_is_noticed(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Values and what leads back from the MLP, but in the first tenth of the layers; measured, and in the manifest."""
+    """Those that cost most; measured, and in the manifest."""
     told: list[str] = []
 
     class Told(Silent):
@@ -262,7 +262,9 @@ def test_more_bits_where_the_loss_is_noticed(
     assert kept["never"] == kept["rarely"]
     assert set(kept["never"].values()) == {4}
     raised = {name for name, bits in kept["always"].items() if bits == 8}
-    assert raised == {name for name in kept["always"] if name.endswith(("v_proj", "down_proj"))}
+    assert raised == {rule["layers"] for rule in bundle.manifest.recipe["rules"]}
+    assert any(name.endswith("v_proj") for name in raised)
+    assert not (tmp_path / "always" / "probe").exists()
     assert sizes["always"] > sizes["never"] == sizes["rarely"]
     assert losses["always"] < losses["never"] == losses["rarely"]
 

@@ -10,18 +10,20 @@ import onnx_ir as ir
 import pytest
 
 from mllm_edge.bundle import Bundle
-from mllm_edge.calibration.mixed import with_more_bits
+from mllm_edge.calibration import bits as bits_module
+from mllm_edge.calibration.mixed import bits_a_weight, spread, together, with_small_head
 from mllm_edge.calibration.recipes import (
     BLOCKS_8,
     CALIBRATED,
+    EVENED_4,
     FLOAT16,
+    HEAD_8,
     INT8_TOKEN,
     Precision,
     Recipe,
     Rule,
-    precision_of,
 )
-from mllm_edge.errors import OptionError
+from mllm_edge.errors import OptionError, RecipeError
 from mllm_edge.export import quantize_job
 from mllm_edge.export.pipeline import export
 from mllm_edge.export.progress import Silent
@@ -70,15 +72,14 @@ def test_rounding_is_measured_first(source: Path, tmp_path: Path, above: float, 
     assert told.titles.index("measuring what rounding costs") < told.titles.index("calibrating the decoder")
     assert bool(told.notices) == more
     assert Bundle.load(tmp_path / "out").manifest.provenance["notices"] == told.notices
-    eight = {name for name, b in bits.items() if b == 8 and name != "lm_head"}
-    # The first of six layers is in the first tenth, rounded.
-    expected = {f"layers.{i}.v_proj" for i in range(6)} | {f"layers.{i}.down_proj" for i in range(1, 6)}
-    assert eight == (expected if more else set())
+    assert (8 in [b for name, b in bits.items() if name != "lm_head"]) == more
+    assert more or bits["lm_head"] == 8
 
 
 def test_a_gate_may_ask_for_less(source: Path, tmp_path: Path) -> None:
-    bits = quantized(source, tmp_path / "out", replace(INT4, more_bits_above=10.0), Told(), gate=Gate(1e-6))
-    assert bits["layers.3.v_proj"] == 8
+    recipe = replace(INT4, more_bits_above=10.0, most_bits=None)
+    bits = quantized(source, tmp_path / "out", recipe, Told(), gate=Gate(1e-6))
+    assert set(bits.values()) == {8}
 
 
 def test_bits_that_are_fixed_stay(source: Path, tmp_path: Path) -> None:
@@ -103,11 +104,13 @@ def test_it_is_measured_once(source: Path, tmp_path: Path, monkeypatch: pytest.M
     assert json.loads(note.read_text(encoding="utf-8")) > 0
     with monkeypatch.context() as patch:
         patch.setattr(quantize_job, "of_rounding", stop)
+        patch.setattr(bits_module, "shipped", stop)
         patch.setattr(quantize_job, "calibrate", lambda *a, **k: (_ for _ in ()).throw(EOFError))
         with pytest.raises(EOFError):
             quantized(source, tmp_path / "out", recipe, told)
     note.write_text("{", encoding="utf-8")
-    assert quantized(source, tmp_path / "out", recipe, told)["layers.3.v_proj"] == 8
+    bits = quantized(source, tmp_path / "out", recipe, told)
+    assert {4, 8} == {b for name, b in bits.items() if name != "lm_head"}
 
 
 @pytest.mark.parametrize("gates", [(Gate(10.0, 1.0), Gate(1e-6)), (Gate(1e-6), Gate(10.0))])
@@ -119,7 +122,7 @@ def test_another_gate_may_ask_for_other_bits(
     def stop(*arguments: Any) -> Any:
         raise KeyboardInterrupt
 
-    recipe = replace(INT4, more_bits_above=10.0)
+    recipe = replace(INT4, more_bits_above=10.0, most_bits=None)
     with monkeypatch.context() as patch:
         patch.setattr(quantize_job.QuantizeJob, "against_rounding", stop)
         with pytest.raises(KeyboardInterrupt):
@@ -145,11 +148,102 @@ def test_demands_that_are_no_numbers(demand: tuple[float | None, float | None]) 
         Gate(*demand)
 
 
-def test_own_rules_come_before() -> None:
-    own = replace(INT4, rules=(Rule("decoder", "layers.2.*", FLOAT16),))
-    more = with_more_bits(own, 20)
-    kinds = {i: precision_of(more, "decoder", f"layers.{i}.down_proj") for i in (1, 2, 3, 19)}
-    assert (kinds[1].bits, kinds[2].kind, kinds[3].bits, kinds[19].bits) == (4, "float16", 8, 8)
-    assert precision_of(more, "decoder", "layers.3.experts.5.down_proj").bits == 8
-    assert precision_of(more, "decoder", "layers.0.v_proj").bits == 8
-    assert precision_of(more, "decoder", "layers.3.qk_proj").bits == 4
+def test_so_many_bits_at_most(source: Path, tmp_path: Path) -> None:
+    """What costs most keeps 8 bits, as long as there is room; the manifest says which, and what they take."""
+    stored = {layer.name: layer.shape for layer in quantize_job.layers_of(Bundle.load(source), "decoder")}
+    taken, kept = [], []
+    for most in (5.2, 6.0, 7.0, 20.0):
+        out, told = tmp_path / str(most), Told()
+        quantized(source, out, replace(INT4, more_bits_above=1e-6), told, most_bits=most)
+        manifest = Bundle.load(out).manifest
+        raised = {rule["layers"] for rule in manifest.recipe["rules"]}
+        head = replace(HEAD_8, bits=manifest.recipe["head"]["bits"])
+        recipe = replace(INT4, head=head, rules=tuple(Rule("decoder", name, BLOCKS_8) for name in raised))
+        taken.append(bits_a_weight(recipe, stored))
+        kept.append(raised | ({"lm_head"} if head.bits == 8 else set()))
+        assert taken[-1] <= most
+        assert told.notices[0].endswith(
+            f"{len(kept[-1])} of the decoder's {len(stored)} layers, those that cost most, keep 8 bits "
+            f"({taken[-1]:.2f} bits a weight)"
+        )
+    assert taken == sorted(taken)
+    assert kept[-1] == set(stored)
+
+
+def test_few_bits_are_kept_to_where_rounding_costs_little(source: Path, tmp_path: Path) -> None:
+    """As four bits with a head in 8 take more than that, the head gives way."""
+    shapes = {layer.name: layer.shape for layer in quantize_job.layers_of(Bundle.load(source), "decoder")}
+    recipe, most = replace(INT4, more_bits_above=10.0), bits_a_weight(INT4, shapes)
+    assert quantized(source, tmp_path / "out", recipe, Told(), most_bits=most - 0.01)["lm_head"] == 4
+    assert quantized(source, tmp_path / "more", recipe, Told(), most_bits=most)["lm_head"] == 8
+
+
+@pytest.mark.parametrize(
+    ("recipe", "bits", "what"),
+    [
+        (INT4, 3.5, r"most_bits = 3.5, and the decoder takes 4\.\d\d bits a weight with 4 bits in every layer"),
+        (INT4, math.nan, "most_bits = nan"),
+        (INT4, 0, "most_bits = 0"),
+        ("int8", 6.0, "most_bits = 6, and recipe int8 gives every layer the bits that stand in it"),
+        (replace(INT4, more_bits_above=None), 6.0, "most_bits = 6, and recipe int4 gives"),
+    ],
+)
+def test_bits_that_cannot_be(source: Path, tmp_path: Path, recipe: Recipe | str, bits: float, what: str) -> None:
+    with pytest.raises(RecipeError, match=what):
+        quantize(source, tmp_path / "out", recipe=recipe, data=samples(), most_bits=bits)
+    assert [path.name for path in tmp_path.iterdir()] == []
+
+
+def test_decoders_too_large_to_measure(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bits_module, "affordable", lambda units, parameters: 0)
+    with pytest.raises(RecipeError, match="too large to measure which layers need more bits"):
+        quantize(source, tmp_path / "out", recipe=replace(INT4, more_bits_above=1e-6), data=samples())
+
+
+SHAPES = {
+    **{f"layers.{i}.{kind}": (64, 64) for i in range(6) for kind in ("v_proj", "down_proj")},
+    "lm_head": (640, 64),
+}
+
+
+def test_what_is_measured_together() -> None:
+    units = together(SHAPES)
+    assert units[0] == ("layers.0.v_proj", "layers.1.v_proj")
+    assert len(units) == 2 * 3 + 1
+    assert units[-1] == ("lm_head",)
+    assert together(["layers.0.experts.0.down_proj", "layers.0.experts.1.down_proj", "layers.2.v_proj"]) == [
+        ("layers.0.experts.0.down_proj", "layers.0.experts.1.down_proj"),
+        ("layers.2.v_proj",),
+    ]
+
+
+def test_what_costs_most_for_its_size_is_raised() -> None:
+    """Not what costs most: the head is larger than all others together."""
+    units = together(SHAPES)
+    losses = {unit: 0.01 if unit[0].endswith("down_proj") else 0.02 for unit in units} | {("lm_head",): 0.04}
+    small = with_small_head(INT4)
+    assert small.head == replace(HEAD_8, bits=4, method="gptq")
+    assert with_small_head(replace(INT4, decoder=EVENED_4)).head.method == "evened"
+    assert with_small_head(replace(INT4, head=FLOAT16)).head == FLOAT16
+    raised = spread(small, SHAPES, losses, 0.0651, math.inf)
+    assert {rule.layers for rule in raised.rules} == {name for name in SHAPES if name.endswith("v_proj")} | {
+        "layers.0.down_proj",
+        "layers.1.down_proj",
+    }
+    assert (raised.head.bits, raised.more_bits_above, raised.most_bits) == (4, None, None)
+    assert spread(small, SHAPES, losses, 0.0, math.inf).head == HEAD_8
+    # Where a unit is too large, smaller ones may still have room.
+    room = bits_a_weight(small, SHAPES) + 0.5
+    tight = spread(small, SHAPES, losses | {("lm_head",): 10.0}, 0.0, room)
+    assert tight.head.bits == 4
+    assert tight.rules
+
+
+def test_own_rules_come_before(source: Path, tmp_path: Path) -> None:
+    own = replace(INT4, more_bits_above=1e-6, most_bits=None, rules=(Rule("decoder", "layers.2.*", FLOAT16),))
+    bits = quantized(source, tmp_path / "out", own, Told())
+    assert not [name for name in bits if name.startswith("layers.2.")]
+    assert set(bits.values()) == {8}
+    rules = Bundle.load(tmp_path / "out").manifest.recipe["rules"]
+    assert rules[-1]["layers"] == "layers.2.*"
+    assert not [rule for rule in rules[:-1] if rule["layers"].startswith("layers.2.")]

@@ -15,7 +15,7 @@ from mllm_edge.bundle import MANIFEST, Bundle
 from mllm_edge.calibration import calibrate as calibrate_module
 from mllm_edge.calibration import whole
 from mllm_edge.calibration.recipes import CALIBRATED, FLOAT16, Precision, Recipe, Rule
-from mllm_edge.calibration.sensitivity import measure_all
+from mllm_edge.calibration.sensitivity import measure_ways
 from mllm_edge.errors import AccuracyError, BundleError, DataError, ExportError, RecipeError
 from mllm_edge.export.pipeline import export
 from mllm_edge.export.quantize import FIGURE, FromCheckpoint, Gate, quantize
@@ -200,11 +200,11 @@ def test_the_whole_decoder_is_rounded_where_that_is_better(
     assert 0 < found < rounded
     assert Bundle.load(tmp_path / "better").manifest.accuracy["kl_against_rounding"] == [found, rounded]
 
-    def swapped(*arguments: Any) -> dict[str, float]:
-        losses = measure_all(*arguments)
+    def swapped(*arguments: Any) -> dict[str, tuple[float, float]]:
+        losses = measure_ways(*arguments)
         return {"found": losses["rounded"], "rounded": losses["found"]}
 
-    monkeypatch.setattr(whole, "measure_all", swapped)
+    monkeypatch.setattr(whole, "measure_ways", swapped)
     worse = quantize(float_bundle, tmp_path / "worse", recipe=recipe, data=samples())
     assert worse.against_rounding == pytest.approx((rounded, found))
     assert not worse.layers["decoder"]
