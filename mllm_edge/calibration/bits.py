@@ -10,7 +10,7 @@ from mllm_edge.bundle import Bundle
 from mllm_edge.calibration.decide import shipped
 from mllm_edge.calibration.layers import Layer
 from mllm_edge.calibration.mixed import bits_a_weight, eight_bits, spread, together, with_small_head
-from mllm_edge.calibration.recipes import HEAD, MOST_BITS, Recipe, precision_of
+from mllm_edge.calibration.recipes import HEAD, Recipe, precision_of
 from mllm_edge.calibration.sensitivity import Asked, Unit, affordable, measure
 from mllm_edge.errors import RecipeError
 from mllm_edge.runtime.backend import Backend
@@ -62,7 +62,7 @@ def check_bits(recipe: Recipe, layers: Sequence[Layer]) -> None:
     """Raise RecipeError where the decoder's `layers` in the fewest bits take more than the `most_bits` a weight that
     somebody asked for."""
     fewest = bits_a_weight(with_small_head(recipe), {layer.name: layer.shape for layer in layers})
-    if recipe.most_bits not in (None, MOST_BITS) and fewest > recipe.most_bits:
+    if recipe.most_bits is not None and recipe.limits_bits and fewest > recipe.most_bits:
         raise RecipeError(
             f"recipe {recipe.name}: most_bits = {recipe.most_bits:g}, and the decoder takes {fewest:.2f} bits a weight "
             f"with {recipe.decoder.bits} bits in every layer, scales included",

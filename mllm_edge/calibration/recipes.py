@@ -136,6 +136,11 @@ class Recipe:
     more_bits_above: float | None = None
     most_bits: float | None = None
 
+    @property
+    def limits_bits(self) -> bool:
+        """Whether somebody asked for its `most_bits`."""
+        return self.most_bits not in (None, MOST_BITS)
+
 
 # Small models lose their words with four bits everywhere, large ones do not: measured, and not told by their names.
 _MORE_BITS_ABOVE = 0.1

@@ -127,6 +127,12 @@ def calibration_options(without_data: str) -> Callable[[_F], _F]:
             type=click.Path(),
             help=f"A folder of images, or a .jsonl file of questions, to calibrate with; without it {without_data}.",
         ),
+        click.option(
+            "--most-bits",
+            type=float,
+            metavar="BITS",
+            help="Bits a weight of int4's decoder at most, scales included; default: 6.15.",
+        ),
         click.option("--no-builtin-text", is_flag=True, help="Calibrate without the built-in questions."),
         click.option("--prompt", help="The question that goes with each image of a folder."),
         click.option("--skip-bad", is_flag=True, help="Leave out samples whose image cannot be read, and list them."),

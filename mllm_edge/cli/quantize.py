@@ -29,12 +29,6 @@ _STOPPED = interrupted_message("the quantization") + "; the same command goes on
     show_default=True,
     help=f"Precision: {', '.join(RECIPES)}, or a file NAME.toml.",
 )
-@click.option(
-    "--most-bits",
-    type=float,
-    metavar="BITS",
-    help="Bits a weight of int4's decoder at most, scales included; default: 6.15.",
-)
 @calibration_options("the built-in text calibrates the decoder")
 @target_option("Where it will run, when SOURCE is a checkpoint; may be repeated.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads inside one operator; default: physical cores.")

@@ -15,9 +15,9 @@ import numpy as np
 import onnx_ir as ir
 
 from mllm_edge.bundle import CHAT_TEMPLATE, GENERATION, MANIFEST, TOKENIZER, Bundle, file_entries, write_manifest
-from mllm_edge.calibration.bits import measured, told
+from mllm_edge.calibration.bits import check_bits, measured, told
 from mllm_edge.calibration.layers import find_layers
-from mllm_edge.calibration.recipes import Precision, Recipe, recipe
+from mllm_edge.calibration.recipes import Precision, Recipe, at_most, recipe
 from mllm_edge.errors import ExportError, OptionError, WeightsError
 from mllm_edge.export.checkpoint.files import local_path
 from mllm_edge.export.datafile import DataFile, DataSink, DryFile
@@ -48,6 +48,7 @@ __all__ = ["TARGETS", "WHOLE_LIMIT", "ExportReport", "Verify", "export", "requir
 Verify = Literal["auto", "full", "off"]
 WHOLE_LIMIT = 2_000_000_000  # parameters; larger models are compared by their first layers
 _PROBE_LAYERS = 2
+_FIXED = "leave out --most-bits, or use mllm-edge quantize with questions of your own"
 _EVENED = 0.5  # of what rounding costs, evened out columns and searched scales leave on trained decoders
 _POSITION_TABLE = "position_table.npy"
 _ROWS = 1024  # of the embeddings at a time
@@ -97,6 +98,7 @@ def export(
     revision: str | None = None,
     adapters: Sequence[str | Path] = (),
     verify_cases: Sequence[VerifyCase] = (),
+    most_bits: float | None = None,
     max_kl: float = MAX_KL,
     allow_loss: bool = False,
     progress: Progress | None = None,
@@ -106,7 +108,8 @@ def export(
     The CPU's graphs are among those of other `targets`, unless `fallback` is False. `adapters` are directories or hub
     ids of LoRA adapters, merged into the weights in their order. `verify_cases`: questions and images of your own that
     the bundle is compared with the source model on, too. A quantized bundle whose mean KL divergence from the source
-    model's next token is more than `max_kl` nats fails, unless `allow_loss`.
+    model's next token is more than `max_kl` nats fails, unless `allow_loss`. `most_bits`: of each weight of the
+    decoder, in the place of the recipe's.
 
     Raises SourceError and its kinds, ExportError, ParityError, AccuracyError, LockedError (another process works on
     `out`); then `out` is as it was before.
@@ -115,6 +118,10 @@ def export(
         raise OptionError(f"max_kl = {max_kl!r}", "a KL divergence in nats: 0 or more")
     check_checkpoint(model)
     chosen = recipe(recipe_name)
+    if most_bits is not None:
+        if verify_mode == "off":
+            raise OptionError(f"most_bits = {most_bits:g}, and nothing is measured", "leave out --verify off")
+        chosen = at_most(chosen, most_bits)
     wanted = forms(targets, chosen.name, fallback)
     with nullcontext(Path(out)) if dry_run else reserved(Path(out), force) as place:
         return _export(
@@ -174,9 +181,16 @@ def _export(
     )
     if dry_run:
         return report
+    whole = verify_mode == "full" or plan.model.parameters <= WHOLE_LIMIT
+    if chosen.limits_bits and not whole:
+        raise OptionError(
+            f"most_bits = {chosen.most_bits:g}: of a model of more than {WHOLE_LIMIT / 1e9:g} billion parameters only "
+            "the first layers are measured",
+            "--verify full (the whole source model runs, in float32), or mllm-edge quantize",
+        )
     check_space(place, report.nbytes + _OTHER_FILES)
     with workspace(place, report.nbytes + _OTHER_FILES) as folder:
-        manifest, whole = job.write(folder), verify_mode == "full" or plan.model.parameters <= WHOLE_LIMIT
+        manifest = job.write(folder)
         accuracy: dict[str, Any] = {}
         if verify_mode != "off":
             if whole:  # all of it runs, in float32
@@ -271,11 +285,14 @@ class _Job:
         again with more bits for the layers that cost most."""
         if self._recipe.more_bits_above is None:
             return manifest
+        asked_for = self._recipe.limits_bits
         most = min(self._recipe.more_bits_above, max_kl)
         self._progress.stage("measuring the loss")
         write_manifest(folder, manifest)
         kl = self._largest_loss(folder, most)
-        if kl is None or kl <= most:
+        if kl is None or (kl <= most and not asked_for):
+            if asked_for:
+                raise ExportError("most_bits: what the decoder's layers cost cannot be measured", _FIXED)
             return manifest
         self._losses.clear()
         self._recipe, words = self._measured(folder, manifest, most)
@@ -291,6 +308,7 @@ class _Job:
             layers = find_layers(ir.load(bundle.listed(bundle.variant("decoder", form.target).file)).graph)
             turns = partial(turns_of, references.texts)
             backend = OnnxRuntimeCpu(target=form.target)
+            check_bits(self._recipe, layers)
             chosen = measured(
                 bundle, backend, turns, self._recipe, layers, most_loss / _EVENED, floats / "parts", self._counted
             )

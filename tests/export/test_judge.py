@@ -1,6 +1,7 @@
 """What is done about a loss: what is refused, what is written, what is said where none is measured."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.numpy import save_file
 
 from mllm_edge.bundle import Bundle
 from mllm_edge.calibration.recipes import CALIBRATED, RECIPES, Recipe
-from mllm_edge.errors import AccuracyError, ExportError, OptionError, ParityError
+from mllm_edge.errors import AccuracyError, ExportError, OptionError, ParityError, RecipeError
 from mllm_edge.export import judge as judge_module
 from mllm_edge.export import pipeline
 from mllm_edge.export.decoder.spec import DecoderSpec
@@ -274,3 +275,41 @@ def _bits(bundle: Bundle) -> dict[str, int]:
     graph = ir.load(bundle.listed(bundle.variant("decoder", "cpu").file)).graph
     nodes = [node for node in graph if node.op_type == "MatMulNBits" and node.name != "lm_head"]
     return {str(node.name): node.attributes["bits"].as_int() for node in nodes}
+
+
+def test_so_many_bits_at_most_without_data(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Layers get more bits in a loss that would be accepted, too, when they are asked for; and fewer in the head."""
+    taken = {}
+    for most in (4.9, 6.0, 12.0):
+        report = export(str(tiny_checkpoint), tmp_path / str(most), recipe_name="int4", most_bits=most)
+        taken[most] = report.components["decoder"]
+        assert "keep 8 bits (" in report.notices[-1]
+        told = float(re.search(r"\(([\d.]+) bits a weight\)", report.notices[-1])[1])  # type: ignore[index]
+        assert told <= most
+    assert taken[4.9] <= taken[6.0] < taken[12.0]
+
+
+@pytest.mark.parametrize(
+    ("most", "options", "what"),
+    [
+        (1.0, {}, r"most_bits = 1, and the decoder takes 4\.\d\d bits a weight"),
+        (6.0, {"verify_mode": "off"}, "most_bits = 6, and nothing is measured"),
+        (6.0, {"recipe_name": "int8"}, "most_bits = 6, and recipe int8 gives every layer"),
+        (-1.0, {}, "most_bits = -1.0"),
+    ],
+)
+def test_bits_that_no_export_can_give(
+    tiny_checkpoint: Path, tmp_path: Path, most: float, options: dict[str, Any], what: str
+) -> None:
+    with pytest.raises((OptionError, RecipeError), match=what):
+        export(str(tiny_checkpoint), tmp_path / "out", **{"recipe_name": "int4", "most_bits": most, **options})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bits_of_a_large_model_need_a_whole_comparison(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "WHOLE_LIMIT", 0)
+    with pytest.raises(OptionError, match=r"only the first layers are measured\n.*--verify full"):
+        export(str(tiny_checkpoint), tmp_path / "out", recipe_name="int4", most_bits=6.0)
+    export(str(tiny_checkpoint), tmp_path / "out", recipe_name="int4", most_bits=6.0, verify_mode="full")
