@@ -1,7 +1,7 @@
 """What the cache in 8 bits, and recipes, cost behind long texts: the models and the measure of benchmarks.real_weights.
 
-python -m benchmarks.real_weights_long [--model smollm2|gemma3] [--only RECIPE …] [--contexts N …] [--json F]
-    [--cache DIR]
+python -m benchmarks.real_weights_long [--model smollm2|gemma3] [--only RECIPE …] [--contexts N …] [--quick]
+    [--json F] [--cache DIR]
 
 The same questions stand behind the first N tokens of the same texts; the float bundle's greedy answers lead.
 """
@@ -40,11 +40,12 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="smollm2")
     parser.add_argument("--only", nargs="+", choices=RECIPES, default=["int8 cache", "int4"])
     parser.add_argument("--contexts", nargs="+", type=int, default=_CONTEXTS, help="tokens before the question")
+    parser.add_argument("--quick", action="store_true", help="one question of each text")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "mllm-edge")
     options = parser.parse_args()
     checkpoint, float_bundle = reference(MODELS[options.model], options.cache)
-    groups = [_questions(float_bundle, context) for context in options.contexts]
+    groups = [_questions(float_bundle, context, options.quick) for context in options.contexts]
     report = Report(f"Recipes behind long texts: {options.model}, texts of Python {platform.python_version()}")
     for name in options.only:
         rows = recipe_rows(RECIPES[name], checkpoint, float_bundle, groups)
@@ -57,10 +58,11 @@ def main() -> None:
     report.print()
 
 
-def _questions(float_bundle: Path, context: int) -> list[Question]:
+def _questions(float_bundle: Path, context: int, quick: bool) -> list[Question]:
     tokenizer = Tokenizer.from_file(str(float_bundle / "tokenizer.json"))
     talk = "\n\n".join(f"{q}\n{tokenizer.decode(a.tolist())}" for q, a in held_out(float_bundle, quick=False))
-    prompts = long_prompts(tokenizer, _texts(talk), context)
+    texts = {text: asked[: 1 if quick else None] for text, asked in _texts(talk).items()}
+    prompts = long_prompts(tokenizer, texts, context)
     return answered(float_bundle, prompts, _TOKENS, float_bundle.with_name("long.json"))
 
 

