@@ -13,7 +13,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -45,7 +45,7 @@ from mllm_edge.runtime.processor import Prompt
 from mllm_edge.runtime.score import score
 from mllm_edge.runtime.vlm import VLM
 
-__all__ = ["main"]
+__all__ = ["MODELS", "RECIPES", "Question", "answered", "compared", "held_out", "main", "recipe_rows", "reference"]
 
 _TOKENS = 110  # of each answer
 Make = Callable[[Path, Path, Path], None]  # (checkpoint, float bundle, where the quantized one goes)
@@ -117,14 +117,14 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "mllm-edge")
     options = parser.parse_args()
     model = MODELS[options.model]
-    checkpoint, float_bundle = _reference(model, options.cache)
-    questions = _answered(float_bundle, options.quick)
+    checkpoint, float_bundle = reference(model, options.cache)
+    questions = held_out(float_bundle, options.quick)
     report = Report(f"Recipes on trained weights: {options.model}")
     for name in options.only:
         begin = time.perf_counter()
         try:
             if name in RECIPES:
-                row = _recipe_row(RECIPES[name], checkpoint, float_bundle, questions)
+                (row,) = recipe_rows(RECIPES[name], checkpoint, float_bundle, [questions])
             else:
                 row = _llama_row(name, model, options.cache, float_bundle, questions)
         except llama.Unavailable as e:
@@ -137,7 +137,7 @@ def main() -> None:
     report.print()
 
 
-def _reference(model: Model, cache: Path) -> tuple[Path, Path]:
+def reference(model: Model, cache: Path) -> tuple[Path, Path]:
     """The checkpoint, made where it is not in the cache, and its float bundle, as this version exports it."""
     folder = cache / model.folder
     checkpoint, float_bundle = folder / "checkpoint", folder / "float"
@@ -149,28 +149,38 @@ def _reference(model: Model, cache: Path) -> tuple[Path, Path]:
     return checkpoint, float_bundle
 
 
-def _answered(float_bundle: Path, quick: bool) -> list[Question]:
-    """Questions and the float bundle's greedy answers, which are kept beside it."""
+def held_out(float_bundle: Path, quick: bool) -> list[Question]:
+    """The questions on which recipes are compared."""
     path = float_bundle.with_name("quick.json" if quick else "answers.json")
-    if not path.is_file():
+    return answered(float_bundle, held_out_prompts(quick), _TOKENS // (2 if quick else 1), path)
+
+
+def answered(float_bundle: Path, prompts: Iterable[str], tokens: int, kept: Path) -> list[Question]:
+    """`prompts` and the float bundle's greedy answers of up to `tokens`; the file `kept` holds those that are known."""
+    answers = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    prompts = list(prompts)
+    missing = [prompt for prompt in prompts if prompt not in answers]
+    if missing:
         with VLM.load(float_bundle) as vlm:
-            answers = {}
-            for prompt in held_out_prompts(quick):
+            for prompt in missing:
                 embeds = vlm.prompt_embeds(vlm.processor.process(prompt))
-                answers[prompt] = greedy_tokens(vlm, embeds, None, _TOKENS // (2 if quick else 1)).tolist()
-        path.write_text(json.dumps(answers), encoding="utf-8")
-    answers = json.loads(path.read_text(encoding="utf-8"))
-    return [(prompt, np.array(answer, np.int64)) for prompt, answer in answers.items()]
+                answers[prompt] = greedy_tokens(vlm, embeds, None, tokens).tolist()
+        kept.write_text(json.dumps(answers), encoding="utf-8")
+    return [(prompt, np.array(answers[prompt], np.int64)) for prompt in prompts]
 
 
-def _recipe_row(make: Make, checkpoint: Path, float_bundle: Path, questions: list[Question]) -> dict[str, float]:
-    """Bits of the decoder's weights (norms and head included) for each parameter, and how far from float."""
+def recipe_rows(
+    make: Make, checkpoint: Path, float_bundle: Path, groups: Iterable[list[Question]]
+) -> Iterator[dict[str, float]]:
+    """Of each group of questions: bits of the decoder's weights (norms and head included) for each parameter, and how
+    far from float."""
     with tempfile.TemporaryDirectory(prefix="mllm-edge-") as folder:
         out = Path(folder) / "out"
         make(checkpoint, float_bundle, out)
         bits = 32 * _weight_bytes(out) / _weight_bytes(float_bundle)
         with VLM.load(out) as vlm:
-            return {"bits": round(bits, 2), **_compared(float_bundle, partial(score, vlm), questions)}
+            for questions in groups:
+                yield {"bits": round(bits, 2), **_compared(float_bundle, partial(score, vlm), questions)}
 
 
 def _llama_row(name: str, model: Model, cache: Path, float_bundle: Path, questions: list[Question]) -> dict[str, float]:
@@ -189,17 +199,20 @@ def _llama_row(name: str, model: Model, cache: Path, float_bundle: Path, questio
 
 
 def _compared(float_bundle: Path, other: Score, questions: list[Question]) -> dict[str, float]:
-    """Mean KL in nats of the `other` model's distributions from the float bundle's, agreement of the likeliest token in
+    with VLM.load(float_bundle) as vlm:
+        prompts = ((vlm.processor.process(question), answer) for question, answer in questions)
+        return compared((score(vlm, prompt, answer), other(prompt, answer)) for prompt, answer in prompts)
+
+
+def compared(logits: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+    """Of the float model's logits and another's along each answer: mean KL in nats, agreement of the likeliest token in
     percent."""
     divergences, same = [], []
-    with VLM.load(float_bundle) as vlm:
-        for question, answer in questions:
-            prompt = vlm.processor.process(question)
-            first, second = score(vlm, prompt, answer), other(prompt, answer)
-            divergences.append(divergence(first, second))
-            same.append(first.argmax(axis=1) == second.argmax(axis=1))
+    for first, second in logits:
+        divergences.append(divergence(first, second))
+        same.append(first.argmax(axis=1) == second.argmax(axis=1))
     kl, agreement = float(np.concatenate(divergences).mean()), float(np.concatenate(same).mean())
-    return {"KL": round(kl, 4), "agrees %": round(100 * agreement, 1)}
+    return {"KL": round(kl, 5), "agrees %": round(100 * agreement, 1)}
 
 
 def _weight_bytes(path: Path) -> int:

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from mllm_edge.calibration.collect import Feeds
 from mllm_edge.calibration.decide import Decision
 from mllm_edge.calibration.findings import Findings, is_whole, save_arrays
+from mllm_edge.calibration.kv import largest, rotated
 from mllm_edge.calibration.layers import Group, find_groups, find_layers
 from mllm_edge.calibration.recipes import Precision
 from mllm_edge.calibration.segments import Segment, cut, extract
@@ -201,7 +202,7 @@ class _State:
                         f"{self._graph_file}: {name}: {e} in run {i}", "use a recipe that keeps this part in float32"
                     ) from e
             for name in caches:
-                found_peaks = self._peaks(exact[name], tokens=exact["inputs_embeds"].shape[1])
+                found_peaks = self._peaks(name, exact[name], tokens=exact["inputs_embeds"].shape[1])
                 peaks[name] = np.maximum(peaks.get(name, found_peaks), found_peaks)
             self._pass(_EXACT, number, i, segment, exact)
             self._progress(1)
@@ -258,11 +259,10 @@ class _State:
         differs = np.flatnonzero((first[:length] != own[:length]).any(axis=1))
         return int(differs[0]) if len(differs) else length
 
-    def _peaks(self, rows: np.ndarray, tokens: int) -> np.ndarray:
+    def _peaks(self, name: str, rows: np.ndarray, tokens: int) -> np.ndarray:
         """Largest magnitudes [heads, D] of the first `tokens` keys or values."""
-        in_place = self._variant.kv_mode == "in_place"
-        new = rows[:, :, :tokens] if in_place else rows[:, :tokens]
-        return np.abs(new).max(axis=(0, 2) if in_place else (0, 1)).astype(np.float32)
+        heads_first = rows if self._variant.kv_mode == "in_place" else rows.swapaxes(1, 2)
+        return largest(heads_first[:, :, :tokens], rotated(self._variant) if name.endswith(".key") else ())
 
     def _extract(self, number: int, segment: Segment, record: Sequence[str]) -> ir.Model | None:
         """The piece as a model; values that it is given it need not compute. None where nothing is left."""

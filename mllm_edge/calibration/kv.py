@@ -1,6 +1,6 @@
 """The decoder's cache in 8 bits: keys and values are held as int8, each channel of a head with a scale of its own."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -8,12 +8,15 @@ import onnx_ir as ir
 from mllm_edge.calibration.findings import Findings
 from mllm_edge.calibration.methods.scales import smallest
 from mllm_edge.errors import RecipeError
+from mllm_edge.spec import Variant
 
-__all__ = ["MINIMUM", "check_cache", "quantize_cache"]
+__all__ = ["MINIMUM", "check_cache", "largest", "quantize_cache", "rotated"]
 
 # Lowest version of ONNX Runtime whose GroupQueryAttention was seen to keep int8 on the CPU.
 MINIMUM = {"onnxruntime": "1.31"}
 _PARTS = ("key", "value")
+# Ranges over what calibration saw: what goes beyond is clipped, which costs more than the steps getting wider by this.
+_HEADROOM = 1.5
 _K_SCALE, _INPUTS = 12, 14  # of GroupQueryAttention
 _INT8, _HALF, _FLOAT = ir.DataType.INT8, ir.DataType.FLOAT16, ir.DataType.FLOAT
 
@@ -27,6 +30,26 @@ def check_cache(recipe: str, dialects: Mapping[str, str]) -> None:
                 "TensorRT does in float only",
                 "use a bundle for targets cpu and tensorrt-10.3, whose caches can be int8, or leave kv out",
             )
+
+
+def rotated(variant: Variant) -> tuple[int, ...]:
+    """How many elements of a head each rotary embedding of a decoder turns."""
+    widths = {t.name: 2 * int(t.shape[-1]) for t in variant.inputs if t.name.partition(".")[0] == "cos"}
+    return tuple(sorted(set(widths.values())))
+
+
+def largest(rows: np.ndarray, widths: Collection[int] = ()) -> np.ndarray:
+    """The largest magnitudes [heads, D] that keys or values [batch, heads, tokens, D] have.
+
+    `widths`: for keys, how many elements are turned (`rotated`). Two that are turned together reach the length of both
+    at some position, if not at those of `rows`: slow pairs hardly move in a short text.
+    """
+    found = np.abs(rows).max(axis=(0, 2)).astype(np.float32)
+    for width in widths:
+        half = width // 2
+        lengths = np.hypot(rows[..., :half], rows[..., half:width]).max(axis=(0, 2))
+        found[:, :width] = np.maximum(found[:, :width], np.tile(lengths, 2))
+    return found
 
 
 def quantize_cache(graph: ir.Graph, dialect: str, findings: Findings) -> None:
@@ -46,9 +69,9 @@ def quantize_cache(graph: ir.Graph, dialect: str, findings: Findings) -> None:
 
 
 def _scale(peaks: np.ndarray, kind: np.dtype) -> np.ndarray:
-    """What code 1 stands for, [heads, D] float32; codes reach from −127 to 127 at the `peaks`. Both the scale and its
-    inverse can be stored in `kind`."""
-    return np.where(peaks > 0, np.maximum(peaks / 127, smallest(kind)), 1.0).astype(np.float32)
+    """What code 1 stands for, [heads, D] float32; codes reach from −127 to 127, somewhat beyond the `peaks`. Both the
+    scale and its inverse can be stored in `kind`."""
+    return np.where(peaks > 0, np.maximum(_HEADROOM * peaks / 127, smallest(kind)), 1.0).astype(np.float32)
 
 
 def _group_query_attention(graph: ir.Graph, layer: int, scales: Mapping[str, np.ndarray]) -> None:

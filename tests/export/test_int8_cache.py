@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from mllm_edge.bundle import Bundle
-from mllm_edge.calibration.kv import MINIMUM
+from mllm_edge.calibration.kv import MINIMUM, largest
 from mllm_edge.calibration.recipes import FLOAT16, Recipe
 from mllm_edge.errors import RecipeError
 from mllm_edge.export.pipeline import export
@@ -71,6 +72,26 @@ def test_steps_agree_with_a_float_cache(bundles: tuple[Bundle, Bundle], target: 
             found.append(steps(vlm))
     worst = max(float(np.abs(a - b).max() / np.ptp(a)) for a, b in zip(*found, strict=True))
     assert 0 < worst <= LIMIT
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_little_of_a_longer_text_is_clipped(bundles: tuple[Bundle, Bundle], target: str) -> None:
+    with opened(bundles[1], target) as vlm:
+        vlm.decoder.reset(1000)
+        vlm.decoder.forward(vlm.embed(np.tile(TOKENS, 125)))
+        assert vlm.decoder.cache is not None
+        codes = np.concatenate([rows.ravel() for rows in vlm.decoder.cache.snapshot().rows]).astype(int)
+    assert (np.abs(codes) == 127).mean() < 1e-3
+
+
+def test_keys_that_are_turned_together_share_a_scale(bundles: tuple[Bundle, Bundle]) -> None:
+    graph = onnx.load(bundles[1].path / bundles[1].variant("decoder", "cpu").file).graph
+    scales = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer if t.name.endswith(".scale")}
+    for layer in range(bundles[1].manifest.model.cache.layers):
+        first, second = np.split(scales[f"present.{layer}.key.scale"], 2, axis=-1)
+        np.testing.assert_array_equal(first, second)
+        first, second = np.split(scales[f"present.{layer}.value.scale"], 2, axis=-1)
+        assert (first != second).all()
 
 
 @pytest.mark.parametrize(("target", "part"), [("cpu", 4), ("tensorrt-10.3", 2)])
@@ -158,3 +179,17 @@ def test_four_bits_with_an_int8_cache(bundles: tuple[Bundle, Bundle], tmp_path: 
     report = quantize(bundles[0].path, tmp_path / "out", recipe=str(tmp_path / "r.toml"), data=samples())
     plain = quantize(bundles[0].path, tmp_path / "plain", recipe="int4", data=samples())
     assert report.proof.kl <= 1.5 * plain.proof.kl + 0.01
+
+
+def test_ranges_of_keys_hold_at_every_position() -> None:
+    random = np.random.default_rng(0)
+    keys = random.standard_normal((1, 2, 6, 8)).astype(np.float32)
+    found = largest(keys, [4])
+    np.testing.assert_array_equal(found[:, 4:], np.abs(keys[0, ..., 4:]).max(axis=1))
+    reached = np.zeros((2, 4), np.float32)
+    for angle in np.linspace(0, 2 * np.pi, 1000):
+        first, second, cos, sin = keys[0, ..., :2], keys[0, ..., 2:4], np.cos(angle), np.sin(angle)
+        turned = np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        reached = np.maximum(reached, np.abs(turned).max(axis=1))
+    np.testing.assert_allclose(found[:, :4], reached, rtol=1e-4)
+    np.testing.assert_array_equal(largest(keys), np.abs(keys[0]).max(axis=1))
