@@ -73,13 +73,21 @@ def _exported(name: str, checkpoint: Path, float_bundle: Path, out: Path) -> Non
 
 
 def _calibrated(
-    recipe: Recipe, samples: int, checkpoint: Path, float_bundle: Path, out: Path, builtin: bool = False
+    recipe: Recipe,
+    samples: int,
+    checkpoint: Path,
+    float_bundle: Path,
+    out: Path,
+    builtin: bool = False,
+    most_bits: float | None = None,
 ) -> None:
     """`samples` questions for calibration, none: the built-in text alone; four more prove the result within `quantize`,
     as it demands. `builtin`: with the built-in text beside them."""
     data = [{"prompt": prompt} for prompt in calibration_prompts(samples + 4)] if samples else None
     builtin = builtin or not samples
-    quantize(float_bundle, out, recipe=recipe, data=data, held_back=4, builtin=builtin, allow_loss=True)
+    quantize(
+        float_bundle, out, recipe=recipe, data=data, held_back=4, builtin=builtin, most_bits=most_bits, allow_loss=True
+    )
 
 
 def _decoder(precision: Precision, more_bits: bool = False) -> Recipe:
@@ -88,17 +96,18 @@ def _decoder(precision: Precision, more_bits: bool = False) -> Recipe:
     return recipe if more_bits else replace(recipe, more_bits_above=None)
 
 
+INT4 = _decoder(CALIBRATED_4, more_bits=True)
 RECIPES: Mapping[str, Make] = {
     "int4": partial(_exported, "int4"),
     "int8": partial(_exported, "int8"),
     "4 bits, rounded": partial(_calibrated, _decoder(BLOCKS_4), 4),
     **{f"4 bits, {n} samples": partial(_calibrated, _decoder(CALIBRATED_4), n) for n in (4, 16, 48, 128)},
     "4 bits, built-in text": partial(_calibrated, _decoder(CALIBRATED_4), 0),
-    **{f"int4, {n} samples": partial(_calibrated, _decoder(CALIBRATED_4, more_bits=True), n) for n in (16, 128)},
-    "int4, built-in text": partial(_calibrated, _decoder(CALIBRATED_4, more_bits=True), 0),
-    "int4, 16 samples and built-in text": partial(
-        _calibrated, _decoder(CALIBRATED_4, more_bits=True), 16, builtin=True
-    ),
+    **{f"int4, {n} samples": partial(_calibrated, INT4, n, builtin=True) for n in (16, 128)},
+    "int4, 16 samples alone": partial(_calibrated, INT4, 16),
+    "int4, 128 samples, 5.35 bits": partial(_calibrated, INT4, 128, builtin=True, most_bits=5.35),
+    "int4, built-in text": partial(_calibrated, INT4, 0),
+    "int4, built-in text, 5.35 bits": partial(_calibrated, INT4, 0, most_bits=5.35),
     "awq, 48 samples": partial(_calibrated, _decoder(replace(BLOCKS_4, method="awq")), 48),
     "gptq, 48 samples": partial(_calibrated, _decoder(replace(BLOCKS_4, method="gptq")), 48),
     "8-bit blocks": partial(_calibrated, _decoder(replace(BLOCKS_8, largest_block=64)), 4),

@@ -15,7 +15,7 @@ from mllm_edge.calibration.sensitivity import Asked, Unit, affordable, measure
 from mllm_edge.errors import RecipeError
 from mllm_edge.runtime.backend import Backend
 
-__all__ = ["check_bits", "measured", "told"]
+__all__ = ["check_bits", "fits", "measured", "told"]
 
 _LEFT = 0.5  # of the loss that is accepted: what the parts cost alone is known to some tens of percent
 
@@ -68,6 +68,12 @@ def check_bits(recipe: Recipe, layers: Sequence[Layer]) -> None:
             f"with {recipe.decoder.bits} bits in every layer, scales included",
             f"most_bits = {math.ceil(100 * fewest) / 100:.2f} or more",
         )
+
+
+def fits(recipe: Recipe, layers: Sequence[Layer]) -> bool:
+    """Whether the decoder's `layers` take no more than the recipe's `most_bits` a weight as it is."""
+    shapes = {layer.name: layer.shape for layer in layers}
+    return recipe.most_bits is None or bits_a_weight(recipe, shapes) <= recipe.most_bits
 
 
 def told(recipe: Recipe, layers: Sequence[Layer]) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mllm_edge.bundle import CHAT_TEMPLATE, GENERATION, MANIFEST, TOKENIZER, Bundle, file_entries, write_manifest
-from mllm_edge.calibration.bits import check_bits, measured, told
+from mllm_edge.calibration.bits import check_bits, fits, measured, told
 from mllm_edge.calibration.layers import find_layers
 from mllm_edge.calibration.recipes import Precision, Recipe, at_most, recipe
 from mllm_edge.errors import ExportError, OptionError, WeightsError
@@ -294,14 +294,18 @@ class _Job:
             if asked_for:
                 raise ExportError("most_bits: what the decoder's layers cost cannot be measured", _FIXED)
             return manifest
+        chosen, words = self._measured(folder, manifest, most, kl <= most)
+        if chosen == self._recipe:
+            return manifest
         self._losses.clear()
-        self._recipe, words = self._measured(folder, manifest, most)
+        self._recipe = chosen
         self._source.notices.add(f"{self._recipe.name} everywhere costs KL {kl:.2g}: {words}")
         (folder / MANIFEST).unlink()
         return keep_in_range(folder, self._rewritten(folder, manifest), progress=self._progress)
 
-    def _measured(self, folder: Path, manifest: Manifest, most_loss: float) -> tuple[Recipe, str]:
-        """The recipe whose bits are spread by what the float decoder's parts cost, and that in words."""
+    def _measured(self, folder: Path, manifest: Manifest, most_loss: float, good: bool) -> tuple[Recipe, str]:
+        """The recipe whose bits are spread by what the float decoder's parts cost, and that in words; the recipe as it
+        is where it is `good` and small enough."""
         references, form = asked(self._reference(Scope(None)), folder), self._forms[0]
         with self._beside(folder, manifest, [form], recipe("fp32"), self._plan.decoder) as floats:
             bundle = Bundle.load(floats)
@@ -309,6 +313,8 @@ class _Job:
             turns = partial(turns_of, references.texts)
             backend = OnnxRuntimeCpu(target=form.target)
             check_bits(self._recipe, layers)
+            if good and fits(self._recipe, layers):
+                return self._recipe, ""
             chosen = measured(
                 bundle, backend, turns, self._recipe, layers, most_loss / _EVENED, floats / "parts", self._counted
             )

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mllm_edge.bundle import Bundle, file_entries, write_manifest
-from mllm_edge.calibration.bits import measured, told
+from mllm_edge.calibration.bits import fits, measured, told
 from mllm_edge.calibration.calibrate import calibrate
 from mllm_edge.calibration.collect import Feeds, is_recorded, mark_recorded, record
 from mllm_edge.calibration.data import Sample
@@ -23,7 +23,6 @@ from mllm_edge.calibration.kv import MINIMUM
 from mllm_edge.calibration.layers import Layer, find_groups, find_layers
 from mllm_edge.calibration.mixed import (
     Candidate,
-    bits_a_weight,
     by_loss,
     by_size,
     eight_bits,
@@ -105,9 +104,7 @@ class QuantizeJob:
             return
         kl = self._rounding(layers)
         accepted = recipe.more_bits_above if gate.max_kl is None else min(recipe.more_bits_above, gate.max_kl)
-        shapes = {layer.name: layer.shape for layer in layers}
-        small = recipe.most_bits is None or bits_a_weight(recipe, shapes) <= recipe.most_bits
-        if small and (kl is None or _LEFT * kl <= accepted):
+        if fits(recipe, layers) and (kl is None or _LEFT * kl <= accepted):
             return self._begin_with(recipe)
         asked, folder = (lambda count: answered(self._samples[:count])), self._work / "bits"
         most = accepted / _LEFT

@@ -1,7 +1,6 @@
 """What is done about a loss: what is refused, what is written, what is said where none is measured."""
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -278,15 +277,19 @@ def _bits(bundle: Bundle) -> dict[str, int]:
 
 
 def test_so_many_bits_at_most_without_data(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """Layers get more bits in a loss that would be accepted, too, when they are asked for; and fewer in the head."""
-    taken = {}
-    for most in (4.9, 6.0, 12.0):
-        report = export(str(tiny_checkpoint), tmp_path / str(most), recipe_name="int4", most_bits=most)
-        taken[most] = report.components["decoder"]
-        assert "keep 8 bits (" in report.notices[-1]
-        told = float(re.search(r"\(([\d.]+) bits a weight\)", report.notices[-1])[1])  # type: ignore[index]
-        assert told <= most
-    assert taken[4.9] <= taken[6.0] < taken[12.0]
+    """The head gives way first; what fits and loses little is left as it is."""
+    with pytest.raises(RecipeError) as refused:
+        export(str(tiny_checkpoint), tmp_path / "refused", recipe_name="int4", most_bits=1.0)
+    fewest = float(refused.value.fix.split()[2])
+    reports = {
+        most: export(str(tiny_checkpoint), tmp_path / str(most), recipe_name="int4", most_bits=most)
+        for most in (fewest, 12.0)
+    }
+    assert f"({fewest - 0.005:.1f}" in reports[fewest].notices[-1]
+    assert reports[12.0].notices == ()
+    assert reports[fewest].components["decoder"] < reports[12.0].components["decoder"]
+    heads = [Bundle.load(tmp_path / str(most)).manifest.recipe["head"]["bits"] for most in reports]
+    assert heads == [4, 8]
 
 
 @pytest.mark.parametrize(
