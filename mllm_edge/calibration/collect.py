@@ -21,26 +21,40 @@ __all__ = ["Feeds", "answer_tokens", "greedy_tokens", "is_recorded", "mark_recor
 
 _ANSWER_TOKENS = 32
 _CACHE = "past_key_values."
+_KEPT_BYTES = 64 << 20  # of what a component was fed
 
 
 class Feeds:
-    """What a component was fed, run by run, as files in `folder`."""
+    """What a component was fed, run by run, as files in `folder`. What is read is asked for again by every piece: as
+    much of it as takes little memory stays there."""
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._kept: dict[int, dict[str, np.ndarray]] = {}
+        self._room = _KEPT_BYTES
 
     def __len__(self) -> int:
         return len(list(self.folder.glob("*.npz")))
 
     def add(self, feeds: Mapping[str, np.ndarray]) -> None:
         """Keep one run's inputs; of empty caches only the shape."""
-        kept = {name: _shape_only(array) if name.startswith(_CACHE) else array for name, array in feeds.items()}
+        kept = {name: array for name, array in feeds.items() if not name.startswith(_CACHE)}
+        shapes = {name: (array.dtype.name, array.shape) for name, array in feeds.items() if name.startswith(_CACHE)}
+        # In one entry: a file of a hundred takes milliseconds to open.
+        kept[_CACHE] = np.array(json.dumps(shapes))
         save_arrays(self.folder / f"{len(self):06d}.npz", kept, durable=False)
 
     def read(self, i: int, names: Sequence[str]) -> dict[str, np.ndarray]:
-        """The inputs called `names` of run i."""
-        with np.load(self.folder / f"{i:06d}.npz") as data:
-            return {n: _zeros(data[n]) if n.startswith(_CACHE) else data[n] for n in names if n in data}
+        """The inputs called `names` of run i; not to be written to."""
+        kept = self._kept.get(i)
+        if kept is not None:
+            return _chosen(kept, names)
+        path = self.folder / f"{i:06d}.npz"
+        with np.load(path) as data:
+            if path.stat().st_size > self._room:
+                return _chosen(data, names)
+            self._kept[i], self._room = dict(data), self._room - path.stat().st_size
+        return _chosen(self._kept[i], names)
 
 
 def record(
@@ -176,10 +190,8 @@ def _array(value: Any) -> np.ndarray:
     return value if isinstance(value, np.ndarray) else value.array
 
 
-def _shape_only(array: np.ndarray) -> np.ndarray:
-    return np.array([array.dtype.name, *(str(size) for size in array.shape)])
-
-
-def _zeros(shape: np.ndarray) -> np.ndarray:
-    dtype, *sizes = shape.tolist()
-    return np.zeros([int(size) for size in sizes], dtype)
+def _chosen(kept: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The arrays called `names`, caches as zeros."""
+    shapes = json.loads(str(kept[_CACHE])) if any(name.startswith(_CACHE) for name in names) else {}
+    zeros = {n: np.zeros(shapes[n][1], shapes[n][0]) for n in names if n in shapes}
+    return {n: zeros[n] if n in zeros else kept[n] for n in names if n in zeros or n in kept}
