@@ -150,7 +150,9 @@ class Decision:
         if not precision.is_static:
             return found[len(found) // 2]
         ranges = [activation_range(self._statistics, "minmax", factors) for factors in [None, *found]]
-        errors = [self._error(weights, f, where, precision) for f, where in zip([None, *found], ranges, strict=True)]
+        wanted = self._outputs(weights)
+        tried = zip([None, *found], ranges, strict=True)
+        errors = [self._error(weights, wanted, factors, where, precision) for factors, where in tried]
         return [None, *found][int(np.argmin(errors))]
 
     def _input_range(self, weights: Sequence[np.ndarray], factors: np.ndarray | None) -> Range | None:
@@ -160,18 +162,31 @@ class Decision:
             return None
         methods = SEARCHED if wanted[0] == "search" else (wanted[0],)
         ranges = [activation_range(self._statistics, method, factors) for method in methods]
-        errors = [self._error(weights, factors, where, FLOAT32) for where in ranges] if len(ranges) > 1 else [0.0]
+        if len(ranges) == 1:
+            return ranges[0]
+        outputs = self._outputs(weights)
+        errors = [self._error(weights, outputs, factors, where, FLOAT32) for where in ranges]
         return ranges[int(np.argmin(errors))]
 
+    def _outputs(self, weights: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Of the layers, for sampled inputs."""
+        sample = self._statistics.sample
+        return [sample @ weight.T for weight in weights]
+
     def _error(
-        self, weights: Sequence[np.ndarray], factors: np.ndarray | None, where: Range | None, precision: Precision
+        self,
+        weights: Sequence[np.ndarray],
+        wanted: Sequence[np.ndarray],
+        factors: np.ndarray | None,
+        where: Range | None,
+        precision: Precision,
     ) -> float:
-        """Squared error of the outputs for sampled inputs in 8 bits and weights rounded to nearest."""
+        """Squared error against the outputs `wanted` for sampled inputs in 8 bits and weights rounded to nearest."""
         sample, total = self._statistics.sample, 0.0
         inputs = _rounded_inputs(sample if factors is None else sample / factors, where)
-        for weight in weights:
+        for weight, outputs in zip(weights, wanted, strict=True):
             rounded = _nearest(weight if factors is None else weight * factors, precision)
-            total += float(np.square(inputs @ rounded.T - sample @ weight.T).sum(dtype=np.float64))
+            total += float(np.square(inputs @ rounded.T - outputs).sum(dtype=np.float64))
         return total
 
     def _unseen_error(self, weights: Sequence[np.ndarray], factors: np.ndarray | None, precision: Precision) -> float:
