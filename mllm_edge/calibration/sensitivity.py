@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def measure(
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "sensitivity.json"
     found = _kept(note)
-    exchanging = _Exchanging(backend, bundle, folder / "graphs")
+    exchanging = _Exchanging(backend, bundle, folder / "graphs", {unit.component for unit in units})
     with VLM(bundle, exchanging) as vlm:
         runs = [_Run(vlm, sample) for sample in samples]
         for unit in units:
@@ -89,7 +89,7 @@ def measure_all(
     """Way → mean KL divergence in nats as `measure`'s, when all layers of `unit` have the weights that the way gives
     them by name."""
     folder.mkdir(parents=True, exist_ok=True)
-    exchanging, found = _Exchanging(backend, bundle, folder / "graphs"), {}
+    exchanging, found = _Exchanging(backend, bundle, folder / "graphs", {unit.component}), {}
     with VLM(bundle, exchanging) as vlm:
         runs, session = [_Run(vlm, sample) for sample in samples], exchanging.sessions[unit.component]
         for way, weight in ways.items():
@@ -110,7 +110,7 @@ def along_answers(
 ) -> tuple[float, float]:
     """(mean KL divergence in nats along the float bundle's answers, as the proof has it, how often the likeliest token
     stays the same) when all layers of `unit` have the weights [out, in] that `weight` gives by name."""
-    exchanging = _Exchanging(backend, bundle, folder / "graphs")
+    exchanging = _Exchanging(backend, bundle, folder / "graphs", {unit.component})
     with VLM(bundle, exchanging) as vlm:
         prompts = [vlm.processor.process(sample.prompt, sample.images) for sample in samples]
         embeds = [vlm.prompt_embeds(prompt) for prompt in prompts]
@@ -160,23 +160,28 @@ class _Run:
 
 
 class _Exchanging:
-    """A backend whose sessions take the weights of their linear layers as inputs."""
+    """A backend whose sessions of the components `exchanged` take the weights of their linear layers as inputs; others
+    stay as they are, for such weights are in memory twice."""
 
-    def __init__(self, backend: Backend, bundle: Bundle, folder: Path):
+    def __init__(self, backend: Backend, bundle: Bundle, folder: Path, exchanged: Collection[str]):
         self.name, self.target, self._backend, self._folder = backend.name, backend.target, backend, folder
         self._components = {
             variant.file: name for name, c in bundle.manifest.components.items() for variant in c.variants
         }
+        self._exchanged = exchanged
         self.sessions: dict[str, _Session] = {}
 
     def open(self, path: Path, variant: Variant) -> Session:
+        component = self._components[variant.file]
+        if component not in self._exchanged:
+            return self._backend.open(path, variant)
         self._folder.mkdir(parents=True, exist_ok=True)
         model = ir.load(path)
         weights = {layer.name: _into_input(model.graph, layer.weight) for layer in find_layers(model.graph)}
         graph_file = self._folder / path.name
         ir.save(model, graph_file, external_data=f"{path.name}.data")
         session = _Session(self._backend.open(graph_file, variant), weights)
-        self.sessions[self._components[variant.file]] = session
+        self.sessions[component] = session
         return session
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Any:
