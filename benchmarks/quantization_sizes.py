@@ -9,6 +9,7 @@ import numpy as np
 
 from benchmarks.llava_checkpoint import write_llava
 from benchmarks.measure import in_process
+from benchmarks.quantization_cost import pictures
 from benchmarks.report import Report
 from benchmarks.vlm_checkpoints import smolvlm_256m
 from mllm_edge.bundle import Bundle
@@ -29,13 +30,13 @@ def add_vision(report: Report, folder: Path, questions: int) -> None:
     source = _smolvlm(folder, "fp32")
     out = folder / "vision-int8"
     recipe = Recipe("vision", CALIBRATED["int8"].vision, CALIBRATED["int8"].connector, FLOAT16, FLOAT16)
-    quantize(source, out, recipe=recipe, data=_pictures(20), held_back=4, allow_loss=True)
+    quantize(source, out, recipe=recipe, data=pictures(20), held_back=4, allow_loss=True)
     bundles = [Bundle.load(source), Bundle.load(out)]
     with VLM(bundles[0], OnnxRuntimeCpu()) as one, VLM(bundles[1], OnnxRuntimeCpu()) as other:
         seconds: list[list[float]] = [[], []]
         cosines = []
         for i in range(_ROUNDS):
-            pixels = one.processor.process("x", _pictures(1, i + 100)[0]["images"]).pixel_values
+            pixels = one.processor.process("x", pictures(1, i + 100)[0]["images"]).pixel_values
             assert pixels is not None
             outputs = []
             for vlm, times in zip((one, other), seconds, strict=True):
@@ -80,22 +81,8 @@ def _smolvlm(folder: Path, recipe: str) -> Path:
     return out
 
 
-def _pictures(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Smooth pictures with noise, of one tile."""
-    from PIL import Image
-
-    items = []
-    for i in range(count):
-        random = np.random.default_rng([seed, i])
-        coarse = Image.fromarray(random.integers(0, 256, (9, 9, 3), dtype=np.uint8))
-        picture = np.asarray(coarse.resize((512, 512), Image.Resampling.BICUBIC)).astype(np.int16)
-        noisy = np.clip(picture + random.normal(0, 12, picture.shape), 0, 255).astype(np.uint8)
-        items.append({"images": [noisy], "prompt": f"What is this? {i}", "answer": "a thing on a belt"})
-    return items
-
-
 def _calibrate(source: Path, out: Path, samples: int) -> None:
-    quantize(source, out, recipe="int4", data=_pictures(samples + 8), held_back=8, allow_loss=True)
+    quantize(source, out, recipe="int4", data=pictures(samples + 8), held_back=8, allow_loss=True)
 
 
 def _calibrate_layers(source: Path, folder: Path, method: Any) -> None:

@@ -14,9 +14,10 @@ import onnx_ir as ir
 
 from mllm_edge.calibration.collect import Feeds
 from mllm_edge.calibration.decide import Decision
-from mllm_edge.calibration.findings import Findings, is_whole, save_arrays
+from mllm_edge.calibration.findings import Findings, is_whole
 from mllm_edge.calibration.kv import largest, rotated
 from mllm_edge.calibration.layers import Group, find_groups, find_layers
+from mllm_edge.calibration.passing import PassingReader, PassingWriter
 from mllm_edge.calibration.recipes import Precision
 from mllm_edge.calibration.segments import Segment, cut, extract
 from mllm_edge.calibration.statistics import InputStatistics
@@ -129,6 +130,9 @@ class _State:
         self._variant, self._backend, self._progress = variant, backend, progress
         self._sequential = sequential
         self._part: ir.Model | None = None
+        # What the piece before passes, by stream, and the files of what this one does.
+        self._passed, self._written = {}, []  # type: dict[str, PassingReader], list[Path]
+        self._receive(-1, [])
         self._prefixes: dict[int, int] = {}
 
     def pieces_done(self, segments: Sequence[Segment]) -> int:
@@ -137,30 +141,38 @@ class _State:
         count = 0
         while count < len(segments) and (self._folder / f"done-{count}").exists():
             count += 1
-        needed = self._layer_files(count - 1)
-        if needed is not None and count < len(segments) and segments[count - 1].gives:
-            streams = (_EXACT, _ROUNDED) if self._sequential else (_EXACT,)
-            runs = range(len(self._feeds))
-            needed += [self._passing(stream, count - 1, run) for stream in streams for run in runs]
-        if needed is not None and all(is_whole(path) for path in needed):
+        layers, passing = self._left_behind(count - 1)
+        if layers is not None and all(is_whole(path) for path in (*layers, *passing)):
+            self._receive(count - 1, passing)
             return count
         shutil.rmtree(self._folder)
         self._folder.mkdir(parents=True)
         return 0
 
-    def _layer_files(self, number: int) -> list[Path] | None:
-        """What had been found when a piece was done; None when that cannot be read, or no piece was."""
+    def _left_behind(self, number: int) -> tuple[list[Path] | None, list[Path]]:
+        """Files of what had been found when a piece was done, and of what it passes on; None when that cannot be read,
+        or no piece was."""
         try:
-            names = json.loads((self._folder / f"done-{number}").read_text(encoding="utf-8"))
-            return [self._folder / "layers" / name for name in names]
-        except (OSError, ValueError, TypeError):
-            return None
+            note = json.loads((self._folder / f"done-{number}").read_text(encoding="utf-8"))
+            layers = [self._folder / "layers" / name for name in note["layers"]]
+            return layers, [self._folder / name for name in note["passing"]]
+        except (OSError, ValueError, TypeError, KeyError):
+            return None, []
+
+    def _receive(self, number: int, files: Sequence[Path]) -> None:
+        """From now on the `files` of piece `number` are what is passed."""
+        for stream in (_EXACT, _ROUNDED):
+            prefix = _prefix(stream, number)
+            self._passed[stream] = PassingReader(path for path in files if path.name.startswith(prefix))
 
     def finish(self, number: int) -> None:
         """The piece is done: said when all that it left is on the disk."""
-        sync(self._folder.glob(f"passing-*-{number}-*.npz"))
+        files, self._written = self._written, []
+        sync(files)
         layers = sorted(path.name for path in (self._folder / "layers").glob("*.npz"))
-        write_whole(self._folder / f"done-{number}", json.dumps(layers))
+        note = {"layers": layers, "passing": [path.name for path in files]}
+        write_whole(self._folder / f"done-{number}", json.dumps(note))
+        self._receive(number, files)
         for path in self._folder.glob(f"passing-*-{number - 1}-*.npz"):
             path.unlink()
 
@@ -184,13 +196,14 @@ class _State:
         if not statistics and not segment.gives and not caches:
             self._progress(len(self._feeds))
             return statistics, peaks
-        self._part = self._extract(number, segment, [*statistics, *caches])
+        self._part = self._extract(segment, [*statistics, *caches])
         session, runs = self._open(), len(self._feeds)
+        writer = PassingWriter(self._folder, _prefix(_EXACT, number))
         for i in range(runs):
-            exact = self._values(session, _EXACT, number, i)
+            exact = self._values(session, _EXACT, i)
             rounded = exact
             if self._sequential and number and statistics:
-                rounded = self._values(session, _ROUNDED, number, i, statistics)
+                rounded = self._values(session, _ROUNDED, i, statistics)
             held = held_apart(i, runs)
             shared = self._shared(i, exact) if held else 0
             for name, found in statistics.items():
@@ -206,8 +219,9 @@ class _State:
             for name in caches:
                 found_peaks = self._peaks(name, exact[name], tokens=exact["inputs_embeds"].shape[1])
                 peaks[name] = np.maximum(peaks.get(name, found_peaks), found_peaks)
-            self._pass(_EXACT, number, i, segment, exact)
+            writer.add({name: exact[name] for name in segment.gives})
             self._progress(1)
+        self._close(writer)
         return statistics, peaks
 
     def pass_rounded(self, number: int, segment: Segment, findings: Findings) -> None:
@@ -221,27 +235,25 @@ class _State:
                 layer.weight.const_value = ir.tensor(
                     np.ascontiguousarray(weight.T, stored.dtype.numpy()), name=layer.weight.name
                 )
-        session = self._open()
+        session, writer = self._open(), PassingWriter(self._folder, _prefix(_ROUNDED, number))
         for i in range(len(self._feeds)):
-            self._pass(_ROUNDED, number, i, segment, self._values(session, _ROUNDED, number, i))
+            values = self._values(session, _ROUNDED, i)
+            writer.add({name: values[name] for name in segment.gives})
+        self._close(writer)
 
     def _values(
-        self, session: Any, stream: str, number: int, run: int, wanted: Collection[str] | None = None
+        self, session: Any, stream: str, run: int, wanted: Collection[str] | None = None
     ) -> dict[str, np.ndarray]:
-        """By name what piece `number` is given in a run, and what it makes of that; it is not run where it is given all
-        that is `wanted`."""
-        inputs = {**self._feeds.read(run, self._read), **self._passed(stream, number - 1, run)}
+        """By name what the piece is given in a run, and what it makes of that; it is not run where it is given all that
+        is `wanted`."""
+        inputs = {**self._feeds.read(run, self._read), **self._passed[stream].read(run)}
         if self._part is None or (wanted is not None and inputs.keys() >= set(wanted)):
             return inputs
         return {**inputs, **session.run({v.name or "": inputs[v.name or ""] for v in self._part.graph.inputs})}
 
-    def _pass(self, stream: str, number: int, run: int, segment: Segment, values: Mapping[str, np.ndarray]) -> None:
-        if segment.gives:
-            passing = {name: values[name] for name in segment.gives}
-            save_arrays(self._passing(stream, number, run), passing, durable=False)
-
-    def _passing(self, stream: str, number: int, run: int) -> Path:
-        return self._folder / f"passing-{stream}-{number}-{run}.npz"
+    def _close(self, writer: PassingWriter) -> None:
+        writer.flush()
+        self._written += writer.files
 
     def _shared(self, run: int, values: Mapping[str, np.ndarray]) -> int:
         """How many rows at a decoder's start are those of the first run, too (the template's own words): they tell
@@ -266,10 +278,10 @@ class _State:
         heads_first = rows if self._variant.kv_mode == "in_place" else rows.swapaxes(1, 2)
         return largest(heads_first[:, :, :tokens], rotated(self._variant) if name.endswith(".key") else ())
 
-    def _extract(self, number: int, segment: Segment, record: Sequence[str]) -> ir.Model | None:
+    def _extract(self, segment: Segment, record: Sequence[str]) -> ir.Model | None:
         """The piece as a model; values that it is given it need not compute. None where nothing is left."""
         given = {*self._own, *segment.needs}
-        types = {n: ir.DataType.from_numpy(v.dtype) for n, v in self._passed(_EXACT, number - 1, 0).items()}
+        types = {n: ir.DataType.from_numpy(v.dtype) for n, v in self._passed[_EXACT].read(0).items()}
         kept = Segment(segment.needs, tuple(n for n in segment.gives if n not in given), segment.layers)
         missing = [n for n in record if n not in given]
         part = extract(self._model, kept, missing, types) if kept.gives or missing else None
@@ -285,9 +297,7 @@ class _State:
         ir.save(self._part, path, external_data=f"{path.name}.data")
         return self._backend.open(path, self._variant)
 
-    def _passed(self, stream: str, number: int, run: int) -> dict[str, np.ndarray]:
-        path = self._passing(stream, number, run)
-        if not path.is_file():
-            return {}
-        with np.load(path) as data:
-            return dict(data)
+
+def _prefix(stream: str, number: int) -> str:
+    """How the files are called that a piece passes on."""
+    return f"passing-{stream}-{number}"

@@ -1,7 +1,9 @@
 """Collection: samples run through the shipping runtime, and what every component was fed is kept on disk."""
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +22,43 @@ from mllm_edge.spec import Variant
 __all__ = ["Feeds", "answer_tokens", "greedy_tokens", "is_recorded", "mark_recorded", "record"]
 
 _ANSWER_TOKENS = 32
+_TOGETHER = 8  # samples that are asked before what they were fed is written
+_CACHE_BYTES = 128 << 20  # of the decoder, while it answers several
 _CACHE = "past_key_values."
+_KEPT_BYTES = 64 << 20  # of what a component was fed
 
 
 class Feeds:
-    """What a component was fed, run by run, as files in `folder`."""
+    """What a component was fed, run by run, as files in `folder`. What is read is asked for again by every piece: as
+    much of it as takes little memory stays there."""
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._kept: dict[int, dict[str, np.ndarray]] = {}
+        self._room = _KEPT_BYTES
 
     def __len__(self) -> int:
         return len(list(self.folder.glob("*.npz")))
 
     def add(self, feeds: Mapping[str, np.ndarray]) -> None:
         """Keep one run's inputs; of empty caches only the shape."""
-        kept = {name: _shape_only(array) if name.startswith(_CACHE) else array for name, array in feeds.items()}
+        kept = {name: array for name, array in feeds.items() if not name.startswith(_CACHE)}
+        shapes = {name: (array.dtype.name, array.shape) for name, array in feeds.items() if name.startswith(_CACHE)}
+        # In one entry: a file of a hundred takes milliseconds to open.
+        kept[_CACHE] = np.array(json.dumps(shapes))
         save_arrays(self.folder / f"{len(self):06d}.npz", kept, durable=False)
 
     def read(self, i: int, names: Sequence[str]) -> dict[str, np.ndarray]:
-        """The inputs called `names` of run i."""
-        with np.load(self.folder / f"{i:06d}.npz") as data:
-            return {n: _zeros(data[n]) if n.startswith(_CACHE) else data[n] for n in names if n in data}
+        """The inputs called `names` of run i; not to be written to."""
+        kept = self._kept.get(i)
+        if kept is not None:
+            return _chosen(kept, names)
+        path = self.folder / f"{i:06d}.npz"
+        with np.load(path) as data:
+            if path.stat().st_size > self._room:
+                return _chosen(data, names)
+            self._kept[i], self._room = dict(data), self._room - path.stat().st_size
+        return _chosen(self._kept[i], names)
 
 
 def record(
@@ -57,12 +75,14 @@ def record(
     """
     recorder = _Recorder(backend, bundle, folder)
     with VLM(bundle, recorder) as vlm:
-        for sample in samples:
-            try:
-                _run(vlm, recorder, sample)
-            except (ContextError, ImageError) as e:
-                raise DataError(f"{sample.where}: {e.message}", e.fix) from e
-            progress(1)
+        for start in range(0, len(samples), _TOGETHER):
+            recorder.decoder = False
+            asked = [_ask(vlm, sample) for sample in samples[start : start + _TOGETHER]]
+            answers = _answers(vlm, asked)
+            recorder.decoder = True
+            for one, answer in zip(asked, answers, strict=True):
+                _write(vlm, one, answer)
+                progress(1)
 
 
 def mark_recorded(note: Path, folder: Path) -> None:
@@ -91,31 +111,94 @@ def answer_tokens(vlm: VLM, sample: Sample) -> np.ndarray | None:
 
 def greedy_tokens(vlm: VLM, embeds: np.ndarray, positions: np.ndarray | None, most: int) -> np.ndarray:
     """The model's own answer to a prompt, with its end if that comes within `most` tokens."""
-    vlm.decoder.reset(len(embeds) + most)
-    logits, tokens = vlm.decoder.forward(embeds, positions), []  # type: np.ndarray, list[int]
-    while len(tokens) < most:
-        tokens.append(int(logits.argmax()))
-        if tokens[-1] in vlm.stop_ids:
+    return _greedy(vlm, [embeds], None if positions is None else [positions], most)[0]
+
+
+def _greedy(
+    vlm: VLM, prompts: Sequence[np.ndarray], positions: Sequence[np.ndarray] | None, most: int
+) -> list[np.ndarray]:
+    """The answers to several prompts [S, H], side by side where the decoder takes them so."""
+    vlm.decoder.reset(max(map(len, prompts)) + most, len(prompts))
+    if len(prompts) > 1 and not vlm.decoder.takes_batch([len(embeds) for embeds in prompts]):
+        return [_greedy(vlm, [embeds], None, most)[0] for embeds in prompts]
+    logits = vlm.decoder.forward_batch(prompts, positions)
+    answers: list[list[int]] = [[] for _ in prompts]
+    unfinished = answers
+    for left in reversed(range(most)):
+        chosen = logits.argmax(axis=1)
+        for answer, token in zip(answers, chosen.tolist(), strict=True):
+            if not answer or answer[-1] not in vlm.stop_ids:
+                answer.append(token)
+        unfinished = [answer for answer in unfinished if answer[-1] not in vlm.stop_ids]
+        if not left or not unfinished:
             break
-        logits = vlm.decoder.forward(vlm.embed(np.array(tokens[-1:])))
-    return np.array(tokens, np.int64)
+        # Those that have ended go on unheard: a batch keeps its size.
+        logits = vlm.decoder.forward_batch(list(vlm.embed(chosen)[:, None]))
+    return [np.array(answer, np.int64) for answer in answers]
 
 
-def _run(vlm: VLM, recorder: "_Recorder", sample: Sample) -> None:
-    prompt = vlm.processor.process(sample.prompt, sample.images)
-    positions = prompt.positions
-    recorder.decoder = False
-    embeds = vlm.prompt_embeds(prompt)
-    room = vlm.context_length - len(embeds)
-    answer = answer_tokens(vlm, sample)
-    if answer is None:
-        answer = greedy_tokens(vlm, embeds, positions, min(_ANSWER_TOKENS, room))
-    answer = answer[: max(room, 0)]
-    whole = np.concatenate([embeds, vlm.embed(answer)])
-    recorder.decoder = True
-    vlm.decoder.reset(len(whole))
-    # The rows that are projected are those that make the answer: see `calibrate`.
-    vlm.decoder.forward(whole, continued(positions, len(answer)), rows=range(len(embeds) - 1, len(whole)))
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """A sample with its prompt as the decoder gets it, and its answer, if that is known. `room`: tokens that fit
+    behind the prompt."""
+
+    sample: Sample
+    embeds: np.ndarray
+    positions: np.ndarray | None
+    answer: np.ndarray | None
+    room: int
+
+
+@contextlib.contextmanager
+def _naming(sample: Sample) -> Iterator[None]:
+    """Say of which sample an error is."""
+    try:
+        yield
+    except (ContextError, ImageError) as e:
+        raise DataError(f"{sample.where}: {e.message}", e.fix) from e
+
+
+def _ask(vlm: VLM, sample: Sample) -> _Asked:
+    with _naming(sample):
+        prompt = vlm.processor.process(sample.prompt, sample.images)
+        embeds = vlm.prompt_embeds(prompt)
+        room = vlm.context_length - len(embeds)
+        return _Asked(sample, embeds, prompt.positions, answer_tokens(vlm, sample), room)
+
+
+def _answers(vlm: VLM, asked: Sequence[_Asked]) -> list[np.ndarray]:
+    """Those that are known, and the model's own to the others: to several prompts at once, where their positions are
+    plain and all have room for as many tokens."""
+    found = {i: one.answer for i, one in enumerate(asked) if one.answer is not None}
+    alike = [i for i, one in enumerate(asked) if i not in found and one.positions is None]
+    alike = [i for i in alike if asked[i].room >= _ANSWER_TOKENS]
+    size = _batch(vlm, max((len(asked[i].embeds) for i in alike), default=0))
+    for start in range(0, len(alike), size):
+        some = alike[start : start + size]
+        answers = _greedy(vlm, [asked[i].embeds for i in some], None, _ANSWER_TOKENS)
+        found |= zip(some, answers, strict=True)
+    for i, one in enumerate(asked):
+        if i not in found:
+            with _naming(one.sample):
+                found[i] = greedy_tokens(vlm, one.embeds, one.positions, min(_ANSWER_TOKENS, one.room))
+    return [found[i] for i in range(len(asked))]
+
+
+def _batch(vlm: VLM, tokens: int) -> int:
+    """How many prompts of up to `tokens` tokens are answered at once."""
+    cache = vlm.spec.cache
+    row = 2 * cache.layers * cache.heads * cache.head_dim * np.dtype(np.float32).itemsize
+    return max(1, _CACHE_BYTES // (row * (tokens + _ANSWER_TOKENS)))
+
+
+def _write(vlm: VLM, asked: _Asked, answer: np.ndarray) -> None:
+    with _naming(asked.sample):
+        answer = answer[: max(asked.room, 0)]
+        whole = np.concatenate([asked.embeds, vlm.embed(answer)])
+        vlm.decoder.reset(len(whole))
+        # The rows that are projected are those that make the answer: see `calibrate`.
+        rows = range(len(asked.embeds) - 1, len(whole))
+        vlm.decoder.forward(whole, continued(asked.positions, len(answer)), rows=rows)
 
 
 class _Recorder:
@@ -163,6 +246,8 @@ class _RecordingSession:
         self._bound.update(feeds)
         if self._component == "decoder" and self._recorder.decoder:
             self._recorder.feeds(self._component).add({n: _array(v) for n, v in self._bound.items()})
+            if self._inner is not None:  # some are fed once, for all runs to come
+                self._inner.bind(feeds, {})
             return {}
         if self._component != "decoder":
             self._recorder.feeds(self._component).add(feeds)
@@ -176,10 +261,8 @@ def _array(value: Any) -> np.ndarray:
     return value if isinstance(value, np.ndarray) else value.array
 
 
-def _shape_only(array: np.ndarray) -> np.ndarray:
-    return np.array([array.dtype.name, *(str(size) for size in array.shape)])
-
-
-def _zeros(shape: np.ndarray) -> np.ndarray:
-    dtype, *sizes = shape.tolist()
-    return np.zeros([int(size) for size in sizes], dtype)
+def _chosen(kept: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The arrays called `names`, caches as zeros."""
+    shapes = json.loads(str(kept[_CACHE])) if any(name.startswith(_CACHE) for name in names) else {}
+    zeros = {n: np.zeros(shapes[n][1], shapes[n][0]) for n in names if n in shapes}
+    return {n: zeros[n] if n in zeros else kept[n] for n in names if n in zeros or n in kept}

@@ -44,17 +44,19 @@ class Decision:
         self._group, self._statistics, self._findings = group, statistics, findings
         self._row_factors, self._held = row_factors, statistics.held
         self._precisions = {layer.name: precision(layer.name) for layer in group.layers}
+        self._judges = self._held or _rows_alike(statistics.sample)
+        self._exact = {layer.name: self._float_weight(layer) for layer in group.layers}
+        self._wanted = {name: self._judges.outputs(weight) for name, weight in self._exact.items()}
 
     def make(self) -> None:
         """Decide, and add to the findings and to the row factors of the layer before the group."""
-        exact = {layer.name: self._exact(layer) for layer in self._group.layers}
-        weights = self._compensated(exact)
+        weights = self._compensated()
         factors = self._factors(weights)
-        found = self._found(exact, weights, factors)
-        if factors is not None and self._is_blocks and _loss(found, self._power(exact)) >= 0:
+        found = self._found(weights, factors)
+        if factors is not None and self._is_blocks and self._loss(found) >= 0:
             # No better than rounding on rows that were held apart: do without what was fitted.
             factors = None
-            found = self._found(exact, exact, None)
+            found = self._found(self._exact, None)
         fold = self._group.fold
         if factors is not None and fold is not None:
             if fold.layer:
@@ -68,23 +70,19 @@ class Decision:
     def _is_blocks(self) -> bool:
         return all(precision.in_blocks for precision in self._precisions.values())
 
-    def _exact(self, layer: Layer) -> np.ndarray:
+    def _float_weight(self, layer: Layer) -> np.ndarray:
         """The float weight, with the factors that the group behind it asks for."""
         weight, rows = layer.read_weight(), self._row_factors.get(layer.name)
         return weight if rows is None else weight * rows[:, None]
 
-    def _power(self, exact: Mapping[str, np.ndarray]) -> dict[str, float]:
-        held = self._judges
-        return {name: held.squared(weight) for name, weight in exact.items()}
+    def _loss(self, found: Sequence[LayerFindings]) -> float:
+        """How much more squared error the layers make than rounding to nearest would."""
+        power = {name: self._judges.squared(outputs) for name, outputs in self._wanted.items()}
+        return sum((layer.error**2 - layer.nearest_error**2) * power[layer.name] for layer in found)
 
-    @property
-    def _judges(self) -> HeldRows:
-        """The rows that candidates are judged on; the sample where none were held apart."""
-        sample = self._statistics.sample
-        return self._held or HeldRows(sample, sample, np.ones(len(sample), np.float32))
-
-    def _compensated(self, exact: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def _compensated(self) -> dict[str, np.ndarray]:
         """Weights that make up for the drift of earlier layers, as far as that serves rows that were held apart."""
+        exact = self._exact
         names = [name for name in exact if "gptq" in self._precisions[name].method]
         moved = self._statistics.drift if names else None
         if moved is None:
@@ -94,11 +92,12 @@ class Decision:
         together = np.concatenate([exact[name] for name in names])
         best = drift.compensated(together, gram, moved, max(drift.DAMPS)) if judges is None else together
         if judges is not None:
-            plain = judges.error(together, together)
+            wanted = np.concatenate([self._wanted[name] for name in names], axis=1)
+            plain = judges.error(together, wanted)
             least = gain * plain
             for damp in sorted(drift.DAMPS, key=lambda damp: abs(np.log(damp / _MIDDLE))):
                 tried = drift.compensated(together, gram, moved, damp)
-                error = judges.error(tried, together)
+                error = judges.error(tried, wanted)
                 if error < least:
                     least, best = error, tried
                 elif error > (1 + gain) / 2 * plain:
@@ -106,12 +105,10 @@ class Decision:
         ends = np.cumsum([len(exact[name]) for name in names])[:-1]
         return {**exact, **dict(zip(names, np.split(best, ends), strict=True))}
 
-    def _found(
-        self, exact: dict[str, np.ndarray], weights: dict[str, np.ndarray], factors: np.ndarray | None
-    ) -> list[LayerFindings]:
+    def _found(self, weights: dict[str, np.ndarray], factors: np.ndarray | None) -> list[LayerFindings]:
         where = self._input_range(list(weights.values()), factors)
         codes = self._all_codes(weights, factors)
-        return [self._layer(name, exact[name], w, factors, where, codes[name]) for name, w in weights.items()]
+        return [self._layer(name, w, factors, where, codes[name]) for name, w in weights.items()]
 
     def _all_codes(self, weights: Mapping[str, np.ndarray], factors: np.ndarray | None) -> dict[str, _Codes]:
         """By layer; those of one precision together, for they share what comes of the inputs alone."""
@@ -153,7 +150,9 @@ class Decision:
         if not precision.is_static:
             return found[len(found) // 2]
         ranges = [activation_range(self._statistics, "minmax", factors) for factors in [None, *found]]
-        errors = [self._error(weights, f, where, precision) for f, where in zip([None, *found], ranges, strict=True)]
+        wanted = self._outputs(weights)
+        tried = zip([None, *found], ranges, strict=True)
+        errors = [self._error(weights, wanted, factors, where, precision) for factors, where in tried]
         return [None, *found][int(np.argmin(errors))]
 
     def _input_range(self, weights: Sequence[np.ndarray], factors: np.ndarray | None) -> Range | None:
@@ -163,18 +162,31 @@ class Decision:
             return None
         methods = SEARCHED if wanted[0] == "search" else (wanted[0],)
         ranges = [activation_range(self._statistics, method, factors) for method in methods]
-        errors = [self._error(weights, factors, where, FLOAT32) for where in ranges] if len(ranges) > 1 else [0.0]
+        if len(ranges) == 1:
+            return ranges[0]
+        outputs = self._outputs(weights)
+        errors = [self._error(weights, outputs, factors, where, FLOAT32) for where in ranges]
         return ranges[int(np.argmin(errors))]
 
+    def _outputs(self, weights: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Of the layers, for sampled inputs."""
+        sample = self._statistics.sample
+        return [sample @ weight.T for weight in weights]
+
     def _error(
-        self, weights: Sequence[np.ndarray], factors: np.ndarray | None, where: Range | None, precision: Precision
+        self,
+        weights: Sequence[np.ndarray],
+        wanted: Sequence[np.ndarray],
+        factors: np.ndarray | None,
+        where: Range | None,
+        precision: Precision,
     ) -> float:
-        """Squared error of the outputs for sampled inputs in 8 bits and weights rounded to nearest."""
+        """Squared error against the outputs `wanted` for sampled inputs in 8 bits and weights rounded to nearest."""
         sample, total = self._statistics.sample, 0.0
         inputs = _rounded_inputs(sample if factors is None else sample / factors, where)
-        for weight in weights:
+        for weight, outputs in zip(weights, wanted, strict=True):
             rounded = _nearest(weight if factors is None else weight * factors, precision)
-            total += float(np.square(inputs @ rounded.T - sample @ weight.T).sum(dtype=np.float64))
+            total += float(np.square(inputs @ rounded.T - outputs).sum(dtype=np.float64))
         return total
 
     def _unseen_error(self, weights: Sequence[np.ndarray], factors: np.ndarray | None, precision: Precision) -> float:
@@ -183,34 +195,34 @@ class Decision:
         inputs = _rounded_inputs(judges.x if factors is None else judges.x / factors, _ROWS)
         for weight in weights:
             rounded = _nearest(weight if factors is None else weight * factors, precision)
-            total += _judged(judges, inputs, rounded, weight) ** 2
+            total += _judged(judges, inputs, rounded, judges.outputs(weight)) ** 2
         return total
 
     def _layer(
         self,
         name: str,
-        exact: np.ndarray,
         weight: np.ndarray,
         factors: np.ndarray | None,
         group_range: Range | None,
         found: _Codes,
     ) -> LayerFindings:
-        """`exact`: the float weight; `weight`: what is rounded in its place, to the codes that were `found`."""
+        """`weight`: what is rounded in the place of the float one, to the codes that were `found`."""
         precision, statistics, judges = self._precisions[name], self._statistics, self._judges
+        exact, wanted = self._exact[name], self._wanted[name]
         where = group_range if precision.is_static else None
         rounding: Inputs = _ROWS if precision.per_token else where
         scaled = weight if factors is None else weight * factors
         codes, scales, block = found
         chosen = _dequantized(codes, scales, block) if codes is not None else _nearest(scaled, precision)
         inputs = judges.x if factors is None else judges.x / factors
-        error = _judged(judges, _rounded_inputs(inputs, rounding), chosen, exact)
+        error = _judged(judges, _rounded_inputs(inputs, rounding), chosen, wanted)
         nearest = _rounded_inputs(judges.x, activation_range(statistics, "minmax") if where else rounding)
-        nearest_error = _judged(judges, nearest, shipped(exact, precision), exact)
+        nearest_error = _judged(judges, nearest, shipped(exact, precision), wanted)
         if error >= nearest_error and precision.in_blocks and self._held is not None:
             plain = exact if factors is None else exact * factors
             rounded = _signed_codes(plain, precision)
             if rounded is not None:
-                again = _judged(judges, _rounded_inputs(inputs, rounding), _dequantized(*rounded), exact)
+                again = _judged(judges, _rounded_inputs(inputs, rounding), _dequantized(*rounded), wanted)
                 if again < error:
                     (codes, scales, block), error = rounded, again
         return LayerFindings(
@@ -292,14 +304,14 @@ def _rounded_inputs(x: np.ndarray, how: Inputs) -> np.ndarray:
     return (np.clip(np.rint(x / scale), np.rint(low / scale), np.rint(high / scale)) * scale).astype(np.float32)
 
 
-def _judged(judges: HeldRows, inputs: np.ndarray, found: np.ndarray, exact: np.ndarray) -> float:
+def _judged(judges: HeldRows, inputs: np.ndarray, found: np.ndarray, wanted: np.ndarray) -> float:
     """‖ŷ − y‖/‖y‖ with the judges' inputs as they are computed with."""
-    return replace(judges, x=inputs).error(found, exact)
+    return replace(judges, x=inputs).error(found, wanted)
 
 
-def _loss(found: Sequence[LayerFindings], power: Mapping[str, float]) -> float:
-    """How much more squared error the layers make than rounding to nearest would."""
-    return sum((layer.error**2 - layer.nearest_error**2) * power[layer.name] for layer in found)
+def _rows_alike(rows: np.ndarray) -> HeldRows:
+    """Rows that judge in the place of those held apart, where there are none."""
+    return HeldRows(rows, rows, np.ones(len(rows), np.float32))
 
 
 def shipped(weight: np.ndarray, precision: Precision) -> np.ndarray:

@@ -24,16 +24,19 @@ class HeldRows:
     exact: np.ndarray
     weights: np.ndarray
 
-    def error(self, found: np.ndarray, weight: np.ndarray, factors: np.ndarray | None = None) -> float:
-        """‖ŷ − y‖/‖y‖ with the weight `found` [N, K] for x / factors, against `weight` [N, K] for exact inputs."""
-        x = self.x if factors is None else self.x / factors
-        wanted, root = self.exact @ weight.T, np.sqrt(self.weights)[:, None]
-        size = float(np.linalg.norm(root * wanted))
-        return float(np.linalg.norm(root * (x @ found.T - wanted)) / max(size, 1e-12))
+    def outputs(self, weight: np.ndarray) -> np.ndarray:
+        """y [n, N] of a float layer [N, K], which what was found is held against."""
+        return self.exact @ weight.T
 
-    def squared(self, weight: np.ndarray) -> float:
-        """‖y‖², which turns relative errors of several layers into a sum."""
-        return float(np.square(self.exact @ weight.T).sum(axis=1) @ self.weights)
+    def error(self, found: np.ndarray, wanted: np.ndarray) -> float:
+        """‖ŷ − y‖/‖y‖ with the weight `found` [N, K], against the outputs `wanted` [n, N]."""
+        difference = self.x @ found.T
+        difference -= wanted
+        return float(np.sqrt(self.squared(difference)) / max(np.sqrt(self.squared(wanted)), 1e-12))
+
+    def squared(self, outputs: np.ndarray) -> float:
+        """‖y‖² of outputs [n, N], which turns relative errors of several layers into a sum."""
+        return float(np.einsum("ij,ij->i", outputs, outputs).astype(np.float64) @ self.weights)
 
 
 class Histogram:
@@ -83,8 +86,8 @@ class InputStatistics:
         self._sums = np.zeros(width)
         self._gram = np.zeros((width, width), np.float32) if with_gram else None
         self._drift: np.ndarray | None = None
-        # (x, weighted x, exact − x) of rows that are not in the matrices yet.
-        self._waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []
+        # (x, exact − x) of rows that are not in the matrices yet, both times the root of the rows' weights.
+        self._waiting: list[tuple[np.ndarray, np.ndarray | None]] = []
         self._sample: list[np.ndarray] = []
         self._stride, self._kept = 1, 0
         self.fitted_rows = 0
@@ -118,10 +121,13 @@ class InputStatistics:
             self._held.append((x, x if exact is None else exact.reshape(-1, self.width).astype(np.float32), own))
             return
         if self._gram is not None:
-            weighted = x if weights is None else x * weights[:, None]
             moved = None if exact is None else exact.reshape(-1, self.width).astype(np.float32) - x
-            self._waiting.append((x, weighted, moved))
-            if sum(len(rows) for rows, _, _ in self._waiting) >= _WAITING_ROWS:
+            if weights is None:
+                self._waiting.append((x, moved))
+            else:
+                root = np.sqrt(weights)[:, None]
+                self._waiting.append((x * root, None if moved is None else moved * root))
+            if sum(len(rows) for rows, _ in self._waiting) >= _WAITING_ROWS:
                 self._multiply()
         self._keep(x)
         self.fitted_rows += len(x)
@@ -174,10 +180,10 @@ class InputStatistics:
         """Add the rows that wait to the matrices."""
         if not self._waiting:
             return
-        rows, weighted, moved = zip(*self._waiting, strict=True)
+        rows, moved = zip(*self._waiting, strict=True)
         self._waiting = []
-        together = np.concatenate(weighted)
-        self._gram += together.T @ np.concatenate(rows)
+        together = np.concatenate(rows)
+        self._gram += together.T @ together  # by itself: half the work
         if any(difference is not None for difference in moved):
             exact = [np.zeros_like(x) if d is None else d for x, d in zip(rows, moved, strict=True)]
             product = np.concatenate(exact).T @ together

@@ -135,6 +135,11 @@ class Decoder:
             if rope.depends_on_length
         )
 
+    def takes_batch(self, counts: Sequence[int]) -> bool:
+        """Whether the next `counts` [B] tokens of all sequences, at the places that follow, can be one run."""
+        cache = self._opened()
+        return cache.mode == "in_place" and cache.shifts is None and self._contract.takes_batch(cache, np.array(counts))
+
     def forward_batch(
         self, inputs_embeds: Sequence[np.ndarray], positions: Sequence[np.ndarray] | None = None
     ) -> np.ndarray:
@@ -146,9 +151,7 @@ class Decoder:
         cache = self._opened()
         if len(inputs_embeds) != cache.batch:
             raise ValueError(f"{len(inputs_embeds)} sequences for a cache of {cache.batch}: reset() with that batch")
-        counts = np.array([len(e) for e in inputs_embeds])
-        alike = positions is None and cache.shifts is None
-        if alike and cache.mode == "in_place" and self._contract.takes_batch(cache, counts):
+        if positions is None and self.takes_batch([len(embeds) for embeds in inputs_embeds]):
             return self._step(inputs_embeds, None, None, None, None, None)[:, 0]
         given = positions if positions is not None else (None,) * cache.batch
         results = [

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mllm_edge.calibration.methods import awq, descent, drift, gptq, rtn, smoothquant
+from mllm_edge.calibration.methods.forward import decide_rows
 from mllm_edge.calibration.methods.ranges import activation_range, entropy_limit, mse_limit, percentile_limit
 from mllm_edge.calibration.statistics import Histogram, InputStatistics
 
@@ -98,6 +99,33 @@ def test_methods_help_on_inputs_they_did_not_see() -> None:
     lost = error(fresh, weight, nearest(weight, 4))
     assert error(fresh, weight, by_gptq(weight, statistics.gram, 4)) <= lost * 0.5
     assert error(fresh, weight, by_awq(weight, statistics, 4)) <= lost * 0.5
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 8, 9, 61, 64])
+def test_rows_are_decided_in_the_light_of_those_before_them(size: int) -> None:
+    random = np.random.default_rng(0)
+    values, coupling = random.standard_normal((size, 5)), random.standard_normal((size, size)) / size
+    expected = values.copy()
+    for i in range(size):
+        expected[i] = np.rint(4 * (expected[i] - coupling[i, :i] @ expected[:i]))
+    seen = []
+
+    def decide(i: int, row: np.ndarray) -> np.ndarray:
+        seen.append(i)
+        return np.rint(4 * row)
+
+    np.testing.assert_array_equal(decide_rows(values, coupling, decide), expected)
+    assert seen == list(range(size))
+
+
+def test_rows_of_a_weight_share_nothing_but_their_inputs() -> None:
+    x, weight = problem(3)
+    gram, many = seen(x).gram, np.concatenate([weight] * 24)  # several pieces of the work
+    for one, all_of_them in zip(
+        gptq.quantize(weight, gram, 4, BLOCK), gptq.quantize(many, gram, 4, BLOCK), strict=True
+    ):
+        differs = np.stack(np.split(all_of_them, 24)) != one
+        assert differs.mean() < 0.01  # products of other shapes round a tie otherwise now and then
 
 
 def test_gptq_follows_the_definition_column_by_column() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from mllm_edge.calibration.chunks import for_each_chunk
 from mllm_edge.calibration.methods.rtn import rounded_blocks
 
 __all__ = ["clipped_scales", "scaling"]
@@ -37,16 +38,28 @@ def scaling(
         return (s / np.sqrt(s.max() * s.min())).astype(np.float32)
 
     def error(ratio: float, even: bool) -> float:
-        s, total = factors(ratio, even), 0.0
-        for weight in weights:
-            difference = rounded(weight * s) / s - weight
-            total += float(np.square(sample @ difference.T, dtype=np.float32).sum(dtype=np.float64))
-        return total
+        s = factors(ratio, even)
+        return sum(_changed(weight, s, sample / s, rounded) for weight in weights)
 
     errors = {(ratio, even): error(ratio, even) for even in (False, True) for ratio in _RATIOS}
     ratio, even = min(errors, key=errors.__getitem__)
     errors |= {(r, even): error(r, even) for r in (ratio - _STEP, ratio + _STEP) if r >= 0}
     return factors(*min(errors, key=errors.__getitem__))
+
+
+def _changed(weight: np.ndarray, factors: np.ndarray, inputs: np.ndarray, rounded: Rounded) -> float:
+    """Σ over `inputs` [n, K] of the squared change of the outputs when weight · factors is rounded."""
+    totals = np.zeros(len(weight), np.float32)
+
+    def work(start: int, stop: int) -> None:
+        scaled = weight[start:stop] * factors
+        difference = rounded(scaled)
+        difference -= scaled
+        outputs = inputs @ difference.T
+        totals[start:stop] = np.einsum("ij,ij->j", outputs, outputs)
+
+    for_each_chunk(len(weight), weight.shape[1], work)
+    return float(totals.sum(dtype=np.float64))
 
 
 def clipped_scales(weight: np.ndarray, sample: np.ndarray, bits: int, block: int) -> np.ndarray:

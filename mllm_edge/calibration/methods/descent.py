@@ -8,6 +8,7 @@ scales are coordinates like any other.
 import numpy as np
 
 from mllm_edge.calibration.chunks import for_each_chunk
+from mllm_edge.calibration.methods.forward import decide_rows
 from mllm_edge.calibration.methods.scales import reciprocal
 
 __all__ = ["refine"]
@@ -59,17 +60,26 @@ def _move_codes(
 ) -> None:
     """Each code [k, N] to the best one, one channel after another; `missing` and `pull` follow."""
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
-    width = len(codes) // len(scales)
+    width, power = len(codes) // len(scales), np.diag(own)
     inverse = reciprocal(scales)
-    for i, code in enumerate(codes):
-        if own[i, i] <= 0:
-            continue
-        wanted = code + pull[i] * inverse[i // width] / own[i, i]
-        change = np.clip(np.rint(wanted), low, high) - code
+
+    def decide(i: int, pull: np.ndarray) -> np.ndarray:
+        """The change of a channel's weights."""
+        code, scale = codes[i], scales[i // width]
+        if power[i] <= 0:
+            return np.zeros_like(code)
+        change = pull * inverse[i // width]
+        change /= power[i]
+        change += code
+        np.minimum(np.maximum(np.rint(change, out=change), low, out=change), high, out=change)
+        change -= code
         code += change
-        change *= scales[i // width]
-        missing[i] -= change
-        pull -= own[:, i, None] * change
+        change *= scale
+        return change
+
+    changes = decide_rows(pull.copy(), own, decide)
+    missing -= changes
+    pull -= own @ changes
 
 
 def _move_scales(codes: np.ndarray, scales: np.ndarray, missing: np.ndarray, pull: np.ndarray, own: np.ndarray) -> None:

@@ -5,13 +5,17 @@ Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-tr
 
 import numpy as np
 
+from mllm_edge.calibration.chunks import for_each_chunk
+from mllm_edge.calibration.methods.forward import decide_rows
 from mllm_edge.calibration.methods.scales import reciprocal as inverse_of
 
 __all__ = ["quantize"]
 
 # Of the mean power, added to the diagonal; more where the matrix still has no factor.
 _DAMPS = (0.01, 0.1, 1.0)
-_LAZY = 128  # columns between updates of all the columns behind them
+_WHOLE = 128  # the size up to which a triangular matrix is inverted as any other
+# Elements of a row in a piece of the work: see `descent`.
+_ROW = 256
 _SHRINK = np.linspace(1.0, 0.6, 17, dtype=np.float32)
 
 
@@ -23,7 +27,6 @@ def quantize(weight: np.ndarray, gram: np.ndarray, bits: int, block: int | None)
     inputs' power.
     """
     rows, row = weight.shape
-    work, codes = weight.astype(np.float32, copy=True), np.zeros((rows, row), np.int8)
     power = np.diag(gram).copy()
     dead = power == 0
     power[dead] = 1.0
@@ -31,27 +34,38 @@ def quantize(weight: np.ndarray, gram: np.ndarray, bits: int, block: int | None)
     # where they are, so their scales are chosen beforehand.
     order = np.argsort(-power, kind="stable")
     width = block or row
-    scales = np.stack(
-        [_best_scale(work[:, b : b + width], power[b : b + width], bits) for b in range(0, row, width)], axis=1
-    )
     inverse = _inverse_factor(gram, dead, order)
-    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
-    work = work[:, order]
-    owner = order // width
-    for start in range(0, row, _LAZY):
-        stop = min(start + _LAZY, row)
-        part, errors = work[:, start:stop], np.empty((rows, stop - start), np.float32)
-        factor = inverse[start:stop, start:stop]
-        for i in range(stop - start):
-            scale = scales[:, owner[start + i]]
-            reciprocal = inverse_of(scale)
-            code = np.clip(np.rint(part[:, i] * reciprocal), low, high)
-            codes[:, order[start + i]] = code
-            error = (part[:, i] - code * scale) / factor[i, i]
-            errors[:, i] = error
-            part[:, i + 1 :] -= error[:, None] * factor[i, i + 1 :]
-        work[:, stop:] -= errors @ inverse[start:stop, stop:]
+    codes, scales = np.empty((rows, row), np.int8), np.empty((rows, row // width), np.float32)
+
+    def work(start: int, stop: int) -> None:
+        part = weight[start:stop].astype(np.float32, copy=False)
+        for b in range(row // width):
+            columns = slice(b * width, (b + 1) * width)
+            scales[start:stop, b] = _best_scale(part[:, columns], power[columns], bits)
+        codes[start:stop, order] = _rounded(part.T[order], scales[start:stop].T, order // width, inverse, bits).T
+
+    for_each_chunk(rows, _ROW, work)
     return codes, scales
+
+
+def _rounded(columns: np.ndarray, scales: np.ndarray, owner: np.ndarray, inverse: np.ndarray, bits: int) -> np.ndarray:
+    """Codes [K, N] of columns [K, N] in the order they are rounded in; the scales [blocks, N] of each are its `owner`'s
+    [K]."""
+    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    reciprocals, codes = inverse_of(scales), np.empty(columns.shape, np.int8)
+
+    def decide(i: int, column: np.ndarray) -> np.ndarray:
+        """The error that is left to the columns behind, in units of the factor's diagonal."""
+        code = column * reciprocals[owner[i]]
+        np.minimum(np.maximum(np.rint(code, out=code), low, out=code), high, out=code)
+        codes[i] = code
+        code *= scales[owner[i]]
+        np.subtract(column, code, out=code)
+        code /= inverse[i, i]
+        return code
+
+    decide_rows(columns, inverse.T, decide)
+    return codes
 
 
 def _best_scale(part: np.ndarray, power: np.ndarray, bits: int) -> np.ndarray:
@@ -90,7 +104,7 @@ def _inverse_factor(gram: np.ndarray, dead: np.ndarray, order: np.ndarray) -> np
 def _inverse_upper(matrix: np.ndarray) -> np.ndarray:
     """The inverse of an upper triangular matrix, by halves: a sixth of the work of a general inverse."""
     size = len(matrix)
-    if size <= _LAZY:
+    if size <= _WHOLE:
         return np.triu(np.linalg.inv(matrix))
     half = size // 2
     first, last = _inverse_upper(matrix[:half, :half]), _inverse_upper(matrix[half:, half:])

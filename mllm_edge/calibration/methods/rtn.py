@@ -82,4 +82,7 @@ def rounded_blocks(part: np.ndarray, scales: np.ndarray, bits: int) -> np.ndarra
     """Weights [N, k] after rounding to `bits` with positive scales [N]: what the graph will compute with."""
     high = (1 << (bits - 1)) - 1
     inverse = reciprocal(scales)
-    return np.clip(np.rint(part * inverse[:, None]), -high - 1, high) * scales[:, None]
+    rounded = part * inverse[:, None]
+    np.clip(np.rint(rounded, out=rounded), -high - 1, high, out=rounded)
+    rounded *= scales[:, None]
+    return rounded

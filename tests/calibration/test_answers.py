@@ -1,0 +1,103 @@
+"""The answers that recording asks for: several prompts at once get what each gets alone."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mllm_edge.bundle import Bundle
+from mllm_edge.calibration import collect
+from mllm_edge.calibration.collect import Feeds, greedy_tokens, record
+from mllm_edge.calibration.data import Sample
+from mllm_edge.errors import DataError
+from mllm_edge.export.pipeline import export
+from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
+from mllm_edge.runtime.decoder import Decoder
+from mllm_edge.runtime.vlm import VLM
+from tests.tiny import save_tiny_idefics3, save_tiny_qwen2_vl
+
+SAVE = {"idefics3": save_tiny_idefics3, "qwen2_vl": save_tiny_qwen2_vl}
+MOST = 32
+
+
+@pytest.fixture(scope="module", params=SAVE)
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    SAVE[request.param](folder / "model")
+    export(str(folder / "model"), folder / "fp32", recipe_name="fp32", verify_mode="off")
+    return folder / "fp32"
+
+
+@pytest.fixture
+def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of sequences that went through the decoder together, run by run."""
+    found: list[int] = []
+    forward_batch = Decoder.forward_batch
+
+    def counted(self: Decoder, inputs_embeds: list[np.ndarray], *rest: object) -> np.ndarray:
+        found.append(len(inputs_embeds))
+        return forward_batch(self, inputs_embeds, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Decoder, "forward_batch", counted)
+    return found
+
+
+def samples() -> list[Sample]:
+    """Of unequal lengths, some with images, some with answers."""
+    random = np.random.default_rng(0)
+    found = []
+    for i in range(19):
+        images = tuple(random.integers(0, 256, (40 + i, 60, 3), dtype=np.uint8) for _ in range(i % 3))
+        answer = "a cat" if i % 5 == 1 or i in (12, 13, 14, 17) else None
+        found.append(Sample("What? " * (1 + i % 4), images, answer, f"line {i}"))
+    return found
+
+
+def alone(vlm: VLM, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings [S, H] of the prompt, and the model's own answer to it."""
+    prompt = vlm.processor.process(sample.prompt, sample.images)
+    embeds = vlm.prompt_embeds(prompt)
+    return embeds, greedy_tokens(vlm, embeds, prompt.positions, MOST)
+
+
+@pytest.mark.parametrize("cache", [128 << 20, 1])
+def test_recorded_answers_are_those_of_each_prompt_alone(
+    bundle: Path, tmp_path: Path, sizes: list[int], monkeypatch: pytest.MonkeyPatch, cache: int
+) -> None:
+    monkeypatch.setattr(collect, "_CACHE_BYTES", cache)
+    told: list[int] = []
+    record(Bundle.load(bundle), OnnxRuntimeCpu(), samples(), tmp_path, told.append)
+    assert told == [1] * len(samples())
+    feeds, together = Feeds(tmp_path / "decoder"), set(sizes)
+    assert len(feeds) == len(samples())
+    with VLM.load(bundle) as vlm:
+        for i, sample in enumerate(samples()):
+            embeds, answer = alone(vlm, sample)
+            if sample.answer is not None:
+                answer = collect.answer_tokens(vlm, sample)
+            found = feeds.read(i, ["inputs_embeds"])["inputs_embeds"][0]
+            np.testing.assert_array_equal(found, np.concatenate([embeds, vlm.embed(answer)]))
+        axes = bool(vlm.spec.positions.ropes[0].sections)
+    # Without an answer are six of the first eight, four of the next, and the last; images have positions on axes.
+    assert together == ({1} if cache == 1 else {2, 1} if axes else {6, 4, 1})
+
+
+def test_one_that_ends_waits_for_the_others(bundle: Path, sizes: list[int]) -> None:
+    with VLM.load(bundle) as vlm:
+        prompts = [vlm.prompt_embeds(vlm.processor.process("Why? " * i)) for i in (5, 1, 3)]
+        whole = [greedy_tokens(vlm, embeds, None, MOST) for embeds in prompts]
+        vlm.stop_ids = frozenset({int(whole[0][3]), int(whole[2][9])})
+        expected = [greedy_tokens(vlm, embeds, None, MOST).tolist() for embeds in prompts]
+        assert len({len(answer) for answer in expected}) > 1
+        sizes.clear()
+        assert [answer.tolist() for answer in collect._greedy(vlm, prompts, None, MOST)] == expected
+        assert sizes == [3] * max(map(len, expected))
+
+
+def test_a_prompt_without_room_is_named(bundle: Path, tmp_path: Path) -> None:
+    with VLM.load(bundle) as vlm:
+        longest = vlm.context_length
+    asked = samples()
+    asked[4] = Sample("x" * longest, (), None, "line 4")
+    with pytest.raises(DataError, match=r"^line 4: "):
+        record(Bundle.load(bundle), OnnxRuntimeCpu(), asked, tmp_path)
