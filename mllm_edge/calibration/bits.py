@@ -30,8 +30,8 @@ def measured(
     folder: Path,
     progress: Callable[[str, int], Callable[[int], None]],
 ) -> Recipe:
-    """`recipe` with 8 bits for those of the decoder's `layers` that cost most, see `mixed.spread`: until rounding the
-    others to nearest costs half of `most_loss` nats, in at most the recipe's `most_bits` a weight.
+    """`recipe` with more bits for those of the decoder's `layers` that cost most, see `mixed.spread`: until rounding
+    to nearest costs half of `most_loss` nats, in at most the recipe's `most_bits` a weight.
 
     `bundle`: the float one; `asked(n)` gives n turns to measure on; what was measured is kept in `folder`.
     `progress(stage, units)` returns what is told of each unit. Raises RecipeError where even the fewest bits are more,
@@ -77,12 +77,14 @@ def fits(recipe: Recipe, layers: Sequence[Layer]) -> bool:
 
 
 def told(recipe: Recipe, layers: Sequence[Layer]) -> str:
-    """Which layers have 8 bits, in words."""
+    """How many layers have more bits, in words."""
     shapes = {layer.name: layer.shape for layer in layers}
-    kept = [name for name in shapes if precision_of(recipe, "decoder", name) == eight_bits(name)]
+    found = {name: precision_of(recipe, "decoder", name) for name in shapes}
+    kept = sum(precision == eight_bits(name) for name, precision in found.items())
+    finer = sum(precision.largest_block == 32 and precision.fewer_than_8 for precision in found.values())
     return (
-        f"{len(kept)} of the decoder's {len(shapes)} layers, those that cost most, keep 8 bits "
-        f"({bits_a_weight(recipe, shapes):.2f} bits a weight)"
+        f"of the decoder's {len(shapes)} layers {kept}, those that cost most, keep 8 bits, and {finer} have blocks of "
+        f"32 ({bits_a_weight(recipe, shapes):.2f} bits a weight)"
     )
 
 

@@ -179,7 +179,9 @@ def _recipe(bundle: "Bundle") -> str:
     recipe, others = bundle.manifest.recipe, dict[str, list[str]]()
     for rule in recipe.get("rules", ()):
         precision = rule["precision"]
-        kind = f"{precision['bits']}-bit blocks" if precision["kind"] == "blocks" else precision["kind"]
+        kind = precision["kind"]
+        if kind == "blocks":
+            kind = f"{precision['bits']}-bit blocks of {precision['largest_block']}"
         others.setdefault(kind, []).append(f"{rule['component']}: {rule['layers']}")
     lines = [f"  {kind}: {_first_and_last(_in_ranges(names))}" for kind, names in others.items()]
     return "\n".join([f"recipe     {recipe.get('name', '')}", *lines])

@@ -146,7 +146,7 @@ def test_more_bits_are_told(cli: Cli, tiny_checkpoint: Path, tmp_path: Path, mon
     assert f"note: {notice}" in result.stderr
     shown = cli("inspect", tmp_path / "out").stdout
     assert f"note: {notice}" in shown
-    assert re.search(r"recipe     int4\n  8-bit blocks: decoder: layers\.\d(-\d)?\.\w+_proj", shown)
+    assert re.search(r"recipe     int4\n  8-bit blocks of 128: decoder: layers\.\d(-\d)?\.\w+_proj", shown)
 
 
 def test_inspect_shows_a_proof_in_lines_that_can_be_read(cli: Cli, half: Path, data: Path, tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """A calibrated int4 whose rounding would cost too much keeps more bits where they matter most."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 
@@ -15,6 +17,7 @@ from mllm_edge.calibration.mixed import bits_a_weight, spread, together, with_sm
 from mllm_edge.calibration.recipes import (
     BLOCKS_8,
     CALIBRATED,
+    CALIBRATED_4,
     EVENED_4,
     FLOAT16,
     HEAD_8,
@@ -22,6 +25,7 @@ from mllm_edge.calibration.recipes import (
     Precision,
     Recipe,
     Rule,
+    precision_of,
 )
 from mllm_edge.errors import OptionError, RecipeError
 from mllm_edge.export import quantize_job
@@ -156,15 +160,16 @@ def test_so_many_bits_at_most(source: Path, tmp_path: Path) -> None:
         out, told = tmp_path / str(most), Told()
         quantized(source, out, replace(INT4, more_bits_above=1e-6), told, most_bits=most)
         manifest = Bundle.load(out).manifest
-        raised = {rule["layers"] for rule in manifest.recipe["rules"]}
-        head = replace(HEAD_8, bits=manifest.recipe["head"]["bits"])
-        recipe = replace(INT4, head=head, rules=tuple(Rule("decoder", name, BLOCKS_8) for name in raised))
+        rules = [Rule(r["component"], r["layers"], Precision(**r["precision"])) for r in manifest.recipe["rules"]]
+        recipe = replace(INT4, head=Precision(**manifest.recipe["head"]), rules=tuple(rules))
+        found = {name: precision_of(recipe, "decoder", name) for name in stored}
         taken.append(bits_a_weight(recipe, stored))
-        kept.append(raised | ({"lm_head"} if head.bits == 8 else set()))
+        kept.append({name for name, precision in found.items() if precision.bits == 8})
+        finer = [name for name, precision in found.items() if (precision.bits, precision.largest_block) == (4, 32)]
         assert taken[-1] <= most
         assert told.notices[0].endswith(
-            f"{len(kept[-1])} of the decoder's {len(stored)} layers, those that cost most, keep 8 bits "
-            f"({taken[-1]:.2f} bits a weight)"
+            f"of the decoder's {len(stored)} layers {len(kept[-1])}, those that cost most, keep 8 bits, and "
+            f"{len(finer)} have blocks of 32 ({taken[-1]:.2f} bits a weight)"
         )
     assert taken == sorted(taken)
     assert kept[-1] == set(stored)
@@ -221,25 +226,60 @@ def test_what_is_measured_together() -> None:
     ]
 
 
-def test_what_costs_most_for_its_size_is_raised() -> None:
-    """Not what costs most: the head is larger than all others together."""
+def test_a_byte_goes_where_it_saves_most() -> None:
+    """Not to what costs most: the head is larger than all others together."""
     units = together(SHAPES)
     losses = {unit: 0.005 if unit[0].endswith("down_proj") else 0.01 for unit in units} | {("lm_head",): 0.04}
     small = with_small_head(INT4)
     assert small.head == replace(HEAD_8, bits=4, method="gptq")
     assert with_small_head(replace(INT4, decoder=EVENED_4)).head.method == "evened"
     assert with_small_head(replace(INT4, head=FLOAT16)).head == FLOAT16
-    raised = spread(small, SHAPES, losses, 0.0651, math.inf)
-    assert {rule.layers for rule in raised.rules} == {name for name in SHAPES if name.endswith("v_proj")} | {
-        "layers.0.down_proj"
-    }
-    assert (raised.head.bits, raised.more_bits_above, raised.most_bits) == (4, None, None)
-    assert spread(small, SHAPES, losses, 0.0, math.inf).head == HEAD_8
+    values = {name for name in SHAPES if name.endswith("v_proj")}
+    raised = spread(small, SHAPES, losses, 0.0701, math.inf)
+    found = {rule.layers: rule.precision for rule in raised.rules}
+    # Blocks of 64 leave a quarter of their loss for an eighth of the bytes that 8 bits take.
+    assert {name for name, precision in found.items() if precision.bits == 8} <= values
+    assert all(p == BLOCKS_8 or p == replace(CALIBRATED_4, largest_block=32) for p in found.values())
+    assert values <= found.keys()
+    assert (raised.more_bits_above, raised.most_bits) == (None, None)
+    exact = spread(small, SHAPES, losses, 0.0, math.inf)
+    assert exact.head == HEAD_8
+    assert {rule.precision for rule in exact.rules} == {BLOCKS_8}
     # Where a unit is too large, smaller ones may still have room.
-    room = bits_a_weight(small, SHAPES) + 0.5
+    room = bits_a_weight(small, SHAPES) + 0.2
     tight = spread(small, SHAPES, losses | {("lm_head",): 10.0}, 0.0, room)
-    assert tight.head.bits == 4
+    assert tight.head == small.head
     assert tight.rules
+    assert bits_a_weight(tight, SHAPES) <= room
+
+
+def test_the_least_loss_for_the_bytes() -> None:
+    """Beside every other choice of blocks of 32 and 8 bits for so few parts."""
+    shapes = {"layers.0.v_proj": (64, 256), "layers.0.up_proj": (256, 256), "layers.0.down_proj": (256, 128)}
+    losses = {(name,): loss for name, loss in zip(shapes, (0.3, 0.2, 0.25), strict=True)}
+    base = replace(INT4, more_bits_above=None)
+    choices = {128: 0.56, 8: 0.0, 0: 1.0}
+
+    def loss(recipe: Recipe) -> float:
+        found = {name: precision_of(recipe, "decoder", name) for name in shapes}
+        left = {name: 0.0 if p.bits == 8 else 0.56 if p.largest_block == 32 else 1.0 for name, p in found.items()}
+        return sum(left[name] * losses[(name,)] for name in shapes)
+
+    for most in np.linspace(4.3, 8.3, 9):
+        best = min(
+            loss(chosen)
+            for way in itertools.product(choices, repeat=3)
+            if bits_a_weight(chosen := _given(base, dict(zip(shapes, way, strict=True))), shapes) <= most
+        )
+        found = spread(base, shapes, losses, 0.0, most)
+        assert bits_a_weight(found, shapes) <= most
+        assert loss(found) <= 1.35 * best + 1e-9  # a part is taken whole, or not at all
+
+
+def _given(recipe: Recipe, ways: dict[str, int]) -> Recipe:
+    precisions = {128: replace(CALIBRATED_4, largest_block=32), 8: BLOCKS_8}
+    rules = tuple(Rule("decoder", name, precisions[way]) for name, way in ways.items() if way)
+    return replace(recipe, rules=rules)
 
 
 def test_own_rules_come_before(source: Path, tmp_path: Path) -> None:
