@@ -21,7 +21,7 @@ from mllm_edge.spec import Variant
 
 __all__ = ["Feeds", "answer_tokens", "greedy_tokens", "is_recorded", "mark_recorded", "record"]
 
-_ANSWER_TOKENS = 32
+_ANSWER_TOKENS = 64
 _TOGETHER = 8  # samples that are asked before what they were fed is written
 _CACHE_BYTES = 128 << 20  # of the decoder, while it answers several
 _CACHE = "past_key_values."

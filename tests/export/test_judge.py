@@ -1,6 +1,7 @@
 """What is done about a loss: what is refused, what is written, what is said where none is measured."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
