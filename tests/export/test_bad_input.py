@@ -20,7 +20,7 @@ from mllm_edge.errors import (
     UnsupportedModelError,
     WeightsError,
 )
-from mllm_edge.export import pipeline, workspace
+from mllm_edge.export import export_job, pipeline, workspace
 from mllm_edge.export.pipeline import export
 from tests.tiny import save_tiny_idefics3
 
@@ -192,7 +192,7 @@ def test_disk_that_fills_up_on_the_way(checkpoint: Path, monkeypatch: pytest.Mon
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device", "decoder.onnx.data")
 
-    monkeypatch.setattr(pipeline, "save_model", full)
+    monkeypatch.setattr(export_job, "save_model", full)
     assert_fails(checkpoint, ExportError, "decoder.onnx.data", "No space left on device")
 
 
@@ -217,7 +217,7 @@ def test_directories_made_on_the_way_vanish_with_a_failed_export(checkpoint: Pat
         raise OSError(28, "No space left on device")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "save_model", fail)
+        patch.setattr(export_job, "save_model", fail)
         with pytest.raises(ExportError, match="No space left"):
             export(str(checkpoint), tmp_path / "a" / "b" / "out", verify_mode="off")
     assert not (tmp_path / "a").exists()

@@ -12,7 +12,7 @@ import torch
 from mllm_edge.bundle import Bundle
 from mllm_edge.calibration.overflow import LIMIT, half_values
 from mllm_edge.errors import ExportError, ParityError
-from mllm_edge.export import pipeline
+from mllm_edge.export import export_job, pipeline
 from mllm_edge.export.half import KEY
 from mllm_edge.export.pipeline import export
 from mllm_edge.export.quantize import quantize
@@ -176,7 +176,7 @@ def logits_of(bundle: Bundle, target: str) -> np.ndarray:
 def test_large_models_are_not_looked_through(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only parts of them are compared; whatever comes of that, no file changes behind the manifest."""
     monkeypatch.setattr(pipeline, "WHOLE_LIMIT", 1000)
-    monkeypatch.setattr(pipeline._Job, "_verify", lambda self, folder, scope, cases, allowance: ({}, {}))
+    monkeypatch.setattr(export_job.ExportJob, "_verify", lambda self, folder, scope, cases, allowance: ({}, {}))
     report = export(str(checkpoint), tmp_path / "out", targets=["tensorrt"], recipe_name="fp16")
     assert report.float32_operators == {}
     Bundle.load(tmp_path / "out").verify()

@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 from mllm_edge.bundle import Bundle
 from mllm_edge.calibration.recipes import CALIBRATED, RECIPES, Recipe
 from mllm_edge.errors import AccuracyError, ExportError, OptionError, ParityError, RecipeError
+from mllm_edge.export import export_job, pipeline
 from mllm_edge.export import judge as judge_module
-from mllm_edge.export import pipeline
 from mllm_edge.export.decoder.spec import DecoderSpec
 from mllm_edge.export.judge import remedy
 from mllm_edge.export.pipeline import export
@@ -146,8 +146,8 @@ def _offset(spec: DecoderSpec) -> DecoderSpec:
 
 
 def _build_wrong(monkeypatch: pytest.MonkeyPatch, change: Callable[[DecoderSpec], DecoderSpec]) -> None:
-    build = pipeline.build_decoder
-    monkeypatch.setattr(pipeline, "build_decoder", lambda spec, *rest: build(change(spec), *rest))
+    build = export_job.build_decoder
+    monkeypatch.setattr(export_job, "build_decoder", lambda spec, *rest: build(change(spec), *rest))
 
 
 @pytest.mark.parametrize("recipe", ["int4", "int8"])
