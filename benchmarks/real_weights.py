@@ -96,6 +96,7 @@ def _decoder(precision: Precision, more_bits: bool = False) -> Recipe:
     return recipe if more_bits else replace(recipe, more_bits_above=None)
 
 
+_Q4_0 = 5.31  # in a file of no more than 5.35, as each array begins on a page and norms stay float
 INT4 = _decoder(CALIBRATED_4, more_bits=True)
 RECIPES: Mapping[str, Make] = {
     "int4": partial(_exported, "int4"),
@@ -105,9 +106,9 @@ RECIPES: Mapping[str, Make] = {
     "4 bits, built-in text": partial(_calibrated, _decoder(CALIBRATED_4), 0),
     **{f"int4, {n} samples": partial(_calibrated, INT4, n, builtin=True) for n in (16, 128)},
     "int4, 16 samples alone": partial(_calibrated, INT4, 16),
-    "int4, 128 samples, 5.35 bits": partial(_calibrated, INT4, 128, builtin=True, most_bits=5.35),
+    "int4, 128 samples, 5.35 bits": partial(_calibrated, INT4, 128, builtin=True, most_bits=_Q4_0),
     "int4, built-in text": partial(_calibrated, INT4, 0),
-    "int4, built-in text, 5.35 bits": partial(_calibrated, INT4, 0, most_bits=5.35),
+    "int4, built-in text, 5.35 bits": partial(_calibrated, INT4, 0, most_bits=_Q4_0),
     "awq, 48 samples": partial(_calibrated, _decoder(replace(BLOCKS_4, method="awq")), 48),
     "gptq, 48 samples": partial(_calibrated, _decoder(replace(BLOCKS_4, method="gptq")), 48),
     "8-bit blocks": partial(_calibrated, _decoder(replace(BLOCKS_8, largest_block=64)), 4),

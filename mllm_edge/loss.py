@@ -1,14 +1,15 @@
 """What quantization cost a bundle, and the words that tell it to people."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["MAX_KL", "NOT_MEASURED", "WARN_KL", "Loss", "headline", "warning", "words"]
+__all__ = ["MAX_KL", "NOT_MEASURED", "WARN_KL", "Loss", "calibration_costs", "headline", "warning", "words"]
 
 MAX_KL = 0.5  # nats; what loses more is not written unless that is asked for
 WARN_KL = 0.1  # nats; from here on people notice
 NOT_MEASURED = "loss_not_measured"  # in a report, and in a manifest's `accuracy`: the reason, and how to measure it
+_CLEAR = 2.0  # standard errors
 _ANSWER = 240  # characters of an answer that are shown
 
 
@@ -30,6 +31,13 @@ class Loss:
     answer_before: str
     answer_after: str
     kl_texts: float | None = None
+
+
+def calibration_costs(against_rounding: Sequence[float]) -> bool:
+    """Whether what calibration found (divergence), against rounding to nearest (divergence, standard error of the
+    difference), is worse beyond doubt."""
+    found, rounded, error = against_rounding
+    return found - rounded > _CLEAR * error
 
 
 def headline(loss: Mapping[str, Any]) -> str:

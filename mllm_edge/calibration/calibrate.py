@@ -32,7 +32,7 @@ SEGMENT_BYTES = 768 << 20
 # Inputs of a decoder that tell its rows of the answer: see `row_weights`.
 _ROWS = ("inputs_embeds", "logits_indices")
 # One of so many runs is held apart, but not many more than `_ENOUGH`; of fewer than `_FEWEST` none.
-_HELD, _ENOUGH, _FEWEST = 5, 12, 4
+_HELD, _ENOUGH, _FEWEST = 5, 24, 4
 # The values between pieces: of the float model, and of one whose earlier pieces are rounded.
 _EXACT, _ROUNDED = "exact", "rounded"
 Progress = Callable[[int], None]
@@ -104,8 +104,8 @@ def row_weights(inputs: Mapping[str, np.ndarray], value: np.ndarray) -> np.ndarr
 
 
 def held_apart(run: int, runs: int) -> bool:
-    """Whether a run judges what is found from the others: every fifth of up to 60, some dozen of more, one of four,
-    none of fewer."""
+    """Whether a run judges what is found from the others: every fifth of up to 144, some two dozen of more, one of
+    four, none of fewer."""
     every = max(_HELD, runs // _ENOUGH)
     return run % every == min(every, runs) - 1 if runs >= _FEWEST else False
 

@@ -52,9 +52,9 @@ class Turn:
 Asked = Callable[[VLM], list[Turn]]
 
 
-def affordable(units: int, parameters: float) -> int:
+def affordable(units: int, parameters: float, most: int = _MOST_SAMPLES) -> int:
     """On how many samples so many units of a model can be measured; 0 for models too large for any."""
-    return min(_MOST_SAMPLES, int(_MOST_WORK / max(units * parameters, 1.0)))
+    return min(most, int(_MOST_WORK / max(units * parameters, 1.0)))
 
 
 def answered(samples: Sequence[Sample]) -> Asked:
@@ -111,9 +111,10 @@ def measure_ways(
     unit: Unit,
     ways: Mapping[str, Callable[[str], np.ndarray]],
     folder: Path,
-) -> dict[str, tuple[float, float]]:
-    """Way → (mean KL divergence in nats along the answers, as the proof has it, how often the likeliest token stays the
-    same) when all layers of the decoder's `unit` have the weights [out, in] that the way gives them by name."""
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Way → (KL divergence in nats, whether the likeliest token stays the same) at each position of the answers, as the
+    proof has them, when all layers of the decoder's `unit` have the weights [out, in] that the way gives them by name.
+    """
     exchanging, found = _Exchanging(backend, bundle, folder / "graphs", {unit.component}), {}
     with VLM(bundle, exchanging) as vlm:
         turns, session = asked(vlm), exchanging.sessions[unit.component]
@@ -123,7 +124,7 @@ def measure_ways(
             # Turn by turn: of all together, distributions in double precision are half a gigabyte.
             pairs = [_compared(logits, _logits(vlm, turn)) for turn, logits in zip(turns, exact, strict=True)]
             kl, same = (np.concatenate(part) for part in zip(*pairs, strict=True))
-            found[way] = float(kl.mean()), float(same.mean())
+            found[way] = kl, same
             session.restore()
     shutil.rmtree(folder, ignore_errors=True)
     return found

@@ -19,8 +19,8 @@ from mllm_edge.runtime.backend import Backend
 
 __all__ = ["Losses", "against_rounding", "of_rounding"]
 
-Losses = tuple[float, float]
-_WAYS = 2
+Losses = tuple[float, float, float]
+_WAYS, _JUDGES = 2, 32
 _AS_UNITS = 64  # a decoder whose weights lie in memory twice is for models of up to some three billion parameters
 
 
@@ -33,8 +33,9 @@ def against_rounding(
     findings: Findings,
     folder: Path,
 ) -> Losses | None:
-    """Divergence in nats from the float `bundle`'s next token, over the samples that calibration held apart: with the
-    weights of the decoder's `layers` that were found, and with those rounded to nearest.
+    """Divergence in nats from the float `bundle`'s next token, over up to 32 of the samples that calibration held
+    apart: with the weights of the decoder's `layers` that were found, with those rounded to nearest, and the standard
+    error of the difference.
 
     None where there is nothing to compare: recipes that raise layers afterwards or give inputs a range, models too
     large to run a few times, no samples held apart.
@@ -42,7 +43,7 @@ def against_rounding(
     names = tuple(findings.errors())
     precisions = {name: precision_of(recipe, "decoder", name) for name in names}
     held = [sample for i, sample in enumerate(samples) if held_apart(i, len(samples))]
-    count = affordable(_WAYS, sum(math.prod(layer.shape) for layer in layers))
+    count = affordable(_WAYS, sum(math.prod(layer.shape) for layer in layers), _JUDGES)
     if not names or not held or not count or recipe.raised is not None:
         return None
     if not all(precision.in_blocks and not precision.rounds_inputs for precision in precisions.values()):
@@ -59,8 +60,9 @@ def against_rounding(
         return shipped(stored[name].read_weight(), precisions[name])
 
     ways = {"found": found, "rounded": rounded}
-    losses = measure_ways(bundle, backend, answered(held[: 2 * count]), Unit("decoder", names), ways, folder)
-    return losses["found"][0], losses["rounded"][0]
+    losses = measure_ways(bundle, backend, answered(held[:count]), Unit("decoder", names), ways, folder)
+    one, other = losses["found"][0], losses["rounded"][0]
+    return float(one.mean()), float(other.mean()), float((one - other).std() / math.sqrt(len(one)))
 
 
 def of_rounding(
@@ -83,4 +85,5 @@ def of_rounding(
         return shipped(stored[name].read_weight(), precision(name))
 
     unit, asked = Unit("decoder", tuple(stored)), answered(samples[: 2 * count])
-    return measure_ways(bundle, backend, asked, unit, {"rounded": weight}, folder)["rounded"]
+    kl, same = measure_ways(bundle, backend, asked, unit, {"rounded": weight}, folder)["rounded"]
+    return float(kl.mean()), float(same.mean())

@@ -70,9 +70,14 @@ def _rounding(report: dict[str, Any]) -> str:
     losses = report.get("against_rounding")
     if not losses:
         return ""
-    found, rounded = losses
-    line = f"decoder on samples held apart: KL {found:.2g} as calibrated, {rounded:.2g} rounded to nearest"
-    if found <= rounded:
+    from mllm_edge.loss import calibration_costs
+
+    found, rounded, error = losses
+    line = (
+        f"decoder on samples held apart: KL {found:.2g} as calibrated, {rounded:.2g} rounded to nearest (difference "
+        f"± {error:.1g})"
+    )
+    if not calibration_costs(losses):
         return line
     return f"{line}\ncalibration did not pay, so the decoder is rounded: give more samples, or 8 bits (--recipe int8)"
 

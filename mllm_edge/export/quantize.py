@@ -69,9 +69,10 @@ class QuantizeReport:
     layers that calibration decided about. `float32_operators`: graph file → operator → magnitude, those of
     half-precision graphs that half precision would have overflowed in. `skipped`: a line on each sample that was left
     out because an image of it cannot be read. `against_rounding`: the divergence of the decoder on samples that
-    calibration held apart, with the weights that were found and with plain rounding; the better one was written. None:
-    it was not measured. `loss`: of the proof, with what 8 bits would cost; `warning`: what to do about it where people
-    will notice. `notices`: which layers got more bits, as the manifest keeps it beside the source's."""
+    calibration held apart, with the weights that were found, with plain rounding, and the standard error of the
+    difference; rounding was written where it is clearly better. None: it was not measured. `loss`: of the proof, with
+    what 8 bits would cost; `warning`: what to do about it where people will notice. `notices`: which layers got more
+    bits, as the manifest keeps it beside the source's."""
 
     source: str
     out: str
@@ -83,7 +84,7 @@ class QuantizeReport:
     nbytes: int
     float32_operators: Float32Operators
     skipped: tuple[str, ...] = ()
-    against_rounding: tuple[float, float] | None = None
+    against_rounding: tuple[float, float, float] | None = None
     loss: Loss | None = None
     warning: str = ""
     builtin: int = 0

@@ -41,7 +41,7 @@ from mllm_edge.export.progress import Progress
 from mllm_edge.export.requantize import requantize
 from mllm_edge.files import write_whole
 from mllm_edge.json_form import to_json
-from mllm_edge.loss import WARN_KL, Loss
+from mllm_edge.loss import WARN_KL, Loss, calibration_costs
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.spec import Component, FileEntry, Manifest, Variant
 
@@ -143,7 +143,7 @@ class QuantizeJob:
         return {n: self._calibrate(n, Feeds(feeds / n)) for n in names}
 
     def against_rounding(self, findings: dict[str, Findings]) -> tuple[dict[str, Findings], Losses | None]:
-        """See `whole.against_rounding`: of the decoder what does better on samples held apart is taken."""
+        """See `whole.against_rounding`: the decoder is rounded where that does clearly better on samples held apart."""
         if "decoder" not in findings:
             return findings, None
         self._progress.stage("comparing with plain rounding")
@@ -151,7 +151,7 @@ class QuantizeJob:
         losses = against_rounding(
             self._source, self._backend, self._samples, self._recipe, layers, findings["decoder"], folder
         )
-        if losses is not None and losses[0] > losses[1]:
+        if losses is not None and calibration_costs(losses):
             findings = {**findings, "decoder": Findings(findings["decoder"].folder, ignored=True)}
         return findings, losses
 

@@ -141,8 +141,16 @@ def test_nothing_is_passed_rounded_where_no_layer_is_by_gptq(
 
 
 def test_some_runs_are_held_apart() -> None:
-    assert [sum(held_apart(i, runs) for i in range(runs)) for runs in (1, 3, 4, 5, 9, 48, 71)] == [0, 0, 1, 1, 1, 9, 14]
-    assert {sum(held_apart(i, runs) for i in range(runs)) for runs in range(72, 2000)} <= {12, 13, 14}
+    assert [sum(held_apart(i, runs) for i in range(runs)) for runs in (1, 3, 4, 5, 9, 48, 143)] == [
+        0,
+        0,
+        1,
+        1,
+        1,
+        9,
+        28,
+    ]
+    assert {sum(held_apart(i, runs) for i in range(runs)) for runs in range(144, 2000)} <= {24, 25, 26, 27, 28}
 
 
 def test_errors_are_those_of_rows_that_nothing_was_fitted_to(recorded: tuple[Bundle, Path], tmp_path: Path) -> None:

@@ -196,17 +196,18 @@ def test_the_whole_decoder_is_rounded_where_that_is_better(
     recipe = Recipe("part", FLOAT16, FLOAT16, Precision("blocks", 4, method="awq+gptq"), FLOAT16)
     better = quantize(float_bundle, tmp_path / "better", recipe=recipe, data=samples())
     assert better.against_rounding is not None
-    found, rounded = better.against_rounding
+    found, rounded, error = better.against_rounding
     assert 0 < found < rounded
-    assert Bundle.load(tmp_path / "better").manifest.accuracy["kl_against_rounding"] == [found, rounded]
+    assert Bundle.load(tmp_path / "better").manifest.accuracy["kl_against_rounding"] == [found, rounded, error]
 
-    def swapped(*arguments: Any) -> dict[str, tuple[float, float]]:
+    def swapped(*arguments: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         losses = measure_ways(*arguments)
         return {**losses, "found": losses["rounded"], "rounded": losses["found"]} if "found" in losses else losses
 
     monkeypatch.setattr(whole, "measure_ways", swapped)
     worse = quantize(float_bundle, tmp_path / "worse", recipe=recipe, data=samples())
-    assert worse.against_rounding == pytest.approx((rounded, found))
+    assert worse.against_rounding == pytest.approx((rounded, found, error))
+    assert rounded - found > 2 * error
     assert not worse.layers["decoder"]
     plain = replace(recipe, decoder=Precision("blocks", 4))
     quantize(float_bundle, tmp_path / "plain", recipe=plain, data=samples())
