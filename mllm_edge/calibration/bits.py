@@ -82,10 +82,12 @@ def told(recipe: Recipe, layers: Sequence[Layer]) -> str:
     found = {name: precision_of(recipe, "decoder", name) for name in shapes}
     kept = sum(precision == eight_bits(name) for name, precision in found.items())
     finer = sum(precision.largest_block == 32 and precision.fewer_than_8 for precision in found.values())
-    return (
-        f"of the decoder's {len(shapes)} layers {kept}, those that cost most, keep 8 bits, and {finer} have blocks of "
-        f"32 ({bits_a_weight(recipe, shapes):.2f} bits a weight)"
-    )
+    counts = {"keep 8 bits": kept, "have blocks of 32": finer}
+    words = " and ".join(f"{count} {what}" for what, count in counts.items() if count)
+    size = f"{bits_a_weight(recipe, shapes):.2f} bits a weight"
+    if not words:
+        return f"all of the decoder's {len(shapes)} layers have {recipe.decoder.bits} bits, the head too ({size})"
+    return f"of the decoder's {len(shapes)} layers those that cost most have more bits: {words} ({size})"
 
 
 def _own(recipe: Recipe, name: str) -> object:

@@ -167,9 +167,11 @@ def test_so_many_bits_at_most(source: Path, tmp_path: Path) -> None:
         kept.append({name for name, precision in found.items() if precision.bits == 8})
         finer = [name for name, precision in found.items() if (precision.bits, precision.largest_block) == (4, 32)]
         assert taken[-1] <= most
+        counts = {"keep 8 bits": len(kept[-1]), "have blocks of 32": len(finer)}
+        words = " and ".join(f"{count} {what}" for what, count in counts.items() if count)
         assert told.notices[0].endswith(
-            f"of the decoder's {len(stored)} layers {len(kept[-1])}, those that cost most, keep 8 bits, and "
-            f"{len(finer)} have blocks of 32 ({taken[-1]:.2f} bits a weight)"
+            f": of the decoder's {len(stored)} layers those that cost most have more bits: {words} "
+            f"({taken[-1]:.2f} bits a weight)"
         )
     assert taken == sorted(taken)
     assert kept[-1] == set(stored)
