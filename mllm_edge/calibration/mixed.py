@@ -23,9 +23,10 @@ _SCALE_BYTES = 4
 # Of a decoder, in which layers of one kind are measured together: what costs most lies in few of them. In thirds,
 # SmolLM2-135M's rest cost an eighth more at 5.3 bits a weight.
 _PARTS = 6
-# Block → part of the loss that blocks of 32 leave. Of normally distributed weights' squared error it is 0.56 and 0.74,
-# but calibration makes up for more of what larger blocks lose: with these SmolLM2-135M lost a sixth more at 5.3 bits.
-_FINER = {128: 0.7, 64: 0.8}
+# Block → part of the loss that blocks of 32 leave: of normally distributed weights' squared error, when they are only
+# rounded. Calibration makes up for more of what larger blocks lose: counted so, SmolLM2-135M lost a tenth more at 5.3
+# bits.
+_FINER_ROUNDED, _FINER = {128: 0.56, 64: 0.74}, {128: 0.7, 64: 0.8}
 # Each array in a file of weights begins on one, see `export/datafile.py`.
 _PAGE = 4096
 
@@ -168,13 +169,18 @@ class _Way:
 def _ways(recipe: Recipe, unit: Sequence[str], shapes: Mapping[str, tuple[int, int]], loss: float) -> list[_Way]:
     own = {name: precision_of(recipe, "decoder", name) for name in unit}
     least = sum(sum(_arrays(shapes[name], precision)) for name, precision in own.items())
-    left = max(_FINER.get(block_size(shapes[name][1], precision.largest_block), 1.0) for name, precision in own.items())
+    left = max(_left_by_finer(shapes[name][1], precision) for name, precision in own.items())
     finer = {name: replace(precision, largest_block=32) for name, precision in own.items()}
     eight = {name: eight_bits(name) for name in unit}
     return [
         _Way(lost, sum(sum(_arrays(shapes[name], precision)) for name, precision in found.items()) - least, found)
         for lost, found in ((left * loss, finer), (0.0, eight))
     ]
+
+
+def _left_by_finer(row: int, precision: Precision) -> float:
+    parts = _FINER if precision.needs_data else _FINER_ROUNDED
+    return parts.get(block_size(row, precision.largest_block), 1.0)
 
 
 def _raise(recipe: Recipe, chosen: Sequence[Candidate]) -> Recipe:
