@@ -34,8 +34,8 @@ def measured(
     to nearest costs half of `most_loss` nats, in at most the recipe's `most_bits` a weight.
 
     `bundle`: the float one; `asked(n)` gives n turns to measure on; what was measured is kept in `folder`.
-    `progress(stage, units)` returns what is told of each unit. Raises RecipeError where even the fewest bits are more,
-    or a decoder is too large to be measured.
+    `progress(stage, units)` returns what is told of each unit. Raises RecipeError where a decoder is too large for
+    that.
     """
     small, stored = with_small_head(recipe), {layer.name: layer for layer in layers}
     shapes = {name: layer.shape for name, layer in stored.items()}
