@@ -17,7 +17,7 @@ from mllm_edge.runtime.vlm import VLM
 from tests.tiny import save_tiny_idefics3, save_tiny_qwen2_vl
 
 SAVE = {"idefics3": save_tiny_idefics3, "qwen2_vl": save_tiny_qwen2_vl}
-MOST = 32
+MOST = 64
 
 
 @pytest.fixture(scope="module", params=SAVE)

@@ -27,12 +27,12 @@ Cli = Callable[..., Result]
 PAUSED = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
-from mllm_edge.export import pipeline
+from mllm_edge.export import export_job
 def pause(*args):
     print("paused", file=sys.stderr, flush=True)
     while True:
         signal.pause()
-pipeline.{step} = pause
+export_job.{step} = pause
 from mllm_edge.cli import main
 main(sys.argv[1:])
 """
