@@ -114,11 +114,14 @@ def measure_ways(
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Way → (KL divergence in nats, whether the likeliest token stays the same) at each position of the answers, as the
     proof has them, when all layers of the decoder's `unit` have the weights [out, in] that the way gives them by name.
+    Empty where no prompt leaves room for an answer.
     """
     exchanging, found = _Exchanging(backend, bundle, folder / "graphs", {unit.component}), {}
     with VLM(bundle, exchanging) as vlm:
         turns, session = asked(vlm), exchanging.sessions[unit.component]
         exact = [_logits(vlm, turn) for turn in turns]
+        if not turns:
+            return {way: (np.zeros(0), np.zeros(0, bool)) for way in ways}
         for way, weight in ways.items():
             session.exchange({layer: weight(layer) for layer in unit.layers})
             # Turn by turn: of all together, distributions in double precision are half a gigabyte.

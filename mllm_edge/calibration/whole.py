@@ -38,7 +38,7 @@ def against_rounding(
     error of the difference.
 
     None where there is nothing to compare: recipes that raise layers afterwards or give inputs a range, models too
-    large to run a few times, no samples held apart.
+    large to run a few times, no samples held apart, or none that leaves room for an answer.
     """
     names = tuple(findings.errors())
     precisions = {name: precision_of(recipe, "decoder", name) for name in names}
@@ -62,6 +62,8 @@ def against_rounding(
     ways = {"found": found, "rounded": rounded}
     losses = measure_ways(bundle, backend, answered(held[:count]), Unit("decoder", names), ways, folder)
     one, other = losses["found"][0], losses["rounded"][0]
+    if not len(one):
+        return None
     return float(one.mean()), float(other.mean()), float((one - other).std() / math.sqrt(len(one)))
 
 
@@ -75,7 +77,7 @@ def of_rounding(
 ) -> tuple[float, float] | None:
     """(divergence in nats, agreement of the likeliest token) along the answers of up to eight of `samples`, with the
     decoder's `layers` rounded to nearest in the blocks of their precision by name; None for models too large for that,
-    and where no layer has blocks."""
+    where no layer has blocks, and where no prompt leaves room for an answer."""
     stored = {layer.name: layer for layer in layers if precision(layer.name).in_blocks}
     count = affordable(_AS_UNITS, sum(math.prod(layer.shape) for layer in layers))
     if not stored or not count or not samples:
@@ -86,4 +88,4 @@ def of_rounding(
 
     unit, asked = Unit("decoder", tuple(stored)), answered(samples[: 2 * count])
     kl, same = measure_ways(bundle, backend, asked, unit, {"rounded": weight}, folder)["rounded"]
-    return float(kl.mean()), float(same.mean())
+    return (float(kl.mean()), float(same.mean())) if len(kl) else None

@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from mllm_edge.bundle import Bundle
-from mllm_edge.calibration.data import load_samples
+from mllm_edge.calibration.data import Sample, load_samples
 from mllm_edge.calibration.layers import find_layers
+from mllm_edge.calibration.recipes import BLOCKS_4
 from mllm_edge.calibration.sensitivity import Unit, affordable, answered, measure, measure_ways
+from mllm_edge.calibration.whole import of_rounding
 from mllm_edge.export.pipeline import export
+from mllm_edge.export.quantize_job import layers_of
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.score import score
 from mllm_edge.runtime.vlm import VLM
@@ -114,3 +117,21 @@ def test_along_answers_is_the_divergence_of_the_proofs_tokens(bundle: Bundle, tm
     np.testing.assert_allclose(kl, np.concatenate(expected), rtol=1e-3, atol=1e-9)
     assert agreement.all()
     assert not (tmp_path / "doubled").exists()
+
+
+def test_prompts_that_leave_no_room_tell_nothing(bundle: Bundle, tmp_path: Path) -> None:
+    unit = Unit("decoder", ("lm_head",))
+    ways = {"same": lambda name: noisy(bundle, 0.0)("decoder", name)}
+    kl, same = measure_ways(bundle, OnnxRuntimeCpu(), lambda vlm: [], unit, ways, tmp_path / "none")["same"]
+    assert len(kl) == len(same) == 0
+    layers = layers_of(bundle, "decoder")
+    assert of_rounding(bundle, OnnxRuntimeCpu(), full(bundle), layers, lambda name: BLOCKS_4, tmp_path / "none") is None
+
+
+def full(bundle: Bundle) -> list[Sample]:
+    """A prompt that fills the context to its last token."""
+    with VLM.load(bundle.path) as vlm:
+        words = ["a"]
+        while len(vlm.processor.process(" ".join(words)).token_ids) < vlm.context_length:
+            words += ["a"] * max(1, (vlm.context_length - len(vlm.processor.process(" ".join(words)).token_ids)) // 4)
+        return [Sample(" ".join(words), (), None, "line 1")]
