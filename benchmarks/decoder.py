@@ -27,8 +27,9 @@ from benchmarks import own_decoder, peer_genai
 from benchmarks.checkpoints import GEOMETRIES, Geometry, write_checkpoint
 from benchmarks.report import Report
 from benchmarks.worker import WARM_STEPS, Memory, Worker
-from mllm_edge.calibration.recipes import CALIBRATED, RECIPES, Precision, Recipe
-from mllm_edge.runtime.device import physical_cores
+from mllm_edge.calibration.recipes import CALIBRATED, RECIPES, Recipe
+from mllm_edge.graph.precision import Precision
+from mllm_edge.runtime.machine.cpu import physical_cores
 
 __all__ = ["Contender", "Result", "main", "median_of_ratios"]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mllm_edge.runtime.device import peak_rss
+from mllm_edge.runtime.machine.cpu import peak_rss
 
 __all__ = ["Measured", "in_process"]
 

@@ -14,16 +14,17 @@ import numpy as np
 from benchmarks.checkpoints import Geometry
 from benchmarks.worker import serve
 from mllm_edge.json_form import from_json, to_json
-from mllm_edge.runtime.backend import open_backend
-from mllm_edge.runtime.decoder import Decoder
-from mllm_edge.runtime.generate import Embedder, generate
-from mllm_edge.runtime.sampling import Sampler, SamplingParams
+from mllm_edge.runtime.backends.choose import open_backend
+from mllm_edge.runtime.decode.decoder import Decoder
+from mllm_edge.runtime.decode.generate import generate
+from mllm_edge.runtime.decode.sampling import Sampler, SamplingParams
+from mllm_edge.runtime.prompt.embedder import Embedder
 from mllm_edge.runtime.trace import Trace
 from mllm_edge.spec import EmbeddingSpec, ModelSpec, Variant
 
 if TYPE_CHECKING:
     from mllm_edge.calibration.recipes import Recipe
-    from mllm_edge.export.decoder.spec import DecoderSpec
+    from mllm_edge.graph.decoder_spec import DecoderSpec
 
 __all__ = ["build", "command", "open_decoder"]
 
@@ -37,13 +38,13 @@ def command(folder: Path, threads: int, capacity: int) -> list[str]:
 
 def build(geometry: Geometry, checkpoint: Path, recipe: "Recipe", folder: Path) -> None:
     """Write graph, weights, embeddings (float16) and description of a checkpoint's decoder into `folder`."""
-    from mllm_edge.export.datafile import DataFile
-    from mllm_edge.export.decoder.build import build_decoder
-    from mllm_edge.export.decoder.dialects.contrib import MINIMUM
-    from mllm_edge.export.decoder.llama import llama_spec
-    from mllm_edge.export.graph import save_model, tensor_specs
-    from mllm_edge.export.safetensors import open_weights
-    from mllm_edge.export.source import ConfigReader
+    from mllm_edge.export.checkpoint.config import ConfigReader
+    from mllm_edge.export.checkpoint.safetensors import open_weights
+    from mllm_edge.export.decoders.build import build_decoder
+    from mllm_edge.export.decoders.llama import llama_spec
+    from mllm_edge.graph.builder import save_model, tensor_specs
+    from mllm_edge.graph.datafile import DataFile
+    from mllm_edge.graph.dialects.contrib import MINIMUM
 
     folder.mkdir()
     weights = open_weights(checkpoint)

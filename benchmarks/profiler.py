@@ -110,7 +110,7 @@ def _stopwatch(vlm: Any, tokens: int, iterations: int) -> list[tuple[float, floa
 def _watched(vlm: Any, tokens: int) -> float:
     """Tokens per second from the first token's text to the last one's: what comes behind is no token's time."""
     from mllm_edge.runtime.profiling.measure import synthetic_image
-    from mllm_edge.runtime.tokenizer import StreamDecoder
+    from mllm_edge.runtime.prompt.tokenizer import StreamDecoder
 
     times: list[float] = []
     for chunk in vlm.stream(_PROMPT, [synthetic_image()], max_new_tokens=tokens, ignore_eos=True):

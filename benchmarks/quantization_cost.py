@@ -74,9 +74,10 @@ def serve(bundle: str, out: str, samples: int, text: bool, threads: int | None) 
     import inspect
     from dataclasses import replace
 
-    from mllm_edge.calibration.recipes import CALIBRATED, FLOAT16
+    from mllm_edge.calibration.recipes import CALIBRATED
     from mllm_edge.export.quantize import quantize
-    from mllm_edge.runtime.device import peak_rss
+    from mllm_edge.graph.precision import FLOAT16
+    from mllm_edge.runtime.machine.cpu import peak_rss
 
     recipe: Any = CALIBRATED["int4"]
     if hasattr(recipe, "more_bits_above"):

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.report import Report
-from mllm_edge.calibration.methods import awq, gptq, rtn, smoothquant
+from mllm_edge.calibration.methods import awq, gptq, smoothquant
 from mllm_edge.calibration.statistics import InputStatistics
+from mllm_edge.graph import rtn
 
 __all__ = ["add"]
 

@@ -9,9 +9,10 @@ import numpy as np
 
 from benchmarks.report import Report
 from mllm_edge.bundle import MANIFEST
-from mllm_edge.calibration.recipes import CALIBRATED, FLOAT16, HEAD_8, Precision, Recipe
+from mllm_edge.calibration.recipes import CALIBRATED, Recipe
 from mllm_edge.export.pipeline import export
 from mllm_edge.export.quantize import FIGURE, quantize
+from mllm_edge.graph.precision import FLOAT16, HEAD_8, Precision
 from mllm_edge.runtime.vlm import VLM
 
 __all__ = ["add", "add_text_only"]

@@ -13,9 +13,10 @@ from benchmarks.quantization_cost import pictures
 from benchmarks.report import Report
 from benchmarks.vlm_checkpoints import smolvlm_256m
 from mllm_edge.bundle import Bundle
-from mllm_edge.calibration.recipes import CALIBRATED, FLOAT16, Precision, Recipe
+from mllm_edge.calibration.recipes import CALIBRATED, Recipe
 from mllm_edge.export.pipeline import export
 from mllm_edge.export.quantize import quantize
+from mllm_edge.graph.precision import FLOAT16, Precision
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.vlm import VLM
 

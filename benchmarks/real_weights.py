@@ -29,19 +29,11 @@ from benchmarks.report import Report
 from mllm_edge.bundle import MANIFEST, Bundle
 from mllm_edge.calibration.collect import greedy_tokens
 from mllm_edge.calibration.evaluate import divergence
-from mllm_edge.calibration.recipes import (
-    BLOCKS_4,
-    BLOCKS_8,
-    CALIBRATED,
-    CALIBRATED_4,
-    FLOAT16,
-    FLOAT32,
-    Precision,
-    Recipe,
-)
+from mllm_edge.calibration.recipes import CALIBRATED, Recipe
 from mllm_edge.export.pipeline import export
 from mllm_edge.export.quantize import quantize
-from mllm_edge.runtime.processor import Prompt
+from mllm_edge.graph.precision import BLOCKS_4, BLOCKS_8, CALIBRATED_4, FLOAT16, FLOAT32, Precision
+from mllm_edge.runtime.prompt.processor import Prompt
 from mllm_edge.runtime.score import score
 from mllm_edge.runtime.vlm import VLM
 

@@ -26,10 +26,11 @@ from benchmarks.report import Report
 from benchmarks.vlm_checkpoints import smolvlm_256m
 from mllm_edge.bundle import Bundle
 from mllm_edge.calibration.collect import greedy_tokens
-from mllm_edge.calibration.recipes import CALIBRATED, FLOAT32
+from mllm_edge.calibration.recipes import CALIBRATED
 from mllm_edge.export.pipeline import export
 from mllm_edge.export.quantize import quantize
-from mllm_edge.runtime.backend import open_backend
+from mllm_edge.graph.precision import FLOAT32
+from mllm_edge.runtime.backends.choose import open_backend
 from mllm_edge.runtime.score import score
 from mllm_edge.runtime.vlm import VLM
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mllm_edge.runtime.device import physical_cores, processor_name
+from mllm_edge.runtime.machine.cpu import physical_cores, processor_name
 
 __all__ = ["Check", "Report"]
 

@@ -25,9 +25,9 @@ from benchmarks.checkpoints import GEOMETRIES, Geometry, write_checkpoint
 from benchmarks.measure import in_process
 from benchmarks.report import Report
 from mllm_edge.calibration.recipes import RECIPES
-from mllm_edge.runtime.device import physical_cores
-from mllm_edge.runtime.generate import generate
-from mllm_edge.runtime.sampling import Sampler, SamplingParams
+from mllm_edge.runtime.decode.generate import generate
+from mllm_edge.runtime.decode.sampling import Sampler, SamplingParams
+from mllm_edge.runtime.machine.cpu import physical_cores
 from mllm_edge.runtime.trace import Trace
 from mllm_edge.runtime.vlm import VLM
 

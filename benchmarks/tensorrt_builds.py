@@ -129,9 +129,9 @@ def _build_part(folder: str, component: str, target: str, recipe: str) -> dict[s
 
 
 def _build_one(name: str, dialect: str, recipe: str, folder: str, count: str) -> dict[str, Any]:
-    from mllm_edge.export.graph import tensor_specs
+    from mllm_edge.graph.builder import tensor_specs
     from mllm_edge.runtime.backends.tensorrt_build import Options, shape_ranges
-    from mllm_edge.runtime.onnx_split import partitions
+    from mllm_edge.runtime.onnx_file.split import partitions
 
     path, model = _write_graph(GEOMETRIES[name], dialect, recipe, Path(folder))
     specs, found = tensor_specs(model.graph.inputs), []
@@ -159,7 +159,7 @@ def _build(path: Path, profiles: list[Any], options: Any, recipe: str) -> dict[s
     """One engine for all generations that can have it; where that fails, one for each."""
     from mllm_edge.errors import BackendError
     from mllm_edge.runtime.backends.tensorrt_build import build
-    from mllm_edge.runtime.device import peak_rss
+    from mllm_edge.runtime.machine.cpu import peak_rss
 
     impossible = IMPOSSIBLE.get(recipe, ())
     able = [name for name in CAPABILITIES if name not in impossible]
@@ -195,12 +195,12 @@ def _write_graph(geometry: Geometry, dialect: str, recipe: str, folder: Path) ->
     import onnx_ir as ir
 
     from mllm_edge.calibration.recipes import RECIPES as BY_NAME
-    from mllm_edge.export.datafile import DataFile
-    from mllm_edge.export.decoder.build import build_decoder
-    from mllm_edge.export.decoder.llama import llama_spec
-    from mllm_edge.export.graph import save_model
-    from mllm_edge.export.safetensors import open_weights
-    from mllm_edge.export.source import ConfigReader
+    from mllm_edge.export.checkpoint.config import ConfigReader
+    from mllm_edge.export.checkpoint.safetensors import open_weights
+    from mllm_edge.export.decoders.build import build_decoder
+    from mllm_edge.export.decoders.llama import llama_spec
+    from mllm_edge.graph.builder import save_model
+    from mllm_edge.graph.datafile import DataFile
 
     weights = open_weights(folder)
     reader = ConfigReader("config.json", geometry.config, {})

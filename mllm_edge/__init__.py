@@ -7,7 +7,7 @@ stays light.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mllm_edge.runtime.image import BGR
+    from mllm_edge.runtime.prompt.image import BGR
     from mllm_edge.runtime.vlm import VLM, Chunk, Result
 
 __all__ = ["BGR", "VLM", "Chunk", "Result", "__version__"]
@@ -21,7 +21,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(vlm, name)
     if name == "BGR":
-        from mllm_edge.runtime.image import BGR
+        from mllm_edge.runtime.prompt.image import BGR
 
         return BGR
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

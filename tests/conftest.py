@@ -30,6 +30,7 @@ def rounded_int4(monkeypatch: pytest.MonkeyPatch) -> None:
     """An int4 that loses what people notice on tiny models: plain rounding, everywhere."""
     from dataclasses import replace
 
-    from mllm_edge.calibration.recipes import BLOCKS_4, RECIPES
+    from mllm_edge.calibration.recipes import RECIPES
+    from mllm_edge.graph.precision import BLOCKS_4
 
     monkeypatch.setitem(RECIPES, "int4", replace(RECIPES["int4"], decoder=BLOCKS_4, more_bits_above=None))

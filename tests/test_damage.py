@@ -104,7 +104,7 @@ def test_a_bundle_without_checksums_loads_and_is_verified_by_sha256(bundle: Path
 
 
 def test_nan_is_no_question_of_the_recipe_alone() -> None:
-    from mllm_edge.runtime.sampling import Sampler, SamplingParams
+    from mllm_edge.runtime.decode.sampling import Sampler, SamplingParams
 
     with pytest.raises(MllmEdgeError, match="NaN") as caught:
         Sampler(SamplingParams(), np.zeros(0, np.int64)).sample(np.array([0.0, np.nan], np.float32))

@@ -23,6 +23,39 @@ FOUNDATION = {
     "manifest_checks",
     "bundle",
     "loss",
+    "progress",
+}
+# From the ground up: a module imports of its own package what stands before it, or in the same line. What has no line
+# stands on the last one of its package.
+FLOORS = {
+    "": (
+        ("foundation",),
+        ("graph", "runtime"),
+        ("calibration",),
+        ("export", "report"),
+        ("cli",),
+    ),
+    "runtime": (
+        ("arrays", "foreign", "limits", "log", "numbers", "trace", "options"),
+        ("machine", "onnx_file"),
+        ("backends", "prompt"),
+        ("decode",),
+        ("answer", "arguments", "turns"),
+        ("vlm",),
+        ("budget", "build", "compare", "conversation", "doctor", "score"),
+        ("profiling",),
+    ),
+    "graph": (
+        ("builder", "chunks", "datafile", "decoder_spec", "gate", "precision", "rtn", "scales", "searched"),
+        ("linear", "operators"),
+        ("dialects",),
+    ),
+    "export": (
+        ("checkpoint",),
+        ("decoders", "vision", "loss_questions", "workspace"),
+        ("plan", "reference", "targets", "trace"),
+        ("families",),
+    ),
 }
 RUNTIME_LIBRARIES = {"PIL", "jinja2", "numpy", "tokenizers", "xxhash"}
 ENGINES = {"cuda", "onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"}
@@ -117,12 +150,44 @@ def test_the_runtime_imports_only_what_a_device_has(module: str) -> None:
     assert {part.partition(".")[0] for part in _own(module)} <= FOUNDATION | {"runtime"}
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("mllm_edge.calibration")])
-def test_calibration_imports_of_the_exporter_only_its_graph_writer(module: str) -> None:
-    allowed = FOUNDATION | {"runtime", "calibration"}
-    others = {part for part in _own(module) if part.partition(".")[0] not in allowed}
-    assert all(part.startswith(("export.graph", "export.datafile")) for part in others)
-    assert _roots(module).isdisjoint({"torch", "transformers"})
+@pytest.mark.parametrize("part", ["graph", "calibration"])
+def test_quantization_needs_neither_torch_nor_the_exporter(part: str) -> None:
+    for module in [m for m in MODULES if m.startswith(f"mllm_edge.{part}")]:
+        assert _roots(module).isdisjoint({"torch", "transformers"}), module
+
+
+def _floor(package: str, name: str) -> int:
+    """On which of a package's floors a module stands, by its path below the package."""
+    first = name.partition(".")[0]
+    if not package and first in FOUNDATION:
+        first = "foundation"
+    floors = FLOORS[package]
+    return next((i for i, names in enumerate(floors) if first in names), len(floors))
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_no_floor_imports_a_higher_one(package: str) -> None:
+    inside = f"{package}." if package else ""
+    for module in [m for m in MODULES if m.startswith(f"mllm_edge.{inside}") and m != "mllm_edge.__main__"]:
+        name = module.removeprefix(f"mllm_edge.{inside}")
+        files = [part for part in _own(module) if part.startswith(inside) and f"mllm_edge.{part}" in MODULES]
+        for other in [part.removeprefix(inside) for part in files]:
+            assert _floor(package, other) <= _floor(package, name), f"{module} imports {inside}{other}"
+
+
+@pytest.mark.parametrize("name", [f"{p}.{n}" if p else n for p, fs in FLOORS.items() for names in fs for n in names])
+def test_floors_name_what_is_there(name: str) -> None:
+    place = PACKAGE / name.replace(".", "/")
+    assert name == "foundation" or place.is_dir() or place.with_suffix(".py").is_file()
+
+
+def test_no_two_files_import_each_other() -> None:
+    """Neither directly nor through others, and for type checking neither."""
+    graph = {m: {f"mllm_edge.{n}" for n in _own(m)} & set(MODULES) - {m} for m in MODULES}
+    while leaves := [module for module, others in graph.items() if not others & graph.keys()]:
+        for module in leaves:
+            del graph[module]
+    assert not graph, f"a circle among {sorted(graph)}"
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if not m.startswith("mllm_edge.cli")])

@@ -50,15 +50,16 @@ def test_holds_every_module_and_nothing_else(wheel: Path) -> None:
         names = set(archive.namelist())
     info = f"mllm_edge-{__version__}.dist-info/"
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "mllm_edge").rglob("*.py")}
-    tables = ("onnxruntime_cuda", "tensorrt_10_3", "tokenizer_corpus")
     others = (
         "py.typed",
         "calibration/builtin_text.json",
+        "export/tokenizer_corpus.json",
+        "graph/onnxruntime_cuda.json",
+        "graph/tensorrt_10_3.json",
         "report/report.html",
         "runtime/profiling/profile.schema.json",
     )
     data = {f"mllm_edge/{name}" for name in others}
-    data |= {f"mllm_edge/export/{name}.json" for name in tables}
     data.add("optimum/commands/register/register_mllm_edge.py")
     assert {n for n in names if not n.startswith(info)} == modules | data
     assert f"{info}licenses/LICENSE" in names

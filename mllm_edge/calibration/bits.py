@@ -8,12 +8,12 @@ import numpy as np
 
 from mllm_edge.bundle import Bundle
 from mllm_edge.calibration.decide import shipped
-from mllm_edge.calibration.layers import Layer
+from mllm_edge.calibration.linears import Layer
 from mllm_edge.calibration.mixed import bits_a_weight, eight_bits, spread, together, with_small_head
 from mllm_edge.calibration.recipes import HEAD, Recipe, precision_of
 from mllm_edge.calibration.sensitivity import Asked, Unit, affordable, measure
 from mllm_edge.errors import RecipeError
-from mllm_edge.runtime.backend import Backend
+from mllm_edge.runtime.backends.base import Backend
 
 __all__ = ["check_bits", "fits", "measured", "told"]
 

@@ -15,15 +15,15 @@ import onnx_ir as ir
 from mllm_edge.calibration.collect import Feeds
 from mllm_edge.calibration.decide import Decision
 from mllm_edge.calibration.findings import Findings, is_whole
-from mllm_edge.calibration.kv import largest, rotated
-from mllm_edge.calibration.layers import Group, find_groups, find_layers
+from mllm_edge.calibration.int8_cache import largest, rotated
+from mllm_edge.calibration.linears import Group, find_groups, find_layers
 from mllm_edge.calibration.passing import PassingReader, PassingWriter
-from mllm_edge.calibration.recipes import Precision
 from mllm_edge.calibration.segments import Segment, cut, extract
 from mllm_edge.calibration.statistics import InputStatistics
 from mllm_edge.errors import DataError
 from mllm_edge.files import sync, write_whole
-from mllm_edge.runtime.backend import Backend
+from mllm_edge.graph.precision import Precision
+from mllm_edge.runtime.backends.base import Backend
 from mllm_edge.spec import Variant
 
 __all__ = ["calibrate", "held_apart", "row_weights"]

@@ -14,7 +14,7 @@ from mllm_edge.calibration.data import Sample
 from mllm_edge.calibration.findings import is_whole, save_arrays
 from mllm_edge.errors import ContextError, DataError, ImageError
 from mllm_edge.files import sync, write_whole
-from mllm_edge.runtime.backend import Backend, Buffer, Session
+from mllm_edge.runtime.backends.base import Backend, Buffer, Session
 from mllm_edge.runtime.score import continued
 from mllm_edge.runtime.vlm import VLM
 from mllm_edge.spec import Variant

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_edge.errors import DataError, ImageError
-from mllm_edge.runtime.image import ImageSource, load_image
+from mllm_edge.runtime.prompt.image import ImageSource, load_image
 
 __all__ = ["DEFAULT_PROMPT", "Sample", "load_samples", "readable", "split"]
 

@@ -7,12 +7,13 @@ from typing import Literal
 import numpy as np
 
 from mllm_edge.calibration.findings import Findings, LayerFindings
-from mllm_edge.calibration.layers import Group, Layer
-from mllm_edge.calibration.methods import awq, balance, descent, drift, gptq, rtn, smoothquant
-from mllm_edge.calibration.methods.ranges import SEARCHED, Range, activation_range
-from mllm_edge.calibration.methods.scales import reciprocal, smallest
-from mllm_edge.calibration.recipes import FLOAT32, Precision, block_size
+from mllm_edge.calibration.linears import Group, Layer
+from mllm_edge.calibration.methods import awq, balance, descent, drift, gptq, smoothquant
+from mllm_edge.calibration.methods.ranges import SEARCHED, activation_range
 from mllm_edge.calibration.statistics import HeldRows, InputStatistics
+from mllm_edge.graph import rtn
+from mllm_edge.graph.precision import FLOAT32, Precision, Range, block_size
+from mllm_edge.graph.scales import reciprocal, smallest
 
 __all__ = ["Decision", "shipped"]
 

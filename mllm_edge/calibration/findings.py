@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mllm_edge.calibration.methods import rtn
-from mllm_edge.calibration.methods.ranges import Range
 from mllm_edge.files import writing_whole
+from mllm_edge.graph import rtn
+from mllm_edge.graph.precision import Range
 
 __all__ = ["Findings", "LayerFindings", "is_whole", "save_arrays"]
 

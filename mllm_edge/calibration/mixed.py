@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mllm_edge.calibration.recipes import BLOCKS_8, HEAD, HEAD_8, Precision, Recipe, Rule, block_size, precision_of
+from mllm_edge.calibration.recipes import HEAD, Recipe, Rule, precision_of
+from mllm_edge.graph.precision import BLOCKS_8, HEAD_8, Precision, block_size
 
 __all__ = [
     "Candidate",

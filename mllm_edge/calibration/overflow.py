@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from mllm_edge.calibration.collect import Feeds
 from mllm_edge.calibration.segments import Segment, cut, extract
-from mllm_edge.runtime.backend import Backend, Session
+from mllm_edge.runtime.backends.base import Backend, Session
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.spec import Variant
 

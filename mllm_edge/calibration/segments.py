@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from mllm_edge.calibration.layers import Layer, find_groups, find_layers
+from mllm_edge.calibration.linears import Layer, find_groups, find_layers
 
 __all__ = ["Segment", "cut", "extract"]
 

@@ -13,10 +13,10 @@ import onnx_ir as ir
 from mllm_edge.bundle import Bundle
 from mllm_edge.calibration.data import Sample
 from mllm_edge.calibration.evaluate import divergence, led_tokens
-from mllm_edge.calibration.layers import find_layers
+from mllm_edge.calibration.linears import find_layers
 from mllm_edge.files import write_whole
-from mllm_edge.runtime.backend import Backend, Session
-from mllm_edge.runtime.processor import Prompt
+from mllm_edge.runtime.backends.base import Backend, Session
+from mllm_edge.runtime.prompt.processor import Prompt
 from mllm_edge.runtime.score import score
 from mllm_edge.runtime.vlm import VLM
 from mllm_edge.spec import Variant

@@ -12,10 +12,11 @@ from mllm_edge.calibration.calibrate import held_apart
 from mllm_edge.calibration.data import Sample
 from mllm_edge.calibration.decide import shipped
 from mllm_edge.calibration.findings import Findings
-from mllm_edge.calibration.layers import Layer
-from mllm_edge.calibration.recipes import Precision, Recipe, precision_of
+from mllm_edge.calibration.linears import Layer
+from mllm_edge.calibration.recipes import Recipe, precision_of
 from mllm_edge.calibration.sensitivity import Unit, affordable, answered, measure_ways
-from mllm_edge.runtime.backend import Backend
+from mllm_edge.graph.precision import Precision
+from mllm_edge.runtime.backends.base import Backend
 
 __all__ = ["Losses", "against_rounding", "of_rounding"]
 

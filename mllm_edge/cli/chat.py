@@ -16,7 +16,7 @@ from mllm_edge.errors import ContextError, MllmEdgeError
 
 if TYPE_CHECKING:
     from mllm_edge.runtime.conversation import Conversation
-    from mllm_edge.runtime.threads import Spin
+    from mllm_edge.runtime.machine.threads import Spin
     from mllm_edge.runtime.vlm import VLM, Result
 
 __all__ = ["command"]

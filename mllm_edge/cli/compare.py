@@ -89,7 +89,7 @@ def _cases(prompts: tuple[str, ...], images: tuple[str, ...]) -> "list[Case] | N
     if not prompts and not images:
         return None
     from mllm_edge.runtime.compare import Case
-    from mllm_edge.runtime.image import load_image
+    from mllm_edge.runtime.prompt.image import load_image
 
     loaded = tuple(load_image(image) for image in images)
     shown = "".join(f", {image}" for image in images)

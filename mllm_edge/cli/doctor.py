@@ -42,7 +42,7 @@ def command(ctx: click.Context, checkpoint: str | None, adapters: tuple[str, ...
         raise click.UsageError("--adapter goes with --checkpoint")
     from mllm_edge.runtime.backends.installed import engines, extras, wheels
     from mllm_edge.runtime.doctor import best_target, diagnose, machine_problems, precisions, wheel_problems
-    from mllm_edge.runtime.machine import read_machine
+    from mllm_edge.runtime.machine.hardware import read_machine
 
     machine, found, brought = read_machine(Path("/"), shutil.which("nvidia-smi")), engines(), wheels()
     targets = diagnose(machine, found)

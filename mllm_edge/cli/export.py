@@ -17,7 +17,7 @@ from mllm_edge.cli.proof import float32_operators, proof_summary
 from mllm_edge.cli.signals import interrupted_message, interruptible
 
 if TYPE_CHECKING:
-    from mllm_edge.export.verify import VerifyCase
+    from mllm_edge.export.source_model import VerifyCase
 
 __all__ = ["RECIPES", "TARGETS", "command"]
 
@@ -167,7 +167,7 @@ def command(
 
 def _check_verify(verify: str, images: tuple[str, ...], prompt: str | None) -> None:
     """Raise UsageError for a picture that is not there, or where nothing is compared."""
-    from mllm_edge.runtime.image import image_path
+    from mllm_edge.runtime.prompt.image import image_path
 
     if verify == "off" and (images or prompt is not None):
         raise click.UsageError("--verify-image and --verify-prompt compare: leave out --verify off")
@@ -189,8 +189,8 @@ def _check_loss(recipe: str, data: str | None, verify: str, max_kl: float | None
 
 def _verify_cases(images: tuple[str, ...], prompt: str | None) -> "list[VerifyCase]":
     from mllm_edge.calibration.data import DEFAULT_PROMPT
-    from mllm_edge.export.verify import VerifyCase
-    from mllm_edge.runtime.image import image_path
+    from mllm_edge.export.source_model import VerifyCase
+    from mllm_edge.runtime.prompt.image import image_path
 
     if not images and prompt is None:
         return []

@@ -13,7 +13,7 @@ from mllm_edge.cli.proof import layers_table
 
 if TYPE_CHECKING:
     from mllm_edge.bundle import Bundle
-    from mllm_edge.runtime.memory import ImageCost, Memory
+    from mllm_edge.runtime.budget import ImageCost, Memory
     from mllm_edge.spec import TensorSpec, Variant
 
 __all__ = ["command"]
@@ -81,13 +81,13 @@ def _shown(part: "Callable[[Bundle], str]", bundle: "Bundle") -> str:
 
 
 def _needs(bundle: "Bundle", context: int | None) -> "list[Memory]":
-    from mllm_edge.runtime.memory import memory
+    from mllm_edge.runtime.budget import memory
 
     return memory(bundle, context) if context else []
 
 
 def _costs(bundle: "Bundle", image: "str | tuple[int, int] | None") -> "ImageCost | None":
-    from mllm_edge.runtime.memory import image_cost
+    from mllm_edge.runtime.budget import image_cost
 
     return image_cost(bundle, image) if image else None
 

@@ -16,8 +16,8 @@ from mllm_edge.cli.progress import stages
 from mllm_edge.errors import MllmEdgeError
 
 if TYPE_CHECKING:
+    from mllm_edge.runtime.machine.threads import Spin
     from mllm_edge.runtime.profiling.measure import Profile
-    from mllm_edge.runtime.threads import Spin
 
 __all__ = ["command", "diff"]
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 from mllm_edge.cli.output import bytes_text, milliseconds, table
 
 if TYPE_CHECKING:
-    from mllm_edge.runtime.operators import Operator
-    from mllm_edge.runtime.power import PowerReading
+    from mllm_edge.runtime.machine.power import PowerReading
     from mllm_edge.runtime.profiling.environment import Environment
     from mllm_edge.runtime.profiling.measure import Profile
+    from mllm_edge.runtime.profiling.operators import Operator
     from mllm_edge.runtime.profiling.statistics import Distribution
 
 __all__ = ["NAMES", "report", "sweep_report"]
@@ -230,7 +230,7 @@ def _step(result: "Profile") -> str:
 
 def _operators(operators: "Sequence[Operator]") -> str:
     """The longest kinds and layers of every stage."""
-    from mllm_edge.runtime.operators import by_kind, by_layer, top
+    from mllm_edge.runtime.profiling.operators import by_kind, by_layer, top
 
     kinds = [[NAMES[o.stage], o.kind, str(o.calls), *_time(o)] for o in top(by_kind(operators), _LONGEST)]
     layers = [[NAMES[o.stage], _layer(o), str(o.calls), *_time(o)] for o in top(by_layer(operators), _LONGEST)]

@@ -16,7 +16,7 @@ from mllm_edge.cli.options import (
 from mllm_edge.cli.output import milliseconds, note, print_json, write_answer
 
 if TYPE_CHECKING:
-    from mllm_edge.runtime.threads import Spin
+    from mllm_edge.runtime.machine.threads import Spin
     from mllm_edge.runtime.vlm import VLM, Result
 
 __all__ = ["command"]

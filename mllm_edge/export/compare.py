@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mllm_edge.bundle import Bundle
-from mllm_edge.export.source import open_source
-from mllm_edge.export.verify import source_runner
-from mllm_edge.runtime.backend import open_backend
+from mllm_edge.export.checkpoint.source import open_source
+from mllm_edge.export.source_model import source_runner
+from mllm_edge.runtime.backends.choose import open_backend
 from mllm_edge.runtime.compare import (
     Case,
     Comparison,

@@ -8,17 +8,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mllm_edge.calibration.recipes import Precision, Recipe, recipe
+from mllm_edge.calibration.recipes import Recipe, recipe
 from mllm_edge.errors import MllmEdgeError, SourceError
-from mllm_edge.export.datafile import DryFile
-from mllm_edge.export.decoder.build import build_decoder
+from mllm_edge.export.checkpoint.safetensors import Weights
+from mllm_edge.export.checkpoint.source import Source, open_source
+from mllm_edge.export.checkpoint.vocabulary import check_generation
+from mllm_edge.export.decoders.build import build_decoder
 from mllm_edge.export.early import check_checkpoint
 from mllm_edge.export.families import family_for, reading
 from mllm_edge.export.pipeline import WHOLE_LIMIT, require_all_used
 from mllm_edge.export.plan import Plan, TracedComponent
-from mllm_edge.export.safetensors import Weights
-from mllm_edge.export.source import Source, open_source
-from mllm_edge.export.tokens import check_generation
+from mllm_edge.graph.datafile import DryFile
+from mllm_edge.graph.precision import Precision
 from mllm_edge.json_form import to_json
 
 __all__ = ["RECIPES", "Cost", "Diagnosis", "Refusal", "diagnose_checkpoint"]

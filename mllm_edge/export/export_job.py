@@ -16,26 +16,28 @@ import onnx_ir as ir
 
 from mllm_edge.bundle import CHAT_TEMPLATE, GENERATION, MANIFEST, TOKENIZER, Bundle, file_entries, write_manifest
 from mllm_edge.calibration.bits import check_bits, fits, measured, told
-from mllm_edge.calibration.layers import find_layers
-from mllm_edge.calibration.recipes import Precision, Recipe, recipe
+from mllm_edge.calibration.half import KEY, keep_in_range
+from mllm_edge.calibration.linears import find_layers
+from mllm_edge.calibration.recipes import Recipe, is_quantized, recipe
 from mllm_edge.errors import ExportError
 from mllm_edge.export.checkpoint.files import local_path
-from mllm_edge.export.datafile import DataFile, DataSink, DryFile
-from mllm_edge.export.decoder.build import build_decoder
-from mllm_edge.export.decoder.spec import DecoderSpec
-from mllm_edge.export.graph import save_model, tensor_specs
-from mllm_edge.export.half import KEY, keep_in_range
-from mllm_edge.export.judge import Allowance, asked, is_quantized, judged, loss_of
+from mllm_edge.export.checkpoint.safetensors import Weights
+from mllm_edge.export.checkpoint.source import Source
+from mllm_edge.export.decoders.build import build_decoder
+from mllm_edge.export.judge import Allowance, asked, judged, loss_of
 from mllm_edge.export.loss import turns_of
 from mllm_edge.export.plan import Plan
-from mllm_edge.export.progress import Progress
-from mllm_edge.export.safetensors import Weights
-from mllm_edge.export.source import Source
+from mllm_edge.export.source_model import Reference, Scope, VerifyCase
 from mllm_edge.export.targets import Form
 from mllm_edge.export.trace import lower, trace
-from mllm_edge.export.verify import Reference, Scope, VerifyCase, verify
+from mllm_edge.export.verify import verify
+from mllm_edge.graph.builder import save_model, tensor_specs
+from mllm_edge.graph.datafile import DataFile, DataSink, DryFile
+from mllm_edge.graph.decoder_spec import DecoderSpec
+from mllm_edge.graph.precision import Precision
 from mllm_edge.json_form import to_json
 from mllm_edge.loss import Loss
+from mllm_edge.progress import Progress
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.spec import SCHEMA_VERSION, Component, FileEntry, Manifest, ModelSpec, PositionSpec, Variant
 

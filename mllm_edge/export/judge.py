@@ -4,22 +4,20 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mllm_edge.calibration.recipes import Recipe
 from mllm_edge.errors import AccuracyError, ParityError
-from mllm_edge.export.loss import References, ask, measure
-from mllm_edge.export.source import Source
+from mllm_edge.export.answers import References
+from mllm_edge.export.checkpoint.source import Source
+from mllm_edge.export.loss import ask, measure
+from mllm_edge.export.source_model import Reference
 from mllm_edge.json_form import to_json
 from mllm_edge.loss import MAX_KL, NOT_MEASURED, WARN_KL, Loss, headline
-
-if TYPE_CHECKING:
-    from mllm_edge.export.verify import Reference
 
 __all__ = [
     "Allowance",
     "asked",
-    "is_quantized",
     "judge",
     "judged",
     "least_bits",
@@ -45,7 +43,7 @@ class Allowance:
 
 
 def judged(
-    reference: "Reference",
+    reference: Reference,
     folder: Path,
     recipe: Recipe,
     targets: Sequence[str],
@@ -76,7 +74,7 @@ def judged(
     return {"loss": found}
 
 
-def loss_of(reference: "Reference", folder: Path, target: str) -> Loss | None:
+def loss_of(reference: Reference, folder: Path, target: str) -> Loss | None:
     """That of the bundle in `folder`; None where it cannot be measured."""
     try:
         return measure(asked(reference, folder), folder, target)
@@ -84,7 +82,7 @@ def loss_of(reference: "Reference", folder: Path, target: str) -> Loss | None:
         return None
 
 
-def asked(reference: "Reference", folder: Path) -> References:
+def asked(reference: Reference, folder: Path) -> References:
     """What the reference answers to the built-in questions, asked for once; raises AccuracyError as `ask` does."""
     if reference.references is None:
         reference.references = ask(reference, folder, reference.cases[_PICTURE])
@@ -118,11 +116,6 @@ def judge(loss: Loss, allowance: Allowance, fix: str, where: str = "") -> None:
         f"{loss.answer_after!r:.200}",
         f"{fix}; --allow-loss writes it all the same",
     )
-
-
-def is_quantized(recipe: Recipe) -> bool:
-    """Whether a recipe rounds the decoder's weights, so that its bundle is judged by its loss."""
-    return recipe.decoder.kind not in ("float32", "float16")
 
 
 def least_bits(recipe: Recipe) -> int:

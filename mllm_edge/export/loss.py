@@ -5,32 +5,28 @@ number of bundles with them. What is done about a loss: `judge.py`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from mllm_edge.bundle import CHAT_TEMPLATE, Bundle
 from mllm_edge.calibration.collect import greedy_tokens
-from mllm_edge.calibration.evaluate import divergence
-from mllm_edge.calibration.recipes import HEAD_8, INT8_DYNAMIC, Precision
 from mllm_edge.calibration.sensitivity import Asked, Turn
 from mllm_edge.errors import AccuracyError, MllmEdgeError
+from mllm_edge.export.answers import Answered, References, compared
+from mllm_edge.export.checkpoint.quiet import quiet_transformers
 from mllm_edge.export.loss_questions import QUESTIONS
-from mllm_edge.export.reference import greedy_answers, quiet_transformers, rounded, scores
+from mllm_edge.export.reference import greedy_answers, scores
+from mllm_edge.export.source_model import Reference, VerifyCase
 from mllm_edge.loss import WARN_KL, Loss
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
-from mllm_edge.runtime.processor import Processor, Prompt
+from mllm_edge.runtime.prompt.processor import Processor, Prompt
+from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
 from mllm_edge.runtime.score import score
-from mllm_edge.runtime.tokenizer import ChatTemplate, Tokenizer
 from mllm_edge.runtime.vlm import VLM
 
-if TYPE_CHECKING:
-    from mllm_edge.export.verify import Reference, VerifyCase
-
-__all__ = ["WARN_KL", "Answered", "Loss", "References", "ask", "measure", "prompt_embeds", "turns_of"]
+__all__ = ["WARN_KL", "Loss", "ask", "measure", "prompt_embeds", "turns_of"]
 
 _TOKENS = 32  # of each answer
 _SAME = 1e-3  # of the range of logits; as float32 graphs are held to
@@ -38,68 +34,7 @@ _FEWEST = 2  # tokens of an answer
 _BY_HAND = "compare answers of your own: mllm-edge compare MODEL BUNDLE --prompt TEXT"
 
 
-@dataclass(frozen=True, eq=False)
-class Answered:
-    """A question as token ids [S], and what the source says: its answer [n] and the logits [n, vocabulary] float32 it
-    came from."""
-
-    question: str
-    images: tuple[Any, ...]
-    ids: np.ndarray
-    tokens: np.ndarray
-    logits: np.ndarray
-
-
-@dataclass(frozen=True, eq=False)
-class References:
-    """What the source model answers to the built-in questions; `shown`, the first that it says anything to, is for
-    people. `embeds`: see `prompt_embeds`."""
-
-    answered: tuple[Answered, ...]
-    shown: Answered
-    model: Any
-    embeds: dict[tuple[Any, ...], np.ndarray]
-    _rounding: dict[int, tuple[float, float]] = field(default_factory=dict)
-    _explained: dict[tuple[int, int, bool], float] = field(default_factory=dict)
-
-    def rounding(self, bits: int) -> tuple[float, float]:
-        """(mean KL in nats, agreement) of the source with its language model rounded to blocks of `bits`, its head to 8
-        bits, on the questions without pictures. Takes a run of the source."""
-        if bits not in self._rounding:
-            self._rounding[bits] = self._rounded(Precision("blocks", bits), HEAD_8)
-        return self._rounding[bits]
-
-    def explained(self, bits: int, head_bits: int = 8, positive_scales: bool = False) -> float:
-        """The mean KL in nats, on the questions without pictures, that the roundings of a target may come to: weights
-        in blocks of `bits`, the head's of `head_bits`, or with one scale for each row where they are 8, and inputs of
-        layers in 8 bits with one for each token. `positive_scales`: as TensorRT demands them, which loses more."""
-        key = bits, head_bits, positive_scales
-        if key not in self._explained:
-            layers, head = (
-                Precision("blocks", n) if n < INT8_DYNAMIC.bits else INT8_DYNAMIC for n in (bits, head_bits)
-            )
-            self._explained[key] = self._rounded(layers, head, True, positive_scales)[0]
-        return self._explained[key]
-
-    @property
-    def texts(self) -> list[Answered]:
-        """Those about no picture; they come first."""
-        return [a for a in self.answered if not a.images]
-
-    @cached_property
-    def unrelated(self) -> float:
-        """Mean KL in nats between the source's distributions at different positions: what a bundle would have whose
-        logits have nothing to do with the source's."""
-        logits = np.concatenate([a.logits for a in self.answered])
-        return float(divergence(logits, np.roll(logits, len(logits) // 2, axis=0)).mean())
-
-    def _rounded(self, layers: Precision, head: Precision, *how: bool) -> tuple[float, float]:
-        with quiet_transformers(), rounded(self.model, layers, head, *how):
-            found = scores(self.model, [a.ids for a in self.texts], [a.tokens for a in self.texts])
-        return _compared([a.logits for a in self.texts], found)
-
-
-def ask(reference: "Reference", folder: Path, picture: "VerifyCase | None" = None) -> References:
+def ask(reference: Reference, folder: Path, picture: VerifyCase | None = None) -> References:
     """The source's answers to the built-in questions, their ids made by the bundle in `folder`, and to `picture`.
 
     Raises AccuracyError where they cannot be asked: no chat template or tokenizer for them, too short a context.
@@ -133,8 +68,8 @@ def measure(references: References, folder: Path, target: str = "cpu") -> Loss:
         embeds = prompt_embeds(vlm, prompt, shown.images, references.embeds)
         after = greedy_tokens(vlm, embeds, prompt.positions, len(shown.tokens))
         answers = [_text(vlm, tokens) for tokens in (shown.tokens, after)]
-    kl, agreement = _compared([a.logits for a in references.answered], found)
-    texts, _ = _compared([a.logits for a in references.texts], found[: len(references.texts)])
+    kl, agreement = compared([a.logits for a in references.answered], found)
+    texts, _ = compared([a.logits for a in references.texts], found[: len(references.texts)])
     eight = references.rounding(8) if not kl < WARN_KL else (None, None)
     return Loss(
         kl=kl,
@@ -201,7 +136,7 @@ def _survives(question: str, decoded: str) -> bool:
     return 2 * sum(word in decoded.casefold() for word in spelled) >= len(spelled)
 
 
-def _about_picture(reference: "Reference", processor: Processor, case: "VerifyCase", stops: frozenset[int]) -> Answered:
+def _about_picture(reference: Reference, processor: Processor, case: VerifyCase, stops: frozenset[int]) -> Answered:
     """What the comparison has computed already: fewer tokens, and no further run of the tower."""
     prompt = processor.process(case.prompt, case.images)
     found = reference.run(case.prompt, case.images, prompt.text)
@@ -220,13 +155,6 @@ def _seen_by(bundle: Bundle, target: str) -> list[str]:
     graphs = [bundle.variant(name, target).file for name in bundle.manifest.components if name != "decoder"]
     names = [*graphs, *(f"{file}.data" for file in graphs), bundle.manifest.model.embedding.file]
     return [bundle.manifest.files[name].sha256 for name in names if name in bundle.manifest.files]
-
-
-def _compared(expected: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> tuple[float, float]:
-    """(mean KL in nats, part of the positions with the same likeliest token)."""
-    pairs = list(zip(expected, found, strict=True))
-    kl = np.concatenate([divergence(a, b) for a, b in pairs])
-    return float(kl.mean()), float(np.concatenate([a.argmax(axis=1) == b.argmax(axis=1) for a, b in pairs]).mean())
 
 
 def _text(vlm: VLM, tokens: np.ndarray) -> str:

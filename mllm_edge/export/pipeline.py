@@ -7,23 +7,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mllm_edge.bundle import write_manifest
-from mllm_edge.calibration.recipes import Recipe, at_most, recipe
+from mllm_edge.calibration.half import KEY, Float32Operators, keep_in_range
+from mllm_edge.calibration.recipes import Recipe, at_most, is_quantized, recipe
 from mllm_edge.errors import OptionError, WeightsError
+from mllm_edge.export.checkpoint.safetensors import Weights
+from mllm_edge.export.checkpoint.source import Source, open_source
+from mllm_edge.export.checkpoint.source_weights import source_weights
+from mllm_edge.export.checkpoint.vocabulary import check_generation
 from mllm_edge.export.early import check_checkpoint
 from mllm_edge.export.export_job import ExportJob
 from mllm_edge.export.families import family_for, reading
-from mllm_edge.export.half import KEY, Float32Operators, keep_in_range
-from mllm_edge.export.judge import Allowance, is_quantized, remedy, unmeasured
+from mllm_edge.export.judge import Allowance, remedy, unmeasured
 from mllm_edge.export.plan import Plan
-from mllm_edge.export.progress import Progress, Silent
-from mllm_edge.export.safetensors import Weights
-from mllm_edge.export.source import Source, open_source
+from mllm_edge.export.source_model import VerifyCase
 from mllm_edge.export.targets import TARGETS, Form, forms
-from mllm_edge.export.tokens import check_generation
-from mllm_edge.export.verify import VerifyCase
 from mllm_edge.export.workspace import check_space, reserved, workspace
 from mllm_edge.json_form import to_json
 from mllm_edge.loss import MAX_KL, NOT_MEASURED, warning
+from mllm_edge.progress import Progress, Silent
 
 __all__ = ["TARGETS", "WHOLE_LIMIT", "ExportReport", "Verify", "export", "require_all_used"]
 
@@ -136,7 +137,7 @@ def _export(
     source = open_source(model, revision, adapters, progress.notice)
     family = family_for(source)
     with reading(source):
-        weights = source.weights()
+        weights = source_weights(source)
         plan: Plan = family.plan(source, weights)
         check_generation(source, plan.texts.generation, plan.model)
         job = ExportJob(source, plan, weights, chosen, wanted, progress)

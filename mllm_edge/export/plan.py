@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mllm_edge.export.checkpoint.texts import Texts
-from mllm_edge.export.decoder.spec import DecoderSpec
+from mllm_edge.graph.decoder_spec import DecoderSpec
 from mllm_edge.spec import ModelSpec, TensorSpec
 
 if TYPE_CHECKING:

@@ -12,23 +12,8 @@ from mllm_edge.calibration.bits import check_bits
 from mllm_edge.calibration.data import DEFAULT_PROMPT
 from mllm_edge.calibration.evaluate import Proof
 from mllm_edge.calibration.figure import draw_errors
-from mllm_edge.calibration.kv import check_cache
-from mllm_edge.calibration.recipes import (
-    Recipe,
-    at_most,
-    calibrated_recipe,
-    check_rules,
-)
-from mllm_edge.checksums import file_entry
-from mllm_edge.errors import AccuracyError, BundleError, MllmEdgeError
-from mllm_edge.export.checkpoint.files import local_path
-from mllm_edge.export.early import check_source
-from mllm_edge.export.half import KEY, Float32Operators
-from mllm_edge.export.judge import remedy
-from mllm_edge.export.pipeline import Verify, export
-from mllm_edge.export.progress import Progress, Silent
-from mllm_edge.export.quantize_job import FIGURE, Gate, QuantizeJob, layers_of
-from mllm_edge.export.quantize_source import (
+from mllm_edge.calibration.half import KEY, Float32Operators
+from mllm_edge.calibration.inputs import (
     Samples,
     check_float,
     check_vision,
@@ -39,10 +24,25 @@ from mllm_edge.export.quantize_source import (
     without_images,
     work_key,
 )
-from mllm_edge.export.verify import VerifyCase
+from mllm_edge.calibration.int8_cache import check_cache
+from mllm_edge.calibration.quantize_job import FIGURE, Gate, QuantizeJob, layers_of
+from mllm_edge.calibration.recipes import (
+    Recipe,
+    at_most,
+    calibrated_recipe,
+    check_rules,
+)
+from mllm_edge.checksums import file_entry
+from mllm_edge.errors import AccuracyError, BundleError, MllmEdgeError
+from mllm_edge.export.checkpoint.files import local_path
+from mllm_edge.export.early import check_source
+from mllm_edge.export.judge import remedy
+from mllm_edge.export.pipeline import Verify, export
+from mllm_edge.export.source_model import VerifyCase
 from mllm_edge.export.workspace import check_space, full_disk, reserved, workspace
 from mllm_edge.json_form import to_json
 from mllm_edge.loss import MAX_KL, Loss, headline, warning
+from mllm_edge.progress import Progress, Silent
 from mllm_edge.spec import Manifest
 
 __all__ = ["FIGURE", "FromCheckpoint", "Gate", "QuantizeReport", "quantize"]

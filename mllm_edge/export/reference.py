@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from mllm_edge.calibration.decide import shipped
-from mllm_edge.calibration.methods import rtn
-from mllm_edge.calibration.recipes import Precision, block_size
-from mllm_edge.export.adapters import Skeleton, skeleton
+from mllm_edge.export.checkpoint.adapters import Skeleton, skeleton
 from mllm_edge.export.checkpoint.quantized import without_quantization
-from mllm_edge.export.source import Source
+from mllm_edge.export.checkpoint.source import Source
+from mllm_edge.export.checkpoint.source_weights import source_weights
+from mllm_edge.graph import rtn
+from mllm_edge.graph.precision import Precision, block_size
 
 __all__ = [
     "adapted",
@@ -22,7 +23,6 @@ __all__ = [
     "forget_prompts",
     "greedy_answers",
     "load_reference",
-    "quiet_transformers",
     "rounded",
     "scores",
 ]
@@ -160,22 +160,6 @@ def _ended(answer: np.ndarray, stops: Set[int]) -> np.ndarray:
     return answer[: ends[0] + 1] if len(ends) else answer
 
 
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Within, transformers shows no progress bars and no advice; afterwards its settings are as before."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def adapted(model: Any, source: Source) -> tuple[Any, tuple[str, ...]]:
     """The reference model in float32 with the source's adapters, merged by PEFT where it can, and notes."""
     if not source.adapters:
@@ -200,7 +184,7 @@ def _with_our_weights(model: Any, source: Source, names: Skeleton) -> Any:
     """Every changed weight as the export reads it; `names` are those of the model before anything was merged."""
     import torch
 
-    weights, parameters = source.weights(), dict(model.named_parameters(remove_duplicate=False))
+    weights, parameters = source_weights(source), dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name in weights.altered:
             live = names.rename(name)

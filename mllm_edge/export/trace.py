@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from mllm_edge.calibration.qdq import Linear, linear, to_float
-from mllm_edge.calibration.recipes import Precision
-from mllm_edge.export.datafile import DataSink
-from mllm_edge.export.decoder.dialects import standard
-from mllm_edge.export.gate import check_cuda_graph, check_graph
-from mllm_edge.export.graph import MICROSOFT, GraphBuilder
+from mllm_edge.export.checkpoint.safetensors import Weights
 from mllm_edge.export.plan import TracedComponent
-from mllm_edge.export.safetensors import Weights
-from mllm_edge.export.vision.layers import DOMAIN
+from mllm_edge.export.vision.modules import DOMAIN
+from mllm_edge.graph import operators
+from mllm_edge.graph.builder import MICROSOFT, GraphBuilder
+from mllm_edge.graph.datafile import DataSink
+from mllm_edge.graph.gate import check_cuda_graph, check_graph
+from mllm_edge.graph.linear import Linear, linear, to_float
+from mllm_edge.graph.precision import Precision
 
 __all__ = ["lower", "trace"]
 
@@ -167,7 +167,7 @@ def _rms_norm(builder: GraphBuilder, x: ir.Value, node: ir.Node, dialect: str) -
         return builder.node(op, [x, scale], name, epsilon=eps, axis=-1)
     half = builder.float_type != _FLOAT
     wide = builder.node("Cast", [x], f"{name}.wide", to=_FLOAT) if half else x
-    normed = standard.rms_normed(builder, name, wide, eps)
+    normed = operators.rms_normed(builder, name, wide, eps)
     narrow = builder.node("Cast", [normed], f"{name}.narrow", to=builder.float_type) if half else normed
     return builder.node("Mul", [narrow, scale], name)
 
@@ -183,7 +183,7 @@ def _fused_attention(builder: GraphBuilder, qkv: ir.Value, node: ir.Node) -> ir.
     name, heads = _attention_of(node)
     parts = [_heads(builder, x, f"{name}.{p}", heads) for x, p in zip(_split(builder, qkv, name), "qkv", strict=True)]
     total = builder.node("Attention", parts, f"{name}.heads", scale=_head_size(qkv, heads) ** -0.5)
-    return standard.merge_heads(builder, name, standard.heads_first(builder, f"{name}.rows", total))
+    return operators.merge_heads(builder, name, operators.heads_first(builder, f"{name}.rows", total))
 
 
 def _plain_attention(builder: GraphBuilder, qkv: ir.Value, node: ir.Node) -> ir.Value:
@@ -194,11 +194,11 @@ def _plain_attention(builder: GraphBuilder, qkv: ir.Value, node: ir.Node) -> ir.
     )
     columns = builder.node("Transpose", [key], f"{name}.columns", perm=[0, 1, 3, 2])
     # The query is scaled, not the scores: there are more of them, and half precision keeps the smaller products.
-    query = standard.times(builder, f"{name}.scaled", query, _head_size(qkv, heads) ** -0.5)
+    query = operators.times(builder, f"{name}.scaled", query, _head_size(qkv, heads) ** -0.5)
     scores = builder.node("MatMul", [query, columns], f"{name}.scores")
     weights = builder.node("Softmax", [scores], f"{name}.weights", axis=-1)
     total = builder.node("MatMul", [weights, value], f"{name}.total")
-    return standard.merge_heads(builder, name, standard.heads_first(builder, f"{name}.rows", total))
+    return operators.merge_heads(builder, name, operators.heads_first(builder, f"{name}.rows", total))
 
 
 _ATTENTION = {"contrib": _contrib_attention, "opset24": _fused_attention, "opset17": _plain_attention}
@@ -214,7 +214,7 @@ def _split(builder: GraphBuilder, qkv: ir.Value, name: str) -> Sequence[ir.Value
 
 def _heads(builder: GraphBuilder, x: ir.Value, name: str, heads: int) -> ir.Value:
     """[N, S, D] → [N, heads, S, D/heads]."""
-    return standard.heads_first(builder, f"{name}.heads", standard.reshape(builder, name, x, (0, 0, heads, -1)))
+    return operators.heads_first(builder, f"{name}.heads", operators.reshape(builder, name, x, (0, 0, heads, -1)))
 
 
 def _head_size(qkv: ir.Value, heads: int) -> int:

@@ -8,8 +8,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from mllm_edge.report import charts
-from mllm_edge.runtime.operators import Operator, by_kind, top
 from mllm_edge.runtime.profiling.files import write_whole
+from mllm_edge.runtime.profiling.operators import Operator, by_kind, top
 
 __all__ = ["page", "write_html"]
 

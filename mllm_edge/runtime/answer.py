@@ -8,12 +8,13 @@ from typing import Literal
 
 import numpy as np
 
-from mllm_edge.runtime.decoder import Decoder
-from mllm_edge.runtime.generate import Embedder, generate
-from mllm_edge.runtime.processor import Prompt
-from mllm_edge.runtime.sampling import Sampler
-from mllm_edge.runtime.speculation import PromptLookup
-from mllm_edge.runtime.tokenizer import StopStrings, StreamDecoder, Tokenizer
+from mllm_edge.runtime.decode.decoder import Decoder
+from mllm_edge.runtime.decode.generate import generate
+from mllm_edge.runtime.decode.sampling import Sampler
+from mllm_edge.runtime.decode.speculation import PromptLookup
+from mllm_edge.runtime.prompt.embedder import Embedder
+from mllm_edge.runtime.prompt.processor import Prompt
+from mllm_edge.runtime.prompt.tokenizer import StopStrings, StreamDecoder, Tokenizer
 from mllm_edge.runtime.trace import STAGES, Metrics, Trace
 
 __all__ = ["Call", "Chunk", "FinishReason", "Pace", "Result", "answer"]

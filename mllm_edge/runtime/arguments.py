@@ -6,7 +6,7 @@ from typing import Any
 from mllm_edge.errors import OptionError
 from mllm_edge.runtime.arrays import in_cuda_memory, on_host
 from mllm_edge.runtime.numbers import whole
-from mllm_edge.runtime.tokenizer import StopStrings
+from mllm_edge.runtime.prompt.tokenizer import StopStrings
 from mllm_edge.runtime.trace import Trace
 
 __all__ = ["first", "given_trace", "graph_input", "image_sizes_of", "named", "stop_strings"]

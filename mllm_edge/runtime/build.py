@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from mllm_edge.bundle import Bundle
 from mllm_edge.errors import BackendError
 from mllm_edge.lock import locked
-from mllm_edge.runtime.backend import TENSORRT
+from mllm_edge.runtime.backends.base import TENSORRT
 from mllm_edge.runtime.backends.cuda import Cuda
 from mllm_edge.runtime.backends.tensorrt_build import Module
 from mllm_edge.runtime.backends.tensorrt_engines import (
@@ -24,7 +24,7 @@ from mllm_edge.runtime.backends.tensorrt_engines import (
     plan_segments,
 )
 from mllm_edge.runtime.backends.tensorrt_segments import Segment
-from mllm_edge.runtime.machine import read_machine
+from mllm_edge.runtime.machine.hardware import read_machine
 
 __all__ = ["BuildPlan", "BuiltEngine", "Progress", "build_engines", "plan_build"]
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mllm_edge.bundle import TOKENIZER, Bundle
 from mllm_edge.errors import BundleError, ContextError
-from mllm_edge.runtime.backend import open_backend
+from mllm_edge.runtime.backends.choose import open_backend
 from mllm_edge.runtime.vlm import VLM
 
 __all__ = [

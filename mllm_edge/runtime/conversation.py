@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from mllm_edge.bundle import CHAT_TEMPLATE
 from mllm_edge.errors import PromptError
 from mllm_edge.files import write_whole
-from mllm_edge.runtime.image import image_path, load_image
 from mllm_edge.runtime.options import Options
+from mllm_edge.runtime.prompt.image import image_path, load_image
 from mllm_edge.runtime.vlm import VLM, Chunk
 
 if TYPE_CHECKING:

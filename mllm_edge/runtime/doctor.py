@@ -5,12 +5,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from mllm_edge.install import install_hint
-from mllm_edge.runtime.backends.installed import Engine, version_numbers
-from mllm_edge.runtime.machine import Machine
+from mllm_edge.runtime.backends.installed import MINIMUM, Engine, version_numbers
+from mllm_edge.runtime.machine.hardware import Machine
 
 __all__ = [
     "EXPORTED",
-    "MINIMUM",
     "RUNNABLE",
     "Problem",
     "Target",
@@ -24,13 +23,6 @@ __all__ = [
 # The targets that this version writes graphs for, and those that its backends execute.
 EXPORTED = ("cpu", "cuda", "tensorrt", "tensorrt-10.3")
 RUNNABLE = ("cpu", "cuda", "tensorrt", "tensorrt-10.3")
-# Target → engine → its lowest version; one engine is enough. Repeated here because a device has no exporter.
-MINIMUM: Mapping[str, Mapping[str, str]] = {
-    "cpu": {"onnxruntime": "1.23"},
-    "cuda": {"onnxruntime": "1.23"},
-    "tensorrt": {"tensorrt": "10.15", "tensorrt_rtx": "1.2"},
-    "tensorrt-10.3": {"tensorrt": "10.3", "tensorrt_rtx": "1.0"},
-}
 # The fastest first.
 _PREFERRED = ("tensorrt", "tensorrt-10.3", "cuda", "cpu")
 # The oldest compute capability whose kernels TensorRT has for each.

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from mllm_edge.runtime.processor import Prompt
+    from mllm_edge.runtime.prompt.processor import Prompt
     from mllm_edge.runtime.vlm import VLM
 
 __all__ = ["continued", "score"]

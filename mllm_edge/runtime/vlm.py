@@ -22,21 +22,23 @@ from mllm_edge.runtime.arguments import (
     named,
     stop_strings,
 )
-from mllm_edge.runtime.backend import Backend, open_backend
-from mllm_edge.runtime.components import open_component
+from mllm_edge.runtime.backends.base import Backend
+from mllm_edge.runtime.backends.choose import open_backend
+from mllm_edge.runtime.backends.components import open_component
+from mllm_edge.runtime.decode.decoder import Decoder
+from mllm_edge.runtime.decode.sampling import Sampler, SamplingParams
+from mllm_edge.runtime.decode.speculation import PromptLookup, check_speculation
 from mllm_edge.runtime.decode.token_rules import TokenRules
-from mllm_edge.runtime.decoder import Decoder
-from mllm_edge.runtime.generate import Embedder
-from mllm_edge.runtime.grids import TILES_PER_RUN, encoder_feeds
-from mllm_edge.runtime.image import ImageSource
+from mllm_edge.runtime.limits import TILES_PER_RUN
 from mllm_edge.runtime.log import logger
+from mllm_edge.runtime.machine.threads import Spin, Threads
 from mllm_edge.runtime.numbers import whole
 from mllm_edge.runtime.options import MAX_NEW_TOKENS, Options
-from mllm_edge.runtime.processor import Messages, Processor, Prompt
-from mllm_edge.runtime.sampling import Sampler, SamplingParams
-from mllm_edge.runtime.speculation import PromptLookup, check_speculation
-from mllm_edge.runtime.threads import Spin, Threads
-from mllm_edge.runtime.tokenizer import ChatTemplate, Tokenizer
+from mllm_edge.runtime.prompt.embedder import Embedder
+from mllm_edge.runtime.prompt.grids import encoder_feeds
+from mllm_edge.runtime.prompt.image import ImageSource
+from mllm_edge.runtime.prompt.processor import Messages, Processor, Prompt
+from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
 from mllm_edge.runtime.trace import Trace
 from mllm_edge.runtime.turns import Turn, Turns, native
 

@@ -12,7 +12,7 @@ from mllm_edge.calibration.data import Sample
 from mllm_edge.errors import DataError
 from mllm_edge.export.pipeline import export
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
-from mllm_edge.runtime.decoder import Decoder
+from mllm_edge.runtime.decode.decoder import Decoder
 from mllm_edge.runtime.vlm import VLM
 from tests.tiny import save_tiny_idefics3, save_tiny_qwen2_vl
 

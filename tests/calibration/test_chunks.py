@@ -4,8 +4,8 @@ import threading
 
 import pytest
 
-from mllm_edge.calibration import chunks
-from mllm_edge.calibration.chunks import for_each_chunk
+from mllm_edge.graph import chunks
+from mllm_edge.graph.chunks import for_each_chunk
 
 
 @pytest.mark.parametrize("processors", [1, 3])

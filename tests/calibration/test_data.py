@@ -10,7 +10,7 @@ from PIL import Image
 
 from mllm_edge.calibration.data import Sample, load_samples, readable, split
 from mllm_edge.errors import DataError
-from mllm_edge.runtime.image import load_image
+from mllm_edge.runtime.prompt.image import load_image
 
 
 def images(folder: Path, *names: str) -> None:

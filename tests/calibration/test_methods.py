@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from mllm_edge.calibration.methods import awq, descent, drift, gptq, rtn, smoothquant
+from mllm_edge.calibration.methods import awq, descent, drift, gptq, smoothquant
 from mllm_edge.calibration.methods.forward import decide_rows
 from mllm_edge.calibration.methods.ranges import activation_range, entropy_limit, mse_limit, percentile_limit
 from mllm_edge.calibration.statistics import Histogram, InputStatistics
+from mllm_edge.graph import rtn
 
 ROWS, OUT, IN, BLOCK = 1536, 96, 256, 64
 

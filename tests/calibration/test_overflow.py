@@ -9,8 +9,8 @@ import pytest
 
 from mllm_edge.calibration.collect import Feeds
 from mllm_edge.calibration.overflow import LIMIT, find_peaks, half_values, in_float32, widen
-from mllm_edge.export.datafile import DataFile
-from mllm_edge.export.graph import GraphBuilder, save_model, tensor_specs
+from mllm_edge.graph.builder import GraphBuilder, save_model, tensor_specs
+from mllm_edge.graph.datafile import DataFile
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.spec import Variant
 

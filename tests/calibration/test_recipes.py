@@ -5,17 +5,9 @@ from pathlib import Path
 import pytest
 
 from mllm_edge.calibration.mixed import Candidate, by_loss, by_size, ranked, weight_bytes
-from mllm_edge.calibration.recipes import (
-    BLOCKS_8,
-    CALIBRATED,
-    FLOAT16,
-    INT8_STATIC,
-    Precision,
-    calibrated_recipe,
-    check_rules,
-    precision_of,
-)
+from mllm_edge.calibration.recipes import CALIBRATED, calibrated_recipe, check_rules, precision_of
 from mllm_edge.errors import RecipeError
+from mllm_edge.graph.precision import BLOCKS_8, FLOAT16, INT8_STATIC, Precision
 
 
 def written(folder: Path, text: str) -> str:

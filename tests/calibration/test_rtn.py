@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mllm_edge.calibration import chunks
-from mllm_edge.calibration.methods.rtn import quantize_blocks, quantize_channels
-from mllm_edge.calibration.qdq import Linear, linear, pack_blocks, to_half
-from mllm_edge.calibration.recipes import RECIPES, Precision, block_size, recipe
-from mllm_edge.export.datafile import DataFile, DryFile
-from mllm_edge.export.graph import GraphBuilder, save_model
+from mllm_edge.calibration.recipes import RECIPES, recipe
+from mllm_edge.graph import chunks
+from mllm_edge.graph.builder import GraphBuilder, save_model
+from mllm_edge.graph.datafile import DataFile, DryFile
+from mllm_edge.graph.linear import Linear, linear, pack_blocks, to_half
+from mllm_edge.graph.precision import Precision, block_size
+from mllm_edge.graph.rtn import quantize_blocks, quantize_channels
 
 
 def dequantize(codes: np.ndarray, scales: np.ndarray, bits: int, row: int) -> np.ndarray:

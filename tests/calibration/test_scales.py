@@ -9,14 +9,15 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from mllm_edge.calibration import kv
+from mllm_edge.calibration import int8_cache
 from mllm_edge.calibration.findings import LayerFindings
-from mllm_edge.calibration.methods import awq, descent, gptq, rtn
-from mllm_edge.calibration.methods.scales import reciprocal, smallest, storable
-from mllm_edge.calibration.qdq import Linear, linear, quantized_input
-from mllm_edge.calibration.recipes import Precision
-from mllm_edge.export.datafile import DataFile
-from mllm_edge.export.graph import GraphBuilder, save_model
+from mllm_edge.calibration.methods import awq, descent, gptq
+from mllm_edge.graph import rtn
+from mllm_edge.graph.builder import GraphBuilder, save_model
+from mllm_edge.graph.datafile import DataFile
+from mllm_edge.graph.linear import Linear, linear, quantized_input
+from mllm_edge.graph.precision import Precision
+from mllm_edge.graph.scales import reciprocal, smallest, storable
 
 FLOAT, HALF, BFLOAT = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 PRECISIONS = {
@@ -198,7 +199,7 @@ def test_calibrated_codes_are_stored_with_good_scales(tmp_path: Path) -> None:
 def test_channels_of_a_cache_that_hold_nothing(kind: Any) -> None:
     peaks = np.array([[0, 1e-45, 1e-30, 1e-6, 1e-3, 3.0]], np.float32)
     with np.errstate(over="raise", divide="raise"):
-        scales = kv._scale(peaks, np.dtype(kind))
+        scales = int8_cache._scale(peaks, np.dtype(kind))
         stored, inverse = scales.astype(kind), (1 / scales).astype(kind)
     assert scales[0, 0] == 1
     assert (stored >= smallest(np.dtype(kind))).all()

@@ -8,10 +8,10 @@ import onnxruntime as ort
 import pytest
 
 from mllm_edge.bundle import Bundle
-from mllm_edge.calibration.layers import find_groups, find_layers
+from mllm_edge.calibration.linears import find_groups, find_layers
 from mllm_edge.calibration.segments import Segment, cut, extract
 from mllm_edge.export.pipeline import export
-from mllm_edge.runtime.grids import encoder_feeds
+from mllm_edge.runtime.prompt.grids import encoder_feeds
 from tests.tiny import save_tiny_idefics3, save_tiny_qwen2_vl
 
 

@@ -10,12 +10,12 @@ import torch
 
 from mllm_edge.bundle import Bundle
 from mllm_edge.calibration.data import Sample, load_samples
-from mllm_edge.calibration.layers import find_layers
-from mllm_edge.calibration.recipes import BLOCKS_4
+from mllm_edge.calibration.linears import find_layers
+from mllm_edge.calibration.quantize_job import layers_of
 from mllm_edge.calibration.sensitivity import Unit, affordable, answered, measure, measure_ways
 from mllm_edge.calibration.whole import of_rounding
 from mllm_edge.export.pipeline import export
-from mllm_edge.export.quantize_job import layers_of
+from mllm_edge.graph.precision import BLOCKS_4
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.score import score
 from mllm_edge.runtime.vlm import VLM

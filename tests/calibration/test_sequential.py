@@ -13,11 +13,11 @@ from mllm_edge.calibration.calibrate import calibrate, held_apart, row_weights
 from mllm_edge.calibration.collect import Feeds, record
 from mllm_edge.calibration.data import load_samples
 from mllm_edge.calibration.findings import Findings
-from mllm_edge.calibration.layers import find_groups, find_layers
-from mllm_edge.calibration.methods import rtn
-from mllm_edge.calibration.recipes import FLOAT16, Precision
+from mllm_edge.calibration.linears import find_groups, find_layers
 from mllm_edge.calibration.segments import Segment, cut, extract
 from mllm_edge.export.pipeline import export
+from mllm_edge.graph import rtn
+from mllm_edge.graph.precision import FLOAT16, Precision
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from tests.tiny import save_tiny_llava
 

@@ -9,15 +9,16 @@ import pytest
 
 from mllm_edge.calibration.decide import Decision
 from mllm_edge.calibration.findings import Findings
-from mllm_edge.calibration.layers import find_groups, find_layers
+from mllm_edge.calibration.linears import find_groups, find_layers
 from mllm_edge.calibration.methods.balance import balancing
-from mllm_edge.calibration.qdq import Linear, linear
-from mllm_edge.calibration.recipes import CALIBRATED, FLOAT32, INT8_STATIC, INT8_TOKEN, Precision, read_recipe
+from mllm_edge.calibration.recipes import CALIBRATED, read_recipe
+from mllm_edge.calibration.requantize import requantize
 from mllm_edge.calibration.statistics import InputStatistics
-from mllm_edge.export.datafile import DataFile
-from mllm_edge.export.gate import check_graph
-from mllm_edge.export.graph import GraphBuilder, save_model
-from mllm_edge.export.requantize import requantize
+from mllm_edge.graph.builder import GraphBuilder, save_model
+from mllm_edge.graph.datafile import DataFile
+from mllm_edge.graph.gate import check_graph
+from mllm_edge.graph.linear import Linear, linear
+from mllm_edge.graph.precision import FLOAT32, INT8_STATIC, INT8_TOKEN, Precision
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 ROWS, ROW = 24, 96

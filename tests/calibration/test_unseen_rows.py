@@ -9,10 +9,10 @@ import pytest
 
 from mllm_edge.calibration.decide import Decision
 from mllm_edge.calibration.findings import Findings
-from mllm_edge.calibration.layers import Fold, Group, Layer
-from mllm_edge.calibration.methods import rtn
-from mllm_edge.calibration.recipes import Precision
+from mllm_edge.calibration.linears import Fold, Group, Layer
 from mllm_edge.calibration.statistics import InputStatistics
+from mllm_edge.graph import rtn
+from mllm_edge.graph.precision import Precision
 
 WIDTH, OUT, BLOCK = 128, 48, 32
 

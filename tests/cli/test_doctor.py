@@ -6,10 +6,10 @@ from collections.abc import Callable
 import pytest
 from click.testing import Result
 
-from mllm_edge.runtime import machine
 from mllm_edge.runtime.backends import installed
 from mllm_edge.runtime.backends.installed import Engine
-from mllm_edge.runtime.machine import Gpu, Machine
+from mllm_edge.runtime.machine import hardware
+from mllm_edge.runtime.machine.hardware import Gpu, Machine
 
 Cli = Callable[..., Result]
 BOARD = Machine(
@@ -25,7 +25,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def put(engines: dict[str, Engine], wheels: dict | None = None, gpus: tuple[Gpu, ...] = ()) -> None:
         found = Machine(**{**vars(BOARD), "gpus": gpus})
-        monkeypatch.setattr(machine, "read_machine", lambda *a: found)
+        monkeypatch.setattr(hardware, "read_machine", lambda *a: found)
         monkeypatch.setattr(installed, "engines", lambda: engines)
         monkeypatch.setattr(installed, "wheels", lambda: wheels or {})
         monkeypatch.setattr(installed, "extras", lambda: {"cpu": (), "export": ("torch", "onnx")})

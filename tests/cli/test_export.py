@@ -18,8 +18,8 @@ from mllm_edge.calibration.recipes import RECIPES
 from mllm_edge.cli import export as verb
 from mllm_edge.cli.signals import Interrupted, interruptible
 from mllm_edge.export import pipeline
+from mllm_edge.export.checkpoint.source import Source
 from mllm_edge.export.pipeline import TARGETS
-from mllm_edge.export.source import Source
 
 Cli = Callable[..., Result]
 

@@ -16,7 +16,7 @@ import pytest
 from click.testing import Result
 
 from mllm_edge.cli.profile_report import report
-from mllm_edge.runtime.power import Idle, PowerMeter, PowerReading, RailEnergy
+from mllm_edge.runtime.machine.power import Idle, PowerMeter, PowerReading, RailEnergy
 from mllm_edge.runtime.profiling import measure
 from mllm_edge.runtime.profiling.measure import profile
 

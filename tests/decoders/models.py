@@ -32,23 +32,24 @@ from transformers import (
 )
 
 from mllm_edge.calibration.recipes import RECIPES, Recipe
-from mllm_edge.export.datafile import DataFile
-from mllm_edge.export.decoder.build import DIALECTS, build_decoder
-from mllm_edge.export.decoder.chameleon import chameleon_spec
-from mllm_edge.export.decoder.dialects import contrib, opset17, opset24
-from mllm_edge.export.decoder.gemma import GEMMA_LIKE, gemma_spec
-from mllm_edge.export.decoder.internlm2 import internlm2_spec
-from mllm_edge.export.decoder.llama import llama_spec
-from mllm_edge.export.decoder.mixture import mixtral_spec, qwen2_moe_spec
-from mllm_edge.export.decoder.opt import opt_spec
-from mllm_edge.export.decoder.persimmon import persimmon_spec
-from mllm_edge.export.decoder.phi3 import phi3_spec
-from mllm_edge.export.decoder.spec import DecoderSpec
-from mllm_edge.export.graph import save_model, tensor_specs
-from mllm_edge.export.safetensors import Weights
-from mllm_edge.export.source import ConfigReader
-from mllm_edge.runtime.backend import Session, open_backend
-from mllm_edge.runtime.decoder import Decoder
+from mllm_edge.export.checkpoint.config import ConfigReader
+from mllm_edge.export.checkpoint.safetensors import Weights
+from mllm_edge.export.decoders.build import DIALECTS, build_decoder
+from mllm_edge.export.decoders.chameleon import chameleon_spec
+from mllm_edge.export.decoders.gemma import GEMMA_LIKE, gemma_spec
+from mllm_edge.export.decoders.internlm2 import internlm2_spec
+from mllm_edge.export.decoders.llama import llama_spec
+from mllm_edge.export.decoders.mixture import mixtral_spec, qwen2_moe_spec
+from mllm_edge.export.decoders.opt import opt_spec
+from mllm_edge.export.decoders.persimmon import persimmon_spec
+from mllm_edge.export.decoders.phi3 import phi3_spec
+from mllm_edge.graph.builder import save_model, tensor_specs
+from mllm_edge.graph.datafile import DataFile
+from mllm_edge.graph.decoder_spec import DecoderSpec
+from mllm_edge.graph.dialects import contrib, opset17, opset24
+from mllm_edge.runtime.backends.base import Session
+from mllm_edge.runtime.backends.choose import open_backend
+from mllm_edge.runtime.decode.decoder import Decoder
 from mllm_edge.spec import EmbeddingSpec, ModelSpec, Variant
 
 __all__ = [

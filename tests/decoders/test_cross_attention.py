@@ -20,17 +20,18 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from mllm_edge.calibration.recipes import RECIPES, Precision, Recipe
-from mllm_edge.export.datafile import DataFile
-from mllm_edge.export.decoder.bart import bart_specs
-from mllm_edge.export.decoder.build import DIALECTS, build_cross_kv, build_text_encoder
-from mllm_edge.export.decoder.mllama import mllama_spec
-from mllm_edge.export.decoder.spec import DecoderSpec, EncoderSpec
-from mllm_edge.export.decoder.t5 import t5_specs
-from mllm_edge.export.safetensors import Weights, open_weights
-from mllm_edge.export.source import ConfigReader
-from mllm_edge.runtime.decoder import Decoder
-from mllm_edge.runtime.masks import RelativeBias, encoder_bias
+from mllm_edge.calibration.recipes import RECIPES, Recipe
+from mllm_edge.export.checkpoint.config import ConfigReader
+from mllm_edge.export.checkpoint.safetensors import Weights, open_weights
+from mllm_edge.export.decoders.bart import bart_specs
+from mllm_edge.export.decoders.build import DIALECTS, build_cross_kv, build_text_encoder
+from mllm_edge.export.decoders.mllama import mllama_spec
+from mllm_edge.export.decoders.t5 import t5_specs
+from mllm_edge.graph.datafile import DataFile
+from mllm_edge.graph.decoder_spec import DecoderSpec, EncoderSpec
+from mllm_edge.graph.precision import Precision
+from mllm_edge.runtime.decode.decoder import Decoder
+from mllm_edge.runtime.decode.masks import RelativeBias, encoder_bias
 from tests.decoders.models import CAPACITY, SIZES, assert_close, open_decoder, open_graph, random_weights
 
 T5: dict[str, Any] = {

@@ -16,11 +16,11 @@ import pytest
 
 from mllm_edge.calibration.recipes import RECIPES
 from mllm_edge.errors import ExportError
-from mllm_edge.export.datafile import DataFile, DryFile
-from mllm_edge.export.decoder.build import build_cross_kv, build_decoder, build_text_encoder
-from mllm_edge.export.decoder.spec import DecoderSpec
-from mllm_edge.export.graph import save_model, tensor_specs
-from mllm_edge.export.safetensors import Weights, open_weights
+from mllm_edge.export.checkpoint.safetensors import Weights, open_weights
+from mllm_edge.export.decoders.build import build_cross_kv, build_decoder, build_text_encoder
+from mllm_edge.graph.builder import save_model, tensor_specs
+from mllm_edge.graph.datafile import DataFile, DryFile
+from mllm_edge.graph.decoder_spec import DecoderSpec
 from mllm_edge.runtime.backends.tensorrt_build import build, check_network, shape_ranges
 from tests.decoders import test_cross_attention as cross
 from tests.decoders.models import (

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from mllm_edge.calibration.methods import rtn, searched
-from mllm_edge.calibration.methods.rtn import quantize_blocks
-from mllm_edge.calibration.recipes import RECIPES, Precision
-from mllm_edge.export.decoder.evened import EvenedWeights
-from mllm_edge.export.safetensors import open_weights
+from mllm_edge.calibration.recipes import RECIPES
+from mllm_edge.export.checkpoint.safetensors import open_weights
+from mllm_edge.export.decoders.evened import EvenedWeights
+from mllm_edge.graph import rtn, searched
+from mllm_edge.graph.precision import Precision
+from mllm_edge.graph.rtn import quantize_blocks
 from tests.decoders.models import (
     CAPACITY,
     CONFIGS,

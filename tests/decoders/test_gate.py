@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from mllm_edge.calibration.recipes import RECIPES
 from mllm_edge.errors import BackendError, ExportError
-from mllm_edge.export.datafile import DataFile, DryFile
-from mllm_edge.export.decoder.build import build_decoder
-from mllm_edge.export.decoder.llama import llama_spec
-from mllm_edge.export.decoder.spec import DecoderSpec
-from mllm_edge.export.gate import check_cuda_graph, check_graph, tensorrt_10_3_operators
-from mllm_edge.export.graph import save_model, tensor_specs
-from mllm_edge.export.safetensors import Weights, open_weights
-from mllm_edge.export.source import ConfigReader
+from mllm_edge.export.checkpoint.config import ConfigReader
+from mllm_edge.export.checkpoint.safetensors import Weights, open_weights
+from mllm_edge.export.decoders.build import build_decoder
+from mllm_edge.export.decoders.llama import llama_spec
+from mllm_edge.graph.builder import save_model, tensor_specs
+from mllm_edge.graph.datafile import DataFile, DryFile
+from mllm_edge.graph.decoder_spec import DecoderSpec
+from mllm_edge.graph.gate import check_cuda_graph, check_graph, tensorrt_10_3_operators
 from mllm_edge.runtime.backends.tensorrt_build import Range, Sizes, build, check_network, inspect_network, shape_ranges
 
 LAYERS, CAPACITY = 2, 256

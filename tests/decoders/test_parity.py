@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from mllm_edge.errors import ExportError
-from mllm_edge.export.decoder.build import DIALECTS
-from mllm_edge.export.decoder.gemma import GEMMA_LIKE
-from mllm_edge.export.decoder.llama import LLAMA_LIKE
-from mllm_edge.export.safetensors import open_weights
-from mllm_edge.runtime.decoder import Decoder
-from mllm_edge.runtime.generate import generate
-from mllm_edge.runtime.sampling import Sampler, SamplingParams
+from mllm_edge.export.checkpoint.safetensors import open_weights
+from mllm_edge.export.decoders.build import DIALECTS
+from mllm_edge.export.decoders.gemma import GEMMA_LIKE
+from mllm_edge.export.decoders.llama import LLAMA_LIKE
+from mllm_edge.runtime.decode.decoder import Decoder
+from mllm_edge.runtime.decode.generate import generate
+from mllm_edge.runtime.decode.sampling import Sampler, SamplingParams
 from mllm_edge.runtime.trace import Trace
 from tests.decoders.models import (
     CAPACITY,
@@ -136,7 +136,7 @@ def test_chosen_rows(case: Case) -> None:
 
 
 def test_generated_tokens_with_a_prompt_in_chunks(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mllm_edge.runtime.generate.PREFILL_CHUNK", 5)
+    monkeypatch.setattr("mllm_edge.runtime.decode.generate.PREFILL_CHUNK", 5)
     embed: Any = lambda ids: case.embeddings[ids]  # noqa: E731
     sampler = Sampler(SamplingParams(), IDS)
     tokens = list(generate(case.decoder, embed, case.embeddings[IDS], sampler, (), 4, Trace()))
@@ -268,7 +268,7 @@ def test_image_blocks_see_each_other(dialect: str, tmp_path: Path, monkeypatch: 
     assert_close(decoder.forward(embeddings[IDS], blocks=blocks), expected[11])
     assert_close(decoder.forward(embeddings[100:101]), expected[12])
     decoder.reset(CAPACITY)
-    monkeypatch.setattr("mllm_edge.runtime.generate.PREFILL_CHUNK", 4)
+    monkeypatch.setattr("mllm_edge.runtime.decode.generate.PREFILL_CHUNK", 4)
     embed: Any = lambda ids: embeddings[ids]  # noqa: E731
     sampler = Sampler(SamplingParams(), IDS)
     tokens = list(generate(decoder, embed, embeddings[IDS], sampler, (), 1, Trace(), blocks))

@@ -6,8 +6,8 @@ import pytest
 from transformers import LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
 
 from mllm_edge.errors import ConfigError
-from mllm_edge.export.decoder.rope import rope_spec
-from mllm_edge.export.source import ConfigReader
+from mllm_edge.export.checkpoint.config import ConfigReader
+from mllm_edge.export.decoders.rope import rope_spec
 from mllm_edge.json_form import from_json, to_json
 from mllm_edge.spec import RopeSpec
 

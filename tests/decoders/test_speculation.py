@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mllm_edge.export.decoder.build import DIALECTS
-from mllm_edge.export.safetensors import open_weights
-from mllm_edge.runtime.generate import Embedder, generate
-from mllm_edge.runtime.kv_cache import Snapshot
-from mllm_edge.runtime.sampling import Sampler, SamplingParams
+from mllm_edge.export.checkpoint.safetensors import open_weights
+from mllm_edge.export.decoders.build import DIALECTS
+from mllm_edge.runtime.decode.generate import generate
+from mllm_edge.runtime.decode.sampling import Sampler, SamplingParams
+from mllm_edge.runtime.decode.state import Snapshot
+from mllm_edge.runtime.prompt.embedder import Embedder
 from mllm_edge.runtime.trace import Trace
 from mllm_edge.spec import EmbeddingSpec
 from tests.decoders.models import CAPACITY, CONFIGS, LIMIT, decoder_spec, open_decoder, random_model, save_checkpoint

@@ -14,12 +14,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mllm_edge.calibration.recipes import RECIPES
 from mllm_edge.errors import BundleError
-from mllm_edge.export.datafile import DataFile
-from mllm_edge.export.decoder.build import build_decoder
-from mllm_edge.export.decoder.spec import DecoderSpec
-from mllm_edge.export.graph import save_model, tensor_specs
-from mllm_edge.export.safetensors import Weights, open_weights
-from mllm_edge.runtime.onnx_split import Piece, partitions
+from mllm_edge.export.checkpoint.safetensors import Weights, open_weights
+from mllm_edge.export.decoders.build import build_decoder
+from mllm_edge.graph.builder import save_model, tensor_specs
+from mllm_edge.graph.datafile import DataFile
+from mllm_edge.graph.decoder_spec import DecoderSpec
+from mllm_edge.runtime.onnx_file.split import Piece, partitions
 from tests.decoders import test_cross_attention as cross
 from tests.decoders.models import CAPACITY, CONFIGS, decoder_spec, random_model, save_checkpoint
 from tests.decoders.test_engines import HALF, NAMES, STANDARD, WIDE

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from mllm_edge.export import quantize_source
+from mllm_edge.calibration import inputs
 
 
 @pytest.fixture(scope="package", autouse=True)
 def little_text_beside() -> Iterator[None]:
     """Four questions of the built-in text join a test's samples, not 48."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantize_source, "_BESIDE", 4)
+        patch.setattr(inputs, "_BESIDE", 4)
         yield

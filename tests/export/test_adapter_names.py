@@ -17,12 +17,13 @@ from transformers import AutoModelForImageTextToText
 from mllm_edge.bundle import Bundle
 from mllm_edge.errors import ConfigError, MllmEdgeError, SourceError, WeightsError
 from mllm_edge.export import reference
-from mllm_edge.export.adapters import skeleton
 from mllm_edge.export.checkpoint import download
+from mllm_edge.export.checkpoint.adapters import skeleton
+from mllm_edge.export.checkpoint.safetensors import open_weights
+from mllm_edge.export.checkpoint.source import open_source
+from mllm_edge.export.checkpoint.source_weights import source_weights
 from mllm_edge.export.families import family_for
 from mllm_edge.export.pipeline import export
-from mllm_edge.export.safetensors import open_weights
-from mllm_edge.export.source import open_source
 from tests.tiny import save_tiny_llava
 from tests.tiny_families import SAVE
 from tests.tiny_internvl import save_tiny_internvl_chat
@@ -66,7 +67,7 @@ def renamed(folder: Path, to: Path, rename: Callable[[str], str], **config: Any)
 
 def merged(checkpoint: Path, *adapters: Path | str) -> dict[str, np.ndarray]:
     """The weights that the adapters change."""
-    weights = open_source(str(checkpoint), adapters=adapters).weights()
+    weights = source_weights(open_source(str(checkpoint), adapters=adapters))
     return {name: weights.read(name) for name in weights.altered}
 
 
@@ -275,7 +276,7 @@ def test_embeddings_are_those_that_were_trained(embeddings: tuple[Path, bool], t
         live = trained.eval()(input_ids=ids).logits
     trained.save_pretrained(tmp_path / "a")
     source = open_source(str(checkpoint), adapters=[tmp_path / "a"])
-    weights, plain, names = source.weights(), load(checkpoint), skeleton(load(checkpoint))
+    weights, plain, names = source_weights(source), load(checkpoint), skeleton(load(checkpoint))
     assert any("embed_tokens" in n for n in weights.altered)
     parameters = dict(plain.named_parameters(remove_duplicate=False))
     with torch.no_grad():
@@ -290,7 +291,7 @@ def test_embeddings_are_those_that_were_trained(embeddings: tuple[Path, bool], t
 def test_rows_of_trained_tokens(embeddings: tuple[Path, bool], tmp_path: Path) -> None:
     checkpoint, _ = embeddings
     folder = train(load(checkpoint), tmp_path / "a", target_modules=["q_proj"], trainable_token_indices=[319, 4, 9])
-    weights = open_source(str(checkpoint), adapters=[folder]).weights()
+    weights = source_weights(open_source(str(checkpoint), adapters=[folder]))
     name = next(n for n in weights if n.endswith("embed_tokens.weight"))
     whole, plain = weights.read(name), open_weights(checkpoint).read(name)
     np.testing.assert_array_equal(weights.rows(name, 3, 10), whole[3:10])
@@ -473,7 +474,7 @@ def test_lora_among_the_weights_of_an_original_internvl(
     save_tiny_internvl_chat(checkpoint, internlm2=internlm2)
     names = set(load_file(checkpoint / "model.safetensors"))
     expected = _wrap(checkpoint, prefix, modules, key, old)
-    weights = open_source(str(checkpoint)).weights()
+    weights = source_weights(open_source(str(checkpoint)))
     assert set(weights) == names
     assert_same({n: weights.read(n) for n in weights.altered}, expected)
     assert export(str(checkpoint), tmp_path / "out", recipe_name="fp32").parity["greedy_agreement"] == 1

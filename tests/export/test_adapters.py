@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llav
 from mllm_edge.bundle import Bundle
 from mllm_edge.errors import ConfigError, MllmEdgeError, SourceError, WeightsError
 from mllm_edge.export import pipeline, reference
-from mllm_edge.export.adapters import merge, open_adapter, skeleton
+from mllm_edge.export.checkpoint.adapters import merge, open_adapter, skeleton
+from mllm_edge.export.checkpoint.safetensors import open_weights
+from mllm_edge.export.checkpoint.source import open_source
+from mllm_edge.export.checkpoint.source_weights import source_weights
 from mllm_edge.export.pipeline import export
-from mllm_edge.export.safetensors import open_weights
-from mllm_edge.export.source import open_source
 from tests.tiny import save_tiny_llava
 
 PLAIN: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 8}
@@ -79,7 +80,7 @@ def peft_merged(model: Any, *folders: Path) -> Any:
 
 def check_equal(checkpoint: Path, merged: Any, *folders: Path) -> int:
     """Every weight read through the adapters equals that of PEFT's `merged` model; the number that changed."""
-    weights, plain = open_source(str(checkpoint), adapters=folders).weights(), open_weights(checkpoint)
+    weights, plain = source_weights(open_source(str(checkpoint), adapters=folders)), open_weights(checkpoint)
     expected, rename = dict(merged.named_parameters()), skeleton(load(checkpoint)).rename
     assert {rename(name) for name in weights} == set(expected)
     for name in weights:
@@ -115,9 +116,9 @@ def test_adapters_are_merged_in_their_order(checkpoint: Path, tmp_path: Path) ->
     options = [OPTIONS[n] for n in ("regex", "modules_to_save", "dora", "convolution")]
     folders = [train(load(checkpoint), tmp_path / str(i), seed=i, **o) for i, o in enumerate(options)]
     check_equal(checkpoint, peft_merged(load(checkpoint), *folders), *folders)
-    turned = open_source(str(checkpoint), adapters=folders[::-1]).weights()
+    turned = source_weights(open_source(str(checkpoint), adapters=folders[::-1]))
     name = next(n for n in turned if n.endswith("layers.0.mlp.down_proj.weight"))
-    assert not np.allclose(turned.read(name), open_source(str(checkpoint), adapters=folders).weights().read(name))
+    assert not np.allclose(turned.read(name), source_weights(open_source(str(checkpoint), adapters=folders)).read(name))
 
 
 def test_half_precision_adapters(checkpoint: Path, tmp_path: Path) -> None:
@@ -135,7 +136,7 @@ def test_names_of_any_age(tmp_path: Path, names: Any) -> None:
     expected = dict(merged.named_parameters())
 
     def compare() -> None:
-        weights = open_source(str(tmp_path / "checkpoint"), adapters=[folder]).weights()
+        weights = source_weights(open_source(str(tmp_path / "checkpoint"), adapters=[folder]))
         assert len(weights.altered) == 2 * 5 + 3 * 5 + 2
         rename = skeleton(merged).rename
         for name in weights.altered:
@@ -172,7 +173,7 @@ def test_matrices_that_a_model_stores_the_other_way_round(tmp_path: Path) -> Non
 
 def test_fused_weights_are_cut_after_the_merge(checkpoint: Path, tmp_path: Path) -> None:
     folder = train(load(checkpoint), tmp_path / "adapter", **PLAIN)
-    weights = open_source(str(checkpoint), adapters=[folder]).weights()
+    weights = source_weights(open_source(str(checkpoint), adapters=[folder]))
     name = next(n for n in weights if n.endswith("language_model.model.layers.0.self_attn.q_proj.weight"))
     weights.derive("part", name, (10, 64), lambda values: values[20:30])
     np.testing.assert_array_equal(weights.use("part", (10, 64))(), weights.read(name)[20:30])
@@ -194,7 +195,7 @@ def test_export_is_compared_with_the_merged_reference(checkpoint: Path, tmp_path
 
 
 def test_comparison_notices_a_wrong_merge(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mllm_edge.export import adapters
+    from mllm_edge.export.checkpoint import adapters
 
     folder = train(load(checkpoint), tmp_path / "adapter", **OPTIONS["regex"])
     right = adapters._delta
@@ -234,7 +235,7 @@ def test_rows_of_a_saved_embedding(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint"
     save_tiny_llava(checkpoint)
     folder = train(load(checkpoint), tmp_path / "adapter", **{**PLAIN, "modules_to_save": ["embed_tokens"]})
-    weights = open_source(str(checkpoint), adapters=[folder]).weights()
+    weights = source_weights(open_source(str(checkpoint), adapters=[folder]))
     name = next(n for n in weights if n.endswith("embed_tokens.weight"))
     saved = next(v for k, v in load_file(folder / "adapter_model.safetensors").items() if "embed_tokens" in k)
     np.testing.assert_array_equal(weights.rows(name, 5, 9), saved[5:9].numpy())

@@ -11,9 +11,9 @@ import pytest
 
 from mllm_edge import VLM
 from mllm_edge.errors import ConfigError, ImageError, OptionError, PromptError, WeightsError
+from mllm_edge.export.checkpoint.source import open_source
 from mllm_edge.export.families.qwen2_vl import load_processor
 from mllm_edge.export.pipeline import export
-from mllm_edge.export.source import open_source
 from tests.export.test_bad_input import assert_fails, edit_json, edit_weights
 from tests.families.parity import make_image
 from tests.tiny import save_tiny_qwen2_vl

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from mllm_edge.bundle import Bundle
+from mllm_edge.calibration.half import KEY
 from mllm_edge.calibration.overflow import LIMIT, half_values
 from mllm_edge.errors import ExportError, ParityError
 from mllm_edge.export import export_job, pipeline
-from mllm_edge.export.half import KEY
 from mllm_edge.export.pipeline import export
 from mllm_edge.export.quantize import quantize
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu

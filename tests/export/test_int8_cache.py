@@ -8,11 +8,12 @@ import onnx
 import pytest
 
 from mllm_edge.bundle import Bundle
-from mllm_edge.calibration.kv import MINIMUM, largest
-from mllm_edge.calibration.recipes import FLOAT16, Recipe
+from mllm_edge.calibration.int8_cache import MINIMUM, largest
+from mllm_edge.calibration.recipes import Recipe
 from mllm_edge.errors import RecipeError
 from mllm_edge.export.pipeline import export
 from mllm_edge.export.quantize import quantize
+from mllm_edge.graph.precision import FLOAT16
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.vlm import VLM
 from tests.export.test_quantize import engine_bytes, samples

@@ -16,12 +16,12 @@ from mllm_edge.calibration.recipes import CALIBRATED, RECIPES, Recipe
 from mllm_edge.errors import AccuracyError, ExportError, OptionError, ParityError, RecipeError
 from mllm_edge.export import export_job, pipeline
 from mllm_edge.export import judge as judge_module
-from mllm_edge.export.decoder.spec import DecoderSpec
 from mllm_edge.export.judge import remedy
 from mllm_edge.export.pipeline import export
-from mllm_edge.export.progress import Silent
+from mllm_edge.graph.decoder_spec import DecoderSpec
 from mllm_edge.json_form import to_json
 from mllm_edge.loss import MAX_KL, NOT_MEASURED, WARN_KL, Loss, warning, words
+from mllm_edge.progress import Silent
 from tests.tiny import save_tiny_idefics3
 
 

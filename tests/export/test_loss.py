@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from mllm_edge.calibration.recipes import block_size
 from mllm_edge.export import loss
+from mllm_edge.export.checkpoint.source import open_source
 from mllm_edge.export.loss import References, ask, measure
 from mllm_edge.export.loss_questions import QUESTIONS
 from mllm_edge.export.pipeline import export
 from mllm_edge.export.reference import forget_prompts
-from mllm_edge.export.source import open_source
-from mllm_edge.export.verify import Reference, Scope
+from mllm_edge.export.source_model import Reference, Scope
+from mllm_edge.graph.precision import block_size
 from mllm_edge.runtime.vlm import VLM
 from tests.tiny_families import SAVE
 

@@ -13,25 +13,14 @@ import pytest
 
 from mllm_edge.bundle import Bundle
 from mllm_edge.calibration import bits as bits_module
+from mllm_edge.calibration import quantize_job
 from mllm_edge.calibration.mixed import _FINER, bits_a_weight, spread, together, with_small_head
-from mllm_edge.calibration.recipes import (
-    BLOCKS_8,
-    CALIBRATED,
-    CALIBRATED_4,
-    EVENED_4,
-    FLOAT16,
-    HEAD_8,
-    INT8_TOKEN,
-    Precision,
-    Recipe,
-    Rule,
-    precision_of,
-)
+from mllm_edge.calibration.recipes import CALIBRATED, Recipe, Rule, precision_of
 from mllm_edge.errors import OptionError, RecipeError
-from mllm_edge.export import quantize_job
 from mllm_edge.export.pipeline import export
-from mllm_edge.export.progress import Silent
 from mllm_edge.export.quantize import Gate, quantize
+from mllm_edge.graph.precision import BLOCKS_8, CALIBRATED_4, EVENED_4, FLOAT16, HEAD_8, INT8_TOKEN, Precision
+from mllm_edge.progress import Silent
 from tests.tiny import save_tiny_idefics3
 
 INT4 = replace(CALIBRATED["int4"], vision=FLOAT16, connector=FLOAT16)

@@ -14,12 +14,13 @@ from PIL import Image
 from mllm_edge.bundle import MANIFEST, Bundle
 from mllm_edge.calibration import calibrate as calibrate_module
 from mllm_edge.calibration import whole
-from mllm_edge.calibration.recipes import CALIBRATED, FLOAT16, Precision, Recipe, Rule
+from mllm_edge.calibration.recipes import CALIBRATED, Recipe, Rule
 from mllm_edge.calibration.sensitivity import measure_ways
 from mllm_edge.errors import AccuracyError, BundleError, DataError, ExportError, RecipeError
 from mllm_edge.export.pipeline import export
 from mllm_edge.export.quantize import FIGURE, FromCheckpoint, Gate, quantize
 from mllm_edge.export.targets import TARGETS
+from mllm_edge.graph.precision import FLOAT16, Precision
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.backends.tensorrt_build import Options, build, check_network, shape_ranges
 from mllm_edge.runtime.vlm import VLM
@@ -307,7 +308,7 @@ def test_interrupted_calibration_goes_on(float_bundle: Path, tmp_path: Path, mon
         quantize(float_bundle, tmp_path / "out", recipe="int4", data=samples())
     assert not (tmp_path / "out").exists()
     assert (tmp_path / ".out.calibration" / "recorded").exists()
-    monkeypatch.setattr("mllm_edge.export.quantize_job.record", None)  # would fail: it must not record again
+    monkeypatch.setattr("mllm_edge.calibration.quantize_job.record", None)  # would fail: it must not record again
     again: list[str] = []
 
     def count(self: Any) -> None:

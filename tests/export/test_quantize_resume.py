@@ -173,7 +173,7 @@ def test_a_full_disk_on_the_way_keeps_what_was_found(
     assert "free some space" in caught.value.fix
     assert not (place / "out").exists()
     assert (place / ".out.calibration" / "decoder" / "done-1").exists()
-    monkeypatch.setattr("mllm_edge.export.quantize_job.record", None)  # would fail: it must not record again
+    monkeypatch.setattr("mllm_edge.calibration.quantize_job.record", None)  # would fail: it must not record again
     again(folder, place)
 
 
@@ -181,7 +181,7 @@ def test_a_full_disk_at_the_end_is_an_export_error(folder: Path, place: Path, mo
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("mllm_edge.export.quantize_job.save_model", full)
+    monkeypatch.setattr("mllm_edge.calibration.quantize_job.save_model", full)
     with pytest.raises(ExportError, match="No space left on device"):
         again(folder, place)
     assert not (place / "out").exists()

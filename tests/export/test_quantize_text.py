@@ -9,8 +9,8 @@ import pytest
 
 from mllm_edge.bundle import MANIFEST, Bundle
 from mllm_edge.calibration import builtin as builtin_module
+from mllm_edge.calibration import inputs
 from mllm_edge.calibration.data import Sample
-from mllm_edge.export import quantize_source
 from mllm_edge.export.pipeline import export
 from mllm_edge.export.quantize import QuantizeReport, quantize
 from tests.tiny import save_tiny_idefics3
@@ -29,8 +29,8 @@ def float_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twelve questions in the place of 128, four beside others."""
-    monkeypatch.setattr(quantize_source, "builtin_samples", lambda count=12: builtin_module.builtin_samples(count))
-    monkeypatch.setattr(quantize_source, "_BESIDE", 4)
+    monkeypatch.setattr(inputs, "builtin_samples", lambda count=12: builtin_module.builtin_samples(count))
+    monkeypatch.setattr(inputs, "_BESIDE", 4)
 
 
 def pictures(count: int) -> list[dict[str, Any]]:
@@ -75,7 +75,7 @@ def test_built_in_text_joins_what_the_user_has(
     float_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[Sample]] = []
-    key = quantize_source.work_key
+    key = inputs.work_key
     monkeypatch.setattr("mllm_edge.export.quantize.work_key", lambda *a: (seen.append(a[2]), key(*a))[1])
     report = quantize(float_bundle, tmp_path / "both", data=pictures(8))
     assert (report.samples, report.builtin, report.held_back) == (6, 4, 2)

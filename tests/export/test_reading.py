@@ -13,11 +13,12 @@ from safetensors.numpy import save_file
 from benchmarks.reading import read_all
 from benchmarks.reading_folders import FAMILIES
 from mllm_edge.errors import ConfigError, ParityError, PromptError, SourceError
+from mllm_edge.export.checkpoint.source import open_source
+from mllm_edge.export.checkpoint.source_weights import source_weights
 from mllm_edge.export.diagnosis import diagnose_checkpoint
 from mllm_edge.export.families import family_for
 from mllm_edge.export.pipeline import export
-from mllm_edge.export.source import open_source
-from mllm_edge.export.verify import VerifyCase
+from mllm_edge.export.source_model import VerifyCase
 from mllm_edge.runtime.vlm import VLM
 from tests import tiny
 from tests.tiny_internvl import save_tiny_internvl_chat
@@ -44,7 +45,7 @@ def edit(path: Path, **changes: object) -> None:
 
 def notices(folder: Path) -> str:
     source = open_source(str(folder))
-    family_for(source).plan(source, source.weights())
+    family_for(source).plan(source, source_weights(source))
     return "\n".join(source.notices)
 
 
@@ -106,7 +107,7 @@ def test_no_stop_id_in_the_generation_settings(folder: Path) -> None:
     config["text_config"]["eos_token_id"] = 257
     (folder / "config.json").write_text(json.dumps(config))
     source = open_source(str(folder))
-    plan = family_for(source).plan(source, source.weights())
+    plan = family_for(source).plan(source, source_weights(source))
     assert plan.texts.generation.eos_token_ids == (257,)
     assert "no stop id, with which transformers' answers do not end" in "\n".join(source.notices)
 
@@ -223,7 +224,7 @@ def test_tokens_of_a_tile_that_no_file_states(tmp_path: Path) -> None:
 
 def test_wrong_text_is_found(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the runtime renders is compared with what transformers renders from the folder."""
-    from mllm_edge.runtime.tokenizer import ChatTemplate
+    from mllm_edge.runtime.prompt.tokenizer import ChatTemplate
 
     render = ChatTemplate.render
     monkeypatch.setattr(ChatTemplate, "render", lambda *a, **k: render(*a, **k).replace("USER", "user"))
@@ -233,7 +234,7 @@ def test_wrong_text_is_found(folder: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_wrong_ids_are_found(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mllm_edge.runtime.tokenizer import Tokenizer
+    from mllm_edge.runtime.prompt.tokenizer import Tokenizer
 
     encode = Tokenizer.encode
     monkeypatch.setattr(Tokenizer, "encode", lambda self, *a: [*encode(self, *a)[:-1], 5])
@@ -242,7 +243,7 @@ def test_wrong_ids_are_found(folder: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_wrong_pixels_are_found(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mllm_edge.runtime import processor
+    from mllm_edge.runtime.prompt import processor
 
     load = processor.load_image
     monkeypatch.setattr(processor, "load_image", lambda source: load(source).transpose(0))

@@ -10,12 +10,12 @@ from safetensors.numpy import save_file
 from torch import nn
 
 from mllm_edge.calibration.recipes import RECIPES
-from mllm_edge.export.datafile import DataFile
-from mllm_edge.export.graph import save_model
+from mllm_edge.export.checkpoint.safetensors import open_weights
 from mllm_edge.export.plan import TracedComponent
-from mllm_edge.export.safetensors import open_weights
 from mllm_edge.export.trace import lower, trace
-from mllm_edge.export.vision.layers import RmsNorm
+from mllm_edge.export.vision.modules import RmsNorm
+from mllm_edge.graph.builder import save_model
+from mllm_edge.graph.datafile import DataFile
 from mllm_edge.spec import TensorSpec
 
 SIZE, EPS = 24, 1e-2

@@ -12,8 +12,10 @@ from huggingface_hub.utils import filter_repo_objects
 
 from mllm_edge.bundle import Bundle
 from mllm_edge.errors import ConfigError, SourceError, WeightsError
+from mllm_edge.export.checkpoint.config import load_config
+from mllm_edge.export.checkpoint.source import Source, open_source
+from mllm_edge.export.checkpoint.source_weights import source_weights
 from mllm_edge.export.pipeline import export
-from mllm_edge.export.source import Source, load_config, open_source
 from tests.tiny import save_tiny_llava
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -125,7 +127,7 @@ def test_shards_are_those_of_the_index(tmp_path: Path, repository: MakeRepositor
     needed = {p.name for p in files.iterdir()}
     add(files, *COPIES, "model-00001-of-00099.safetensors")
     hub = repository(files)
-    assert len(open_source("maker/tiny").weights().unused()) > 0
+    assert len(source_weights(open_source("maker/tiny")).unused()) > 0
     assert hub.taken == needed
 
 

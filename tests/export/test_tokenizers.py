@@ -14,10 +14,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mllm_edge.errors import ConfigError, SourceError
-from mllm_edge.export import tokenizers
+from mllm_edge.export.checkpoint import tokenizers
+from mllm_edge.export.checkpoint.source import Source
+from mllm_edge.export.checkpoint.tokenizers import corpus, load_tokenizer
 from mllm_edge.export.pipeline import export
-from mllm_edge.export.source import Source
-from mllm_edge.export.tokenizers import corpus, load_tokenizer
 from mllm_edge.runtime.vlm import VLM
 from tests.tiny import save_tiny_llava
 

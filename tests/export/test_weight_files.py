@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 from mllm_edge.errors import SourceError, WeightsError
+from mllm_edge.export.checkpoint.source import open_source
+from mllm_edge.export.checkpoint.source_weights import source_weights
 from mllm_edge.export.pipeline import export
-from mllm_edge.export.source import open_source
 from tests.tiny import save_tiny_llava
 
 HEAD, INDEX = "language_model.lm_head.weight", "model.safetensors.index.json"
@@ -45,12 +46,12 @@ def head(folder: Path) -> np.ndarray:
 def read(folder: Path) -> tuple[np.ndarray, str]:
     """The head as it is exported, and what was told."""
     source = open_source(str(folder))
-    return source.weights().read(HEAD), "\n".join(source.notices)
+    return source_weights(source).read(HEAD), "\n".join(source.notices)
 
 
 def reason(folder: Path) -> str:
     with pytest.raises(WeightsError) as caught:
-        open_source(str(folder)).weights()
+        source_weights(open_source(str(folder)))
     assert caught.value.fix
     return str(caught.value)
 
@@ -296,7 +297,7 @@ def test_settings_that_say_nothing(single: Path, tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": None}))
     source = open_source(str(folder))
-    source.weights()
+    source_weights(source)
     assert not len(source.notices)
 
 
@@ -307,5 +308,5 @@ def test_float8_without_scales_is_read_as_it_stands(single: Path, tmp_path: Path
     tensors[name] = tensors[name].to(torch.float8_e5m2)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     source = open_source(str(folder))
-    np.testing.assert_array_equal(source.weights().read(name), tensors[name].float().numpy())
+    np.testing.assert_array_equal(source_weights(source).read(name), tensors[name].float().numpy())
     assert "float8 without scales" in "".join(source.notices)

@@ -9,10 +9,10 @@ import onnx_ir as ir
 import pytest
 from safetensors.numpy import save_file
 
-from mllm_edge.calibration import chunks
 from mllm_edge.errors import WeightsError
-from mllm_edge.export.datafile import DataFile
-from mllm_edge.export.safetensors import open_weights
+from mllm_edge.export.checkpoint.safetensors import open_weights
+from mllm_edge.graph import chunks
+from mllm_edge.graph.datafile import DataFile
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ml_dtypes.bfloat16, np.int8])

@@ -10,9 +10,9 @@ import torch
 from mllm_edge import VLM
 from mllm_edge.bundle import Bundle
 from mllm_edge.export import pipeline
+from mllm_edge.export.checkpoint.source import open_source
 from mllm_edge.export.families import FAMILIES, internvl
 from mllm_edge.export.pipeline import export
-from mllm_edge.export.source import open_source
 from tests.families.parity import PROMPTS, Exported, check_parity, export_tiny, make_image
 from tests.tiny_internvl import save_tiny_internvl, save_tiny_internvl_chat
 

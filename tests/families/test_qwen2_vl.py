@@ -14,8 +14,8 @@ from mllm_edge.cli import main
 from mllm_edge.export import pipeline
 from mllm_edge.export.compare import compare_with_source
 from mllm_edge.export.pipeline import export
-from mllm_edge.runtime.memory import image_cost
-from mllm_edge.runtime.positions import rope_tables
+from mllm_edge.runtime.budget import image_cost
+from mllm_edge.runtime.decode.positions import rope_tables
 from tests.export.test_adapters import train
 from tests.families.parity import PROMPTS, Exported, check_messages, check_parity, export_tiny, make_image
 from tests.tiny import QWEN_TEMPLATE, Names, save_tiny_qwen2_vl
@@ -103,7 +103,7 @@ def test_a_prompt_fed_in_pieces_gives_the_same_answer(plain: Exported, monkeypat
     images = [make_image(100, 150, 0), make_image(70, 30, 1)]
     with VLM.load(plain.bundle) as vlm:
         whole = vlm.generate("Compare.", images, max_new_tokens=16)
-        monkeypatch.setattr("mllm_edge.runtime.generate.PREFILL_CHUNK", 7)  # cuts images in the middle
+        monkeypatch.setattr("mllm_edge.runtime.decode.generate.PREFILL_CHUNK", 7)  # cuts images in the middle
         assert vlm.generate("Compare.", images, max_new_tokens=16).token_ids == whole.token_ids
 
 
@@ -176,7 +176,7 @@ def test_prompt_of_a_checkpoint_without_a_template(tmp_path: Path) -> None:
 
 def test_own_template_renders_as_the_checkpoints(plain: Exported, tmp_path: Path) -> None:
     from mllm_edge.export.families.qwen2_vl import _TEMPLATE
-    from mllm_edge.runtime.tokenizer import ChatTemplate
+    from mllm_edge.runtime.prompt.tokenizer import ChatTemplate
 
     own, stored = (ChatTemplate(template, {}) for template in (_TEMPLATE, QWEN_TEMPLATE))
     for messages, _ in CONVERSATIONS.values():

@@ -11,7 +11,7 @@ from transformers import Idefics3Processor, PreTrainedTokenizerFast
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 from mllm_edge import spec
-from mllm_edge.runtime import tokenizer as host
+from mllm_edge.runtime.prompt import tokenizer as host
 
 CORPUS = (
     "What is on the belt? A red box, two bottles and a crate.\n\nDescribe the image in detail, please.",

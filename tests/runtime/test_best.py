@@ -10,14 +10,14 @@ import pytest
 from mllm_edge.bundle import Bundle
 from mllm_edge.errors import BackendError
 from mllm_edge.export.pipeline import export
-from mllm_edge.runtime.backend import open_backend
 from mllm_edge.runtime.backends import tensorrt_build, tensorrt_engines
+from mllm_edge.runtime.backends.choose import open_backend
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.backends.tensorrt_best import _BEST, add_best
 from mllm_edge.runtime.backends.tensorrt_build import modules
-from mllm_edge.runtime.best import IDS, OUTPUTS, SUM, VALUES, Best
-from mllm_edge.runtime.decoder import Decoder
-from mllm_edge.runtime.sampling import Sampler, SamplingParams
+from mllm_edge.runtime.backends.top_logits import IDS, OUTPUTS, SUM, VALUES, Best
+from mllm_edge.runtime.decode.decoder import Decoder
+from mllm_edge.runtime.decode.sampling import Sampler, SamplingParams
 from mllm_edge.runtime.vlm import VLM
 from tests.runtime.tensorrt_stand_in import StandIn
 from tests.tiny import save_tiny_idefics3

@@ -12,11 +12,13 @@ from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
 from mllm_edge.errors import ConfigError, PromptError
+from mllm_edge.export.checkpoint.chat import chat_template
+from mllm_edge.export.checkpoint.generation import generation_spec
+from mllm_edge.export.checkpoint.source import Source, open_source
+from mllm_edge.export.checkpoint.source_weights import source_weights
 from mllm_edge.export.families import FAMILIES, family_for
-from mllm_edge.export.source import Source, open_source
-from mllm_edge.export.tokens import chat_template, generation_spec
 from mllm_edge.runtime.prompt import sandbox as runtime
-from mllm_edge.runtime.tokenizer import ChatTemplate
+from mllm_edge.runtime.prompt.tokenizer import ChatTemplate
 from tests.tiny import make_tokenizer, save_tiny_llava
 from tests.tiny_families import SAVE
 
@@ -249,7 +251,7 @@ def test_every_family_has_a_template_of_its_own(tmp_path: Path, module: str) -> 
     for name in ("chat_template.jinja", "chat_template.json"):
         (tmp_path / name).unlink(missing_ok=True)
     source = open_source(str(tmp_path))
-    weights = source.weights()
+    weights = source_weights(source)
     plan = family_for(source).plan(source, weights)
     template = ChatTemplate(plan.texts.chat_template, plan.texts.generation.special_tokens)
     assert plan.model.image is not None

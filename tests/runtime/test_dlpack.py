@@ -14,7 +14,7 @@ import torch
 from mllm_edge.bundle import Bundle
 from mllm_edge.errors import BackendError
 from mllm_edge.runtime.arrays import in_cuda_memory, on_host
-from mllm_edge.runtime.backend import open_backend
+from mllm_edge.runtime.backends.choose import open_backend
 from mllm_edge.runtime.backends.cuda import Cuda, Memory, Pinned
 from mllm_edge.runtime.backends.cuda_arrays import CudaArray, taken
 from mllm_edge.runtime.vlm import VLM

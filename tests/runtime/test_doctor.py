@@ -9,11 +9,11 @@ import pytest
 
 from mllm_edge.errors import BackendError
 from mllm_edge.export.targets import TARGETS, forms
-from mllm_edge.runtime.backend import BACKENDS, open_backend
-from mllm_edge.runtime.backends.installed import Engine, engines, extras, wheels
+from mllm_edge.runtime.backends.base import BACKENDS
+from mllm_edge.runtime.backends.choose import open_backend
+from mllm_edge.runtime.backends.installed import MINIMUM, Engine, engines, extras, wheels
 from mllm_edge.runtime.doctor import (
     EXPORTED,
-    MINIMUM,
     RUNNABLE,
     Target,
     best_target,
@@ -22,7 +22,7 @@ from mllm_edge.runtime.doctor import (
     precisions,
     wheel_problems,
 )
-from mllm_edge.runtime.machine import Gpu, Machine, read_machine
+from mllm_edge.runtime.machine.hardware import Gpu, Machine, read_machine
 from tests.runtime.machines import MACHINES
 from tests.runtime.tensorrt_stand_in import install
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mllm_edge.runtime.generate import Embedder
+from mllm_edge.runtime.prompt.embedder import Embedder
 from mllm_edge.spec import EmbeddingSpec
 
 

@@ -21,7 +21,7 @@ from mllm_edge.errors import BackendError, ImageError
 from mllm_edge.runtime.backends import installed
 from mllm_edge.runtime.backends.onnxruntime_cpu import import_onnxruntime
 from mllm_edge.runtime.foreign import pass_on
-from mllm_edge.runtime.image import load_image
+from mllm_edge.runtime.prompt.image import load_image
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="needs POSIX signals")
 
@@ -189,7 +189,7 @@ def test_an_engine_that_is_broken_by_itself(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("error", [Deadline, RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("function", ["run_with_iobinding", "render", "push", "__init__"])
 def test_a_signal_within_a_call(tiny_bundle: Path, error: type[BaseException], function: str) -> None:
-    libraries = ("onnxruntime", "jinja2", "mllm_edge.runtime.tokenizer")
+    libraries = ("onnxruntime", "jinja2", "mllm_edge.runtime.prompt.tokenizer")
     with VLM.load(tiny_bundle) as vlm:
         expected = vlm.generate("Hi", max_new_tokens=4).token_ids
 

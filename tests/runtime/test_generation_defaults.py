@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from mllm_edge import VLM
+from mllm_edge.export.checkpoint.source import open_source
 from mllm_edge.export.families import family_for
 from mllm_edge.export.pipeline import export
-from mllm_edge.export.source import open_source
 from tests import tiny
 from tests.families.parity import make_image
 

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mllm_edge.errors import BundleError
 from mllm_edge.export.pipeline import export
-from mllm_edge.runtime.graph_cost import GraphCost, graph_cost, read_graph
+from mllm_edge.runtime.onnx_file.cost import GraphCost, graph_cost, read_graph
 
 S, K, N = 10, 64, 32
 

@@ -12,7 +12,7 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionCon
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel, Qwen2VLVisionRotaryEmbedding
 from transformers.vision_utils import get_vision_position_ids
 
-from mllm_edge.runtime.grids import encoder_feeds, grid_positions, grid_rope_tables
+from mllm_edge.runtime.prompt.grids import encoder_feeds, grid_positions, grid_rope_tables
 from mllm_edge.spec import GridRope, ImagePrompt, ImageSpec, Patchify
 
 IMAGE = 9

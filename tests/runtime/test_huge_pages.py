@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mllm_edge.runtime import huge_pages as module
-from mllm_edge.runtime.huge_pages import huge_pages, new_blocks, parse_maps
+from mllm_edge.runtime.machine import huge_pages as module
+from mllm_edge.runtime.machine.huge_pages import huge_pages, new_blocks, parse_maps
 
 MB = 1 << 20
 MAPS = """\

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from transformers.image_utils import load_image as source_load_image
 
 from mllm_edge.errors import ImageError
-from mllm_edge.runtime.image import BGR, load_image
+from mllm_edge.runtime.prompt.image import BGR, load_image
 
 from .reference import image_processor, picture
 

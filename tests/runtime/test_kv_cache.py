@@ -9,10 +9,10 @@ import pytest
 
 from mllm_edge import VLM
 from mllm_edge.errors import ContextError
-from mllm_edge.runtime import generate
-from mllm_edge.runtime.backend import open_backend
-from mllm_edge.runtime.kv_cache import KVCache
-from mllm_edge.runtime.sampling import Sampler, SamplingParams
+from mllm_edge.runtime.backends.choose import open_backend
+from mllm_edge.runtime.decode import generate
+from mllm_edge.runtime.decode.sampling import Sampler, SamplingParams
+from mllm_edge.runtime.decode.state import KVCache
 from mllm_edge.runtime.trace import Trace
 from mllm_edge.spec import CacheSpec
 

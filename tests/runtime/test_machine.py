@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mllm_edge.runtime.machine import Gpu, PowerMode, read_machine
+from mllm_edge.runtime.machine.hardware import Gpu, PowerMode, read_machine
 from tests.runtime.machines import MACHINES
 
 DESKTOP = """processor\t: 0

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mllm_edge.runtime.generate import chunks
-from mllm_edge.runtime.masks import HIDDEN, RelativeBias, attention_bias, encoder_bias
+from mllm_edge.runtime.backends.base import HIDDEN
+from mllm_edge.runtime.decode.generate import chunks
+from mllm_edge.runtime.decode.masks import RelativeBias, attention_bias, encoder_bias
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 100])

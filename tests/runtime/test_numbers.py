@@ -10,14 +10,14 @@ import pytest
 
 from mllm_edge import VLM
 from mllm_edge.errors import ImageError, OptionError, PromptError
-from mllm_edge.runtime.backend import open_backend
+from mllm_edge.runtime.backends.choose import open_backend
 from mllm_edge.runtime.conversation import Conversation
+from mllm_edge.runtime.decode.sampling import SamplingParams
+from mllm_edge.runtime.decode.speculation import PromptLookup
+from mllm_edge.runtime.machine.threads import Threads
 from mllm_edge.runtime.numbers import number, whole
 from mllm_edge.runtime.profiling.measure import profile, synthetic_image
 from mllm_edge.runtime.profiling.sweep import prompt_of
-from mllm_edge.runtime.sampling import SamplingParams
-from mllm_edge.runtime.speculation import PromptLookup
-from mllm_edge.runtime.threads import Threads
 
 NEVER: tuple[Any, ...] = ("4", "hot", b"4", None, True, np.True_, [], [1], {}, 1j, float("nan"), np.array([1, 2]))
 NO_WHOLE: tuple[Any, ...] = (*NEVER, 2.5, 2.0, np.float32(2), float("inf"), -1, -(10**30))

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 from mllm_edge.bundle import Bundle
 from mllm_edge.errors import BackendError
 from mllm_edge.export.pipeline import export
-from mllm_edge.runtime.backends.onnx_dimensions import fix_dimensions
+from mllm_edge.runtime.onnx_file.dimensions import fix_dimensions
 
 
 def _fixed(model: onnx.ModelProto, sizes: dict[str, int]) -> onnx.ModelProto:

@@ -10,11 +10,11 @@ import pytest
 from mllm_edge.bundle import Bundle
 from mllm_edge.errors import BackendError, ExportError
 from mllm_edge.export.pipeline import export
-from mllm_edge.runtime.backend import open_backend
 from mllm_edge.runtime.backends import onnxruntime_cuda
+from mllm_edge.runtime.backends.choose import open_backend
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.backends.onnxruntime_cuda import OnnxRuntimeCuda
-from mllm_edge.runtime.decoder import Decoder
+from mllm_edge.runtime.decode.decoder import Decoder
 from mllm_edge.runtime.vlm import VLM
 from tests.runtime.test_tensorrt import answers, batch_and_again
 from tests.tiny_families import SAVE

@@ -11,8 +11,8 @@ import pytest
 from mllm_edge.bundle import Bundle
 from mllm_edge.errors import BackendError, ContextError
 from mllm_edge.export.pipeline import export
-from mllm_edge.runtime import operators as module
-from mllm_edge.runtime.operators import Operator, by_kind, by_layer, profile_operators, top
+from mllm_edge.runtime.profiling import operators as module
+from mllm_edge.runtime.profiling.operators import Operator, by_kind, by_layer, profile_operators, top
 from tests.tiny_families import SAVE
 
 NEW_TOKENS = 5

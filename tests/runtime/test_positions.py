@@ -17,9 +17,9 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbeddin
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
-from mllm_edge.export.decoder.rope import rope_spec
-from mllm_edge.export.source import ConfigReader
-from mllm_edge.runtime.positions import RotaryTable, inverse_frequencies, rope_tables
+from mllm_edge.export.checkpoint.config import ConfigReader
+from mllm_edge.export.decoders.rope import rope_spec
+from mllm_edge.runtime.decode.positions import RotaryTable, inverse_frequencies, rope_tables
 from mllm_edge.spec import RopeSpec
 
 HEAD_DIM, CONTEXT, ORIGINAL = 64, 2048, 256

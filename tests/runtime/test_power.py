@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from mllm_edge.runtime import sensors as sensors_module
-from mllm_edge.runtime.nvml import NvidiaGpu, nvidia_gpus
-from mllm_edge.runtime.power import Heat, Idle, PowerMeter, PowerReading, RailEnergy
-from mllm_edge.runtime.sensors import find_sensors
+from mllm_edge.runtime.machine import sensors as sensors_module
+from mllm_edge.runtime.machine.nvml import NvidiaGpu, nvidia_gpus
+from mllm_edge.runtime.machine.power import Heat, Idle, PowerMeter, PowerReading, RailEnergy
+from mllm_edge.runtime.machine.sensors import find_sensors
 
 HWMON, THERMAL, RAPL = "sys/class/hwmon", "sys/class/thermal", "sys/class/powercap"
 

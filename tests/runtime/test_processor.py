@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mllm_edge.errors import BundleError, ImageError, PromptError
-from mllm_edge.runtime.processor import Processor
-from mllm_edge.runtime.tokenizer import ChatTemplate
+from mllm_edge.runtime.prompt.processor import Processor
+from mllm_edge.runtime.prompt.tokenizer import ChatTemplate
 from mllm_edge.spec import Resize
 
 from . import reference

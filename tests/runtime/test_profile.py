@@ -19,9 +19,8 @@ from PIL import Image
 from mllm_edge import VLM
 from mllm_edge.bundle import Bundle
 from mllm_edge.errors import BackendError, BundleError, ImageError, MllmEdgeError
-from mllm_edge.runtime import roofline
-from mllm_edge.runtime.power import IDLE_SAMPLES, PowerMeter
-from mllm_edge.runtime.profiling import files, measure, memory
+from mllm_edge.runtime.machine.power import IDLE_SAMPLES, PowerMeter
+from mllm_edge.runtime.profiling import files, measure, memory, roofline
 from mllm_edge.runtime.profiling import runs as runs_module
 from mllm_edge.runtime.profiling.environment import Clock, read_clocks, read_environment, versions
 from mllm_edge.runtime.profiling.first_use import first_use
@@ -36,7 +35,7 @@ from mllm_edge.runtime.profiling.statistics import (
     samples_needed,
 )
 from mllm_edge.runtime.profiling.sweep import KEYS, parse_sweep, points, prompt_of, run_sweep, sweep_dict
-from mllm_edge.runtime.tokenizer import Tokenizer
+from mllm_edge.runtime.prompt.tokenizer import Tokenizer
 from mllm_edge.runtime.trace import LOAD_STAGES, STAGES
 
 

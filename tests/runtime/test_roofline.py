@@ -10,9 +10,16 @@ import onnxruntime
 import pytest
 
 from mllm_edge.bundle import Bundle
-from mllm_edge.runtime import roofline as module
-from mllm_edge.runtime.graph_cost import graph_cost, read_graph
-from mllm_edge.runtime.roofline import MachineLimits, Workload, limits_file, machine_limits, product_graph, roofline
+from mllm_edge.runtime.onnx_file.cost import graph_cost, read_graph
+from mllm_edge.runtime.profiling import roofline as module
+from mllm_edge.runtime.profiling.roofline import (
+    MachineLimits,
+    Workload,
+    limits_file,
+    machine_limits,
+    product_graph,
+    roofline,
+)
 from mllm_edge.spec import Variant
 
 WORK = Workload(prompt_tokens=40, image_tokens=18, new_tokens=20, tiles=2)

@@ -17,7 +17,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from mllm_edge.runtime.sampling import Sampler, SamplingParams
+from mllm_edge.runtime.decode.sampling import Sampler, SamplingParams
 
 
 def logits_of(seed, size=97, scale=3.0):

@@ -11,7 +11,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 
 from mllm_edge.errors import BundleError
 from mllm_edge.json_form import from_json, to_json
-from mllm_edge.runtime.transforms import apply_transforms, tile_grid
+from mllm_edge.runtime.prompt.transforms import apply_transforms, tile_grid
 from mllm_edge.spec import ImagePrompt, ImageSpec, Normalize, Rescale, SelectTiles, SplitTiles
 
 from .reference import picture

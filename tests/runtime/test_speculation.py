@@ -17,9 +17,9 @@ from mllm_edge.cli import options as cli_options
 from mllm_edge.errors import MllmEdgeError
 from mllm_edge.export.pipeline import export
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
-from mllm_edge.runtime.generate import generate
-from mllm_edge.runtime.sampling import Sampler, SamplingParams
-from mllm_edge.runtime.speculation import MOST_GUESSED, PromptLookup, check_speculation
+from mllm_edge.runtime.decode.generate import generate
+from mllm_edge.runtime.decode.sampling import Sampler, SamplingParams
+from mllm_edge.runtime.decode.speculation import MOST_GUESSED, PromptLookup, check_speculation
 from mllm_edge.runtime.trace import Metrics, Trace
 from tests.tiny import save_tiny_idefics3, save_tiny_llava, save_tiny_qwen2_vl
 

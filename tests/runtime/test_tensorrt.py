@@ -14,13 +14,13 @@ import pytest
 from mllm_edge.bundle import Bundle
 from mllm_edge.errors import BackendError, BundleError, ContextError
 from mllm_edge.export.pipeline import export
-from mllm_edge.runtime.backend import open_backend
 from mllm_edge.runtime.backends import tensorrt as backend
+from mllm_edge.runtime.backends.choose import open_backend
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.backends.tensorrt_build import modules
 from mllm_edge.runtime.backends.tensorrt_engines import FOLDER, Limits, find_engine, make_engine
 from mllm_edge.runtime.build import build_engines, plan_build
-from mllm_edge.runtime.decoder import Decoder
+from mllm_edge.runtime.decode.decoder import Decoder
 from mllm_edge.runtime.vlm import VLM
 from tests.runtime.tensorrt_stand_in import StandIn, install
 from tests.tiny import save_tiny_idefics3, save_tiny_llava, save_tiny_qwen2_vl
@@ -219,7 +219,7 @@ class Quiet:
 
 
 def test_a_long_prompt_comes_in_chunks(machine: StandIn, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mllm_edge.runtime.generate.PREFILL_CHUNK", 50)
+    monkeypatch.setattr("mllm_edge.runtime.decode.generate.PREFILL_CHUNK", 50)
     for target in TARGETS:
         with reference(bundle, target) as vlm:
             expected = answers(vlm)

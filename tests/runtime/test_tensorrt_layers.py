@@ -8,12 +8,12 @@ import onnx
 import pytest
 
 from mllm_edge.bundle import Bundle
-from mllm_edge.runtime import operators as module
 from mllm_edge.runtime.backends.tensorrt import TensorRT
 from mllm_edge.runtime.backends.tensorrt_layers import LayerTimes, layer_kind
-from mllm_edge.runtime.operators import by_kind, by_layer, profile_operators
 from mllm_edge.runtime.profiling import files
+from mllm_edge.runtime.profiling import operators as module
 from mllm_edge.runtime.profiling.measure import profile
+from mllm_edge.runtime.profiling.operators import by_kind, by_layer, profile_operators
 from mllm_edge.runtime.vlm import VLM
 from tests.runtime.tensorrt_stand_in import StandIn
 from tests.runtime.test_profile import check_schema

@@ -11,12 +11,12 @@ import pytest
 from mllm_edge.bundle import Bundle
 from mllm_edge.errors import BackendError
 from mllm_edge.export.pipeline import export
-from mllm_edge.runtime.backend import open_backend
 from mllm_edge.runtime.backends import tensorrt_engines as engines
+from mllm_edge.runtime.backends.choose import open_backend
 from mllm_edge.runtime.backends.tensorrt_build import modules
 from mllm_edge.runtime.backends.tensorrt_engines import FOLDER, Limits, find_engines, make_engines, plan_segments
 from mllm_edge.runtime.backends.tensorrt_segments import SegmentedSession
-from mllm_edge.runtime.operators import profile_operators
+from mllm_edge.runtime.profiling.operators import profile_operators
 from tests.runtime.tensorrt_stand_in import StandIn
 from tests.runtime.test_tensorrt import SAVE, TARGETS, agrees_in_batches, answers, load, reference
 

@@ -13,7 +13,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from mllm_edge.errors import BundleError, PromptError
-from mllm_edge.runtime.tokenizer import ChatTemplate, StopStrings, StreamDecoder, Tokenizer
+from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, StopStrings, StreamDecoder, Tokenizer
 
 from . import reference
 from .reference import NAMED_TOKENS, TEMPLATE, generation, host_tokenizer

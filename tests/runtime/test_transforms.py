@@ -11,7 +11,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from mllm_edge.errors import BundleError, ImageError
-from mllm_edge.runtime.transforms import apply_transforms, tile_grid
+from mllm_edge.runtime.prompt.transforms import apply_transforms, tile_grid
 from mllm_edge.spec import (
     CenterCrop,
     Normalize,

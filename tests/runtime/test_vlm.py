@@ -197,7 +197,7 @@ def test_threads_are_passed_on(tiny_bundle: Path) -> None:
 def test_text_begins_with_no_blank(vlm: VLM, blanks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     text = f"{blanks}3  red\n shapes "
     ids = iter([*(vlm.tokenizer.encode(c)[-1] for c in text), 0])
-    monkeypatch.setattr("mllm_edge.runtime.sampling.Sampler.sample", lambda self, logits: next(ids))
+    monkeypatch.setattr("mllm_edge.runtime.decode.sampling.Sampler.sample", lambda self, logits: next(ids))
     chunks = list(vlm.stream("Hi", max_new_tokens=len(text)))
     result = chunks[-1].result
     assert result is not None
@@ -209,7 +209,7 @@ def test_text_begins_with_no_blank(vlm: VLM, blanks: str, monkeypatch: pytest.Mo
 
 def test_only_blanks_are_an_empty_text(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = iter(vlm.tokenizer.encode(" \n "))
-    monkeypatch.setattr("mllm_edge.runtime.sampling.Sampler.sample", lambda self, logits: next(ids))
+    monkeypatch.setattr("mllm_edge.runtime.decode.sampling.Sampler.sample", lambda self, logits: next(ids))
     assert vlm.generate("Hi", max_new_tokens=3).text == ""
 
 

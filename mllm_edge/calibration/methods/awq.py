@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mllm_edge.calibration.chunks import for_each_chunk
-from mllm_edge.calibration.methods.rtn import rounded_blocks
+from mllm_edge.graph.chunks import for_each_chunk
+from mllm_edge.graph.rtn import rounded_blocks
 
 __all__ = ["clipped_scales", "scaling"]
 

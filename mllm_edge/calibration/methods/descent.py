@@ -7,9 +7,9 @@ scales are coordinates like any other.
 
 import numpy as np
 
-from mllm_edge.calibration.chunks import for_each_chunk
 from mllm_edge.calibration.methods.forward import decide_rows
-from mllm_edge.calibration.methods.scales import reciprocal
+from mllm_edge.graph.chunks import for_each_chunk
+from mllm_edge.graph.scales import reciprocal
 
 __all__ = ["refine"]
 

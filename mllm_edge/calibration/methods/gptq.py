@@ -5,9 +5,9 @@ Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-tr
 
 import numpy as np
 
-from mllm_edge.calibration.chunks import for_each_chunk
 from mllm_edge.calibration.methods.forward import decide_rows
-from mllm_edge.calibration.methods.scales import reciprocal as inverse_of
+from mllm_edge.graph.chunks import for_each_chunk
+from mllm_edge.graph.scales import reciprocal as inverse_of
 
 __all__ = ["quantize"]
 

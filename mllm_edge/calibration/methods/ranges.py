@@ -1,24 +1,20 @@
 """Ranges of activations: which part of what was seen 8 bits have to tell apart."""
 
-from typing import TYPE_CHECKING, Literal
-
 import numpy as np
 
-if TYPE_CHECKING:
-    from mllm_edge.calibration.statistics import Histogram, InputStatistics
+from mllm_edge.calibration.statistics import Histogram, InputStatistics
+from mllm_edge.graph.precision import Range, RangeMethod
 
-__all__ = ["SEARCHED", "Range", "activation_range", "entropy_limit", "mse_limit", "percentile_limit"]
+__all__ = ["SEARCHED", "activation_range", "entropy_limit", "mse_limit", "percentile_limit"]
 
-RangeMethod = Literal["minmax", "percentile", "entropy", "mse", "search"]
 # What `search` tries; the caller judges by the outputs.
 SEARCHED: tuple[RangeMethod, ...] = ("minmax", "percentile", "entropy", "mse")
-Range = tuple[float, float]
 _PERCENTILE = 99.99
 _LEVELS = 128  # of one sign
 _CANDIDATES = 64
 
 
-def activation_range(statistics: "InputStatistics", method: RangeMethod, factors: np.ndarray | None = None) -> Range:
+def activation_range(statistics: InputStatistics, method: RangeMethod, factors: np.ndarray | None = None) -> Range:
     """The range (lowest, highest) that is represented, zero included; values outside are clipped.
 
     `factors` [K]: the input will be x / factors. minmax: all that was seen. percentile: all but 0.01 % of it. entropy:
@@ -39,7 +35,7 @@ def activation_range(statistics: "InputStatistics", method: RangeMethod, factors
     return max(lowest, -limit), min(highest, limit)
 
 
-def percentile_limit(histogram: "Histogram", percentile: float = _PERCENTILE) -> float:
+def percentile_limit(histogram: Histogram, percentile: float = _PERCENTILE) -> float:
     """The magnitude that `percentile` percent of the values don't exceed, to a bin's width."""
     magnitudes = _magnitudes(histogram)
     wanted = magnitudes.sum() * percentile / 100
@@ -47,7 +43,7 @@ def percentile_limit(histogram: "Histogram", percentile: float = _PERCENTILE) ->
     return float(histogram.limit * min(index + 1, len(magnitudes)) / len(magnitudes))
 
 
-def entropy_limit(histogram: "Histogram") -> float:
+def entropy_limit(histogram: Histogram) -> float:
     """The limit at which 128 levels of magnitude describe the clipped distribution best."""
     magnitudes = _magnitudes(histogram).astype(np.float64)
     total = len(magnitudes)
@@ -56,7 +52,7 @@ def entropy_limit(histogram: "Histogram") -> float:
     return float(histogram.limit * ends[int(np.argmin(divergences))] / total)
 
 
-def mse_limit(histogram: "Histogram") -> float:
+def mse_limit(histogram: Histogram) -> float:
     """The limit with the smallest mean squared error, rounding to 128 levels of magnitude and clipping together."""
     magnitudes = _magnitudes(histogram).astype(np.float64)
     centres = (np.arange(len(magnitudes)) + 0.5) * histogram.limit / len(magnitudes)
@@ -70,7 +66,7 @@ def mse_limit(histogram: "Histogram") -> float:
     return float(limits[int(np.argmin([error(limit) for limit in limits]))])
 
 
-def _magnitudes(histogram: "Histogram") -> np.ndarray:
+def _magnitudes(histogram: Histogram) -> np.ndarray:
     """Counts by magnitude, from zero up: the two halves of the histogram folded."""
     half = len(histogram.counts) // 2
     return histogram.counts[half:] + histogram.counts[half - 1 :: -1]

@@ -11,7 +11,7 @@ from mllm_edge.export.checkpoint.adapter_names import Part, parts_of
 from mllm_edge.export.checkpoint.download import download_adapter
 from mllm_edge.export.checkpoint.files import local_path, read_json
 from mllm_edge.export.checkpoint.notices import Notices
-from mllm_edge.export.safetensors import Weights, open_files
+from mllm_edge.export.checkpoint.safetensors import Weights, open_files
 
 __all__ = ["CONFIG", "NONE", "WEIGHTS", "Adapter", "adapter_inside", "open_adapter", "open_adapters"]
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.processing import read_tokenizer, stated_settings
-from mllm_edge.export.source import Source
+from mllm_edge.export.checkpoint.source import Source
 
 __all__ = ["chat_template"]
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mllm_edge.export.source import Source
+from mllm_edge.export.checkpoint.source import Source
 
 __all__ = ["tell_image_settings", "tell_tokens"]
 
@@ -74,7 +74,7 @@ def _tell_added(source: Source, tokenizer: Any) -> None:
     """Tokens that no file numbers: transformers gives them the next free ids, for which nothing was trained."""
     if not (source.folder / _TOKENIZER).is_file():
         return
-    from mllm_edge.export.tokenizers import load_tokenizer
+    from mllm_edge.export.checkpoint.tokenizers import load_tokenizer
 
     stored = load_tokenizer(source).get_vocab(with_added_tokens=True)
     added = {token: i for token, i in tokenizer.get_vocab().items() if token not in stored}

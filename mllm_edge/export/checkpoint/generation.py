@@ -5,8 +5,8 @@ from typing import Any
 
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.processing import read_tokenizer
-from mllm_edge.export.reference import quiet_transformers
-from mllm_edge.export.source import Source
+from mllm_edge.export.checkpoint.quiet import quiet_transformers
+from mllm_edge.export.checkpoint.source import Source
 from mllm_edge.spec import GenerationDefaults, GenerationSpec
 
 __all__ = ["generation_spec"]

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mllm_edge.errors import ConfigError, WeightsError
-from mllm_edge.export.adapters import add_product
-from mllm_edge.export.safetensors import Weights
+from mllm_edge.export.checkpoint.adapters import add_product
+from mllm_edge.export.checkpoint.safetensors import Weights
 
 __all__ = ["RANKS", "merged", "with_merged_settings"]
 

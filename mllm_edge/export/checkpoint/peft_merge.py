@@ -8,9 +8,9 @@ import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from mllm_edge.export.adapters import Skeleton, targeted
 from mllm_edge.export.checkpoint.adapter_files import Adapter
 from mllm_edge.export.checkpoint.adapter_names import TOKENS, Part
+from mllm_edge.export.checkpoint.adapters import Skeleton, targeted
 
 __all__ = ["merged_by_peft"]
 

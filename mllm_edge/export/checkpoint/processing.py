@@ -10,9 +10,9 @@ from collections.abc import Collection
 from typing import Any
 
 from mllm_edge.errors import ConfigError, SourceError
-from mllm_edge.export.reference import quiet_transformers
-from mllm_edge.export.source import Source
-from mllm_edge.export.tokenizers import load_tokenizer
+from mllm_edge.export.checkpoint.quiet import quiet_transformers
+from mllm_edge.export.checkpoint.source import Source
+from mllm_edge.export.checkpoint.tokenizers import load_tokenizer
 
 __all__ = [
     "for_images",

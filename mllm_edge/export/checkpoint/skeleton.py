@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mllm_edge.export.safetensors import Weights
+from mllm_edge.export.checkpoint.safetensors import Weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

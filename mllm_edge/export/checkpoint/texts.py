@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from mllm_edge.export.checkpoint.contradictions import tell_image_settings, tell_tokens
 from mllm_edge.export.checkpoint.generation import generation_spec
-from mllm_edge.export.source import Source
-from mllm_edge.export.tokenizers import JSON, load_tokenizer
+from mllm_edge.export.checkpoint.source import Source
+from mllm_edge.export.checkpoint.tokenizers import JSON, load_tokenizer
 from mllm_edge.spec import GenerationSpec
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from types import ModuleType
 from typing import Any
 
 from mllm_edge.errors import ConfigError, MllmEdgeError, UnsupportedModelError
-from mllm_edge.export.source import Source, nearest
+from mllm_edge.export.checkpoint.config import nearest
+from mllm_edge.export.checkpoint.source import Source
 
 __all__ = ["FAMILIES", "family_for", "reading", "summaries"]
 

@@ -10,19 +10,20 @@ from unittest.mock import patch
 
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.chat import chat_template
+from mllm_edge.export.checkpoint.config import ConfigReader, load_config, model_readers
+from mllm_edge.export.checkpoint.image_settings import resample_name, value_transforms
 from mllm_edge.export.checkpoint.processing import (
     processor_class,
     read_image_processor,
     read_processor,
     read_tokenizer,
 )
+from mllm_edge.export.checkpoint.safetensors import Weights
+from mllm_edge.export.checkpoint.source import Source
 from mllm_edge.export.checkpoint.texts import read_texts
-from mllm_edge.export.decoder.llama import llama_spec
-from mllm_edge.export.images import resample_name, value_transforms
+from mllm_edge.export.checkpoint.vocabulary import check_vocabulary
+from mllm_edge.export.decoders.llama import llama_spec
 from mllm_edge.export.plan import Plan, TracedComponent
-from mllm_edge.export.safetensors import Weights
-from mllm_edge.export.source import ConfigReader, Source, load_config, model_readers
-from mllm_edge.export.tokens import check_vocabulary
 from mllm_edge.spec import (
     EmbeddingSpec,
     ImagePrompt,

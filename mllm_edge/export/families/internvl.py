@@ -13,6 +13,8 @@ import numpy as np
 
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.chat import chat_template
+from mllm_edge.export.checkpoint.config import ConfigReader, model_readers
+from mllm_edge.export.checkpoint.image_settings import resample_name, value_transforms
 from mllm_edge.export.checkpoint.processing import (
     for_images,
     processor_class,
@@ -20,17 +22,17 @@ from mllm_edge.export.checkpoint.processing import (
     read_processor,
     read_tokenizer,
 )
+from mllm_edge.export.checkpoint.safetensors import Weights
+from mllm_edge.export.checkpoint.source import Source
+from mllm_edge.export.checkpoint.source_weights import source_weights
 from mllm_edge.export.checkpoint.texts import Texts, read_texts
-from mllm_edge.export.decoder.internlm2 import internlm2_spec
-from mllm_edge.export.decoder.llama import llama_spec
-from mllm_edge.export.decoder.spec import DecoderSpec
+from mllm_edge.export.checkpoint.vocabulary import check_vocabulary, vocabulary
+from mllm_edge.export.decoders.internlm2 import internlm2_spec
+from mllm_edge.export.decoders.llama import llama_spec
 from mllm_edge.export.families.internvl_layouts import Checkpoint, Names, cut_vision_qkv, read_checkpoint
-from mllm_edge.export.images import resample_name, value_transforms
 from mllm_edge.export.plan import Plan, TracedComponent
 from mllm_edge.export.reference import load_reference
-from mllm_edge.export.safetensors import Weights
-from mllm_edge.export.source import ConfigReader, Source, model_readers
-from mllm_edge.export.tokens import check_vocabulary, vocabulary
+from mllm_edge.graph.decoder_spec import DecoderSpec
 from mllm_edge.spec import (
     EmbeddingSpec,
     ImagePrompt,
@@ -106,7 +108,7 @@ def plan(source: Source, weights: Weights) -> Plan:
 def load_processor(source: Source) -> Any:
     """What transformers loads from the folder: InternVLProcessor, for images and text. Of the original layout, which
     transformers does not know, the same class with what the original code has built in."""
-    return _load_processor(read_checkpoint(source, source.weights()))
+    return _load_processor(read_checkpoint(source, source_weights(source)))
 
 
 def _load_processor(checkpoint: Checkpoint) -> Any:
@@ -154,7 +156,7 @@ def load_model(source: Source, decoder_layers: int | None = None) -> Any:
     import torch
     from transformers import InternVLForConditionalGeneration
 
-    weights = source.weights()
+    weights = source_weights(source)
     checkpoint = read_checkpoint(source, weights)
     if not checkpoint.original:
         return load_reference(source, decoder_layers)
@@ -217,7 +219,7 @@ def _template(checkpoint: Checkpoint, tokenizer: Any) -> str:
 # ---------------------------------------------------------------- vision
 def _tower(top: ConfigReader, vision: ConfigReader) -> "InternVitConfig":
     from mllm_edge.export.vision.internvit import InternVitConfig
-    from mllm_edge.export.vision.layers import ACTIVATIONS
+    from mllm_edge.export.vision.modules import ACTIVATIONS
 
     tile, patch = (_square(vision, key) for key in ("image_size", "patch_size"))
     hidden, heads = vision.take("hidden_size"), vision.take("num_attention_heads")
@@ -289,7 +291,7 @@ def _traced(
     weights: Weights,
 ) -> tuple[TracedComponent, TracedComponent]:
     from mllm_edge.export.vision.internvit import InternVit, ShuffleConnector
-    from mllm_edge.export.vision.layers import ACTIVATIONS
+    from mllm_edge.export.vision.modules import ACTIVATIONS
 
     if checkpoint.original:
         cut_vision_qkv(checkpoint, weights)

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mllm_edge.errors import ConfigError, WeightsError
-from mllm_edge.export.decoder.fused import cut_groups
-from mllm_edge.export.safetensors import Weights
-from mllm_edge.export.source import ConfigReader, Source, load_config
-from mllm_edge.export.tokens import vocabulary
+from mllm_edge.export.checkpoint.config import ConfigReader, load_config
+from mllm_edge.export.checkpoint.safetensors import Weights
+from mllm_edge.export.checkpoint.source import Source
+from mllm_edge.export.checkpoint.vocabulary import vocabulary
+from mllm_edge.export.decoders.fused import cut_groups
 
 __all__ = ["Checkpoint", "Names", "cut_vision_qkv", "read_checkpoint"]
 

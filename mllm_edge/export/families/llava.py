@@ -12,21 +12,22 @@ import numpy as np
 
 from mllm_edge.errors import ConfigError, WeightsError
 from mllm_edge.export.checkpoint.chat import chat_template
+from mllm_edge.export.checkpoint.config import ConfigReader, load_config, model_readers
+from mllm_edge.export.checkpoint.image_settings import resample_name, value_transforms
 from mllm_edge.export.checkpoint.processing import (
     processor_class,
     read_image_processor,
     read_processor,
     read_tokenizer,
 )
+from mllm_edge.export.checkpoint.safetensors import Weights
+from mllm_edge.export.checkpoint.source import Source
 from mllm_edge.export.checkpoint.texts import read_texts
-from mllm_edge.export.decoder.gemma import gemma_spec
-from mllm_edge.export.decoder.llama import llama_spec
-from mllm_edge.export.decoder.spec import DecoderSpec
-from mllm_edge.export.images import resample_name, value_transforms
+from mllm_edge.export.checkpoint.vocabulary import check_vocabulary
+from mllm_edge.export.decoders.gemma import gemma_spec
+from mllm_edge.export.decoders.llama import llama_spec
 from mllm_edge.export.plan import Plan, TracedComponent
-from mllm_edge.export.safetensors import Weights
-from mllm_edge.export.source import ConfigReader, Source, load_config, model_readers
-from mllm_edge.export.tokens import check_vocabulary
+from mllm_edge.graph.decoder_spec import DecoderSpec
 from mllm_edge.spec import (
     CenterCrop,
     EmbeddingSpec,
@@ -217,7 +218,7 @@ def _decoder(text: ConfigReader, weights: Weights, names: _Names, model_type: st
 
 # ---------------------------------------------------------------- vision
 def _vision(top: ConfigReader, vision: ConfigReader, kind: str) -> _Vision:
-    from mllm_edge.export.vision.layers import ACTIVATIONS
+    from mllm_edge.export.vision.modules import ACTIVATIONS
     from mllm_edge.export.vision.siglip import SiglipConfig, Taps
 
     sizes = {key: vision.take(key) for key in ("image_size", "patch_size")}
@@ -267,7 +268,7 @@ def _traced(
     vision: _Vision, top: ConfigReader, names: _Names, text_hidden: int, weights: Weights
 ) -> tuple[TracedComponent, TracedComponent]:
     from mllm_edge.export.vision.clip import ClipFeatures, MlpConnector
-    from mllm_edge.export.vision.layers import ACTIVATIONS
+    from mllm_edge.export.vision.modules import ACTIVATIONS
     from mllm_edge.export.vision.siglip import SiglipFeatures
 
     activation = top.require("projector_hidden_act", *ACTIVATIONS)

@@ -6,7 +6,7 @@ Parameter names follow the checkpoint (`pre_layrnorm` is CLIP's own spelling), s
 import torch
 from torch import nn
 
-from mllm_edge.export.vision.layers import Linear, activate
+from mllm_edge.export.vision.modules import Linear, activate
 from mllm_edge.export.vision.siglip import SiglipConfig, SiglipLayer, Taps, run_layers
 
 __all__ = ["ClipFeatures", "MlpConnector"]

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from mllm_edge.export.vision.layers import Linear, RmsNorm, activate, attention, packed_linear
+from mllm_edge.export.vision.modules import Linear, RmsNorm, activate, attention, packed_linear
 from mllm_edge.export.vision.siglip import Taps, run_layers
 
 __all__ = ["InternVit", "InternVitConfig", "ShuffleConnector"]

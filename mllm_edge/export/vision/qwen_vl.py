@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mllm_edge.export.vision.layers import Linear, activate, attention
+from mllm_edge.export.vision.modules import Linear, activate, attention
 
 __all__ = ["PatchMerger", "QwenVlConfig", "QwenVlTower"]
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mllm_edge.export.vision.layers import Linear, activate, attention, packed_linear
+from mllm_edge.export.vision.modules import Linear, activate, attention, packed_linear
 
 __all__ = [
     "PixelShuffleConnector",

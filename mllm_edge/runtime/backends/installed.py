@@ -8,7 +8,7 @@ from importlib.metadata import Distribution, distributions
 
 from mllm_edge.runtime.foreign import pass_on
 
-__all__ = ["Engine", "engines", "extras", "version_numbers", "wheels"]
+__all__ = ["MINIMUM", "Engine", "engines", "extras", "version_numbers", "wheels"]
 
 # Engine → the modules that may hold it; wheels of TensorRT for RTX bring the second name only.
 _MODULES: Mapping[str, Sequence[str]] = {
@@ -18,6 +18,14 @@ _MODULES: Mapping[str, Sequence[str]] = {
     "cuda": ("cuda.bindings",),
 }
 _WHEELS = re.compile(r"(onnxruntime|ort-nightly|tensorrt)", re.I)
+
+# Target → engine → its lowest version; one engine is enough.
+MINIMUM: Mapping[str, Mapping[str, str]] = {
+    "cpu": {"onnxruntime": "1.23"},
+    "cuda": {"onnxruntime": "1.23"},
+    "tensorrt": {"tensorrt": "10.15", "tensorrt_rtx": "1.2"},
+    "tensorrt-10.3": {"tensorrt": "10.3", "tensorrt_rtx": "1.0"},
+}
 
 
 @dataclass(frozen=True)

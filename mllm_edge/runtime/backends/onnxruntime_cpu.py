@@ -11,9 +11,9 @@ from mllm_edge.errors import BackendError
 from mllm_edge.install import install_hint
 from mllm_edge.runtime.backends.installed import version_numbers
 from mllm_edge.runtime.foreign import pass_on
-from mllm_edge.runtime.huge_pages import huge_pages
 from mllm_edge.runtime.log import logger
-from mllm_edge.runtime.threads import Threads
+from mllm_edge.runtime.machine.huge_pages import huge_pages
+from mllm_edge.runtime.machine.threads import Threads
 from mllm_edge.spec import Variant
 
 __all__ = ["OnnxRuntimeCpu", "import_onnxruntime", "open_graph", "run_bound"]

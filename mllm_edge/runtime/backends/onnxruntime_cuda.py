@@ -13,8 +13,8 @@ import numpy as np
 from mllm_edge.errors import BackendError
 from mllm_edge.runtime.backends.cuda import Cuda
 from mllm_edge.runtime.backends.onnxruntime_cpu import import_onnxruntime, open_graph, run_bound
-from mllm_edge.runtime.machine import read_machine
-from mllm_edge.runtime.nvml import nvidia_gpus
+from mllm_edge.runtime.machine.hardware import read_machine
+from mllm_edge.runtime.machine.nvml import nvidia_gpus
 from mllm_edge.spec import Variant
 
 __all__ = ["OnnxRuntimeCuda", "usable"]

@@ -12,9 +12,10 @@ import numpy as np
 
 from mllm_edge.bundle import Bundle
 from mllm_edge.errors import BackendError
-from mllm_edge.runtime.backend import Session
+from mllm_edge.runtime.backends.base import HIDDEN, Session
 from mllm_edge.runtime.backends.cuda import Cuda, Graph, Memory, Pinned
 from mllm_edge.runtime.backends.cuda_arrays import CudaArray, taken
+from mllm_edge.runtime.backends.installed import MINIMUM
 from mllm_edge.runtime.backends.tensorrt_best import best_outputs
 from mllm_edge.runtime.backends.tensorrt_build import Module, logger, modules
 from mllm_edge.runtime.backends.tensorrt_contexts import Contexts
@@ -30,9 +31,7 @@ from mllm_edge.runtime.backends.tensorrt_engines import (
 )
 from mllm_edge.runtime.backends.tensorrt_layers import LayerTimes, Runs, layer_profiler
 from mllm_edge.runtime.backends.tensorrt_segments import Segment, SegmentedSession
-from mllm_edge.runtime.doctor import MINIMUM
-from mllm_edge.runtime.machine import read_machine
-from mllm_edge.runtime.masks import HIDDEN
+from mllm_edge.runtime.machine.hardware import read_machine
 from mllm_edge.spec import TensorSpec, Variant
 
 __all__ = ["GRAPHS", "TensorRT"]

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mllm_edge.runtime.best import IDS, SUM, VALUES
+from mllm_edge.runtime.backends.top_logits import IDS, SUM, VALUES
 from mllm_edge.spec import TensorSpec
 
 __all__ = ["add_best", "best_outputs"]

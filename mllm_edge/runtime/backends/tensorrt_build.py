@@ -13,9 +13,9 @@ from mllm_edge.errors import BackendError
 from mllm_edge.files import write_whole
 from mllm_edge.install import install_hint
 from mllm_edge.runtime.backends.installed import engines, version_numbers
-from mllm_edge.runtime.backends.onnx_dimensions import fix_dimensions
 from mllm_edge.runtime.backends.tensorrt_best import add_best
-from mllm_edge.runtime.speculation import MOST_ROWS
+from mllm_edge.runtime.limits import MOST_ROWS
+from mllm_edge.runtime.onnx_file.dimensions import fix_dimensions
 from mllm_edge.spec import TensorSpec
 
 __all__ = [

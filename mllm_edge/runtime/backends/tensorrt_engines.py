@@ -19,11 +19,10 @@ from mllm_edge.errors import BackendError, WriteError
 from mllm_edge.files import writing_whole
 from mllm_edge.install import install_hint
 from mllm_edge.runtime.backends.cuda import Cuda
+from mllm_edge.runtime.backends.installed import MINIMUM
 from mllm_edge.runtime.backends.tensorrt_build import Module, Options, Range, Sizes, build, modules
 from mllm_edge.runtime.backends.tensorrt_segments import Segment, divisions, whole
-from mllm_edge.runtime.doctor import MINIMUM
-from mllm_edge.runtime.generate import PREFILL_CHUNK
-from mllm_edge.runtime.speculation import MOST_ROWS
+from mllm_edge.runtime.limits import MOST_ROWS, PREFILL_CHUNK
 from mllm_edge.spec import ImageSpec, Variant
 
 __all__ = [

@@ -9,9 +9,9 @@ import numpy as np
 
 from mllm_edge.bundle import Bundle
 from mllm_edge.errors import BackendError
-from mllm_edge.runtime.backend import Session
-from mllm_edge.runtime.best import OUTPUTS
-from mllm_edge.runtime.onnx_split import Piece, partitions
+from mllm_edge.runtime.backends.base import Session
+from mllm_edge.runtime.backends.top_logits import OUTPUTS
+from mllm_edge.runtime.onnx_file.split import Piece, partitions
 from mllm_edge.spec import TensorSpec, Variant
 
 __all__ = ["Segment", "SegmentedSession", "divisions", "whole"]

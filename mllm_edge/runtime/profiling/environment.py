@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 import mllm_edge
-from mllm_edge.runtime.device import physical_cores, processor_name
-from mllm_edge.runtime.machine import read_machine
+from mllm_edge.runtime.machine.cpu import physical_cores, processor_name
+from mllm_edge.runtime.machine.hardware import read_machine
 
 __all__ = ["Clock", "Environment", "read_clocks", "read_environment", "versions"]
 

@@ -36,7 +36,7 @@ def _measure() -> int:
     """In the process of its own."""
     import mllm_edge.runtime.vlm  # noqa: F401  (what is imported is no first use)
     from mllm_edge.runtime.backends.onnxruntime_cpu import import_onnxruntime
-    from mllm_edge.runtime.roofline import product_graph
+    from mllm_edge.runtime.profiling.roofline import product_graph
 
     ort, size = import_onnxruntime(install_hint("cpu")), 8
     before = _resident()

@@ -16,21 +16,21 @@ from PIL import Image
 
 from mllm_edge.bundle import MANIFEST, Bundle
 from mllm_edge.errors import BackendError
-from mllm_edge.runtime.backend import TENSORRT
-from mllm_edge.runtime.device import peak_rss
-from mllm_edge.runtime.image import ImageSource, load_image
+from mllm_edge.runtime.backends.base import TENSORRT
+from mllm_edge.runtime.decode.speculation import check_speculation
+from mllm_edge.runtime.machine.cpu import peak_rss
+from mllm_edge.runtime.machine.power import PowerMeter, PowerReading
+from mllm_edge.runtime.machine.threads import Spin, Threads
 from mllm_edge.runtime.numbers import whole
-from mllm_edge.runtime.operators import Operator, profile_operators
-from mllm_edge.runtime.power import PowerMeter, PowerReading
-from mllm_edge.runtime.processor import Messages
 from mllm_edge.runtime.profiling.environment import Environment, read_environment, versions
 from mllm_edge.runtime.profiling.first_use import first_use
 from mllm_edge.runtime.profiling.memory import MemoryUse, WatchedTrace, can_watch, gpu_memory, measured
+from mllm_edge.runtime.profiling.operators import Operator, profile_operators
+from mllm_edge.runtime.profiling.roofline import MachineLimits, StageRoof, Workload, machine_limits, roofline
 from mllm_edge.runtime.profiling.runs import Asker, Call, Run, shares
 from mllm_edge.runtime.profiling.statistics import Distribution, Jitter, Noise, jitter, noise
-from mllm_edge.runtime.roofline import MachineLimits, StageRoof, Workload, machine_limits, roofline
-from mllm_edge.runtime.speculation import check_speculation
-from mllm_edge.runtime.threads import Spin, Threads
+from mllm_edge.runtime.prompt.image import ImageSource, load_image
+from mllm_edge.runtime.prompt.processor import Messages
 from mllm_edge.runtime.trace import LOAD_STAGES, STAGES, Metrics, Trace
 from mllm_edge.runtime.vlm import VLM
 

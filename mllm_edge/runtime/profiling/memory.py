@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mllm_edge.bundle import Bundle
-from mllm_edge.runtime.backend import Backend
-from mllm_edge.runtime.device import peak_rss
-from mllm_edge.runtime.generate import PREFILL_CHUNK
-from mllm_edge.runtime.grids import TILES_PER_RUN
-from mllm_edge.runtime.memory import memory
+from mllm_edge.runtime.backends.base import Backend
+from mllm_edge.runtime.budget import memory
+from mllm_edge.runtime.limits import PREFILL_CHUNK, TILES_PER_RUN
+from mllm_edge.runtime.machine.cpu import peak_rss
 from mllm_edge.runtime.trace import Metrics, Trace
 from mllm_edge.spec import Variant
 

@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
-from mllm_edge.runtime.image import ImageSource
 from mllm_edge.runtime.options import Options
-from mllm_edge.runtime.processor import Messages
 from mllm_edge.runtime.profiling.statistics import is_settled
+from mllm_edge.runtime.prompt.image import ImageSource
+from mllm_edge.runtime.prompt.processor import Messages
 from mllm_edge.runtime.trace import STAGES, Metrics, Trace
 from mllm_edge.runtime.vlm import VLM
 

@@ -13,11 +13,11 @@ from PIL import Image
 
 from mllm_edge.bundle import Bundle
 from mllm_edge.errors import PromptError
-from mllm_edge.runtime.image import ImageSource, load_image
+from mllm_edge.runtime.decode.speculation import MOST_GUESSED
 from mllm_edge.runtime.numbers import whole
 from mllm_edge.runtime.profiling.measure import TITLE, VERSION, Profile, profile, synthetic_image
-from mllm_edge.runtime.speculation import MOST_GUESSED
-from mllm_edge.runtime.tokenizer import Tokenizer
+from mllm_edge.runtime.prompt.image import ImageSource, load_image
+from mllm_edge.runtime.prompt.tokenizer import Tokenizer
 
 __all__ = ["KEYS", "Sweep", "parse_sweep", "points", "prompt_of", "run_sweep", "sweep_dict"]
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from mllm_edge.runtime.decode.sampling import Sampler, SamplingParams
 from mllm_edge.runtime.decode.token_rules import TokenRules
-from mllm_edge.runtime.sampling import Sampler, SamplingParams
 from mllm_edge.spec import GenerationDefaults
 
 VOCABULARY, STOPS, PROMPT = 12, (3, 5), [7, 1, 2, 1, 2, 9]

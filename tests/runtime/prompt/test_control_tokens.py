@@ -6,10 +6,10 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from mllm_edge.errors import PromptError
-from mllm_edge.runtime.processor import Processor
 from mllm_edge.runtime.prompt.control_tokens import ControlTokens, Piece
-from mllm_edge.runtime.tokenizer import ChatTemplate
-from mllm_edge.runtime.tokenizer import Tokenizer as HostTokenizer
+from mllm_edge.runtime.prompt.processor import Processor
+from mllm_edge.runtime.prompt.tokenizer import ChatTemplate
+from mllm_edge.runtime.prompt.tokenizer import Tokenizer as HostTokenizer
 from mllm_edge.spec import GenerationSpec
 from tests.runtime.reference import model_spec
 

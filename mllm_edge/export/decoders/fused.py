@@ -1,0 +1,40 @@
+"""Fused projections: parts of one stored weight get the names that the builder asks for."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from mllm_edge.export.checkpoint.safetensors import Weights
+
+__all__ = ["cut_groups", "cut_rows"]
+
+
+def cut_rows(weights: Weights, source: str, parts: Mapping[str, int], row: int) -> None:
+    """Consecutive rows of `source` [Σ rows, row]: `parts` maps each new name to its number of rows, in order."""
+    start = 0
+    for name, rows in parts.items():
+        end = start + rows
+
+        def cut(fused: np.ndarray, start: int = start, end: int = end) -> np.ndarray:
+            return fused[start:end]
+
+        weights.derive(name, source, (rows, row), cut)
+        start = end
+
+
+def cut_groups(weights: Weights, source: str, parts: Mapping[str, int], groups: int, dim: int, row: int | None) -> None:
+    """Heads of `source`, which holds, for each of `groups` in turn, some heads of every part, `dim` rows a head.
+
+    `parts` maps each new name to its heads within a group, in order. `row` None: `source` is a bias, without columns.
+    """
+    columns = () if row is None else (row,)
+    stride, start = sum(parts.values()), 0
+    weights.use(source, (groups * stride * dim, *columns))  # for the error if the shape is another
+    for name, heads in parts.items():
+        end = start + heads
+
+        def cut(fused: np.ndarray, start: int = start, end: int = end) -> np.ndarray:
+            return fused.reshape(groups, stride, dim, *columns)[:, start:end].reshape(-1, *columns)
+
+        weights.derive(name, source, (groups * heads * dim, *columns), cut)
+        start = end

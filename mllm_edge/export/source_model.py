@@ -1,0 +1,161 @@
+"""The source model that a bundle is compared with, as transformers loads it from the checkpoint's folder."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mllm_edge.export.answers import References
+from mllm_edge.export.checkpoint.quiet import quiet_transformers
+from mllm_edge.export.checkpoint.source import Source
+from mllm_edge.export.reference import adapted, cache_name, forget_prompts, load_reference
+
+__all__ = ["Reference", "Scope", "VerifyCase", "source_runner"]
+
+_STEPS = 16
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Scope:
+    """How much of the decoder is compared: all of it (None) or its first layers with the head."""
+
+    decoder_layers: int | None
+
+
+@dataclass(frozen=True)
+class VerifyCase:
+    """A question, and images as paths or as Pillow images."""
+
+    prompt: str
+    images: tuple[Any, ...] = ()
+
+
+def _cases() -> list[VerifyCase]:
+    """A text-only prompt, one image, and two images of unequal, odd sizes."""
+    from PIL import Image
+
+    random = np.random.default_rng(_SEED)
+
+    def image(height: int, width: int) -> Any:
+        coarse = random.integers(0, 256, (5, 7, 3), dtype=np.uint8)
+        return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+    return [
+        VerifyCase("Name three colours.", ()),
+        VerifyCase("What is in the picture?", (image(240, 320),)),
+        VerifyCase("Compare the two pictures.", (image(97, 131), image(180, 77))),
+    ]
+
+
+class Reference:
+    """The source model in float32 and its processor, as transformers loads them from the folder."""
+
+    def __init__(self, source: Source, scope: Scope):
+        import torch
+
+        from mllm_edge.export.families import family_for
+
+        self.scope, self.cases = scope, tuple(_cases())
+        self.references: References | None = None  # what it answers to the built-in questions, see `judge.py`
+        self.embeds: dict[tuple[Any, ...], np.ndarray] = {}  # see `loss.prompt_embeds`
+        self._runs: dict[tuple[Any, ...], tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        torch.manual_seed(_SEED)
+        self.torch, self.family = torch, family_for(source)
+        with quiet_transformers():
+            self.processor = self.family.load_processor(source)
+            load = getattr(self.family, "load_model", load_reference)
+            model, notes = adapted(load(source, scope.decoder_layers).eval(), source)
+        self.model, self.notes = model, list(notes)
+        if source.model_type in getattr(self.family, "OWN_READING", ()):
+            self._note("transformers has no class for this checkpoint: its reading is our own on both sides")
+
+    def run(self, prompt: str, images: tuple[Any, ...], rendered: str) -> dict[str, Any]:
+        """The prompt's text, the inputs, vision outputs, greedy tokens and the logits they came from. `rendered`: our
+        own text of the prompt, for templates that transformers cannot render with images. What was run once is kept."""
+        key = (prompt, rendered, *map(id, images))
+        if key not in self._runs:
+            self._runs[key] = images, self._run(prompt, images, rendered)  # while they are kept, their ids are theirs
+        return self._runs[key][1]
+
+    def _run(self, prompt: str, images: tuple[Any, ...], rendered: str) -> dict[str, Any]:
+        torch = self.torch
+        text, inputs = self._inputs(prompt, [_opened(image) for image in images], rendered)
+        forget_prompts(self.model)
+        found: dict[str, Any] = {"text": text, "input_ids": inputs["input_ids"][0].numpy()}
+        with torch.no_grad():
+            if images:
+                found["pixel_values"] = inputs["pixel_values"].numpy()
+                hidden, features = self.family.image_features(self.model, inputs)
+                found["vision_hidden"], found["image_features"] = hidden.numpy(), features.numpy()
+            found.update(self._greedy(inputs))
+        return found
+
+    def _inputs(self, prompt: str, images: list[Any], rendered: str) -> tuple[str, Any]:
+        """The rendered prompt and the model's inputs, by transformers' apply_chat_template alone where it can."""
+        content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": prompt}]
+        text = self._render(content, prompt, len(images))
+        if text is not None:
+            messages = [{"role": "user", "content": content if images or self._lists(prompt) else prompt}]
+            options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+            with quiet_transformers():
+                return text, self.processor.apply_chat_template(messages, **options)
+        self._note("transformers cannot render this chat template with images: the prompt's text is our own")
+        bos = self.processor.tokenizer.bos_token
+        special = {"add_special_tokens": False} if bos and rendered.startswith(bos) else {}
+        return rendered, self.processor(text=rendered, images=images or None, return_tensors="pt", **special)
+
+    def _render(self, content: list[Any], prompt: str, images: int) -> str | None:
+        """transformers' text of a question, None where its template has no place for images."""
+        if images or self._lists(prompt):
+            text = self._apply(content)
+            return text if text is not None and text.count(self.processor.image_token) == images else None
+        return self._apply(prompt)
+
+    def _lists(self, prompt: str) -> bool:
+        """Whether the template renders a list of entries, and not the list's own spelling."""
+        text = self._apply([{"type": "text", "text": prompt}])
+        return text is not None and prompt in text and "'type'" not in text
+
+    def _apply(self, content: Any) -> str | None:
+        try:
+            with quiet_transformers():
+                text = self.processor.apply_chat_template(
+                    [{"role": "user", "content": content}], add_generation_prompt=True
+                )
+        except Exception:  # a template can fail like any program
+            return None
+        return str(text)
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def _greedy(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        out = self.model(**inputs, use_cache=True, logits_to_keep=1)
+        cache, logits, tokens = cache_name(self.model), [], []  # type: str, list[np.ndarray], list[int]
+        for _ in range(_STEPS):
+            logits.append(out.logits[0, -1].numpy())
+            tokens.append(int(out.logits[0, -1].argmax()))
+            token = self.torch.tensor([[tokens[-1]]])
+            out = self.model(input_ids=token, **{cache: out.past_key_values}, use_cache=True)
+        return {"logits": np.stack(logits), "tokens": np.array(tokens)}
+
+
+def _opened(image: Any) -> Any:
+    """A picture as transformers takes it: upright; its processors put transparent ones on white themselves. Of 16-bit
+    samples Pillow would keep the lowest 255 levels and call the rest white: they come scaled, as the runtime does."""
+    from PIL import Image, ImageOps
+
+    from mllm_edge.runtime.prompt.image import load_image
+
+    opened = image if isinstance(image, Image.Image) else ImageOps.exif_transpose(Image.open(image))
+    return load_image(image) if opened.mode.startswith(("I", "F")) else opened
+
+
+def source_runner(source: Source) -> Callable[[str, tuple[Any, ...], str], dict[str, Any]]:
+    """Load the source model, whole. The function returned takes a question, its images and our own rendered prompt, and
+    gives `text`, `input_ids` [S], `logits` [steps, V] and greedy `tokens` [steps], with images `vision_hidden` and
+    `image_features`, too."""
+    return Reference(source, Scope(None)).run

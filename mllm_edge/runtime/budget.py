@@ -1,0 +1,99 @@
+"""How much memory a bundle needs, and how much of the context an image takes; nothing is run."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from mllm_edge.bundle import CHAT_TEMPLATE, Bundle
+from mllm_edge.errors import ContextError, ImageError
+from mllm_edge.runtime.prompt.image import ImageSource, load_image
+from mllm_edge.runtime.prompt.processor import Processor
+from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
+
+__all__ = ["ImageCost", "Memory", "image_cost", "memory"]
+
+_MOST_PIXELS = 178_956_970  # as Pillow refuses larger files
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes. `weights` per component stay in memory, as stored in the bundle (a runtime may pack copies of its own);
+    `mapped` files are read row by row from disk; `kv_cache` holds `context` tokens."""
+
+    target: str
+    context: int
+    weights: Mapping[str, int]
+    kv_cache: int
+    mapped: int
+
+    @property
+    def resident(self) -> int:
+        """Weights and cache."""
+        return sum(self.weights.values()) + self.kv_cache
+
+
+@dataclass(frozen=True)
+class ImageCost:
+    """What one image takes. `height` and `width` in px, upright; `tiles` that the vision encoder sees, 1 where the
+    `grid` is one of cells; `prompt_tokens` are those of a prompt with the image and no text, markers and template
+    included; `left` of the context."""
+
+    height: int
+    width: int
+    tiles: int
+    grid: tuple[int, int]
+    image_tokens: int
+    prompt_tokens: int
+    left: int
+
+
+def memory(bundle: Bundle, context: int) -> list[Memory]:
+    """Memory for `context` tokens, for each target of the bundle; raises ContextError beyond the model's context."""
+    model, components = bundle.manifest.model, bundle.manifest.components
+    if context > model.context_length:
+        raise ContextError(
+            f"{context} tokens are more than the model's context of {model.context_length}",
+            f"--context {model.context_length} or less",
+        )
+    found = []
+    for target in dict.fromkeys(v.target for v in components["decoder"].variants):
+        variants = {name: bundle.variant(name, target) for name in components}
+        sizes = {name: bundle.manifest.files[v.file].nbytes for name, v in variants.items()}
+        for name, variant in variants.items():
+            data = bundle.manifest.files.get(f"{variant.file}.data")
+            sizes[name] += data.nbytes if data else 0
+        past = next(t for t in variants["decoder"].inputs if t.name.startswith("past_key_values."))
+        cache = model.cache
+        values = 2 * cache.layers * cache.heads * cache.head_dim * context
+        mapped = bundle.manifest.files[model.embedding.file].nbytes
+        found.append(Memory(target, context, sizes, values * np.dtype(past.dtype).itemsize, mapped))
+    return found
+
+
+def image_cost(bundle: Bundle, image: ImageSource | tuple[int, int]) -> ImageCost:
+    """The cost of an image, or of any image of that (height, width); raises ImageError, PromptError."""
+    if isinstance(image, tuple):
+        height, width = image
+        if not 0 < math.prod(image) <= _MOST_PIXELS:
+            raise ImageError(f"an image of {height}x{width} px cannot be processed", "give a smaller size")
+        picture = Image.new("RGB", (width, height))
+    else:
+        picture = load_image(image)
+    model, generation = bundle.manifest.model, bundle.generation()
+    template = ChatTemplate.load(bundle.path, generation) if CHAT_TEMPLATE in bundle.manifest.files else None
+    processor = Processor(model, Tokenizer.load(bundle.path, generation), template)
+    prompt = processor.process("", [picture])
+    assert model.image is not None
+    assert prompt.pixel_values is not None
+    return ImageCost(
+        height=picture.height,
+        width=picture.width,
+        tiles=len(prompt.pixel_values) if model.image.cells is None else 1,
+        grid=prompt.image_grids[0],
+        image_tokens=len(prompt.image_positions),
+        prompt_tokens=len(prompt.token_ids),
+        left=model.context_length - len(prompt.token_ids),
+    )

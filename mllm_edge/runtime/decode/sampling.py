@@ -1,0 +1,202 @@
+"""Choosing the next token from logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mllm_edge.errors import BundleError
+from mllm_edge.runtime.backends.top_logits import Best
+from mllm_edge.runtime.decode.token_rules import TokenRules
+from mllm_edge.runtime.numbers import LARGEST, number, whole
+
+__all__ = ["Sampler", "SamplingParams"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen. The defaults choose the most probable token (greedy).
+
+    `temperature` 0 is greedy. `top_k` keeps the k best (0: all), `top_p` the smallest set with that probability,
+    `min_p` tokens with at least that fraction of the best one's probability. `repetition_penalty` (1: none) applies to
+    tokens of the prompt and the answer; `frequency_penalty` per occurrence and `presence_penalty` once, to the answer
+    only. The same `seed` gives the same tokens. Raises OptionError naming the field.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        self._hold(temperature=number("temperature", self.temperature, 0))
+        self._hold(top_k=whole("top_k", self.top_k, 0))
+        self._hold(top_p=number("top_p", self.top_p, 0, 1, above=True))
+        self._hold(min_p=number("min_p", self.min_p, 0, 1))
+        self._hold(repetition_penalty=number("repetition_penalty", self.repetition_penalty, 0, above=True))
+        self._hold(frequency_penalty=number("frequency_penalty", self.frequency_penalty, -LARGEST))
+        self._hold(presence_penalty=number("presence_penalty", self.presence_penalty, -LARGEST))
+        if self.seed is not None:
+            self._hold(seed=whole("seed", self.seed, 0))
+
+    def _hold(self, **values: float) -> None:
+        """Python's own numbers: numpy's may be too narrow to be reckoned with."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+
+class Sampler:
+    """Chooses one token after another for one answer; remembers the tokens for the penalties and for `rules`."""
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_ids: Sequence[int] | np.ndarray = (),
+        rules: TokenRules | None = None,
+    ):
+        self._params, self._rules = params, rules
+        # numpy.random takes 0.1 s to import: a greedy answer does without it.
+        self._random = None if params.temperature == 0 else np.random.default_rng(params.seed)
+        self._seen = np.unique(np.asarray(prompt_ids, np.int64))
+        self._counts: dict[int, int] = {}
+
+    @property
+    def needs(self) -> int | None:
+        """How many of the largest logits decide, with all that equal the smallest of these; None: all logits do."""
+        params = self._params
+        if self._rules is not None:
+            return None
+        if params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0:
+            return None
+        return 1 if params.temperature == 0 else params.top_k or None
+
+    def sample(self, logits: np.ndarray | Best) -> int:
+        """The next token for `logits` [V] float32, which stay as they are, or for the best of them where `needs` is a
+        number: the token is the same.
+
+        Raises ValueError when the best logit is not finite (NaN anywhere, +inf, or everything −inf).
+        """
+        if isinstance(logits, Best):
+            assert self.needs is not None, "all logits decide"
+            ids, row = logits.row(self.needs)
+            place = self._choose(row)
+            token = place if ids is None else int(ids[place])
+        else:
+            token = self._choose(logits)
+        self.observe(token)
+        return token
+
+    def _choose(self, logits: np.ndarray) -> int:
+        if self._random is None:
+            logits = self._penalized(logits)
+            token = int(np.argmax(logits))
+            _require_finite(logits[token])
+            return token
+        ids, probabilities = self.distribution(logits)
+        cumulative = np.cumsum(probabilities)
+        drawn = np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")
+        last = np.searchsorted(cumulative, cumulative[-1])  # behind it every probability is 0
+        return int(ids[min(drawn, last)])
+
+    def observe(self, token: int) -> None:
+        """Count `token` as part of the answer (`sample` does this itself; forced tokens need it)."""
+        if token not in self._counts and self._params.repetition_penalty != 1.0:
+            self._seen = np.append(self._seen, token)
+        self._counts[token] = self._counts.get(token, 0) + 1
+        if self._rules is not None:
+            self._rules.observe(token)
+
+    def distribution(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Candidates for `logits` [V] float32: ids [K] int64 and their probabilities [K] float64, which sum to 1.
+
+        At temperature 0 there is one candidate. Raises ValueError as `sample` does.
+        """
+        params = self._params
+        logits = self._penalized(logits)
+        best = int(np.argmax(logits))
+        _require_finite(logits[best])
+        if params.temperature == 0:
+            return np.array([best]), np.ones(1)
+        ids = _top_k(logits, params.top_k)
+        weights = _weights(logits if ids is None else logits[ids], logits[best], params.temperature)
+        if params.top_p < 1.0:
+            ids, weights = _keep(_top_p(weights, params.top_p), ids, weights)
+        if params.min_p > 0.0:
+            ids, weights = _keep(np.flatnonzero(weights >= params.min_p), ids, weights)
+        if ids is None:
+            ids = np.arange(len(logits))
+        return ids, weights / weights.sum(dtype=np.float64)
+
+    def _penalized(self, logits: np.ndarray) -> np.ndarray:
+        logits = np.asarray(logits)
+        if logits.ndim != 1 or logits.size == 0:
+            raise ValueError(f"logits must be one row [V], not {logits.shape}")
+        if self._rules is None:
+            return self._with_penalties(logits)
+        # Last, so that a forbidden token stays so.
+        return self._rules.apply(self._with_penalties(logits))
+
+    def _with_penalties(self, logits: np.ndarray) -> np.ndarray:
+        params = self._params
+        repetition = params.repetition_penalty != 1.0 and len(self._seen) > 0
+        counted = bool(self._counts) and (params.frequency_penalty != 0.0 or params.presence_penalty != 0.0)
+        if not repetition and not counted:
+            return logits
+        logits = logits.astype(np.float32)
+        if repetition:
+            seen = self._seen[(self._seen >= 0) & (self._seen < len(logits))]
+            values = logits[seen]
+            penalty = np.float32(params.repetition_penalty)
+            logits[seen] = np.where(values < 0, values * penalty, values / penalty)
+        if counted:
+            ids = np.fromiter(self._counts.keys(), np.int64)
+            counts = np.fromiter(self._counts.values(), np.float32)
+            logits[ids] -= counts * np.float32(params.frequency_penalty) + np.float32(params.presence_penalty)
+        return logits
+
+
+def _require_finite(best: np.floating) -> None:
+    # argmax stops at a NaN, so looking at the best logit alone finds one anywhere.
+    if not np.isfinite(best):
+        raise BundleError(
+            f"logits contain NaN or infinity (best is {best})",
+            "check the files with `mllm-edge inspect BUNDLE --verify`; where all are whole the model overflowed: "
+            "export it again with more precision (--recipe fp32)",
+        )
+
+
+def _weights(logits: np.ndarray, best: np.floating, temperature: float) -> np.ndarray:
+    """Probabilities relative to the best token's, which is exactly 1; float32, as exponentials are most of the cost."""
+    scores = logits.astype(np.float32) - np.float32(best)
+    with np.errstate(over="ignore", under="ignore"):
+        scores /= np.float32(max(temperature, 1e-30))  # 0 in float32 would make 0 / 0 of the best one
+        return np.exp(scores, out=scores)
+
+
+def _keep(kept: np.ndarray, ids: np.ndarray | None, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return kept if ids is None else ids[kept], weights[kept]
+
+
+def _top_k(logits: np.ndarray, k: int) -> np.ndarray | None:
+    """Ids of the k largest logits and of any that equal the smallest of them; None stands for all ids."""
+    if not 0 < k < len(logits):
+        return None
+    return np.flatnonzero(logits >= np.partition(logits, -k)[-k])
+
+
+def _top_p(weights: np.ndarray, p: float) -> np.ndarray:
+    """Indices of the largest weights, best first, up to and with the one at which their share of the sum reaches p."""
+    total = weights.sum(dtype=np.float64)
+    # All weights below (1 − p) / V of the sum together stay below 1 − p of it: none of them can be kept, so only the
+    # others need sorting.
+    candidates = np.flatnonzero(weights >= total * (1.0 - p) / len(weights))
+    order = candidates[np.argsort(-weights[candidates], kind="stable")]
+    sorted_weights = weights[order].astype(np.float64)
+    before = np.cumsum(sorted_weights) - sorted_weights
+    return order[: max(1, int(np.count_nonzero(before < p * total)))]
