@@ -27,17 +27,26 @@ from benchmarks.real_weights_source import Source, gemma3, rescaled, smollm2
 from benchmarks.real_weights_texts import calibration_prompts, held_out_prompts
 from benchmarks.report import Report
 from mllm_edge.bundle import MANIFEST, Bundle
-from mllm_edge.calibration.collect import greedy_tokens
 from mllm_edge.calibration.evaluate import divergence
 from mllm_edge.calibration.recipes import CALIBRATED, Recipe
 from mllm_edge.export.pipeline import export
 from mllm_edge.export.quantize import quantize
 from mllm_edge.graph.precision import BLOCKS_4, BLOCKS_8, CALIBRATED_4, FLOAT16, FLOAT32, Precision
 from mllm_edge.runtime.prompt.processor import Prompt
-from mllm_edge.runtime.score import score
 from mllm_edge.runtime.vlm import VLM
 
-__all__ = ["MODELS", "RECIPES", "Question", "answered", "compared", "held_out", "main", "recipe_rows", "reference"]
+__all__ = [
+    "MODELS",
+    "RECIPES",
+    "Question",
+    "answered",
+    "compared",
+    "held_out",
+    "main",
+    "recipe_rows",
+    "reference",
+    "scored",
+]
 
 _TOKENS = 110  # of each answer
 Make = Callable[[Path, Path, Path], None]  # (checkpoint, float bundle, where the quantized one goes)
@@ -165,8 +174,8 @@ def answered(float_bundle: Path, prompts: Iterable[str], tokens: int, kept: Path
     if missing:
         with VLM.load(float_bundle) as vlm:
             for prompt in missing:
-                embeds = vlm.prompt_embeds(vlm.processor.process(prompt))
-                answers[prompt] = greedy_tokens(vlm, embeds, None, tokens).tolist()
+                encoded = vlm.encode(vlm.processor.process(prompt))
+                answers[prompt] = vlm.greedy([encoded], tokens)[0].tolist()
         kept.write_text(json.dumps(answers), encoding="utf-8")
     return [(prompt, np.array(answers[prompt], np.int64)) for prompt in prompts]
 
@@ -182,7 +191,7 @@ def recipe_rows(
         bits = 32 * _weight_bytes(out) / _weight_bytes(float_bundle)
         with VLM.load(out) as vlm:
             for questions in groups:
-                yield {"bits": round(bits, 2), **_compared(float_bundle, partial(score, vlm), questions)}
+                yield {"bits": round(bits, 2), **_compared(float_bundle, partial(scored, vlm), questions)}
 
 
 def _llama_row(name: str, model: Model, cache: Path, float_bundle: Path, questions: list[Question]) -> dict[str, float]:
@@ -203,7 +212,12 @@ def _llama_row(name: str, model: Model, cache: Path, float_bundle: Path, questio
 def _compared(float_bundle: Path, other: Score, questions: list[Question]) -> dict[str, float]:
     with VLM.load(float_bundle) as vlm:
         prompts = ((vlm.processor.process(question), answer) for question, answer in questions)
-        return compared((score(vlm, prompt, answer), other(prompt, answer)) for prompt, answer in prompts)
+        return compared((scored(vlm, prompt, answer), other(prompt, answer)) for prompt, answer in prompts)
+
+
+def scored(vlm: VLM, prompt: Prompt, answer: np.ndarray) -> np.ndarray:
+    """Logits [n, V] along an answer [n]."""
+    return vlm.score(vlm.encode(prompt), answer)
 
 
 def compared(logits: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:

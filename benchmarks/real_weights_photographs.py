@@ -25,13 +25,11 @@ from benchmarks.real_weights import MODELS, compared, reference
 from benchmarks.report import Report
 from benchmarks.vlm_checkpoints import smolvlm_256m
 from mllm_edge.bundle import Bundle
-from mllm_edge.calibration.collect import greedy_tokens
 from mllm_edge.calibration.recipes import CALIBRATED
 from mllm_edge.export.pipeline import export
 from mllm_edge.export.quantize import quantize
 from mllm_edge.graph.precision import FLOAT32
 from mllm_edge.runtime.backends.choose import open_backend
-from mllm_edge.runtime.score import score
 from mllm_edge.runtime.vlm import VLM
 
 __all__ = ["main", "photographs"]
@@ -128,12 +126,12 @@ def _measured(float_bundle: Path, out: Path, target: str, judge: list[Path]) -> 
     with VLM.load(float_bundle) as vlm, VLM(Bundle.load(out), open_backend("cpu", None, target)) as other:
         for path in judge:
             prompt = vlm.processor.process(_QUESTION, [path])
-            embeds = vlm.prompt_embeds(prompt)
-            changed = embeds.copy()
+            encoded = vlm.encode(prompt)
+            embeds, changed = encoded.embeds, encoded.embeds.copy()
             changed[prompt.image_positions] = other.image_features(prompt)
             powers.append([((changed - embeds) ** 2).sum(), (embeds[prompt.image_positions] ** 2).sum()])
-            answer = greedy_tokens(vlm, embeds, prompt.positions, _TOKENS)
-            logits.append((score(vlm, prompt, answer, embeds), score(vlm, prompt, answer, changed)))
+            (answer,) = vlm.greedy([encoded], _TOKENS)
+            logits.append((vlm.score(encoded, answer), vlm.score(replace(encoded, embeds=changed), answer)))
     errors = np.array([np.sum(powers, axis=0), *powers])
     off = 100 * np.sqrt(errors[:, 0] / errors[:, 1])
     return {"off %": round(float(off[0]), 3), "worst %": round(float(off.max()), 3), **compared(logits)}

@@ -15,11 +15,11 @@ from mllm_edge.calibration.findings import is_whole, save_arrays
 from mllm_edge.errors import ContextError, DataError, ImageError
 from mllm_edge.files import sync, write_whole
 from mllm_edge.runtime.backends.base import Backend, Buffer, Session
-from mllm_edge.runtime.score import continued
+from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.vlm import VLM
 from mllm_edge.spec import Variant
 
-__all__ = ["Feeds", "answer_tokens", "greedy_tokens", "is_recorded", "mark_recorded", "record"]
+__all__ = ["Feeds", "answer_tokens", "is_recorded", "mark_recorded", "record"]
 
 _ANSWER_TOKENS = 64
 _TOGETHER = 8  # samples that are asked before what they were fed is written
@@ -109,42 +109,13 @@ def answer_tokens(vlm: VLM, sample: Sample) -> np.ndarray | None:
     return np.array([*ids, *sorted(vlm.stop_ids)[:1]], np.int64)
 
 
-def greedy_tokens(vlm: VLM, embeds: np.ndarray, positions: np.ndarray | None, most: int) -> np.ndarray:
-    """The model's own answer to a prompt, with its end if that comes within `most` tokens."""
-    return _greedy(vlm, [embeds], None if positions is None else [positions], most)[0]
-
-
-def _greedy(
-    vlm: VLM, prompts: Sequence[np.ndarray], positions: Sequence[np.ndarray] | None, most: int
-) -> list[np.ndarray]:
-    """The answers to several prompts [S, H], side by side where the decoder takes them so."""
-    vlm.decoder.reset(max(map(len, prompts)) + most, len(prompts))
-    if len(prompts) > 1 and not vlm.decoder.takes_batch([len(embeds) for embeds in prompts]):
-        return [_greedy(vlm, [embeds], None, most)[0] for embeds in prompts]
-    logits = vlm.decoder.forward_batch(prompts, positions)
-    answers: list[list[int]] = [[] for _ in prompts]
-    unfinished = answers
-    for left in reversed(range(most)):
-        chosen = logits.argmax(axis=1)
-        for answer, token in zip(answers, chosen.tolist(), strict=True):
-            if not answer or answer[-1] not in vlm.stop_ids:
-                answer.append(token)
-        unfinished = [answer for answer in unfinished if answer[-1] not in vlm.stop_ids]
-        if not left or not unfinished:
-            break
-        # Those that have ended go on unheard: a batch keeps its size.
-        logits = vlm.decoder.forward_batch(list(vlm.embed(chosen)[:, None]))
-    return [np.array(answer, np.int64) for answer in answers]
-
-
 @dataclass(frozen=True, eq=False)
 class _Asked:
     """A sample with its prompt as the decoder gets it, and its answer, if that is known. `room`: tokens that fit
     behind the prompt."""
 
     sample: Sample
-    embeds: np.ndarray
-    positions: np.ndarray | None
+    prompt: Encoded
     answer: np.ndarray | None
     room: int
 
@@ -161,26 +132,26 @@ def _naming(sample: Sample) -> Iterator[None]:
 def _ask(vlm: VLM, sample: Sample) -> _Asked:
     with _naming(sample):
         prompt = vlm.processor.process(sample.prompt, sample.images)
-        embeds = vlm.prompt_embeds(prompt)
-        room = vlm.context_length - len(embeds)
-        return _Asked(sample, embeds, prompt.positions, answer_tokens(vlm, sample), room)
+        encoded = vlm.encode(prompt)
+        room = vlm.context_length - len(encoded)
+        return _Asked(sample, encoded, answer_tokens(vlm, sample), room)
 
 
 def _answers(vlm: VLM, asked: Sequence[_Asked]) -> list[np.ndarray]:
-    """Those that are known, and the model's own to the others: to several prompts at once, where their positions are
-    plain and all have room for as many tokens."""
+    """Those that are known, and the model's own to the others: to several prompts at once, where they are plain and
+    all have room for as many tokens."""
     found = {i: one.answer for i, one in enumerate(asked) if one.answer is not None}
-    alike = [i for i, one in enumerate(asked) if i not in found and one.positions is None]
+    alike = [i for i, one in enumerate(asked) if i not in found and one.prompt.is_plain]
     alike = [i for i in alike if asked[i].room >= _ANSWER_TOKENS]
-    size = _batch(vlm, max((len(asked[i].embeds) for i in alike), default=0))
+    size = _batch(vlm, max((len(asked[i].prompt) for i in alike), default=0))
     for start in range(0, len(alike), size):
         some = alike[start : start + size]
-        answers = _greedy(vlm, [asked[i].embeds for i in some], None, _ANSWER_TOKENS)
+        answers = vlm.greedy([asked[i].prompt for i in some], _ANSWER_TOKENS)
         found |= zip(some, answers, strict=True)
     for i, one in enumerate(asked):
         if i not in found:
             with _naming(one.sample):
-                found[i] = greedy_tokens(vlm, one.embeds, one.positions, min(_ANSWER_TOKENS, one.room))
+                (found[i],) = vlm.greedy([one.prompt], min(_ANSWER_TOKENS, one.room))
     return [found[i] for i in range(len(asked))]
 
 
@@ -194,11 +165,8 @@ def _batch(vlm: VLM, tokens: int) -> int:
 def _write(vlm: VLM, asked: _Asked, answer: np.ndarray) -> None:
     with _naming(asked.sample):
         answer = answer[: max(asked.room, 0)]
-        whole = np.concatenate([asked.embeds, vlm.embed(answer)])
-        vlm.decoder.reset(len(whole))
-        # The rows that are projected are those that make the answer: see `calibrate`.
-        rows = range(len(asked.embeds) - 1, len(whole))
-        vlm.decoder.forward(whole, continued(asked.positions, len(answer)), rows=rows)
+        # The rows that are projected are those that make the answer, and the one behind it: see `calibrate`.
+        vlm.score(asked.prompt, np.append(answer, 0))
 
 
 class _Recorder:

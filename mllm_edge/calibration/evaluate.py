@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from mllm_edge.calibration.collect import answer_tokens, greedy_tokens
+from mllm_edge.calibration.collect import answer_tokens
 from mllm_edge.calibration.data import Sample
 from mllm_edge.json_form import to_json
-from mllm_edge.runtime.score import score
+from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.vlm import VLM
 
 __all__ = ["Distance", "Proof", "divergence", "led_tokens", "prove"]
@@ -84,17 +84,17 @@ def prove(
         return tally.proof(a.bundle.nbytes, b.bundle.nbytes)
 
 
-def led_tokens(vlm: VLM, sample: Sample, embeds: np.ndarray) -> np.ndarray:
+def led_tokens(vlm: VLM, sample: Sample, prompt: Encoded) -> np.ndarray:
     """The tokens [n] along which bundles are compared: the sample's answer or, where it has none, the greedy one of
     the float bundle opened as `vlm`."""
-    answer, most = answer_tokens(vlm, sample), _most(vlm, embeds)
+    answer, most = answer_tokens(vlm, sample), _most(vlm, prompt)
     if answer is not None:
         return answer[:most]
-    return greedy_tokens(vlm, embeds, vlm.processor.process(sample.prompt, sample.images).positions, most)
+    return vlm.greedy([prompt], most)[0]
 
 
-def _most(vlm: VLM, embeds: np.ndarray) -> int:
-    return min(_TOKENS, vlm.context_length - len(embeds))
+def _most(vlm: VLM, prompt: Encoded) -> int:
+    return min(_TOKENS, vlm.context_length - len(prompt))
 
 
 def _pair(a: VLM, b: VLM, sample: Sample) -> tuple[_Run, _Run, np.ndarray | None]:
@@ -106,16 +106,15 @@ def _pair(a: VLM, b: VLM, sample: Sample) -> tuple[_Run, _Run, np.ndarray | None
 
 def _run(vlm: VLM, sample: Sample, answer: np.ndarray | None) -> _Run:
     prompt = vlm.processor.process(sample.prompt, sample.images)
-    positions = prompt.positions
     outputs = _vision(vlm, prompt)
-    embeds = vlm.prompt_embeds(prompt)
-    most = _most(vlm, embeds)
+    encoded = vlm.encode(prompt)
+    most = _most(vlm, encoded)
     begin = time.perf_counter()
-    greedy = greedy_tokens(vlm, embeds, positions, most)
+    (greedy,) = vlm.greedy([encoded], most)
     token = (time.perf_counter() - begin) / max(len(greedy), 1)
     tokens = (greedy if answer is None else answer)[:most]
     begin = time.perf_counter()
-    logits = score(vlm, prompt, tokens, embeds)
+    logits = vlm.score(encoded, tokens)
     return _Run(outputs, logits, greedy, time.perf_counter() - begin, token)
 
 

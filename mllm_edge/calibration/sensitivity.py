@@ -16,8 +16,8 @@ from mllm_edge.calibration.evaluate import divergence, led_tokens
 from mllm_edge.calibration.linears import find_layers
 from mllm_edge.files import write_whole
 from mllm_edge.runtime.backends.base import Backend, Session
+from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.prompt.processor import Prompt
-from mllm_edge.runtime.score import score
 from mllm_edge.runtime.vlm import VLM
 from mllm_edge.spec import Variant
 
@@ -42,10 +42,10 @@ class Unit:
 
 @dataclass(frozen=True, eq=False)
 class Turn:
-    """A prompt, its embeddings [S, H], and the ids [n] of the answer along which distributions are compared."""
+    """A prompt, also as the decoder gets it, and the ids [n] of the answer along which distributions are compared."""
 
     prompt: Prompt
-    embeds: np.ndarray
+    encoded: Encoded
     answer: np.ndarray
 
 
@@ -62,9 +62,9 @@ def answered(samples: Sequence[Sample]) -> Asked:
 
     def turns(vlm: VLM) -> list[Turn]:
         prompts = [vlm.processor.process(sample.prompt, sample.images) for sample in samples]
-        embeds = [vlm.prompt_embeds(prompt) for prompt in prompts]
-        answers = [led_tokens(vlm, sample, rows) for sample, rows in zip(samples, embeds, strict=True)]
-        return [Turn(*found) for found in zip(prompts, embeds, answers, strict=True) if len(found[2])]
+        encoded = [vlm.encode(prompt) for prompt in prompts]
+        answers = [led_tokens(vlm, sample, prompt) for sample, prompt in zip(samples, encoded, strict=True)]
+        return [Turn(*found) for found in zip(prompts, encoded, answers, strict=True) if len(found[2])]
 
     return turns
 
@@ -147,7 +147,7 @@ def _compared(exact: np.ndarray, logits: np.ndarray) -> tuple[np.ndarray, np.nda
 
 def _logits(vlm: VLM, turn: Turn, again: bool = False) -> np.ndarray:
     """Along the answer; the pictures are looked at `again`."""
-    return score(vlm, turn.prompt, turn.answer, None if again else turn.embeds)
+    return vlm.score(vlm.encode(turn.prompt) if again else turn.encoded, turn.answer)
 
 
 def _kept(note: Path) -> dict[str, float]:

@@ -11,6 +11,7 @@ from mllm_edge.calibration.evaluate import divergence
 from mllm_edge.export.checkpoint.quiet import quiet_transformers
 from mllm_edge.export.reference import rounded, scores
 from mllm_edge.graph.precision import HEAD_8, INT8_DYNAMIC, Precision
+from mllm_edge.runtime.decode.encoded import Encoded
 
 __all__ = ["Answered", "References", "compared"]
 
@@ -30,12 +31,12 @@ class Answered:
 @dataclass(frozen=True, eq=False)
 class References:
     """What the source model answers to the built-in questions; `shown`, the first that it says anything to, is for
-    people. `embeds`: see `prompt_embeds`."""
+    people. `encoded`: see `loss.encoded_once`."""
 
     answered: tuple[Answered, ...]
     shown: Answered
     model: Any
-    embeds: dict[tuple[Any, ...], np.ndarray]
+    encoded: dict[tuple[Any, ...], Encoded]
     _rounding: dict[int, tuple[float, float]] = field(default_factory=dict)
     _explained: dict[tuple[int, int, bool], float] = field(default_factory=dict)
 

@@ -12,6 +12,7 @@ from mllm_edge.calibration.recipes import Recipe, recipe
 from mllm_edge.errors import MllmEdgeError, SourceError
 from mllm_edge.export.checkpoint.safetensors import Weights
 from mllm_edge.export.checkpoint.source import Source, open_source
+from mllm_edge.export.checkpoint.source_weights import source_weights
 from mllm_edge.export.checkpoint.vocabulary import check_generation
 from mllm_edge.export.decoders.build import build_decoder
 from mllm_edge.export.early import check_checkpoint
@@ -106,7 +107,7 @@ def diagnose_checkpoint(folder: str | Path, adapters: Sequence[str | Path] = ())
     source = open_source(str(folder), adapters=adapters)
     refusals = _Refusals(source)
     family = refusals.attempt(lambda: family_for(source))
-    weights = refusals.attempt(source.weights)
+    weights = refusals.attempt(lambda: source_weights(source))
     plan: Plan | None = None
     if family is not None:
         module = family

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from mllm_edge.bundle import CHAT_TEMPLATE, Bundle
-from mllm_edge.calibration.collect import greedy_tokens
 from mllm_edge.calibration.sensitivity import Asked, Turn
 from mllm_edge.errors import AccuracyError, MllmEdgeError
 from mllm_edge.export.answers import Answered, References, compared
@@ -21,12 +20,12 @@ from mllm_edge.export.reference import greedy_answers, scores
 from mllm_edge.export.source_model import Reference, VerifyCase
 from mllm_edge.loss import WARN_KL, Loss
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
+from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.prompt.processor import Processor, Prompt
 from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
-from mllm_edge.runtime.score import score
 from mllm_edge.runtime.vlm import VLM
 
-__all__ = ["WARN_KL", "Loss", "ask", "measure", "prompt_embeds", "turns_of"]
+__all__ = ["WARN_KL", "Loss", "ask", "measure", "encoded_once", "turns_of"]
 
 _TOKENS = 32  # of each answer
 _SAME = 1e-3  # of the range of logits; as float32 graphs are held to
@@ -55,7 +54,7 @@ def ask(reference: Reference, folder: Path, picture: VerifyCase | None = None) -
     if picture is not None and bundle.manifest.model.image is not None:
         answered.append(_about_picture(reference, processor, picture, stops))
     shown = next((a for a in answered if tokenizer.decode(a.tokens).strip()), answered[0])
-    return References(tuple(answered), shown, reference.model, reference.embeds)
+    return References(tuple(answered), shown, reference.model, reference.encoded)
 
 
 def measure(references: References, folder: Path, target: str = "cpu") -> Loss:
@@ -63,10 +62,10 @@ def measure(references: References, folder: Path, target: str = "cpu") -> Loss:
     cost is measured where the loss is one that people notice."""
     shown = references.shown
     with VLM(Bundle.load(folder), OnnxRuntimeCpu(target=target)) as vlm:
-        found = [_score(vlm, a, references.embeds) for a in references.answered]
+        found = [_score(vlm, a, references.encoded) for a in references.answered]
         prompt = vlm.processor.process(shown.question, shown.images)
-        embeds = prompt_embeds(vlm, prompt, shown.images, references.embeds)
-        after = greedy_tokens(vlm, embeds, prompt.positions, len(shown.tokens))
+        encoded = encoded_once(vlm, prompt, shown.images, references.encoded)
+        (after,) = vlm.greedy([encoded], len(shown.tokens))
         answers = [_text(vlm, tokens) for tokens in (shown.tokens, after)]
     kl, agreement = compared([a.logits for a in references.answered], found)
     texts, _ = compared([a.logits for a in references.texts], found[: len(references.texts)])
@@ -89,21 +88,19 @@ def turns_of(answered: Sequence[Answered], count: int) -> Asked:
 
     def turns(vlm: VLM) -> list[Turn]:
         prompts = [vlm.processor.process(a.question) for a in answered[:count]]
-        return [Turn(p, vlm.prompt_embeds(p), a.tokens) for p, a in zip(prompts, answered, strict=False)]
+        return [Turn(p, vlm.encode(p), a.tokens) for p, a in zip(prompts, answered, strict=False)]
 
     return turns
 
 
-def prompt_embeds(
-    vlm: VLM, prompt: Prompt, images: Sequence[Any], known: dict[tuple[Any, ...], np.ndarray]
-) -> np.ndarray:
-    """The embeddings [S, H] of a prompt; those with pictures are kept in `known`, by the pictures and the files that
+def encoded_once(vlm: VLM, prompt: Prompt, images: Sequence[Any], known: dict[tuple[Any, ...], Encoded]) -> Encoded:
+    """The prompt as the decoder gets it; those with pictures are kept in `known`, by the pictures and the files that
     see them: bundles that are compared often differ in the decoder alone."""
     if not images:
-        return vlm.prompt_embeds(prompt)
+        return vlm.encode(prompt)
     key = (prompt.text, *map(id, images), *_seen_by(vlm.bundle, vlm.backend.target))
     if key not in known:
-        known[key] = vlm.prompt_embeds(prompt)
+        known[key] = vlm.encode(prompt)
     return known[key]
 
 
@@ -145,9 +142,9 @@ def _about_picture(reference: Reference, processor: Processor, case: VerifyCase,
     return Answered(case.prompt, case.images, prompt.token_ids, found["tokens"][:n], found["logits"][:n])
 
 
-def _score(vlm: VLM, answered: Answered, known: dict[tuple[Any, ...], np.ndarray]) -> np.ndarray:
+def _score(vlm: VLM, answered: Answered, known: dict[tuple[Any, ...], Encoded]) -> np.ndarray:
     prompt = vlm.processor.process(answered.question, answered.images)
-    return score(vlm, prompt, answered.tokens, prompt_embeds(vlm, prompt, answered.images, known))
+    return vlm.score(encoded_once(vlm, prompt, answered.images, known), answered.tokens)
 
 
 def _seen_by(bundle: Bundle, target: str) -> list[str]:

@@ -10,6 +10,7 @@ from mllm_edge.export.answers import References
 from mllm_edge.export.checkpoint.quiet import quiet_transformers
 from mllm_edge.export.checkpoint.source import Source
 from mllm_edge.export.reference import adapted, cache_name, forget_prompts, load_reference
+from mllm_edge.runtime.decode.encoded import Encoded
 
 __all__ = ["Reference", "Scope", "VerifyCase", "source_runner"]
 
@@ -59,7 +60,7 @@ class Reference:
 
         self.scope, self.cases = scope, tuple(_cases())
         self.references: References | None = None  # what it answers to the built-in questions, see `judge.py`
-        self.embeds: dict[tuple[Any, ...], np.ndarray] = {}  # see `loss.prompt_embeds`
+        self.encoded: dict[tuple[Any, ...], Encoded] = {}  # see `loss.encoded_once`
         self._runs: dict[tuple[Any, ...], tuple[tuple[Any, ...], dict[str, Any]]] = {}
         torch.manual_seed(_SEED)
         self.torch, self.family = torch, family_for(source)

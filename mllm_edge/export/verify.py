@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mllm_edge.errors import ParityError, PromptError
-from mllm_edge.export.loss import prompt_embeds
+from mllm_edge.export.loss import encoded_once
 from mllm_edge.export.source_model import Reference, VerifyCase
 
 __all__ = ["LIMITS", "Parity", "VerifyCase", "verify"]
@@ -110,8 +110,8 @@ def _compare(reference: Reference, folder: Path, case: VerifyCase, target: str) 
             hidden, features = (np.concatenate(parts) for parts in zip(*vlm.vision_runs(prompt), strict=True))
             errors["vision_encoder"] = _relative(hidden, expected["vision_hidden"])
             errors["connector"] = _relative(features, expected["image_features"])
-        embeds = prompt_embeds(vlm, prompt, case.images, reference.embeds)
-        logits = _forced(vlm, prompt, embeds, expected["tokens"])
+        encoded = encoded_once(vlm, prompt, case.images, reference.encoded)
+        logits = vlm.steps(encoded, expected["tokens"])
     spread = np.ptp(expected["logits"])
     difference = np.abs(logits - expected["logits"]).max(axis=1) / spread
     errors["prefill_logits"], errors["decode_logits"] = float(difference[0]), float(difference[1:].max())
@@ -150,15 +150,6 @@ def _grey_levels(vlm: Any, ours: np.ndarray, expected: np.ndarray) -> float:
         raise ParityError(f"pixel_values {list(ours.shape)}, but {list(expected.shape)} from the source's processor")
     scale = 255 * float(np.mean(_std(vlm)))
     return float(np.abs(ours - expected.reshape(ours.shape)).max()) * scale
-
-
-def _forced(vlm: Any, prompt: Any, embeds: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """Logits [steps, V] of prefill and of each step along the reference's tokens."""
-    vlm.decoder.reset(len(embeds) + len(tokens))
-    rows = [vlm.decoder.forward(embeds, prompt.positions).copy()]
-    for token in tokens[:-1]:
-        rows.append(vlm.decoder.forward(vlm.embed(np.array([token]))).copy())
-    return np.stack(rows)
 
 
 def _relative(value: np.ndarray, expected: np.ndarray) -> float:

@@ -155,7 +155,7 @@ class DecoderSpec:
     """A transformer decoder. Sizes are in elements.
 
     `stack`: the layers, in order; `ropes` and `windows` (None: all positions): what they choose from. `table`: learned
-    positions or relative bias. `blocks`: some tokens see each other in both directions, so masks come from the host in
+    positions or relative bias. `spans`: some tokens see each other in both directions, so masks come from the host in
     every dialect. `deepstack`: behind each of the first so many layers the graph adds an input `deepstack.{k}`
     [B, S, H]. `head_scale` multiplies the last hidden state, `logits_cap` c bounds logits by c·tanh(l/c), `head_bias`
     names a vector [V] to add to them; `banned`: token ids that are never chosen. `lm_head` may name the embedding
@@ -172,7 +172,7 @@ class DecoderSpec:
     ropes: tuple[RopeSpec, ...] = ()
     windows: tuple[int | None, ...] = (None,)
     table: PositionTable | None = None
-    blocks: bool = False
+    spans: bool = False
     cross: CrossSpec | None = None
     moe: MoeSpec | None = None
     deepstack: int = 0

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from mllm_edge.runtime.decode.decoder import Decoder
+from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.decode.generate import generate
 from mllm_edge.runtime.decode.sampling import Sampler
 from mllm_edge.runtime.decode.speculation import PromptLookup
@@ -98,25 +99,24 @@ class Call:
 
 def answer(
     call: Call,
-    embeds: np.ndarray,
+    encoded: Encoded,
     tiles: int,
     decoder: Decoder,
     embed: Embedder,
     tokenizer: Tokenizer,
     context_length: int,
 ) -> Generator[Chunk | None, None, None]:
-    """The pieces of the answer to `embeds` [S, H], the prompt's; None stands for a token that completes none."""
+    """The pieces of the answer to the prompt as it was `encoded`; None stands for a token that completes none."""
     prompt, stops, trace, most = call.prompt, call.stops, call.trace, call.max_new_tokens
     capacity = -(-(len(prompt.token_ids) + most) // _CAPACITY_STEP) * _CAPACITY_STEP
     with trace.span("allocate"):
-        cache = decoder.reset(min(capacity, context_length))
+        cache = decoder.start(encoded, min(capacity, context_length) - len(encoded))
     text = StreamDecoder(tokenizer)
     ids: list[int] = []
     times: list[float] = []
     texts: list[str] = []
     begun = str if call.raw else _Begun()
-    setting = (call.sampler, call.stop_ids, most, trace)
-    for token in generate(decoder, embed, embeds, *setting, positions=prompt.positions, guesser=call.guesser):
+    for token in generate(decoder, embed, encoded, call.sampler, call.stop_ids, most, trace, call.guesser):
         times.append(call.pace.now())
         with trace.span("detokenize"):
             ids.append(token)

@@ -143,13 +143,8 @@ def bundle_outputs(vlm: VLM, case: Case, tokens: np.ndarray | None = None) -> Ou
     hidden = features = None
     if prompt.pixel_values is not None:
         hidden, features = (np.concatenate(parts) for parts in zip(*vlm.vision_runs(prompt), strict=True))
-    embeds = vlm.prompt_embeds(prompt)
-    vlm.decoder.reset(len(embeds) + steps)
-    rows = [vlm.decoder.forward(embeds, prompt.positions).copy()]
-    while len(rows) < steps:
-        token = int(rows[-1].argmax()) if tokens is None else int(tokens[len(rows) - 1])
-        rows.append(vlm.decoder.forward(vlm.embed(np.array([token]))).copy())
-    logits = np.stack(rows)
+    encoded = vlm.encode(prompt)
+    logits = vlm.steps(encoded, vlm.greedy([encoded], steps, stop_ids=())[0] if tokens is None else tokens)
     return Outputs(prompt.token_ids, logits, logits.argmax(axis=1), hidden, features)
 
 

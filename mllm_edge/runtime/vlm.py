@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,9 @@ from mllm_edge.runtime.arguments import (
 from mllm_edge.runtime.backends.base import Backend
 from mllm_edge.runtime.backends.choose import open_backend
 from mllm_edge.runtime.backends.components import open_component
+from mllm_edge.runtime.decode import along
 from mllm_edge.runtime.decode.decoder import Decoder
+from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.decode.sampling import Sampler, SamplingParams
 from mllm_edge.runtime.decode.speculation import PromptLookup, check_speculation
 from mllm_edge.runtime.decode.token_rules import TokenRules
@@ -275,10 +277,33 @@ class VLM:
                 return
             yield found
 
-    def prompt_embeds(self, prompt: Prompt, trace: Trace | None = None) -> np.ndarray:
-        """Token embeddings of a prompt with the image features in their places, [S, H] float32."""
+    def encode(self, prompt: Prompt, trace: Trace | None = None) -> Encoded:
+        """All that a prompt is to the decoder: its images are looked at, once for any number of questions."""
         with self._turns.turn():
-            return self._prompt_embeds(prompt, trace or Trace())
+            return self._encode(prompt, trace or Trace())
+
+    def score(self, prompt: Encoded, answer: np.ndarray) -> np.ndarray:
+        """Logits [n, V] float32 that the model gives each of the n tokens of `answer` [n], each behind the prompt and
+        the tokens before it, in one run.
+
+        Raises ContextError when a prompt with its answer is longer than the decoder holds.
+        """
+        with self._turns.turn():
+            return along.score(self.decoder, self.embed, prompt, answer)
+
+    def steps(self, prompt: Encoded, tokens: np.ndarray) -> np.ndarray:
+        """As `score`, but one token a step, as an answer is made."""
+        with self._turns.turn():
+            return along.steps(self.decoder, self.embed, prompt, tokens)
+
+    def greedy(
+        self, prompts: Sequence[Encoded], most: int, stop_ids: Collection[int] | None = None
+    ) -> list[np.ndarray]:
+        """The model's own answers to several prompts: ids [n] with the end, if that comes within `most` tokens (None:
+        the model's stop ids). Side by side where the decoder takes them so."""
+        ends = self.stop_ids if stop_ids is None else stop_ids
+        with self._turns.turn():
+            return along.greedy(self.decoder, self.embed, prompts, most, ends)
 
     def _component(self, name: str, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
         types = named(self._types, name, "component")
@@ -300,13 +325,13 @@ class VLM:
             features = features.reshape(-1, features.shape[-1]).astype(np.float32, copy=False)
             yield hidden["vision_hidden"], features
 
-    def _prompt_embeds(self, prompt: Prompt, trace: Trace) -> np.ndarray:
+    def _encode(self, prompt: Prompt, trace: Trace) -> Encoded:
         features = None if prompt.pixel_values is None else self._image_features(prompt, trace)
         with trace.span("embed"):
             embeds = self.embed(prompt.token_ids)
             if features is not None:
                 embeds[prompt.image_positions] = features
-        return embeds
+        return Encoded(embeds, prompt.positions)
 
     def _process(self, prompt: Messages, images: Any, raw: bool) -> Prompt:
         if not raw:
@@ -369,9 +394,9 @@ class VLM:
 
     def _pieces(self, call: Call) -> Generator[Chunk | None, None, None]:
         try:
-            embeds = self._prompt_embeds(call.prompt, call.trace)
+            prompt = self._encode(call.prompt, call.trace)
             tiles = self._tiles(call.prompt)
-            yield from answer(call, embeds, tiles, self.decoder, self.embed, self.tokenizer, self.context_length)
+            yield from answer(call, prompt, tiles, self.decoder, self.embed, self.tokenizer, self.context_length)
         except GeneratorExit:  # it was abandoned between two pieces
             raise
         except BaseException:  # whatever came in the midst of a step may have left things half done

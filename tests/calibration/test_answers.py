@@ -1,13 +1,14 @@
 """The answers that recording asks for: several prompts at once get what each gets alone."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from mllm_edge.bundle import Bundle
 from mllm_edge.calibration import collect
-from mllm_edge.calibration.collect import Feeds, greedy_tokens, record
+from mllm_edge.calibration.collect import Feeds, record
 from mllm_edge.calibration.data import Sample
 from mllm_edge.errors import DataError
 from mllm_edge.export.pipeline import export
@@ -34,9 +35,9 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     forward_batch = Decoder.forward_batch
 
-    def counted(self: Decoder, inputs_embeds: list[np.ndarray], *rest: object) -> np.ndarray:
-        found.append(len(inputs_embeds))
-        return forward_batch(self, inputs_embeds, *rest)  # type: ignore[arg-type]
+    def counted(self: Decoder, tokens: Any) -> np.ndarray:
+        found.append(len(tokens))
+        return forward_batch(self, tokens)
 
     monkeypatch.setattr(Decoder, "forward_batch", counted)
     return found
@@ -56,8 +57,8 @@ def samples() -> list[Sample]:
 def alone(vlm: VLM, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
     """Embeddings [S, H] of the prompt, and the model's own answer to it."""
     prompt = vlm.processor.process(sample.prompt, sample.images)
-    embeds = vlm.prompt_embeds(prompt)
-    return embeds, greedy_tokens(vlm, embeds, prompt.positions, MOST)
+    encoded = vlm.encode(prompt)
+    return encoded.embeds, vlm.greedy([encoded], MOST)[0]
 
 
 @pytest.mark.parametrize("cache", [128 << 20, 1])
@@ -84,13 +85,13 @@ def test_recorded_answers_are_those_of_each_prompt_alone(
 
 def test_one_that_ends_waits_for_the_others(bundle: Path, sizes: list[int]) -> None:
     with VLM.load(bundle) as vlm:
-        prompts = [vlm.prompt_embeds(vlm.processor.process("Why? " * i)) for i in (5, 1, 3)]
-        whole = [greedy_tokens(vlm, embeds, None, MOST) for embeds in prompts]
+        prompts = [vlm.encode(vlm.processor.process("Why? " * i)) for i in (5, 1, 3)]
+        whole = [vlm.greedy([prompt], MOST)[0] for prompt in prompts]
         vlm.stop_ids = frozenset({int(whole[0][3]), int(whole[2][9])})
-        expected = [greedy_tokens(vlm, embeds, None, MOST).tolist() for embeds in prompts]
+        expected = [vlm.greedy([prompt], MOST)[0].tolist() for prompt in prompts]
         assert len({len(answer) for answer in expected}) > 1
         sizes.clear()
-        assert [answer.tolist() for answer in collect._greedy(vlm, prompts, None, MOST)] == expected
+        assert [answer.tolist() for answer in vlm.greedy(prompts, MOST)] == expected
         assert sizes == [3] * max(map(len, expected))
 
 

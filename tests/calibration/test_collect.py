@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 
 from mllm_edge.bundle import Bundle
-from mllm_edge.calibration.collect import Feeds, greedy_tokens, record
+from mllm_edge.calibration.collect import Feeds, record
 from mllm_edge.calibration.data import Sample
 from mllm_edge.export.pipeline import export
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
-from mllm_edge.runtime.score import continued
 from mllm_edge.runtime.vlm import VLM
 from tests.tiny import save_tiny_qwen2_vl
 
@@ -30,28 +29,17 @@ def pictures(*sizes: tuple[int, int]) -> tuple[np.ndarray, ...]:
     return tuple(random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes)
 
 
-def test_continued_positions() -> None:
-    assert continued(None, 3) is None
-    np.testing.assert_array_equal(continued(np.array([0, 1, 7, 2]), 2), [0, 1, 7, 2, 8, 9])
-    axes = np.array([[0, 1, 1], [0, 1, 1], [0, 1, 4]])
-    np.testing.assert_array_equal(continued(axes, 2), [[0, 1, 1, 5, 6], [0, 1, 1, 5, 6], [0, 1, 4, 5, 6]])
-    np.testing.assert_array_equal(continued(axes, 0), axes)
-
-
 def test_an_answer_in_one_piece_has_the_logits_of_one_step_by_step(bundle: Path) -> None:
     with VLM.load(bundle) as vlm:
         prompt = vlm.processor.process("Compare.", pictures((40, 200), (70, 33)))
         assert prompt.positions is not None
         assert prompt.positions.max() + 1 < len(prompt.token_ids)  # places in the sequence would not do
-        embeds = vlm.prompt_embeds(prompt)
-        tokens = greedy_tokens(vlm, embeds, prompt.positions, 8)
-        whole = np.concatenate([embeds, vlm.embed(tokens)])
-        vlm.decoder.reset(len(whole))
-        rows = range(len(embeds) - 1, len(whole) - 1)
-        logits = vlm.decoder.forward(whole, continued(prompt.positions, len(tokens)), rows=rows).copy()
+        encoded = vlm.encode(prompt)
+        (tokens,) = vlm.greedy([encoded], 8)
+        logits = vlm.score(encoded, tokens)
         np.testing.assert_array_equal(logits.argmax(axis=1), tokens)
-        vlm.decoder.reset(len(whole))
-        steps = [vlm.decoder.forward(embeds, prompt.positions).copy()]
+        vlm.decoder.reset(len(encoded) + len(tokens))
+        steps = [vlm.decoder.forward(encoded).copy()]
         steps += [vlm.decoder.forward(vlm.embed(tokens[i : i + 1])).copy() for i in range(len(tokens) - 1)]
         np.testing.assert_allclose(logits, steps, atol=1e-4 * np.ptp(logits))
 

@@ -17,7 +17,6 @@ from mllm_edge.calibration.whole import of_rounding
 from mllm_edge.export.pipeline import export
 from mllm_edge.graph.precision import BLOCKS_4
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
-from mllm_edge.runtime.score import score
 from mllm_edge.runtime.vlm import VLM
 from tests.export.test_quantize import samples
 from tests.tiny import save_tiny_idefics3
@@ -111,7 +110,7 @@ def test_along_answers_is_the_divergence_of_the_proofs_tokens(bundle: Bundle, tm
                 answer = np.array(vlm.generate(sample.prompt, sample.images, max_new_tokens=32).token_ids)
             else:
                 answer = np.array([*vlm.tokenizer.encode(sample.answer, add_special_tokens=False), *vlm.stop_ids])
-            logits = torch.tensor(score(vlm, prompt, answer)).double()
+            logits = torch.tensor(vlm.score(vlm.encode(prompt), answer)).double()
             p, q = logits.log_softmax(1), (2 * logits).log_softmax(1)
             expected.append((p.exp() * (p - q)).sum(1).numpy())
     np.testing.assert_allclose(kl, np.concatenate(expected), rtol=1e-3, atol=1e-9)

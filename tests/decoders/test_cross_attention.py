@@ -30,7 +30,9 @@ from mllm_edge.export.decoders.t5 import t5_specs
 from mllm_edge.graph.datafile import DataFile
 from mllm_edge.graph.decoder_spec import DecoderSpec, EncoderSpec
 from mllm_edge.graph.precision import Precision
+from mllm_edge.runtime.decode import along
 from mllm_edge.runtime.decode.decoder import Decoder
+from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.decode.masks import RelativeBias, encoder_bias
 from tests.decoders.models import CAPACITY, SIZES, assert_close, open_decoder, open_graph, random_weights
 
@@ -300,8 +302,29 @@ def test_mllama_looks_at_features_where_its_mask_lets_it(mllama: Mllama) -> None
     mllama.decoder.reset(CAPACITY)
     mllama.decoder.set_cross(mllama.cross_kv)
     for piece, (bias, rows), logits in zip(pieces, masks, expected, strict=True):
-        extras = {"cross_attention_bias": bias[None], "cross_attention_rows": rows}
-        assert_close(mllama.decoder.forward(embeddings[piece], extras=extras), logits)
+        per_token = {"cross_attention_bias": bias, "cross_attention_rows": rows}
+        assert_close(mllama.decoder.forward(Encoded(embeddings[piece], per_token=per_token)), logits)
+
+
+def test_tokens_behind_the_prompt_look_where_its_last_one_did(mllama: Mllama) -> None:
+    """Step by step and in one run; a prompt with nothing to see comes between."""
+    embeddings = mllama.model.get_input_embeddings().weight.detach().numpy()
+    bias, rows = np.zeros((6, 6), np.float32), np.ones((6, 1), np.float32)
+    bias[2:, 4:], rows[:2] = -30000.0, 0
+    hidden = (bias[5:], rows[5:])
+    expected = mllama_reference(
+        mllama.model, [IDS[:6], [IDS[6]], [IDS[7]]], mllama.features, [(bias, rows), hidden, hidden]
+    )
+    per_token = {"cross_attention_bias": bias, "cross_attention_rows": rows}
+    prompt = Encoded(embeddings[IDS[:6]], per_token=per_token, cross=mllama.cross_kv)
+    plain = Encoded(embeddings[IDS[:7]])
+    embed: Any = lambda ids: embeddings[ids]  # noqa: E731
+    blind = along.steps(mllama.decoder, embed, plain, np.array(IDS[7:9]))
+    for run in (along.steps, along.score):
+        found = run(mllama.decoder, embed, prompt, np.array(IDS[6:9]))
+        for logits, wanted in zip(found, expected, strict=True):
+            assert_close(logits, wanted)
+        np.testing.assert_array_equal(along.steps(mllama.decoder, embed, plain, np.array(IDS[7:9])), blind)
 
 
 def test_evened_columns_change_nothing_of_mllama(mllama_checkpoint: Any, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp(request.param)
     model = saved_model(request.param, folder)
     weights = open_weights(folder)
-    options = {"blocks": True} if request.param == "gemma3" else {}
+    options = {"spans": True} if request.param == "gemma3" else {}
     spec = decoder_spec(model.config, weights, **options)
     return replace(spec, deepstack=2) if request.param == "qwen3_vl" else spec, weights
 
@@ -80,7 +80,7 @@ def test_engines_build(source: tuple[DecoderSpec, Weights], dialect: str, tmp_pa
 def test_every_operator_has_a_cuda_kernel(source: tuple[DecoderSpec, Weights], recipe: str) -> None:
     """Which the builder checks; a mask that is more than causal or windowed has none."""
     refused = pytest.raises(ExportError, match="GroupQueryAttention with attention_bias")
-    with refused if source[0].blocks else nullcontext():
+    with refused if source[0].spans else nullcontext():
         build_decoder(*source, RECIPES[recipe], DryFile(), "contrib", HALF)
 
 

@@ -167,7 +167,7 @@ def test_operators_without_cuda_kernels_are_named(source: tuple[DecoderSpec, Wei
         check_cuda_graph(build_decoder(*source, quantized, DryFile(), "contrib"))
     spec, weights = source
     with pytest.raises(ExportError, match=r"GroupQueryAttention with attention_bias"):
-        build_decoder(replace(spec, blocks=True), weights, RECIPES["fp16"], DryFile(), "contrib", HALF)
+        build_decoder(replace(spec, spans=True), weights, RECIPES["fp16"], DryFile(), "contrib", HALF)
     graph = build_decoder(*source, RECIPES["int4"], DryFile(), "contrib")
     node = next(node for node in graph.graph if node.op_type == "MatMulNBits")
     node.resize_inputs(6)

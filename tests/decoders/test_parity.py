@@ -19,6 +19,7 @@ from mllm_edge.export.decoders.build import DIALECTS
 from mllm_edge.export.decoders.gemma import GEMMA_LIKE
 from mllm_edge.export.decoders.llama import LLAMA_LIKE
 from mllm_edge.runtime.decode.decoder import Decoder
+from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.decode.generate import generate
 from mllm_edge.runtime.decode.sampling import Sampler, SamplingParams
 from mllm_edge.runtime.trace import Trace
@@ -126,7 +127,7 @@ def test_prompt_beyond_the_limit_whole_and_in_chunks(case: Case) -> None:
 def test_chosen_rows(case: Case) -> None:
     expected = case.reference([IDS[:4], IDS[4:5], IDS[5:6], IDS[6:]])
     case.steps([IDS[:3]])
-    rows = case.decoder.forward(case.embeddings[IDS[3:]], rows=[0, 1, 2, len(IDS) - 4], length=len(IDS)).copy()
+    rows = case.decoder.forward(case.embeddings[IDS[3:]], len(IDS), project=[0, 1, 2, len(IDS) - 4]).copy()
     alone = [case.reference([IDS[:3], IDS[3:]])[-1], expected[0]]
     assert rows.shape == (4, case.model.config.get_text_config().vocab_size)
     assert_close(rows[3], alone[0])
@@ -139,7 +140,7 @@ def test_generated_tokens_with_a_prompt_in_chunks(case: Case, monkeypatch: pytes
     monkeypatch.setattr("mllm_edge.runtime.decode.generate.PREFILL_CHUNK", 5)
     embed: Any = lambda ids: case.embeddings[ids]  # noqa: E731
     sampler = Sampler(SamplingParams(), IDS)
-    tokens = list(generate(case.decoder, embed, case.embeddings[IDS], sampler, (), 4, Trace()))
+    tokens = list(generate(case.decoder, embed, Encoded(case.embeddings[IDS]), sampler, (), 4, Trace()))
     expected = case.reference([IDS, *([token] for token in tokens)])
     assert tokens == [int(logits.argmax()) for logits in expected[:-1]]
 
@@ -147,11 +148,11 @@ def test_generated_tokens_with_a_prompt_in_chunks(case: Case, monkeypatch: pytes
 def test_snapshot_survives_another_sequence(case: Case) -> None:
     case.steps([[5, 6, 7]])
     assert case.decoder.cache is not None
-    snapshot = case.decoder.cache.snapshot()
+    snapshot = case.decoder.snapshot()
     expected = case.steps([[8], [9]])
     case.decoder.reset(CAPACITY)
     case.steps([[50, 51, 52, 53, 54]])
-    case.decoder.cache.restore(snapshot)
+    case.decoder.restore(snapshot)
     np.testing.assert_array_equal(case.steps([[8], [9]]), expected)
 
 
@@ -180,12 +181,12 @@ def test_positions_on_three_axes(name: str, dialect: str, tmp_path: Path) -> Non
     embeddings = embeddings_of(model)
     positions = np.array([[0, 1, 1, 1, 1, 3, 4, 4, 4, 6, 7, 8], [0, 1, 1, 2, 2, 3, 4, 4, 5, 6, 7, 8], [0, *range(11)]])
     for start, end in [(0, 6), (6, 10), (10, 11), (11, 12)]:
-        logits = decoder.forward(embeddings[IDS[start:end]], positions[:, start:end])
+        logits = decoder.forward(Encoded(embeddings[IDS[start:end]], positions[:, start:end]))
         with torch.no_grad():
             where = torch.tensor(positions[:, None, :end])
             assert_close(logits, model(torch.tensor([IDS[:end]]), position_ids=where).logits[0, -1].numpy())
     with pytest.raises(ValueError, match=r"positions \[3, 2\]"):
-        decoder.forward(embeddings[:1], positions[:, :2])
+        decoder.forward(Encoded(embeddings[:1], positions[:, :2]))
     assert decoder.cache is not None
     assert decoder.cache.length == len(IDS)
 
@@ -205,19 +206,19 @@ def test_positions_go_on_behind_given_ones(dialect: str, tmp_path: Path) -> None
         with torch.no_grad():
             return model(torch.tensor([ids]), position_ids=torch.tensor(positions)[:, None]).logits[0, -1].numpy()
 
-    decoder.forward(embeddings[IDS[:4]], positions[:, :4])
-    decoder.forward(embeddings[IDS[4:6]], positions[:, 4:6])
+    decoder.forward(Encoded(embeddings[IDS[:4]], positions[:, :4]))
+    decoder.forward(Encoded(embeddings[IDS[4:6]], positions[:, 4:6]))
     assert_close(decoder.forward(embeddings[IDS[6:9]]), reference(IDS[:9], positions[:, :9]))
     assert decoder.cache is not None
-    snapshot = decoder.cache.snapshot()
+    snapshot = decoder.snapshot()
     decoder.reset(CAPACITY)
     plain = np.tile(places, (3, 1))
     for start, end in [(0, 5), (5, 6)]:
         assert_close(decoder.forward(embeddings[IDS[start:end]]), reference(IDS[:end], plain[:, :end]))
-    decoder.cache.restore(snapshot)
+    decoder.restore(snapshot)
     assert_close(decoder.forward(embeddings[IDS[9:10]]), reference(IDS[:10], positions[:, :10]))
     decoder.reset(CAPACITY, batch=2)
-    decoder.forward_batch([embeddings[IDS[:6]], embeddings[IDS[:5]]], [positions[:, :6], places[:5]])
+    decoder.forward_batch([Encoded(embeddings[IDS[:6]], positions[:, :6]), Encoded(embeddings[IDS[:5]], places[:5])])
     first, second = decoder.forward_batch([embeddings[IDS[6:9]], embeddings[IDS[5:6]]])
     assert_close(first, reference(IDS[:9], positions[:, :9]))
     assert_close(second, reference(IDS[:6], plain[:, :6]))
@@ -233,9 +234,9 @@ def test_deepstack_features_are_added_behind_their_layers(dialect: str, tmp_path
     embeddings, random = embeddings_of(model), np.random.default_rng(3)
     visual = np.array([False, True, True, False, True, *[False] * 7])
     features = random.normal(size=(2, 3, 64)).astype(np.float32)
-    extras = {f"deepstack.{k}": np.zeros((len(IDS), 64), np.float32) for k in range(2)}
+    per_token = {f"deepstack.{k}": np.zeros((len(IDS), 64), np.float32) for k in range(2)}
     for k in range(2):
-        extras[f"deepstack.{k}"][visual] = features[k]
+        per_token[f"deepstack.{k}"][visual] = features[k]
     with torch.no_grad():
         hidden = model.model.language_model(
             inputs_embeds=torch.tensor(embeddings[IDS])[None],
@@ -244,43 +245,43 @@ def test_deepstack_features_are_added_behind_their_layers(dialect: str, tmp_path
             deepstack_visual_embeds=list(torch.tensor(features)),
         ).last_hidden_state
         expected = model.lm_head(hidden)[0].numpy()
-    first = {name: rows[:7] for name, rows in extras.items()}
-    assert_close(decoder.forward(embeddings[IDS[:7]], extras=first), expected[6])
+    first = {name: rows[:7] for name, rows in per_token.items()}
+    assert_close(decoder.forward(Encoded(embeddings[IDS[:7]], per_token=first)), expected[6])
     assert_close(decoder.forward(embeddings[IDS[7:11]]), expected[10])
     assert_close(decoder.forward(embeddings[IDS[11:]]), expected[11])
     with pytest.raises(ValueError, match=r"no input deepstack\.2"):
-        decoder.forward(embeddings[:1], extras={"deepstack.2": np.zeros((1, 64))})
+        decoder.forward(Encoded(embeddings[:1], per_token={"deepstack.2": np.zeros((1, 64))}))
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_image_blocks_see_each_other(dialect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_spans_see_each_other(dialect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gemma 3 with two images of tokens, whole and in chunks that cut none of them."""
     model = random_model(CONFIGS["gemma3"])
     save_checkpoint(model, tmp_path)
     weights = open_weights(tmp_path)
-    decoder = open_decoder(decoder_spec(model.config, weights, blocks=True), weights, dialect, tmp_path)
-    blocks = np.array([0, 1, 1, 1, 1, 1, 1, 1, 0, 2, 2, 0])
+    decoder = open_decoder(decoder_spec(model.config, weights, spans=True), weights, dialect, tmp_path)
+    spans = np.array([0, 1, 1, 1, 1, 1, 1, 1, 0, 2, 2, 0])
     ids, embeddings = [*IDS, 100], embeddings_of(model)
     with torch.no_grad():
-        mask = _gemma_masks(np.append(blocks, 0), 6)
+        mask = _gemma_masks(np.append(spans, 0), 6)
         out = model(inputs_embeds=torch.tensor(embeddings[ids])[None], attention_mask=mask)
         expected = out.logits[0].numpy()
-    assert_close(decoder.forward(embeddings[IDS], blocks=blocks), expected[11])
+    assert_close(decoder.forward(Encoded(embeddings[IDS], spans=spans)), expected[11])
     assert_close(decoder.forward(embeddings[100:101]), expected[12])
     decoder.reset(CAPACITY)
     monkeypatch.setattr("mllm_edge.runtime.decode.generate.PREFILL_CHUNK", 4)
     embed: Any = lambda ids: embeddings[ids]  # noqa: E731
     sampler = Sampler(SamplingParams(), IDS)
-    tokens = list(generate(decoder, embed, embeddings[IDS], sampler, (), 1, Trace(), blocks))
+    tokens = list(generate(decoder, embed, Encoded(embeddings[IDS], spans=spans), sampler, (), 1, Trace()))
     assert tokens == [int(expected[11].argmax())]
 
 
-def _gemma_masks(blocks: np.ndarray, window: int) -> dict[str, torch.Tensor]:
+def _gemma_masks(spans: np.ndarray, window: int) -> dict[str, torch.Tensor]:
     """Both masks of Gemma 3, from their definition: causal (and near), or in one block."""
-    places = torch.arange(len(blocks))
+    places = torch.arange(len(spans))
     behind = places[None] <= places[:, None]
     near = behind & (places[None] > places[:, None] - window)
-    numbers = torch.tensor(blocks)
+    numbers = torch.tensor(spans)
     same = (numbers[None] == numbers[:, None]) & (numbers > 0)
     lowest = torch.finfo(torch.float32).min
     masks = {"full_attention": behind | same, "sliding_attention": near | same}

@@ -10,6 +10,7 @@ import pytest
 
 from mllm_edge.export.checkpoint.safetensors import open_weights
 from mllm_edge.export.decoders.build import DIALECTS
+from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.decode.generate import generate
 from mllm_edge.runtime.decode.sampling import Sampler, SamplingParams
 from mllm_edge.runtime.decode.state import Snapshot
@@ -40,7 +41,7 @@ def test_guesses_change_no_token(name: str, tmp_path: Path) -> None:
             cache = decoder.reset(CAPACITY)  # noqa: B023
             shifted = np.stack([np.arange(4), [0, 1, 1, 2], [0, 1, 2, 2]]) if name == "qwen2_vl" else None
             setting = (Sampler(SamplingParams()), (), TOKENS, trace)
-            ids = list(generate(decoder, embed, embed(IDS), *setting, positions=shifted, guesser=guesser))  # noqa: B023
+            ids = list(generate(decoder, embed, Encoded(embed(IDS), shifted), *setting, guesser=guesser))  # noqa: B023
             return ids, cache.snapshot()
 
         expected, plain = run(None, Trace())

@@ -168,9 +168,7 @@ def test_quantized_graphs_keep_those_operators_in_float32(exported: Any, recipe:
 def logits_of(bundle: Bundle, target: str) -> np.ndarray:
     with VLM(bundle, OnnxRuntimeCpu(target=target)) as vlm:
         prompt = vlm.processor.process("Where?", samples()[0]["images"])
-        embeds = vlm.prompt_embeds(prompt)
-        vlm.decoder.reset(len(embeds))
-        return vlm.decoder.forward(embeds).copy()
+        return vlm.steps(vlm.encode(prompt), np.zeros(1, np.int64))[0]
 
 
 def test_large_models_are_not_looked_through(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

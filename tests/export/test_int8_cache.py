@@ -49,7 +49,7 @@ def opened(bundle: Bundle, target: str) -> VLM:
 def prompt_of(vlm: VLM, i: int = 1) -> Any:
     sample = samples()[i]
     prompt = vlm.processor.process(sample["prompt"], sample["images"])
-    return vlm.prompt_embeds(prompt), prompt.positions
+    return vlm.encode(prompt)
 
 
 TOKENS = [70, 71, 65, 80, 90, 66, 77, 75]
@@ -57,11 +57,10 @@ TOKENS = [70, 71, 65, 80, 90, 66, 77, 75]
 
 def steps(vlm: VLM) -> list[np.ndarray]:
     """Logits of a prompt in two chunks and of a few tokens behind it."""
-    embeds, positions = prompt_of(vlm)
-    vlm.decoder.reset(len(embeds) + 16)
-    cut = len(embeds) - 5
-    first, last = (None, None) if positions is None else (positions[..., :cut], positions[..., cut:])
-    logits = [vlm.decoder.forward(embeds[:cut], first).copy(), vlm.decoder.forward(embeds[cut:], last).copy()]
+    prompt = prompt_of(vlm)
+    vlm.decoder.start(prompt, 16)
+    parts = slice(0, len(prompt) - 5), slice(len(prompt) - 5, None)
+    logits = [vlm.decoder.forward(prompt.piece(part)).copy() for part in parts]
     return logits + [vlm.decoder.forward(vlm.embed(np.array([token]))).copy() for token in TOKENS]
 
 

@@ -71,11 +71,7 @@ def bundle_steps(folder: Path, answered: Any) -> np.ndarray:
     """Logits [n, V] of a bundle, token by token along an answer."""
     with VLM.load(folder) as vlm:
         prompt = vlm.processor.process(answered.question, answered.images)
-        embeds = vlm.prompt_embeds(prompt)
-        vlm.decoder.reset(len(embeds) + len(answered.tokens))
-        rows = [vlm.decoder.forward(embeds, prompt.positions).copy()]
-        rows += [vlm.decoder.forward(vlm.embed(np.array([t]))).copy() for t in answered.tokens[:-1]]
-        return np.stack(rows)
+        return vlm.steps(vlm.encode(prompt), answered.tokens)
 
 
 def compared(expected: list[np.ndarray], found: list[np.ndarray]) -> tuple[float, float]:

@@ -165,9 +165,7 @@ def test_factors_alone_change_nothing(checkpoint: Path, tmp_path: Path) -> None:
             bundle = Bundle.load(tmp_path / name)
             with VLM(bundle, OnnxRuntimeCpu(target=target)) as vlm:
                 prompt = vlm.processor.process("Where?", samples()[0]["images"])
-                embeds = vlm.prompt_embeds(prompt)
-                vlm.decoder.reset(len(embeds))
-                logits.append(vlm.decoder.forward(embeds).copy())
+                logits.append(vlm.steps(vlm.encode(prompt), np.zeros(1, np.int64))[0])
         assert np.abs(logits[0] - logits[1]).max() <= 1e-3 * np.ptp(logits[0])
         weights = [_initializer(tmp_path / n, "decoder", target, "layers.0.up_proj.weight") for n in ("fp32", "out")]
         changed += not np.allclose(*weights, rtol=0.05)
@@ -241,9 +239,7 @@ def _logits(bundle: Bundle, target: str) -> np.ndarray:
     sample = samples()[1]
     with VLM(bundle, OnnxRuntimeCpu(target=target)) as vlm:
         prompt = vlm.processor.process(sample["prompt"], sample["images"])
-        embeds = vlm.prompt_embeds(prompt)
-        vlm.decoder.reset(len(embeds))
-        return vlm.decoder.forward(embeds, prompt.positions).copy()
+        return vlm.steps(vlm.encode(prompt), np.zeros(1, np.int64))[0]
 
 
 @pytest.mark.parametrize("size", [0.55, 0.7])

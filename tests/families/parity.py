@@ -137,11 +137,7 @@ def _check_steps(vlm: VLM, prompt: Any, tokens: Sequence[int], reference: np.nda
 
 
 def _our_steps(vlm: VLM, prompt: Any, tokens: Sequence[int]) -> np.ndarray:
-    embeds = vlm.prompt_embeds(prompt)
-    vlm.decoder.reset(len(embeds) + len(tokens))
-    rows = [vlm.decoder.forward(embeds, prompt.positions).copy()]
-    rows += [vlm.decoder.forward(vlm.embed(np.array([token]))).copy() for token in tokens[:-1]]
-    return np.stack(rows)
+    return vlm.steps(vlm.encode(prompt), np.array(tokens))
 
 
 def _relative(value: np.ndarray, reference: np.ndarray) -> float:

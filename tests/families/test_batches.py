@@ -9,6 +9,7 @@ from mllm_edge.bundle import Bundle
 from mllm_edge.export.families import FAMILIES
 from mllm_edge.export.pipeline import export
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
+from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.vlm import VLM
 from tests.tiny_families import FLOAT32_TARGETS, SAVE
 
@@ -23,22 +24,18 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Bundle.load(folder / "out")
 
 
-def prompts(vlm: VLM) -> list[tuple[np.ndarray, np.ndarray | None]]:
-    """Embeddings [S, H] and positions of three prompts: an odd image, text alone, two images of unequal size."""
+def prompts(vlm: VLM) -> list[Encoded]:
+    """Three prompts: an odd image, text alone, two images of unequal size."""
     random = np.random.default_rng(0)
     images = [random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((50, 71), (64, 33), (40, 96))]
     asked: list[tuple[str, list[Any]]] = [("What?", images[:1]), ("Hello there.", []), ("Same or not?", images[1:])]
-    found = []
-    for text, shown in asked:
-        prompt = vlm.processor.process(text, shown)
-        found.append((vlm.prompt_embeds(prompt), prompt.positions))
-    return found
+    return [vlm.encode(vlm.processor.process(text, shown)) for text, shown in asked]
 
 
-def alone(vlm: VLM, embeds: np.ndarray, positions: np.ndarray | None) -> tuple[np.ndarray, list[int]]:
+def alone(vlm: VLM, prompt: Encoded) -> tuple[np.ndarray, list[int]]:
     """Logits [1 + STEPS, V] along the greedy tokens of one prompt, and these tokens."""
-    vlm.decoder.reset(len(embeds) + STEPS)
-    rows, tokens = [vlm.decoder.forward(embeds, positions).copy()], []
+    vlm.decoder.start(prompt, STEPS)
+    rows, tokens = [vlm.decoder.forward(prompt).copy()], []
     for _ in range(STEPS):
         tokens.append(int(rows[-1].argmax()))
         rows.append(vlm.decoder.forward(vlm.embed(np.array(tokens[-1:]))).copy())
@@ -49,14 +46,11 @@ def alone(vlm: VLM, embeds: np.ndarray, positions: np.ndarray | None) -> tuple[n
 def test_ragged_batch(bundle: Bundle, target: str) -> None:
     with VLM(bundle, OnnxRuntimeCpu(target=target)) as vlm:
         asked = prompts(vlm)
-        lengths = [len(embeds) for embeds, _ in asked]
+        lengths = [len(prompt) for prompt in asked]
         assert len(set(lengths)) == 3
-        expected = [alone(vlm, *prompt) for prompt in asked]
+        expected = [alone(vlm, prompt) for prompt in asked]
         vlm.decoder.reset(max(lengths) + STEPS, batch=3)
-        positions = None
-        if any(where is not None for _, where in asked):
-            positions = [np.arange(len(e)) if where is None else where for e, where in asked]
-        rows = [vlm.decoder.forward_batch([embeds for embeds, _ in asked], positions).copy()]
+        rows = [vlm.decoder.forward_batch(asked).copy()]
         for step in range(STEPS):
             tokens = [vlm.embed(np.array([chosen[step]])) for _, chosen in expected]
             rows.append(vlm.decoder.forward_batch(tokens).copy())

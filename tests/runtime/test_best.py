@@ -15,7 +15,7 @@ from mllm_edge.runtime.backends.choose import open_backend
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.backends.tensorrt_best import _BEST, add_best
 from mllm_edge.runtime.backends.tensorrt_build import modules
-from mllm_edge.runtime.backends.top_logits import IDS, OUTPUTS, SUM, VALUES, Best
+from mllm_edge.runtime.backends.top_logits import IDS, OUTPUTS, SUM, VALUES, TopLogits
 from mllm_edge.runtime.decode.decoder import Decoder
 from mllm_edge.runtime.decode.sampling import Sampler, SamplingParams
 from mllm_edge.runtime.vlm import VLM
@@ -42,10 +42,10 @@ ALL: list[dict[str, Any]] = [
 ]
 
 
-def found_by_device(logits: np.ndarray, whole: Callable[[], np.ndarray] | None = None) -> Best:
+def found_by_device(logits: np.ndarray, whole: Callable[[], np.ndarray] | None = None) -> TopLogits:
     """The N best, of equal ones any."""
     order = np.lexsort((np.random.default_rng(len(logits)).permutation(len(logits)), -logits))[:N]
-    return Best(logits[order], order.astype(np.int32), float(logits.sum()), whole or (lambda: logits))
+    return TopLogits(logits[order], order.astype(np.int32), float(logits.sum()), whole or (lambda: logits))
 
 
 # ---------------------------------------------------------------- sampling
@@ -102,7 +102,7 @@ def test_overflow_is_found(bad: float) -> None:
     logits = np.linspace(0, 1, 200, dtype=np.float32)
     hidden = found_by_device(logits)
     logits[0 if np.isnan(bad) else slice(None)] = bad
-    best = Best(hidden.values if np.isnan(bad) else logits[:N], hidden.ids, float(logits.sum()), lambda: logits)
+    best = TopLogits(hidden.values if np.isnan(bad) else logits[:N], hidden.ids, float(logits.sum()), lambda: logits)
     with pytest.raises(ValueError, match="logits contain NaN or infinity"):
         Sampler(SamplingParams()).sample(best)
 
@@ -129,11 +129,11 @@ def test_answers_are_those_of_whole_logits(machine: StandIn, bundle: Path, targe
     """Calls of both ways take turns; a call that needs few copies few from the device."""
     vocabulary = Bundle.load(bundle).manifest.model.vocab_size
     with VLM(Bundle.load(bundle), OnnxRuntimeCpu(target=target)) as vlm:
-        assert vlm.decoder.best == 0
+        assert vlm.decoder.top == 0
         expected = [_answers(vlm, **options) for options in (*FEW, *ALL)]
     few = _BEST * (4 + 4) + 4
     with _load(bundle, target) as vlm:
-        assert vlm.decoder.best == _BEST
+        assert vlm.decoder.top == _BEST
         for options, answers in zip((*FEW, *ALL), expected, strict=True):
             _answers(vlm, **options)
             machine.counts["bytes downloaded"] = 0
@@ -190,7 +190,7 @@ def test_engines_without_them_go_on_working(machine: StandIn, bundle: Path, monk
         _load(bundle, "tensorrt").close()
     builds = machine.counts["builds"]
     with _load(bundle, "tensorrt") as vlm:
-        assert vlm.decoder.best == 0
+        assert vlm.decoder.top == 0
         assert _answers(vlm) == expected
     assert machine.counts["builds"] == builds
 
@@ -263,21 +263,21 @@ def test_a_decoder_gives_both(machine: StandIn, bundle: Path, target: str) -> No
     decoder.reset(32)
     whole = decoder.forward(prompt).copy()
     decoder.reset(32)
-    best = decoder.forward_best(prompt)
+    (best,) = decoder.top_logits(prompt)
     assert np.array_equal(best.values, np.sort(whole)[::-1][:_BEST])
     assert np.array_equal(whole[best.ids], best.values)
     assert best.total == pytest.approx(whole.sum(), abs=1e-3)
     assert np.array_equal(best.whole(), whole)
     decoder.reset(32)
-    rows = decoder.forward(prompt, rows=[0, 3, 6])
+    rows = decoder.forward(prompt, project=[0, 3, 6])
     assert np.array_equal(rows[2], whole)
     # Any number of rows, more and fewer by turns: the same memory.
     for chosen in ([0, 3, 6], [6], range(7), [2, 5]):
         decoder.reset(32)
-        expected = decoder.forward(prompt, rows=chosen).copy()
+        expected = decoder.forward(prompt, project=chosen).copy()
         for again in (chosen, [1, 4], chosen):
             decoder.reset(32)
-            found = decoder.best_rows(prompt, again)
+            found = decoder.top_logits(prompt, project=again)
         for one, row in zip(found, expected, strict=True):
             assert np.array_equal(one.values, np.sort(row)[::-1][:_BEST])
             assert np.array_equal(row[one.ids], one.values)

@@ -294,7 +294,7 @@ def test_features_and_components_wait_too(vlm: VLM, queued: threading.Semaphore)
         lambda: vlm.image_features(prompt),
         lambda: np.concatenate([features for _, features in vlm.vision_runs(prompt)]),
         lambda: vlm.component("connector", vlm.component("vision_encoder", pixels))["image_features"],
-        lambda: vlm.prompt_embeds(prompt)[prompt.image_positions],
+        lambda: vlm.encode(prompt).embeds[prompt.image_positions],
     ]
     while queued.acquire(blocking=False):
         pass
@@ -357,7 +357,7 @@ def test_close_twice_and_calls_after_it(tiny_bundle: Path) -> None:
             lambda: vlm.component("connector", {}),
             lambda: vlm.image_features(prompt),
             lambda: list(vlm.vision_runs(prompt)),
-            lambda: vlm.prompt_embeds(prompt),
+            lambda: vlm.encode(prompt),
             lambda: list(chat.ask("Hi")),
             lambda: vlm.decoder,
         ):

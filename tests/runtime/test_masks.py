@@ -35,7 +35,7 @@ def test_sequences_of_unequal_length_have_their_own_rows() -> None:
 
 
 def test_blocks_see_each_other_in_both_directions() -> None:
-    bias = attention_bias(np.array([2]), 6, window=2, blocks=np.array([0, 1, 1, 1, 2, 0]))
+    bias = attention_bias(np.array([2]), 6, window=2, spans=np.array([0, 1, 1, 1, 2, 0]))
     visible = (bias[0, 0] == 0).astype(int).tolist()
     assert visible == [
         [0, 1, 1, 0, 0, 0, 0, 0],

@@ -17,6 +17,7 @@ from mllm_edge.cli import options as cli_options
 from mllm_edge.errors import MllmEdgeError
 from mllm_edge.export.pipeline import export
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
+from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.decode.generate import generate
 from mllm_edge.runtime.decode.sampling import Sampler, SamplingParams
 from mllm_edge.runtime.decode.speculation import MOST_GUESSED, PromptLookup, check_speculation
@@ -205,7 +206,7 @@ def run(vlm: VLM, tokens: int, guesser: Any = None, trace: Trace | None = None, 
     """Ids of an answer to the same prompt."""
     ids = np.array(vlm.tokenizer.encode(TEXT))
     vlm.decoder.reset(len(ids) + 64)
-    sampler, embeds = Sampler(SamplingParams(), ids), vlm.embed(ids)
+    sampler, embeds = Sampler(SamplingParams(), ids), Encoded(vlm.embed(ids))
     steps = generate(vlm.decoder, vlm.embed, embeds, sampler, stops, tokens, trace or Trace(), guesser=guesser)
     return list(steps)
 
@@ -238,7 +239,7 @@ def test_a_broken_off_answer_leaves_what_single_steps_leave(exported: Path, targ
         for tokens in range(1, 24, 3):
             cache = vlm.decoder.reset(len(ids) + 64)
             steps = generate(
-                *(vlm.decoder, vlm.embed, vlm.embed(ids), Sampler(SamplingParams()), (), 24, Trace()),
+                *(vlm.decoder, vlm.embed, Encoded(vlm.embed(ids)), Sampler(SamplingParams()), (), 24, Trace()),
                 guesser=Known(answer, 5, 0.2, 320),
             )
             for produced in range(tokens):

@@ -258,7 +258,7 @@ def agrees_in_batches(bundle: Bundle, target: str) -> None:
         decoder = Decoder(chosen.open(bundle.listed(variant.file), variant), variant, model, chosen)
         rows = batch_and_again(decoder, prompts)
         decoder.reset(32)
-        rows.append(decoder.forward(prompts[0], rows=[0, 3, 6]).copy())
+        rows.append(decoder.forward(prompts[0], project=[0, 3, 6]).copy())
         found.append(rows)
     for mine, theirs in zip(*found, strict=True):
         np.testing.assert_allclose(mine, theirs, atol=2e-3 * np.ptp(theirs))

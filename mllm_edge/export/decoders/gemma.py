@@ -73,9 +73,9 @@ def gemma_spec(
     *,
     tied: bool = True,
     head: str = "lm_head",
-    blocks: bool = False,
+    spans: bool = False,
 ) -> DecoderSpec:
-    """The decoder under `prefix`. `blocks`: the tokens of an image see each other in both directions.
+    """The decoder under `prefix`. `spans`: the tokens of an image see each other in both directions.
 
     The embeddings are to be multiplied by √hidden_size (`EmbeddingSpec.scale`). Raises ConfigError for a value that
     has no operators.
@@ -116,7 +116,7 @@ def gemma_spec(
         stack=stack,
         ropes=ropes,
         windows=windows,
-        blocks=blocks,
+        spans=spans,
         logits_cap=config.take("final_logit_softcapping"),
     )
 

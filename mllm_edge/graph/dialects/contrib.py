@@ -24,7 +24,7 @@ from mllm_edge.graph.dialects.base import Norm, SelfAttention
 __all__ = ["MINIMUM", "MINIMUM_BLOCKS", "Contrib"]
 
 MINIMUM = {"onnxruntime": "1.23"}
-# GroupQueryAttention's attribute `causal`, which masks with blocks need.
+# GroupQueryAttention's attribute `causal`, which masks with spans need.
 MINIMUM_BLOCKS = {"onnxruntime": "1.31"}
 _FLOAT, _HALF, _INT32 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT32
 
@@ -57,7 +57,7 @@ class Contrib:
             [graph.input(base.numbered(part, k), kind, ("positions", rope.dim // 2)) for part in ("cos", "sin")]
             for k, rope in enumerate(spec.ropes)
         ]
-        from_host = spec.blocks or spec.heads_in_bias > 1
+        from_host = spec.spans or spec.heads_in_bias > 1
         self._biases = base.bias_inputs(graph, spec, kind, "batch") if from_host else []
         self._cache = ("batch", spec.attention.kv_heads, capacity or "capacity", spec.attention.head_dim)
         self._past = base.cache_inputs(graph, spec, kind, self._cache)
@@ -95,7 +95,7 @@ class Contrib:
         if self._biases:
             inputs += [None, self._biases[layer.window]]
             window = None  # it is in the bias
-        if self._spec.blocks:
+        if self._spec.spans:
             options["causal"] = 0
         results = self.graph.nodes(
             "GroupQueryAttention",

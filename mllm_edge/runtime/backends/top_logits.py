@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["IDS", "OUTPUTS", "SUM", "VALUES", "Best"]
+__all__ = ["IDS", "OUTPUTS", "SUM", "VALUES", "TopLogits"]
 
 # What a session with `limits["best"]` has beside the outputs of a decoder's graph, all [B, K, …]: the largest logits,
 # float32, largest first; their ids, int32; and the sum of all logits, float32.
@@ -14,7 +14,7 @@ OUTPUTS = (VALUES, IDS, SUM)
 
 
 @dataclass(frozen=True)
-class Best:
+class TopLogits:
     """Of one row of logits, the largest `values` [N] float32, largest first, and their `ids` [N] int32. `total` is the
     sum of the row, which is NaN when a logit is; `whole` copies the row [V] float32."""
 

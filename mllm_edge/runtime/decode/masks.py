@@ -10,12 +10,12 @@ __all__ = ["RelativeBias", "attention_bias", "encoder_bias"]
 
 
 def attention_bias(
-    pasts: np.ndarray, tokens: int, window: int | None = None, blocks: np.ndarray | None = None
+    pasts: np.ndarray, tokens: int, window: int | None = None, spans: np.ndarray | None = None
 ) -> np.ndarray:
     """Bias [B, 1, S, L] float32 for S new tokens of B sequences behind `pasts` [B] others, L = max(pasts) + S.
 
     0 where visible, else HIDDEN. A token sees itself and what came before, or with `window` only the latest `window` of
-    these. `blocks` [S]: new tokens with the same number > 0 see each other in both directions, whatever the window.
+    these. `spans` [S]: new tokens with the same number > 0 see each other in both directions, whatever the window.
     """
     length = int(pasts.max()) + tokens
     queries = pasts[:, None, None] + np.arange(tokens)[:, None]
@@ -23,8 +23,8 @@ def attention_bias(
     visible = keys <= queries
     if window is not None:
         visible &= keys > queries - window
-    if blocks is not None:
-        same = (blocks[:, None] == blocks) & (blocks > 0)
+    if spans is not None:
+        same = (spans[:, None] == spans) & (spans > 0)
         for row, past in zip(visible, pasts, strict=True):
             row[:, past : past + tokens] |= same
     return np.where(visible, np.float32(0), np.float32(HIDDEN))[:, None]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mllm_edge.errors import BundleError
-from mllm_edge.runtime.backends.top_logits import Best
+from mllm_edge.runtime.backends.top_logits import TopLogits
 from mllm_edge.runtime.decode.token_rules import TokenRules
 from mllm_edge.runtime.numbers import LARGEST, number, whole
 
@@ -76,13 +76,13 @@ class Sampler:
             return None
         return 1 if params.temperature == 0 else params.top_k or None
 
-    def sample(self, logits: np.ndarray | Best) -> int:
+    def sample(self, logits: np.ndarray | TopLogits) -> int:
         """The next token for `logits` [V] float32, which stay as they are, or for the best of them where `needs` is a
         number: the token is the same.
 
         Raises ValueError when the best logit is not finite (NaN anywhere, +inf, or everything −inf).
         """
-        if isinstance(logits, Best):
+        if isinstance(logits, TopLogits):
             assert self.needs is not None, "all logits decide"
             ids, row = logits.row(self.needs)
             place = self._choose(row)

@@ -21,7 +21,6 @@ class Snapshot:
 
     lengths: tuple[int, ...]
     rows: tuple[np.ndarray, ...]
-    shifts: np.ndarray | None = None
 
     @property
     def length(self) -> int:
@@ -35,8 +34,7 @@ class KVCache:
     `in_place`: past and present are one buffer [batch, heads, capacity, head_dim], which the graph updates. `append`:
     the graph reads a prefix of a buffer [batch, capacity, heads, head_dim], one sequence at a time, and its new rows
     land behind that prefix. In neither is a cache copied. `lengths` [batch] count the positions that hold tokens; what
-    lies behind is never read, so truncating is free. `shifts` [batch]: how far the rotary positions to come are from
-    their places, where a prompt's images take another number of positions than of places; None: nowhere.
+    lies behind is never read, so truncating is free.
     """
 
     def __init__(
@@ -50,7 +48,6 @@ class KVCache:
     ):
         self.capacity, self.mode, self.batch = capacity, mode, batch
         self.lengths = np.zeros(batch, np.int64)
-        self.shifts: np.ndarray | None = None
         in_place = mode == "in_place"
         self._axis = 2 if in_place else 1
         places = (spec.heads, capacity) if in_place else (capacity, spec.heads)
@@ -106,8 +103,6 @@ class KVCache:
         if (wanted < 0).any() or (wanted > self.lengths).any():
             raise ValueError(f"cannot truncate a cache of length {_plain(self.lengths)} to {_plain(wanted)}")
         self.lengths[:] = wanted
-        if not wanted.any():
-            self.shifts = None
 
     def extend(self, tokens: int) -> None:
         """Count `tokens` positions behind the end of each sequence again, which `truncate` left out and nothing has
@@ -119,8 +114,7 @@ class KVCache:
     def snapshot(self) -> Snapshot:
         """Copy what the cache holds."""
         lengths, longest = tuple(self.lengths.tolist()), self.length
-        shifts = None if self.shifts is None else self.shifts.copy()
-        return Snapshot(lengths, tuple(b.read(self._axis, longest) for b in self._buffers.values()), shifts)
+        return Snapshot(lengths, tuple(b.read(self._axis, longest) for b in self._buffers.values()))
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot; raises ContextError when it is longer than the capacity, ValueError when it holds
@@ -132,7 +126,6 @@ class KVCache:
         for buffer, rows in zip(self._buffers.values(), snapshot.rows, strict=True):
             buffer.write(self._axis, rows)
         self.lengths[:] = snapshot.lengths
-        self.shifts = None if snapshot.shifts is None else snapshot.shifts.copy()
 
     def _bind_whole(self, session: Session, row: int | None) -> None:
         """Past and present are the same memory."""

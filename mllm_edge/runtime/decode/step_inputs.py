@@ -6,6 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
+from mllm_edge.runtime.decode.encoded import REPEATED
 from mllm_edge.runtime.decode.masks import RelativeBias, attention_bias
 from mllm_edge.runtime.decode.positions import RotaryTable
 from mllm_edge.runtime.decode.state import KVCache
@@ -13,21 +14,20 @@ from mllm_edge.spec import ModelSpec, TensorSpec, Variant
 
 __all__ = ["Contract", "Step", "contract_for"]
 
-_SILENT = "cross_attention_rows"
-_CROSS_BIAS = "cross_attention_bias"
+_CROSS_BIAS, _CROSS_ROWS = REPEATED
 
 
 @dataclass(frozen=True)
 class Step:
     """New tokens of B sequences: `counts` [B] of them, padded to `tokens`, behind `pasts` [B] others. The rest as in
-    `Decoder.forward`."""
+    `Encoded` and `Decoder.forward`."""
 
     pasts: np.ndarray
     tokens: int
     counts: np.ndarray
     positions: np.ndarray | None = None
     length: int | None = None
-    blocks: np.ndarray | None = None
+    spans: np.ndarray | None = None
 
 
 class Contract(Protocol):
@@ -45,8 +45,16 @@ class Contract(Protocol):
         """Inputs for cross-attention; see `Decoder.set_cross`."""
         ...
 
-    def feeds(self, step: Step, extras: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The inputs that change with the step."""
+    def begin(self) -> None:
+        """New sequences begin."""
+        ...
+
+    def check(self, per_token: Mapping[str, np.ndarray]) -> None:
+        """Raise ValueError for an input that the graph does not have."""
+        ...
+
+    def feeds(self, step: Step, per_token: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The inputs that change with the step; of `per_token` see `Encoded`."""
         ...
 
 
@@ -66,6 +74,7 @@ class _Shared:
         self._relative = None if table is None else RelativeBias(table, positions.max_distance)
         self._ropes: list[RotaryTable] = []
         self._features, self._silent = 1, True
+        self._last: dict[str, np.ndarray] = {}  # of the inputs in REPEATED, for the tokens to come
         self._defaults: tuple[tuple[int, int], dict[str, np.ndarray]] = ((0, 0), {})
 
     def reset(self, capacity: int) -> None:
@@ -81,7 +90,7 @@ class _Shared:
             found = {name: np.ascontiguousarray(cross_kv[name], self._dtype) for name in names}
         found = {name: _fixed(array) for name, array in found.items()}
         self._features = next(iter(found.values())).shape[2] if found else 1
-        self._defaults = ((0, 0), {})
+        self.begin()
         return found
 
     def place(self, step: Step) -> bool:
@@ -97,21 +106,36 @@ class _Shared:
         for index, window in enumerate(self._windows):
             name = _numbered("attention_bias", index)
             if name in self._inputs:
-                bias = attention_bias(step.pasts, step.tokens, window, step.blocks)
+                bias = attention_bias(step.pasts, step.tokens, window, step.spans)
                 if self._relative is not None:
                     bias = bias + self._relative.behind(step.pasts, step.tokens)
                 feeds[name] = bias.astype(self._dtype, copy=False)
         return feeds
 
-    def optional(self, step: Step, extras: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Optional inputs: those given, and what has no effect for the others. Raises ValueError for an unknown one."""
-        unknown = [name for name in extras if name not in self._inputs]
+    def begin(self) -> None:
+        self._last = {}
+        self._defaults = ((0, 0), {})
+
+    def check(self, per_token: Mapping[str, np.ndarray]) -> None:
+        unknown = [name for name in per_token if name not in self._inputs]
         if unknown:
             raise ValueError(f"the decoder has no input {unknown[0]}")
+
+    def optional(self, step: Step, per_token: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Optional inputs: those given, and for the others what the tokens before them had, or what has no effect."""
+        given = {name: self._in_shape(name, rows) for name, rows in per_token.items()}
+        repeated = {name: given[name][..., -1:, :] for name in REPEATED if name in given}
+        if repeated:
+            self._last, self._defaults = {**self._last, **repeated}, ((0, 0), {})
         key = (len(step.pasts), step.tokens)
         if self._defaults[0] != key:
             self._defaults = (key, self._neutral(*key))
-        return self._defaults[1] | {name: np.asarray(a, self._dtype)[None] for name, a in extras.items()}
+        return self._defaults[1] | given
+
+    def _in_shape(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Rows [S, …] of one sequence as the graph takes them; a bias has an axis of heads before its tokens."""
+        leading = len(self._inputs[name].shape) - np.ndim(rows)
+        return np.asarray(rows, self._dtype).reshape(*[1] * leading, *np.shape(rows))
 
     def _neutral(self, batch: int, tokens: int) -> dict[str, np.ndarray]:
         feeds = {}
@@ -120,9 +144,9 @@ class _Shared:
                 feeds[name] = np.zeros((batch, tokens, *_sizes(tensor, 0)), self._dtype)
         if _CROSS_BIAS in self._inputs:
             feeds[_CROSS_BIAS] = np.zeros((batch, 1, tokens, self._features), self._dtype)
-        if _SILENT in self._inputs:
-            feeds[_SILENT] = np.full((batch, tokens, 1), 0 if self._silent else 1, self._dtype)
-        return feeds
+        if _CROSS_ROWS in self._inputs:
+            feeds[_CROSS_ROWS] = np.full((batch, tokens, 1), 0 if self._silent else 1, self._dtype)
+        return feeds | {name: np.repeat(row, tokens, axis=-2) for name, row in self._last.items()}
 
     def _same_rows_for_all(self) -> bool:
         return not any(spec.depends_on_length for spec in self._specs)
@@ -148,7 +172,7 @@ class _Contrib(_Shared):
         begins, single = not cache.lengths.any(), bool((counts == 1).all())
         return self._same_rows_for_all() and (begins or single)
 
-    def feeds(self, step: Step, extras: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def feeds(self, step: Step, per_token: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         feeds: dict[str, np.ndarray] = {}
         fresh = len(self._seqlens) != len(step.pasts)
         if fresh:
@@ -159,7 +183,7 @@ class _Contrib(_Shared):
         if self.place(step) or fresh:
             for k, rope in enumerate(self._ropes):
                 feeds |= {_numbered("cos", k): _fixed(rope.cos), _numbered("sin", k): _fixed(rope.sin)}
-        return feeds | self.biases(step) | self.optional(step, extras)
+        return feeds | self.biases(step) | self.optional(step, per_token)
 
 
 class _Standard(_Shared):
@@ -173,7 +197,7 @@ class _Standard(_Shared):
         """Padding is written behind a shorter sequence's tokens: there must be room for it."""
         return self._same_rows_for_all() and cache.length + int(counts.max()) <= cache.capacity
 
-    def feeds(self, step: Step, extras: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def feeds(self, step: Step, per_token: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         self.place(step)
         feeds = self.biases(step)
         for k, rope in enumerate(self._ropes):
@@ -182,7 +206,7 @@ class _Standard(_Shared):
                 feeds[_numbered(name, k)] = rows
         if self._writes:
             feeds["write_indices"] = step.pasts
-        return feeds | self.optional(step, extras)
+        return feeds | self.optional(step, per_token)
 
 
 def _fixed(array: np.ndarray) -> np.ndarray:
