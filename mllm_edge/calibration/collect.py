@@ -19,7 +19,7 @@ from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.vlm import VLM
 from mllm_edge.spec import Variant
 
-__all__ = ["Feeds", "answer_tokens", "is_recorded", "mark_recorded", "record"]
+__all__ = ["Feeds", "answer_tokens", "answered_together", "is_recorded", "mark_recorded", "record"]
 
 _ANSWER_TOKENS = 64
 _TOGETHER = 8  # samples that are asked before what they were fed is written
@@ -138,16 +138,11 @@ def _ask(vlm: VLM, sample: Sample) -> _Asked:
 
 
 def _answers(vlm: VLM, asked: Sequence[_Asked]) -> list[np.ndarray]:
-    """Those that are known, and the model's own to the others: to several prompts at once, where they are plain and
-    all have room for as many tokens."""
+    """Those that are known, and the model's own to the others."""
     found = {i: one.answer for i, one in enumerate(asked) if one.answer is not None}
-    alike = [i for i, one in enumerate(asked) if i not in found and one.prompt.is_plain]
-    alike = [i for i in alike if asked[i].room >= _ANSWER_TOKENS]
-    size = _batch(vlm, max((len(asked[i].prompt) for i in alike), default=0))
-    for start in range(0, len(alike), size):
-        some = alike[start : start + size]
-        answers = vlm.greedy([asked[i].prompt for i in some], _ANSWER_TOKENS)
-        found |= zip(some, answers, strict=True)
+    others = [i for i in range(len(asked)) if i not in found]
+    together = answered_together(vlm, [asked[i].prompt for i in others], _ANSWER_TOKENS)
+    found |= {others[n]: answer for n, answer in together.items()}
     for i, one in enumerate(asked):
         if i not in found:
             with _naming(one.sample):
@@ -155,11 +150,23 @@ def _answers(vlm: VLM, asked: Sequence[_Asked]) -> list[np.ndarray]:
     return [found[i] for i in range(len(asked))]
 
 
+def answered_together(vlm: VLM, prompts: Sequence[Encoded], most: int) -> dict[int, np.ndarray]:
+    """The model's own answers of up to `most` tokens, by the prompt's number: to several at once, of those that are
+    plain and leave room for as many. The others are not among them."""
+    alike = [i for i, prompt in enumerate(prompts) if prompt.is_plain and vlm.context_length - len(prompt) >= most]
+    size = _batch(vlm, max((len(prompts[i]) for i in alike), default=0) + most)
+    found: dict[int, np.ndarray] = {}
+    for start in range(0, len(alike), size):
+        some = alike[start : start + size]
+        found |= zip(some, vlm.greedy([prompts[i] for i in some], most), strict=True)
+    return found
+
+
 def _batch(vlm: VLM, tokens: int) -> int:
-    """How many prompts of up to `tokens` tokens are answered at once."""
+    """How many sequences of up to `tokens` tokens the decoder holds at once."""
     cache = vlm.spec.cache
     row = 2 * cache.layers * cache.heads * cache.head_dim * np.dtype(np.float32).itemsize
-    return max(1, _CACHE_BYTES // (row * (tokens + _ANSWER_TOKENS)))
+    return max(1, _CACHE_BYTES // (row * tokens))
 
 
 def _write(vlm: VLM, asked: _Asked, answer: np.ndarray) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mllm_edge.calibration.collect import answer_tokens
+from mllm_edge.calibration.collect import answer_tokens, answered_together
 from mllm_edge.calibration.data import Sample
 from mllm_edge.json_form import to_json
 from mllm_edge.runtime.decode.encoded import Encoded
@@ -84,13 +84,18 @@ def prove(
         return tally.proof(a.bundle.nbytes, b.bundle.nbytes)
 
 
-def led_tokens(vlm: VLM, sample: Sample, prompt: Encoded) -> np.ndarray:
-    """The tokens [n] along which bundles are compared: the sample's answer or, where it has none, the greedy one of
+def led_tokens(vlm: VLM, samples: Sequence[Sample], prompts: Sequence[Encoded]) -> list[np.ndarray]:
+    """The tokens [n] along which bundles are compared: each sample's answer or, where it has none, the greedy one of
     the float bundle opened as `vlm`."""
-    answer, most = answer_tokens(vlm, sample), _most(vlm, prompt)
-    if answer is not None:
-        return answer[:most]
-    return vlm.greedy([prompt], most)[0]
+    answers = [answer_tokens(vlm, sample) for sample in samples]
+    asked = [i for i, answer in enumerate(answers) if answer is None]
+    together = answered_together(vlm, [prompts[i] for i in asked], _TOKENS)
+    greedy = {asked[n]: answer for n, answer in together.items()}
+    led = []
+    for i, (answer, prompt) in enumerate(zip(answers, prompts, strict=True)):
+        tokens = greedy.get(i, answer)
+        led.append(vlm.greedy([prompt], _most(vlm, prompt))[0] if tokens is None else tokens[: _most(vlm, prompt)])
+    return led
 
 
 def _most(vlm: VLM, prompt: Encoded) -> int:

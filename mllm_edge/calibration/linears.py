@@ -1,5 +1,6 @@
 """Linear layers of a float graph: where they are, what feeds them, and where a factor of their input can be hidden."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -139,5 +140,11 @@ def _fold(x: ir.Value, group: Sequence[Layer], outputs: dict[ir.Value, Layer]) -
 
 
 def _read(value: ir.Value) -> np.ndarray:
-    assert value.const_value is not None
-    return value.const_value.numpy().astype(np.float32)
+    """A stored tensor as float32. Read, not mapped: mapped pages count as the process's own memory."""
+    stored = value.const_value
+    assert stored is not None
+    if not isinstance(stored, ir.ExternalTensor):
+        return stored.numpy().astype(np.float32)
+    shape = stored.shape.numpy()
+    values = np.fromfile(stored.path, stored.dtype.numpy(), math.prod(shape), offset=stored.offset or 0)
+    return values.reshape(shape).astype(np.float32)

@@ -42,6 +42,7 @@ from mllm_edge.json_form import to_json
 from mllm_edge.loss import WARN_KL, Loss, calibration_costs
 from mllm_edge.progress import Progress
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
+from mllm_edge.runtime.machine.cpu import give_back_memory
 from mllm_edge.spec import Component, FileEntry, Manifest, Variant
 
 __all__ = ["FIGURE", "Gate", "QuantizeJob", "layers_of"]
@@ -139,6 +140,7 @@ class QuantizeJob:
             self._progress.stage("recording the samples", len(self._samples))
             record(self._source, self._backend, self._samples, feeds, self._progress.advance)
             mark_recorded(self._work / "recorded", feeds)
+            give_back_memory()
         return {n: self._calibrate(n, Feeds(feeds / n)) for n in names}
 
     def against_rounding(self, findings: dict[str, Findings]) -> tuple[dict[str, Findings], Losses | None]:
@@ -178,6 +180,7 @@ class QuantizeJob:
         """Write the bundle and compare it with the float one."""
         manifest = keep_in_range(folder, self.write(folder, findings), self._samples, self._progress)
         write_manifest(folder, manifest)
+        give_back_memory()
         self._progress.stage("comparing with the float bundle", len(kept))
         return manifest, prove(self._source.path, folder, kept, self._threads, self._progress.advance)
 

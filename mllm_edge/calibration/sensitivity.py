@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import onnx_ir as ir
 from mllm_edge.bundle import Bundle
 from mllm_edge.calibration.data import Sample
 from mllm_edge.calibration.evaluate import divergence, led_tokens
-from mllm_edge.calibration.linears import find_layers
+from mllm_edge.calibration.linears import Layer, find_layers
 from mllm_edge.files import write_whole
 from mllm_edge.runtime.backends.base import Backend, Session
 from mllm_edge.runtime.decode.encoded import Encoded
+from mllm_edge.runtime.machine.cpu import give_back_memory
 from mllm_edge.runtime.prompt.processor import Prompt
 from mllm_edge.runtime.vlm import VLM
 from mllm_edge.spec import Variant
@@ -63,7 +65,7 @@ def answered(samples: Sequence[Sample]) -> Asked:
     def turns(vlm: VLM) -> list[Turn]:
         prompts = [vlm.processor.process(sample.prompt, sample.images) for sample in samples]
         encoded = [vlm.encode(prompt) for prompt in prompts]
-        answers = [led_tokens(vlm, sample, prompt) for sample, prompt in zip(samples, encoded, strict=True)]
+        answers = led_tokens(vlm, samples, encoded)
         return [Turn(*found) for found in zip(prompts, encoded, answers, strict=True) if len(found[2])]
 
     return turns
@@ -94,13 +96,14 @@ def measure(
         for unit in units:
             if unit.key not in found:
                 session = exchanging.sessions[unit.component]
-                session.exchange({layer: rounded(unit.component, layer) for layer in unit.layers})
+                session.exchange(unit.layers, partial(rounded, unit.component))
                 losses = [_loss(vlm, unit.component, *pair) for pair in zip(turns, exact, strict=True)]
                 found[unit.key] = float(np.mean(losses)) if losses else 0.0
                 session.restore()
                 write_whole(note, json.dumps(found))
             progress(1)
     shutil.rmtree(folder / "graphs", ignore_errors=True)
+    give_back_memory()
     return found
 
 
@@ -123,13 +126,14 @@ def measure_ways(
         if not turns:
             return {way: (np.zeros(0), np.zeros(0, bool)) for way in ways}
         for way, weight in ways.items():
-            session.exchange({layer: weight(layer) for layer in unit.layers})
+            session.exchange(unit.layers, weight)
             # Turn by turn: of all together, distributions in double precision are half a gigabyte.
             pairs = [_compared(logits, _logits(vlm, turn)) for turn, logits in zip(turns, exact, strict=True)]
             kl, same = (np.concatenate(part) for part in zip(*pairs, strict=True))
             found[way] = kl, same
             session.restore()
     shutil.rmtree(folder, ignore_errors=True)
+    give_back_memory()
     return found
 
 
@@ -175,7 +179,7 @@ class _Exchanging:
             return self._backend.open(path, variant)
         self._folder.mkdir(parents=True, exist_ok=True)
         model = ir.load(path)
-        weights = {layer.name: _into_input(model.graph, layer.weight) for layer in find_layers(model.graph)}
+        weights = {layer.name: _into_input(model.graph, layer) for layer in find_layers(model.graph)}
         graph_file = self._folder / path.name
         ir.save(model, graph_file, external_data=f"{path.name}.data")
         session = _Session(self._backend.open(graph_file, variant), weights)
@@ -202,10 +206,12 @@ class _Session:
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return self._inner.run(feeds)
 
-    def exchange(self, weights: Mapping[str, np.ndarray]) -> None:
-        """Compute with these weights [out, in] until `restore`."""
-        self._exchanged = list(weights)
-        self._bind({n: np.ascontiguousarray(w.T, self._weights[n].dtype) for n, w in weights.items()})
+    def exchange(self, layers: Sequence[str], weight: Callable[[str], np.ndarray]) -> None:
+        """Compute with the weights [out, in] that `weight` gives by name until `restore`; one at a time is in memory
+        as it comes."""
+        self._exchanged = list(layers)
+        for name in layers:
+            self._bind({name: np.ascontiguousarray(weight(name).T, self._weights[name].dtype)})
 
     def restore(self) -> None:
         self._bind({name: self._weights[name] for name in self._exchanged})
@@ -214,11 +220,17 @@ class _Session:
         self._inner.bind({f"{name}.weight": array for name, array in weights.items()}, {})
 
 
-def _into_input(graph: ir.Graph, value: ir.Value) -> np.ndarray:
-    """Make a stored matrix an input of the graph; returns it."""
+def _into_input(graph: ir.Graph, layer: Layer) -> np.ndarray:
+    """Make a layer's stored matrix an input of the graph, in the type that it is computed in; returns it."""
+    value, cast = layer.weight, layer.nodes[0]
     assert value.const_value is not None
-    array = value.const_value.numpy().copy()
+    dtype = value.const_value.dtype
+    if cast.op_type == "Cast":  # of a constant it is made once, of an input at each run
+        dtype = ir.DataType(cast.attributes["to"].as_int())
+        cast.outputs[0].replace_all_uses_with(value)
+        graph.remove(cast, safe=True)
     del graph.initializers[value.name or ""]
-    value.const_value, value.type = None, ir.TensorType(ir.DataType.from_numpy(array.dtype))
+    array = layer.read_weight().T.astype(dtype.numpy(), copy=False)
+    value.const_value, value.type = None, ir.TensorType(dtype)
     graph.inputs.append(value)
     return array
