@@ -41,7 +41,8 @@ def build(geometry: Geometry, checkpoint: Path, recipe: "Recipe", folder: Path) 
     from mllm_edge.export.checkpoint.config import ConfigReader
     from mllm_edge.export.checkpoint.safetensors import open_weights
     from mllm_edge.export.decoders.build import build_decoder
-    from mllm_edge.export.decoders.llama import llama_spec
+    from mllm_edge.export.decoders.find import decoder_for
+    from mllm_edge.export.decoders.place import Place
     from mllm_edge.graph.builder import save_model, tensor_specs
     from mllm_edge.graph.datafile import DataFile
     from mllm_edge.graph.dialects.contrib import MINIMUM
@@ -49,7 +50,7 @@ def build(geometry: Geometry, checkpoint: Path, recipe: "Recipe", folder: Path) 
     folder.mkdir()
     weights = open_weights(checkpoint)
     reader = ConfigReader("config.json", geometry.config, {})
-    spec = llama_spec(reader, weights, "model", True, geometry.model_type)
+    spec = decoder_for(geometry.model_type, reader, weights, Place(tied=True), "model_type")
     with DataFile(folder / f"{_GRAPH}.data") as data:
         model = build_decoder(spec, weights, recipe, data, "contrib")
     save_model(model, folder / _GRAPH)

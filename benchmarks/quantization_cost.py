@@ -74,16 +74,14 @@ def serve(bundle: str, out: str, samples: int, text: bool, threads: int | None) 
     import inspect
     from dataclasses import replace
 
-    from mllm_edge.calibration.recipes import CALIBRATED
+    from mllm_edge.calibration.recipes import CALIBRATED, RECIPES
     from mllm_edge.export.quantize import quantize
-    from mllm_edge.graph.precision import FLOAT16
-    from mllm_edge.runtime.machine.cpu import peak_rss
 
     recipe: Any = CALIBRATED["int4"]
     if hasattr(recipe, "more_bits_above"):
         recipe = replace(recipe, more_bits_above=None)
     if text:
-        recipe = replace(recipe, vision=FLOAT16, connector=FLOAT16)
+        recipe = replace(recipe, vision=RECIPES["fp16"].vision, connector=RECIPES["fp16"].connector)
     newer = {"allow_loss": True, "builtin": False}
     known = inspect.signature(quantize).parameters
     arguments: dict[str, Any] = {name: value for name, value in newer.items() if name in known}
@@ -92,7 +90,13 @@ def serve(bundle: str, out: str, samples: int, text: bool, threads: int | None) 
     quantize(bundle, out, recipe=recipe, data=data, held_back=_HELD_BACK, threads=threads, **arguments)
     after = os.times()
     cpu = after.user + after.system - before.user - before.system
-    print(json.dumps({"seconds": time.perf_counter() - begin, "CPU seconds": cpu, "peak GB": peak_rss() / 1e9}))
+    print(json.dumps({"seconds": time.perf_counter() - begin, "CPU seconds": cpu, "peak GB": _peak_bytes() / 1e9}))
+
+
+def _peak_bytes() -> int:
+    """Of this process; what getrusage tells may be the parent's."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
 def pictures(count: int, seed: int = 0) -> list[dict[str, Any]]:

@@ -145,9 +145,8 @@ def _by_us(folder: Path) -> dict[str, Any]:
     from tokenizers import Tokenizer as Core
 
     from mllm_edge.export.checkpoint.source import open_source
-    from mllm_edge.export.checkpoint.source_weights import source_weights
     from mllm_edge.export.checkpoint.vocabulary import check_generation
-    from mllm_edge.export.families import family_for, reading
+    from mllm_edge.export.family import open_weights, reading, understand
     from mllm_edge.json_form import from_json, to_json
     from mllm_edge.runtime.prompt.processor import Processor
     from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
@@ -155,7 +154,7 @@ def _by_us(folder: Path) -> dict[str, Any]:
 
     source = open_source(str(folder))
     with reading(source):
-        plan = family_for(source).plan(source, source_weights(source))
+        plan = understand(source, open_weights(source))
         check_generation(source, plan.texts.generation, plan.model)
     generation = from_json(GenerationSpec, json.loads(json.dumps(to_json(plan.texts.generation))))
     tokenizer = Tokenizer(Core.from_str(plan.texts.tokenizer.to_str()), generation)

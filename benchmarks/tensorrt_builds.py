@@ -198,13 +198,14 @@ def _write_graph(geometry: Geometry, dialect: str, recipe: str, folder: Path) ->
     from mllm_edge.export.checkpoint.config import ConfigReader
     from mllm_edge.export.checkpoint.safetensors import open_weights
     from mllm_edge.export.decoders.build import build_decoder
-    from mllm_edge.export.decoders.llama import llama_spec
+    from mllm_edge.export.decoders.find import decoder_for
+    from mllm_edge.export.decoders.place import Place
     from mllm_edge.graph.builder import save_model
     from mllm_edge.graph.datafile import DataFile
 
     weights = open_weights(folder)
     reader = ConfigReader("config.json", geometry.config, {})
-    spec = llama_spec(reader, weights, "model", True, geometry.model_type)
+    spec = decoder_for(geometry.model_type, reader, weights, Place(tied=True), "model_type")
     path = folder / f"{dialect}-{recipe}.onnx"
     with DataFile(folder / f"{path.name}.data") as data:
         model = build_decoder(spec, weights, BY_NAME[recipe], data, dialect, ir.DataType.FLOAT16, CAPACITY)

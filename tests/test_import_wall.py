@@ -42,7 +42,7 @@ FLOORS = {
         ("decode",),
         ("answer", "arguments", "turns"),
         ("vlm",),
-        ("budget", "build", "compare", "conversation", "doctor", "score"),
+        ("budget", "build", "compare", "conversation", "doctor"),
         ("profiling",),
     ),
     "graph": (
@@ -54,6 +54,7 @@ FLOORS = {
         ("checkpoint",),
         ("decoders", "vision", "loss_questions", "workspace"),
         ("plan", "reference", "targets", "trace"),
+        ("family",),
         ("families",),
     ),
 }

@@ -33,7 +33,7 @@ def command(as_json: bool) -> None:
 
 def _families() -> list[dict[str, Any]]:
     try:
-        from mllm_edge.export.families import summaries
+        from mllm_edge.export.family import summaries
     except ModuleNotFoundError as e:
         raise MllmEdgeError(
             f"the families belong to the exporter, and {e.name} is not installed", install_hint("export")

@@ -12,11 +12,10 @@ from mllm_edge.calibration.recipes import Recipe, recipe
 from mllm_edge.errors import MllmEdgeError, SourceError
 from mllm_edge.export.checkpoint.safetensors import Weights
 from mllm_edge.export.checkpoint.source import Source, open_source
-from mllm_edge.export.checkpoint.source_weights import source_weights
 from mllm_edge.export.checkpoint.vocabulary import check_generation
 from mllm_edge.export.decoders.build import build_decoder
 from mllm_edge.export.early import check_checkpoint
-from mllm_edge.export.families import family_for, reading
+from mllm_edge.export.family import family_for, open_weights, reading, understand
 from mllm_edge.export.pipeline import WHOLE_LIMIT, require_all_used
 from mllm_edge.export.plan import Plan, TracedComponent
 from mllm_edge.graph.datafile import DryFile
@@ -107,20 +106,20 @@ def diagnose_checkpoint(folder: str | Path, adapters: Sequence[str | Path] = ())
     source = open_source(str(folder), adapters=adapters)
     refusals = _Refusals(source)
     family = refusals.attempt(lambda: family_for(source))
-    weights = refusals.attempt(lambda: source_weights(source))
+    weights = refusals.attempt(lambda: open_weights(source))
     plan: Plan | None = None
     if family is not None:
-        module = family
+        known = family
         if weights is not None:
             read: Weights = weights
-            plan = refusals.attempt(lambda: module.plan(source, read))
+            plan = refusals.attempt(lambda: understand(source, read))
         if plan is None:  # a part that can be read by itself may have faults of its own
-            refusals.attempt(lambda: module.load_processor(source))
+            refusals.attempt(lambda: known.load_processor(source))
     if plan is None or weights is None:
         return Diagnosis(
             checkpoint=str(folder),
             model_type=source.model_type,
-            family=None if family is None else family.__name__.rpartition(".")[2],
+            family=None if family is None else family.name,
             parameters=None if weights is None else weights.parameters,
             stored={} if weights is None else _stored(weights),
             refusals=tuple(refusals.found.values()),

@@ -12,11 +12,10 @@ from mllm_edge.calibration.recipes import Recipe, at_most, is_quantized, recipe
 from mllm_edge.errors import OptionError, WeightsError
 from mllm_edge.export.checkpoint.safetensors import Weights
 from mllm_edge.export.checkpoint.source import Source, open_source
-from mllm_edge.export.checkpoint.source_weights import source_weights
 from mllm_edge.export.checkpoint.vocabulary import check_generation
 from mllm_edge.export.early import check_checkpoint
 from mllm_edge.export.export_job import ExportJob
-from mllm_edge.export.families import family_for, reading
+from mllm_edge.export.family import family_for, open_weights, reading, understand
 from mllm_edge.export.judge import Allowance, remedy, unmeasured
 from mllm_edge.export.plan import Plan
 from mllm_edge.export.source_model import VerifyCase
@@ -135,10 +134,10 @@ def _export(
     """`out` is the user's name for the directory `place`."""
     progress.stage("reading the checkpoint")
     source = open_source(model, revision, adapters, progress.notice)
-    family = family_for(source)
+    family_for(source)
     with reading(source):
-        weights = source_weights(source)
-        plan: Plan = family.plan(source, weights)
+        weights = open_weights(source)
+        plan = understand(source, weights)
         check_generation(source, plan.texts.generation, plan.model)
         job = ExportJob(source, plan, weights, chosen, wanted, progress)
         sizes = job.plan_sizes()
@@ -203,7 +202,8 @@ def require_all_used(source: Source, plan: Plan, weights: Weights) -> None:
     unused = weights.unused()
     if unused:
         more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+        first = weights.stored_name(unused[0])
         raise WeightsError(
-            f"{source.folder}: the checkpoint holds {unused[0]}{more}, which no part of the export uses",
+            f"{source.folder}: the checkpoint holds {first}{more}, which no part of the export uses",
             f"the model has a part that family {plan.model.family} does not know: exporting would drop it silently",
         )

@@ -9,7 +9,8 @@ import numpy as np
 from mllm_edge.export.answers import References
 from mllm_edge.export.checkpoint.quiet import quiet_transformers
 from mllm_edge.export.checkpoint.source import Source
-from mllm_edge.export.reference import adapted, cache_name, forget_prompts, load_reference
+from mllm_edge.export.family import family_for
+from mllm_edge.export.reference import adapted, cache_name, forget_prompts
 from mllm_edge.runtime.decode.encoded import Encoded
 
 __all__ = ["Reference", "Scope", "VerifyCase", "source_runner"]
@@ -56,8 +57,6 @@ class Reference:
     def __init__(self, source: Source, scope: Scope):
         import torch
 
-        from mllm_edge.export.families import family_for
-
         self.scope, self.cases = scope, tuple(_cases())
         self.references: References | None = None  # what it answers to the built-in questions, see `judge.py`
         self.encoded: dict[tuple[Any, ...], Encoded] = {}  # see `loss.encoded_once`
@@ -66,10 +65,9 @@ class Reference:
         self.torch, self.family = torch, family_for(source)
         with quiet_transformers():
             self.processor = self.family.load_processor(source)
-            load = getattr(self.family, "load_model", load_reference)
-            model, notes = adapted(load(source, scope.decoder_layers).eval(), source)
+            model, notes = adapted(self.family.load_model(source, scope.decoder_layers).eval(), source)
         self.model, self.notes = model, list(notes)
-        if source.model_type in getattr(self.family, "OWN_READING", ()):
+        if source.model_type in self.family.own_layouts:
             self._note("transformers has no class for this checkpoint: its reading is our own on both sides")
 
     def run(self, prompt: str, images: tuple[Any, ...], rendered: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from click.testing import Result
@@ -19,6 +18,7 @@ from mllm_edge.cli import export as verb
 from mllm_edge.cli.signals import Interrupted, interruptible
 from mllm_edge.export import pipeline
 from mllm_edge.export.checkpoint.source import Source
+from mllm_edge.export.family import Family
 from mllm_edge.export.pipeline import TARGETS
 
 Cli = Callable[..., Result]
@@ -74,7 +74,7 @@ def test_notices_of_the_reading_are_told_once_and_kept(
     text = "a.json and b.json differ in x: a.json's is taken"
     family_for = pipeline.family_for
 
-    def reader(source: Source) -> ModuleType:
+    def reader(source: Source) -> Family:
         source.notices.add(text)
         source.notices.add(text)
         return family_for(source)

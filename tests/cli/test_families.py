@@ -1,15 +1,13 @@
 """`mllm-edge families`."""
 
-import importlib
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 
-import pytest
 from click.testing import Result
 
-from mllm_edge.export.families import FAMILIES
+from mllm_edge.export.family import families
 from mllm_edge.export.targets import TARGETS
 
 Cli = Callable[..., Result]
@@ -19,7 +17,7 @@ def test_every_registered_family_is_listed(cli: Cli) -> None:
     data = json.loads(cli("families", "--json").stdout)
     assert data["targets"] == list(TARGETS)
     listed = {t: f["family"] for f in data["families"] for t in f["model_types"]}
-    assert listed == FAMILIES
+    assert listed == {model_type: family.name for model_type, family in families().items()}
     text = cli("families").stdout
     for family in data["families"]:
         assert family["decoders"]
@@ -42,17 +40,8 @@ def test_listing_imports_nothing_heavy(environment: dict[str, str]) -> None:
 
 
 def test_without_the_exporter(cli: Cli, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "mllm_edge.export.families", None)
+    monkeypatch.setitem(sys.modules, "mllm_edge.export.family", None)
     result = cli("families")
     assert result.exit_code == 1
     assert "pip install" in result.stderr
     assert "[export]" in result.stderr
-
-
-@pytest.mark.parametrize("family", sorted(set(FAMILIES.values())))
-def test_every_family_tells_its_facts(family: str) -> None:
-    """A family without them would break the list of all."""
-    module = importlib.import_module(f"mllm_edge.export.families.{family}")
-    assert set(module.SUMMARY) == {"decoders", "examples"}
-    assert all(module.SUMMARY.values())
-    assert {t for t, name in FAMILIES.items() if name == family} == set(module.MODEL_TYPES)

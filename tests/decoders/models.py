@@ -1,7 +1,6 @@
 """Tiny random decoders of every kind, their transformers references and their exported graphs."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +34,8 @@ from mllm_edge.calibration.recipes import RECIPES, Recipe
 from mllm_edge.export.checkpoint.config import ConfigReader
 from mllm_edge.export.checkpoint.safetensors import Weights
 from mllm_edge.export.decoders.build import DIALECTS, build_decoder
-from mllm_edge.export.decoders.chameleon import chameleon_spec
-from mllm_edge.export.decoders.gemma import GEMMA_LIKE, gemma_spec
-from mllm_edge.export.decoders.internlm2 import internlm2_spec
-from mllm_edge.export.decoders.llama import llama_spec
-from mllm_edge.export.decoders.mixture import mixtral_spec, qwen2_moe_spec
-from mllm_edge.export.decoders.opt import opt_spec
-from mllm_edge.export.decoders.persimmon import persimmon_spec
-from mllm_edge.export.decoders.phi3 import phi3_spec
+from mllm_edge.export.decoders.find import decoder_for
+from mllm_edge.export.decoders.place import Place
 from mllm_edge.graph.builder import save_model, tensor_specs
 from mllm_edge.graph.datafile import DataFile
 from mllm_edge.graph.decoder_spec import DecoderSpec
@@ -235,58 +228,28 @@ def save_checkpoint(model: Any, folder: Path) -> None:
 
 
 def as_internlm2(folder: Path) -> None:
-    """Rename and fuse a Llama checkpoint into InternLM2's layout: the same arithmetic, so Llama is its reference."""
-    renamed = {
-        "self_attn.o_proj": "attention.wo",
-        "mlp.gate_proj": "feed_forward.w1",
-        "mlp.up_proj": "feed_forward.w3",
-        "mlp.down_proj": "feed_forward.w2",
-        "input_layernorm": "attention_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "lm_head": "output",
-        "embed_tokens": "tok_embeddings",
-    }
+    """Fuse a Llama checkpoint's q, k and v as InternLM2 does: the same arithmetic, so Llama is its reference."""
     tensors = load_file(folder / "model.safetensors")
     for i in range(SIZES["num_hidden_layers"]):
         prefix = f"model.layers.{i}"
         query, key, value = (tensors.pop(f"{prefix}.self_attn.{part}_proj.weight") for part in "qkv")
         heads = [w.reshape(2, -1, 16, 64) for w in (query, key, value)]  # [key head, its heads, head_dim, hidden]
-        tensors[f"{prefix}.attention.wqkv.weight"] = np.concatenate(heads, axis=1).reshape(-1, 64)
-    for old, new in renamed.items():
-        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+        tensors[f"{prefix}.self_attn.qkv_proj.weight"] = np.concatenate(heads, axis=1).reshape(-1, 64)
     save_file(tensors, folder / "model.safetensors")
 
 
 def decoder_spec(config: Any, weights: Weights, **options: Any) -> DecoderSpec:
-    """The configuration's DecoderSpec; fails when a value of it was left unread."""
+    """The configuration's DecoderSpec with `options`; fails when a value of it was left unread."""
     text = text_config(config)
     values = {k: v for k, v in text.to_dict().items() if k not in ("vision_config", "vq_config", "image_token_id")}
     reader = ConfigReader("config.json", values, type(text)().to_dict())
-    spec = _spec(config, text, reader, weights, options)
+    prefixes = ("model.language_model", "model.decoder", "model")
+    prefix = next(p for p in prefixes if any(name.startswith(f"{p}.layers.") for name in weights))
+    kind = "internlm2" if text.to_dict().get("pad_token_id") == INTERNLM2 else text.model_type
+    spec = decoder_for(kind, reader, weights, Place(prefix, tied=bool(config.tie_word_embeddings)), "model_type")
     reader.take("max_position_embeddings")
     reader.finish()
-    return spec
-
-
-def _spec(config: Any, text: Any, reader: ConfigReader, weights: Weights, options: Mapping[str, Any]) -> DecoderSpec:
-    tied = bool(config.tie_word_embeddings)
-    if text.model_type in GEMMA_LIKE:
-        return gemma_spec(reader, weights, "model", text.model_type, tied=tied, **options)
-    families = {
-        "chameleon": chameleon_spec,
-        "mixtral": mixtral_spec,
-        "opt": opt_spec,
-        "persimmon": persimmon_spec,
-        "phi3": phi3_spec,
-        "qwen2_moe": qwen2_moe_spec,
-    }
-    if text.model_type in families:
-        prefix = "model.decoder" if text.model_type == "opt" else "model"
-        return families[text.model_type](reader, weights, prefix, tied)
-    if text.to_dict().get("pad_token_id") == INTERNLM2:
-        return internlm2_spec(reader, weights, "model")
-    prefix = next((p for p in ("model.language_model",) if f"{p}.norm.weight" in weights), "model")
-    return llama_spec(reader, weights, prefix, tied, text.model_type)
+    return replace(spec, **options)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from mllm_edge.export.checkpoint.config import ConfigReader
 from mllm_edge.export.checkpoint.safetensors import Weights, open_weights
 from mllm_edge.export.decoders.bart import bart_specs
 from mllm_edge.export.decoders.build import DIALECTS, build_cross_kv, build_text_encoder
-from mllm_edge.export.decoders.mllama import mllama_spec
+from mllm_edge.export.decoders.find import decoder_for
+from mllm_edge.export.decoders.place import Place
 from mllm_edge.export.decoders.t5 import t5_specs
 from mllm_edge.graph.datafile import DataFile
 from mllm_edge.graph.decoder_spec import DecoderSpec, EncoderSpec
@@ -240,7 +241,7 @@ def spec_of_mllama(model: Any, weights: Weights) -> DecoderSpec:
     reader = ConfigReader("config.json", config.to_dict(), type(config)().to_dict())
     new = "model.language_model.norm.weight" in weights
     prefix, head = ("model.language_model", "lm_head") if new else ("language_model.model", "language_model.lm_head")
-    spec = mllama_spec(reader, weights, prefix, head)
+    spec = decoder_for("mllama_text_model", reader, weights, Place(prefix, head), "model_type")
     reader.take("max_position_embeddings")
     reader.finish()
     return spec

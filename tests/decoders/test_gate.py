@@ -15,8 +15,9 @@ from mllm_edge.calibration.recipes import RECIPES
 from mllm_edge.errors import BackendError, ExportError
 from mllm_edge.export.checkpoint.config import ConfigReader
 from mllm_edge.export.checkpoint.safetensors import Weights, open_weights
+from mllm_edge.export.decoders import llama
 from mllm_edge.export.decoders.build import build_decoder
-from mllm_edge.export.decoders.llama import llama_spec
+from mllm_edge.export.decoders.place import Place
 from mllm_edge.graph.builder import save_model, tensor_specs
 from mllm_edge.graph.datafile import DataFile, DryFile
 from mllm_edge.graph.decoder_spec import DecoderSpec
@@ -47,7 +48,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[DecoderSpec, Weigh
     model.save_pretrained(folder)
     weights = open_weights(folder)
     reader = ConfigReader("config.json", config.to_dict(), Qwen3Config().to_dict())
-    return llama_spec(reader, weights, "model", False, "qwen3"), weights
+    return llama.spec(reader, weights, Place(), "qwen3"), weights
 
 
 def write(folder: Path, source: tuple[DecoderSpec, Weights], dialect: str, recipe: str) -> Path:

@@ -22,7 +22,7 @@ from mllm_edge.export.checkpoint.adapters import skeleton
 from mllm_edge.export.checkpoint.safetensors import open_weights
 from mllm_edge.export.checkpoint.source import open_source
 from mllm_edge.export.checkpoint.source_weights import source_weights
-from mllm_edge.export.families import family_for
+from mllm_edge.export.family import family_for
 from mllm_edge.export.pipeline import export
 from tests.tiny import save_tiny_llava
 from tests.tiny_families import SAVE

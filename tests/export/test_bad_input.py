@@ -87,10 +87,10 @@ def test_untied_head_that_is_missing(checkpoint: Path) -> None:
     [
         ("text_config", "hidden_act", "relu"),
         ("text_config", "pretraining_tp", 2),
-        ("text_config", "model_type", "qwen2"),
+        ("text_config", "model_type", "gpt_neox"),
         ("text_config", "qk_layer_norms", True),
         ("text_config", "rope_parameters", {"rope_type": "proportional", "rope_theta": 1e4}),
-        ("vision_config", "hidden_act", "silu"),
+        ("vision_config", "hidden_act", "gelu_new"),
         ("vision_config", "num_channels", 4),
     ],
 )

@@ -40,7 +40,7 @@ def chat(tmp_path: Path) -> Path:
         (lambda c: c.update(downsample_ratio=0.0), "downsample_ratio = 0.0"),
         (lambda c: c.update(downsample_ratio=0.0625), "8 patches"),
         (lambda c: c.update(image_token_id=3), "image_token_id = 3"),
-        (lambda c: c["text_config"].update(model_type="phi3"), "text_config.model_type = 'phi3'"),
+        (lambda c: c["text_config"].update(model_type="gpt_neox"), "text_config.model_type = 'gpt_neox'"),
         (lambda c: c["text_config"].update(vocab_size=280), "vocab_size is 280"),
         (lambda c: c["vision_config"].update(hidden_act="gelu_new"), "hidden_act = 'gelu_new'"),
         (lambda c: c["vision_config"].update(norm_type="batch_norm"), "norm_type = 'batch_norm'"),
@@ -127,25 +127,26 @@ def test_no_tokenizer(chat: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "name"),
+    ("layout", "name", "told"),
     [
-        ("saved", "language_model.model.embed_tokens.weight"),
-        ("saved", "vision_tower.embeddings.cls_token"),
-        ("saved", "vision_tower.encoder.layer.1.lambda_2"),
-        ("saved", "multi_modal_projector.layer_norm.bias"),
-        ("saved", "language_model.lm_head.weight"),
-        ("chat", "vision_model.embeddings.position_embedding"),
-        ("chat", "vision_model.encoder.layers.2.attn.qkv.weight"),
-        ("chat", "vision_model.encoder.layers.0.attn.qkv.bias"),
-        ("chat", "mlp1.1.weight"),
-        ("chat", "language_model.model.layers.1.attention.wqkv.weight"),
-        ("chat", "language_model.output.weight"),
+        ("saved", "language_model.model.embed_tokens.weight", "model.language_model.embed_tokens.weight"),
+        ("saved", "vision_tower.embeddings.cls_token", ""),
+        ("saved", "vision_tower.encoder.layer.1.lambda_2", ""),
+        ("saved", "multi_modal_projector.layer_norm.bias", ""),
+        ("saved", "language_model.lm_head.weight", "lm_head.weight"),
+        ("chat", "vision_model.embeddings.position_embedding", "vision_tower.embeddings.position_embeddings"),
+        ("chat", "vision_model.encoder.layers.2.attn.qkv.weight", ""),
+        ("chat", "vision_model.encoder.layers.0.attn.qkv.bias", ""),
+        ("chat", "mlp1.1.weight", "multi_modal_projector.linear_1.weight"),
+        ("chat", "language_model.model.layers.1.attention.wqkv.weight", ""),
+        ("chat", "language_model.output.weight", "lm_head.weight"),
     ],
 )
-def test_missing_weight(request: pytest.FixtureRequest, layout: str, name: str) -> None:
+def test_missing_weight(request: pytest.FixtureRequest, layout: str, name: str, told: str) -> None:
+    """Named as the files would, where another layer tells how; else by transformers' name."""
     checkpoint = request.getfixturevalue(layout)
     edit_weights(checkpoint, lambda w: w.pop(name))
-    assert_fails(checkpoint, WeightsError, name)
+    assert_fails(checkpoint, WeightsError, told or name)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,6 @@ def test_missing_weight(request: pytest.FixtureRequest, layout: str, name: str) 
         ("saved", "language_model.model.layers.7.mlp.up_proj.weight"),
         ("chat", "vision_model.encoder.layers.1.attn.q_norm.weight"),
         ("chat", "mlp1.4.weight"),
-        ("chat", "language_model.lm_head.weight"),
     ],
 )
 def test_unused_weight(request: pytest.FixtureRequest, layout: str, name: str) -> None:
@@ -165,13 +165,19 @@ def test_unused_weight(request: pytest.FixtureRequest, layout: str, name: str) -
     assert_fails(checkpoint, WeightsError, name, "drop it silently")
 
 
+def test_two_heads(chat: Path) -> None:
+    """InternLM2's own, and one under Llama's name."""
+    edit_weights(chat, lambda w: w.update({"language_model.lm_head.weight": np.zeros((1, 64), np.float32)}))
+    assert_fails(chat, WeightsError, "language_model.output.weight", "language_model.lm_head.weight", "are both")
+
+
 @pytest.mark.parametrize(
     ("change", "name"),
     [
         (lambda c: c["llm_config"].update(num_key_value_heads=4), "wqkv.weight"),
         (lambda c: c["llm_config"].update(intermediate_size=256), "feed_forward.w1.weight"),
         (lambda c: c["vision_config"].update(hidden_size=32), "vision_model."),
-        (lambda c: c["vision_config"].update(qk_normalization=True), "attn.q_norm.weight"),
+        (lambda c: c["vision_config"].update(qk_normalization=True), "attention.q_norm.weight"),
         (lambda c: c["vision_config"].update(patch_size=8), "vision_model.embeddings.position_embedding"),
         (lambda c: c["vision_config"].update(intermediate_size=256), "mlp.fc1"),
     ],

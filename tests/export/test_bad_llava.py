@@ -30,7 +30,7 @@ def checkpoint(tmp_path: Path) -> Path:
         (lambda c: c.update(vision_feature_select_strategy="cls"), "vision_feature_select_strategy"),
         (lambda c: c.update(image_token_index=3), "image_token_id = 3"),
         (lambda c: c.pop("text_config"), "llava-hf/llava-1.5-7b-hf"),
-        (lambda c: c["text_config"].update(model_type="phi3"), "text_config.model_type = 'phi3'"),
+        (lambda c: c["text_config"].update(model_type="gpt_neox"), "text_config.model_type = 'gpt_neox'"),
         (lambda c: c["text_config"].update(vocab_size=280), "vocab_size is 280"),
         (lambda c: c["vision_config"].update(model_type="dinov2"), "vision_config.model_type = 'dinov2'"),
         (lambda c: c["vision_config"].update(hidden_act="gelu_new"), "hidden_act = 'gelu_new'"),
@@ -68,7 +68,7 @@ def test_processor(checkpoint: Path, change: Callable[[dict[str, Any]], Any], wo
 
 def test_weights_of_another_layout(checkpoint: Path) -> None:
     edit_weights(checkpoint, lambda w: w.pop("language_model.model.embed_tokens.weight"))
-    assert_fails(checkpoint, WeightsError, "language_model.model.embed_tokens.weight")
+    assert_fails(checkpoint, WeightsError, "model.language_model.embed_tokens.weight")
 
 
 @pytest.mark.parametrize(

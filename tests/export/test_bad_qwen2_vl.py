@@ -12,7 +12,7 @@ import pytest
 from mllm_edge import VLM
 from mllm_edge.errors import ConfigError, ImageError, OptionError, PromptError, WeightsError
 from mllm_edge.export.checkpoint.source import open_source
-from mllm_edge.export.families.qwen2_vl import load_processor
+from mllm_edge.export.families.qwen2_vl import FAMILY
 from mllm_edge.export.pipeline import export
 from tests.export.test_bad_input import assert_fails, edit_json, edit_weights
 from tests.families.parity import make_image
@@ -47,7 +47,7 @@ def test_undamaged_checkpoint_is_accepted(checkpoint: Path, tmp_path: Path) -> N
         ("vision_config", "spatial_merge_size", 0, "spatial_merge_size = 0"),
         ("vision_config", "patch_size", -8, "patch_size = -8"),
         ("vision_config", "hidden_size", 48, "hidden_size 48, but the text model's is 64"),
-        ("vision_config", "num_heads", 8, "embed_dim 48 over num_heads 8"),
+        ("vision_config", "num_heads", 8, "embed_dim 48 does not make num_heads 8 heads"),
         ("vision_config", "num_heads", 0, "num_heads = 0"),
         ("vision_config", "hidden_act", "gelu_new", "hidden_act = 'gelu_new'"),
         ("vision_config", "in_channels", 4, "in_channels = 4"),
@@ -188,7 +188,7 @@ def test_images_smaller_than_a_patch_are_what_the_reference_makes_of_them(
 ) -> None:
     edit_json(checkpoint / "processor_config.json", lambda c: c["image_processor"].update(min_pixels=least))
     export(str(checkpoint), tmp_path / "out", recipe_name="fp32", verify_mode="off")
-    reference = load_processor(open_source(str(checkpoint)))
+    reference = FAMILY.load_processor(open_source(str(checkpoint)))
     with VLM.load(tmp_path / "out") as vlm:
         for height, width in ((1, 1), (3, 5), (7, 1), (1, 150), (120, 1)):
             image = make_image(height, width, 0)

@@ -8,16 +8,15 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from mllm_edge.errors import ConfigError
-from mllm_edge.export.families import FAMILIES
 from mllm_edge.export.pipeline import export
-from tests.tiny_families import SAVE
+from tests.tiny_families import FAMILY_NAMES, SAVE
 
 # As transformers writes a token that is more than its text.
 ADDED = {"__type": "AddedToken", "content": "<mask>", **dict.fromkeys(("lstrip", "rstrip", "single_word"), False)}
 PLACEHOLDERS = {"internvl": "<IMG_CONTEXT>", "qwen2_vl": "<|image_pad|>"}
 
 
-@pytest.fixture(params=sorted(set(FAMILIES.values())))
+@pytest.fixture(params=FAMILY_NAMES)
 def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A checkpoint that a test may damage; its directory is named after the family."""
     folder = tmp_path / request.param

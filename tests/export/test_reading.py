@@ -14,9 +14,8 @@ from benchmarks.reading import read_all
 from benchmarks.reading_folders import FAMILIES
 from mllm_edge.errors import ConfigError, ParityError, PromptError, SourceError
 from mllm_edge.export.checkpoint.source import open_source
-from mllm_edge.export.checkpoint.source_weights import source_weights
 from mllm_edge.export.diagnosis import diagnose_checkpoint
-from mllm_edge.export.families import family_for
+from mllm_edge.export.family import open_weights, understand
 from mllm_edge.export.pipeline import export
 from mllm_edge.export.source_model import VerifyCase
 from mllm_edge.runtime.vlm import VLM
@@ -45,7 +44,7 @@ def edit(path: Path, **changes: object) -> None:
 
 def notices(folder: Path) -> str:
     source = open_source(str(folder))
-    family_for(source).plan(source, source_weights(source))
+    understand(source, open_weights(source))
     return "\n".join(source.notices)
 
 
@@ -107,7 +106,7 @@ def test_no_stop_id_in_the_generation_settings(folder: Path) -> None:
     config["text_config"]["eos_token_id"] = 257
     (folder / "config.json").write_text(json.dumps(config))
     source = open_source(str(folder))
-    plan = family_for(source).plan(source, source_weights(source))
+    plan = understand(source, open_weights(source))
     assert plan.texts.generation.eos_token_ids == (257,)
     assert "no stop id, with which transformers' answers do not end" in "\n".join(source.notices)
 

@@ -16,7 +16,7 @@ from PIL import Image
 from mllm_edge import VLM
 from mllm_edge.bundle import Bundle
 from mllm_edge.export.checkpoint.source import open_source
-from mllm_edge.export.families import family_for
+from mllm_edge.export.family import family_for
 from mllm_edge.export.pipeline import export
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.prompt.processor import Prompt

@@ -6,17 +6,16 @@ import numpy as np
 import pytest
 
 from mllm_edge.bundle import Bundle
-from mllm_edge.export.families import FAMILIES
 from mllm_edge.export.pipeline import export
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.vlm import VLM
-from tests.tiny_families import FLOAT32_TARGETS, SAVE
+from tests.tiny_families import FAMILY_NAMES, FLOAT32_TARGETS, SAVE
 
 STEPS = 4
 
 
-@pytest.fixture(scope="module", params=sorted(set(FAMILIES.values())))
+@pytest.fixture(scope="module", params=FAMILY_NAMES)
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp(request.param)
     SAVE[request.param](folder / "model")

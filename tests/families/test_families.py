@@ -1,24 +1,29 @@
-"""Every family has its parity table, and says itself which model types it handles."""
+"""Every family has its parity table, and is found by the model types that it names."""
 
 import importlib
+import pkgutil
 
 import pytest
 
-from mllm_edge.export.families import FAMILIES
+from mllm_edge.export.family import families
+from tests.tiny_families import FAMILY_NAMES
 
-MODULES = sorted(set(FAMILIES.values()))
 
-
-@pytest.mark.parametrize("module", MODULES)
-def test_every_family_has_a_parity_module(module: str) -> None:
-    tests = importlib.import_module(f"tests.families.test_{module}")
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_every_family_has_a_parity_module(name: str) -> None:
+    tests = importlib.import_module(f"tests.families.test_{name}")
     assert tests.CONFIGS
     assert callable(tests.test_parity)
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_a_family_offers_what_export_and_comparison_need(module: str) -> None:
-    family = importlib.import_module(f"mllm_edge.export.families.{module}")
-    assert set(family.MODEL_TYPES) == {model_type for model_type, name in FAMILIES.items() if name == module}
-    for function in ("plan", "load_processor", "image_features"):
-        assert callable(getattr(family, function))
+def test_every_file_that_defines_a_family_is_found() -> None:
+    package = importlib.import_module("mllm_edge.export.families")
+    modules = [importlib.import_module(f"{package.__name__}.{i.name}") for i in pkgutil.iter_modules(package.__path__)]
+    defined = [module.FAMILY for module in modules if hasattr(module, "FAMILY")]
+    assert {family.name for family in defined} == set(FAMILY_NAMES)
+    types = [model_type for family in defined for model_type in family.model_types]
+    assert sorted(types) == sorted(families()), "two families serve one type"
+    for family in defined:
+        assert family.decoders
+        assert family.examples
+        assert set(family.own_layouts) <= set(family.model_types)

@@ -11,7 +11,7 @@ from mllm_edge import VLM
 from mllm_edge.bundle import Bundle
 from mllm_edge.export import pipeline
 from mllm_edge.export.checkpoint.source import open_source
-from mllm_edge.export.families import FAMILIES, internvl
+from mllm_edge.export.families.internvl import FAMILY
 from mllm_edge.export.pipeline import export
 from tests.families.parity import PROMPTS, Exported, check_parity, export_tiny, make_image
 from tests.tiny_internvl import save_tiny_internvl, save_tiny_internvl_chat
@@ -78,13 +78,13 @@ def test_every_model_type_of_the_family_is_in_the_table(tmp_path: Path) -> None:
     save_tiny_internvl(tmp_path / "saved", **SAVED["qwen2_untied"])
     save_tiny_internvl_chat(tmp_path / "chat", **CHAT["chat_qwen2"])
     tested = {open_source(str(tmp_path / name)).model_type for name in ("saved", "chat")}
-    assert tested == {name for name, module in FAMILIES.items() if module == "internvl"}
+    assert tested == set(FAMILY.model_types)
 
 
 @pytest.mark.parametrize("name", CHAT)
 def test_reference_of_the_original_layout_is_the_model_itself(tmp_path: Path, name: str) -> None:
     saved = save_tiny_internvl_chat(tmp_path / "chat", **CHAT[name]).state_dict()
-    loaded = internvl.load_model(open_source(str(tmp_path / "chat"))).state_dict()
+    loaded = FAMILY.load_model(open_source(str(tmp_path / "chat"))).state_dict()
     assert loaded.keys() == saved.keys()
     for key, tensor in saved.items():
         assert torch.equal(loaded[key], tensor), key

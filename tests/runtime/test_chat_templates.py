@@ -15,12 +15,11 @@ from mllm_edge.errors import ConfigError, PromptError
 from mllm_edge.export.checkpoint.chat import chat_template
 from mllm_edge.export.checkpoint.generation import generation_spec
 from mllm_edge.export.checkpoint.source import Source, open_source
-from mllm_edge.export.checkpoint.source_weights import source_weights
-from mllm_edge.export.families import FAMILIES, family_for
+from mllm_edge.export.family import family_for, open_weights, understand
 from mllm_edge.runtime.prompt import sandbox as runtime
 from mllm_edge.runtime.prompt.tokenizer import ChatTemplate
 from tests.tiny import make_tokenizer, save_tiny_llava
-from tests.tiny_families import SAVE
+from tests.tiny_families import FAMILY_NAMES, SAVE
 
 REFERENCE = make_tokenizer()
 TOKENS = {k: str(v) for k, v in REFERENCE.special_tokens_map.items()}
@@ -244,15 +243,14 @@ def test_template_of_a_processor(tmp_path: Path, name: str) -> None:
     assert ChatTemplate(found, generation_spec(source, {}).special_tokens).render(messages) == expected
 
 
-@pytest.mark.parametrize("module", sorted(set(FAMILIES.values())))
+@pytest.mark.parametrize("module", FAMILY_NAMES)
 def test_every_family_has_a_template_of_its_own(tmp_path: Path, module: str) -> None:
     """For checkpoints without one: it renders pictures, several turns, and a text alone."""
     SAVE[module](tmp_path)
     for name in ("chat_template.jinja", "chat_template.json"):
         (tmp_path / name).unlink(missing_ok=True)
     source = open_source(str(tmp_path))
-    weights = source_weights(source)
-    plan = family_for(source).plan(source, weights)
+    plan = understand(source, open_weights(source))
     template = ChatTemplate(plan.texts.chat_template, plan.texts.generation.special_tokens)
     assert plan.model.image is not None
     token = plan.model.image.prompt.token

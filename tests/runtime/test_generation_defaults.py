@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText
 
 from mllm_edge import VLM
 from mllm_edge.export.checkpoint.source import open_source
-from mllm_edge.export.families import family_for
+from mllm_edge.export.family import family_for
 from mllm_edge.export.pipeline import export
 from tests import tiny
 from tests.families.parity import make_image

@@ -8,8 +8,10 @@ from typing import Any
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.source import Source
 
-__all__ = ["ConfigReader", "load_config", "model_readers", "nearest"]
+__all__ = ["OWN_CONFIG", "ConfigReader", "check_layers", "load_config", "model_readers", "nearest"]
 
+OWN_CONFIG = "use the config.json that belongs to these weights"
+_LAYERS = re.compile(r"num_\w*layers|n_layers?|depth|(en|de)coder_layers")
 _LONGEST = 600  # characters of a reason
 # Generation and bookkeeping settings: no effect on any tensor.
 _INERT = {
@@ -69,6 +71,32 @@ class ConfigReader:
             )
         return value
 
+    def positive(self, key: str) -> int:
+        """The value of `key`, a whole number from 1 on; raises ConfigError."""
+        value = self.take(key)
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{self._where}: {key} = {value!r}", "only a positive integer is supported")
+        return value
+
+    def side(self, key: str) -> int:
+        """The value of `key`, a number or [n, n]; raises ConfigError for what is no square."""
+        value = self.take(key)
+        sides = value if isinstance(value, (list, tuple)) else [value, value]
+        if len(sides) != 2 or sides[0] != sides[1] or not isinstance(sides[0], int):
+            raise ConfigError(f"{self._where}: {key} = {value!r}", "only square images and patches are supported")
+        return int(sides[0])
+
+    def heads(
+        self, size: str = "hidden_size", heads: str = "num_attention_heads", multiple: int = 1
+    ) -> tuple[int, int]:
+        """The values of `size` and `heads`; raises ConfigError where heads would not have a whole number of elements, a
+        multiple of `multiple`."""
+        width, count = self.positive(size), self.positive(heads)
+        if width % (multiple * count):
+            many = f", each of a multiple of {multiple} elements" if multiple > 1 else ""
+            raise ConfigError(f"{self._where}: {size} {width} does not make {heads} {count} heads{many}", OWN_CONFIG)
+        return width, count
+
     def finish(self) -> None:
         """Raise ConfigError when a value that differs from the class default was read by nobody."""
         for key, value in self._values.items():
@@ -120,6 +148,23 @@ def _tell_of_architecture(source: Source) -> None:
             f"{source.folder / 'config.json'}: architectures is {named}, model_type {source.model_type!r}: read by "
             f"model_type as {expected}, as transformers does"
         )
+
+
+def check_layers(source: Source, tensors: int) -> None:
+    """Raise ConfigError for a configuration that counts more layers than the checkpoint has `tensors`: before anything
+    is made for each of them."""
+    parts = [("config.json", source.config)]
+    while parts:
+        where, values = parts.pop()
+        for key, value in values.items():
+            if isinstance(value, Mapping):
+                parts.append((f"{where} {key}", value))
+            elif _LAYERS.fullmatch(key) and isinstance(value, (int, float)) and value > tensors:
+                raise ConfigError(
+                    f"{source.folder / 'config.json'}{where.removeprefix('config.json')}: {key} = {value}, and the "
+                    f"checkpoint holds {tensors} tensors",
+                    OWN_CONFIG,
+                )
 
 
 def model_readers(source: Source, config: Any) -> tuple[ConfigReader, ConfigReader, ConfigReader]:

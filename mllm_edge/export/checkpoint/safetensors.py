@@ -7,6 +7,7 @@ truncated download is named as such.
 
 import json
 import os
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ Change = Callable[[np.ndarray, int], None]
 
 @dataclass(frozen=True)
 class _Entry:
+    name: str  # in the file
     file: Path
     dtype: Any
     shape: tuple[int, ...]
@@ -88,6 +90,25 @@ class Weights:
             entries[new] = self._entry(name)
         return Weights(entries)
 
+    def under(self, rename: Callable[[str], str]) -> "Weights":
+        """All tensors under other names, with what alters them; errors go on naming them as their files do. Raises
+        WeightsError for two that get the same name."""
+        weights = Weights({})
+        for name, entry in self._entries.items():
+            new = rename(name)
+            if new in weights:
+                both = f"{weights._entries[new].name} and {entry.name}"
+                raise WeightsError(f"{entry.file}: {both} are both {new}", "download the checkpoint again")
+            weights._entries[new] = entry
+            if name in self._changes:
+                weights._changes[new] = list(self._changes[name])
+        return weights
+
+    def stored_name(self, name: str) -> str:
+        """What a tensor is called in its file; `name` itself, where there is none."""
+        entry = self._entries.get(name)
+        return name if entry is None else entry.name
+
     def alter(self, name: str, change: Change) -> None:
         """Let `change(values, start)` correct rows [n, ...] from row `start` on, in place and in float32, whenever they
         are read. Several changes of a tensor follow one another."""
@@ -122,11 +143,26 @@ class Weights:
         found = derived.shape if derived else entry.shape
         if found != shape:
             raise WeightsError(
-                f"{entry.file}: tensor {name} has shape {list(found)}, but config.json asks for {list(shape)}",
+                f"{entry.file}: tensor {self.stored_name(name)} has shape {list(found)}, but config.json asks for "
+                f"{list(shape)}",
                 "use the config.json that belongs to these weights",
             )
         self._used.add(derived.source if derived else name)
         return lambda: self.read(name)
+
+    def with_row(
+        self, table: str, shape: tuple[int, ...], row: str, row_shape: tuple[int, ...]
+    ) -> Callable[[], np.ndarray]:
+        """As `use`, of `table`, to whose first row another tensor is added: a class token that is the same for all
+        images joins its own position. The result is [rows, size]."""
+        read, token = self.use(table, shape), self.use(row, row_shape)
+
+        def joined() -> np.ndarray:
+            values = read().reshape(-1, shape[-1])
+            values[0] += token().reshape(-1)
+            return values
+
+        return joined
 
     def read(self, name: str) -> np.ndarray:
         """A copy of the tensor in float32."""
@@ -169,6 +205,15 @@ class Weights:
         """Names that nobody claimed or read, in checkpoint order."""
         return [n for n in self._entries if n not in self._used]
 
+    def _likely_name(self, name: str) -> str:
+        """What the files would call a tensor that is not there: told from one of another layer."""
+        pattern, numbers = re.sub(r"\d+", r"\\d+", re.escape(name)), re.findall(r"\d+", name)
+        for other, entry in self._entries.items():
+            pieces = re.split(r"\d+", entry.name)
+            if numbers and len(pieces) == len(numbers) + 1 and re.fullmatch(pattern, other):
+                return "".join(piece + number for piece, number in zip(pieces, [*numbers, ""], strict=True))
+        return name
+
     def _correct(self, name: str, values: np.ndarray, start: int) -> None:
         for change in self._changes.get(name, ()):
             change(values, start)
@@ -177,7 +222,7 @@ class Weights:
         if name not in self._entries:
             folder = next(iter(self._entries.values())).file.parent if self._entries else Path(".")
             raise WeightsError(
-                f"{folder}: the checkpoint has no tensor {name}",
+                f"{folder}: the checkpoint has no tensor {self._likely_name(name)}",
                 "the download is incomplete, or the weights belong to another architecture than config.json says",
             )
         return self._entries[name]
@@ -272,4 +317,4 @@ def _entry(file: Path, name: str, info: Mapping[str, Any], base: int, size: int)
         )
     if end - begin != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
         raise WeightsError(f"{file}: tensor {name}: its size does not match its shape", "download the file again")
-    return _Entry(file, dtype, shape, base + begin)
+    return _Entry(name, file, dtype, shape, base + begin)

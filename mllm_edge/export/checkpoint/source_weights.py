@@ -11,7 +11,7 @@ from mllm_edge.export.checkpoint.skeleton import own_skeleton, skeleton
 from mllm_edge.export.checkpoint.source import Source
 from mllm_edge.export.checkpoint.weights import weight_files
 
-__all__ = ["source_weights"]
+__all__ = ["empty_model", "source_weights"]
 
 
 def source_weights(source: Source) -> Weights:
@@ -20,12 +20,12 @@ def source_weights(source: Source) -> Weights:
     check_float(source.folder, source.config, stored_types(files), source.notices)
     weights = own_lora.merged(open_files(files), source.config, source.folder)
     if source.adapters:
-        names = skeleton(_empty_model(source)) if source.in_transformers else own_skeleton(weights, source.config)
+        names = skeleton(empty_model(source)) if source.in_transformers else own_skeleton(weights, source.config)
         merge(weights, source.adapters, names, source.name)
     return weights
 
 
-def _empty_model(source: Source) -> Any:
+def empty_model(source: Source) -> Any:
     """The reference model without storage: its modules and their names."""
     import torch
     from transformers import AutoModelForImageTextToText

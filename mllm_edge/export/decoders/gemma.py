@@ -10,6 +10,7 @@ from typing import Any
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.config import ConfigReader
 from mllm_edge.export.checkpoint.safetensors import Weights
+from mllm_edge.export.decoders.place import Place
 from mllm_edge.export.decoders.rope import rope_spec
 from mllm_edge.export.decoders.stack import mixed_windows, windowed
 from mllm_edge.graph.decoder_spec import (
@@ -24,7 +25,7 @@ from mllm_edge.graph.decoder_spec import (
 )
 from mllm_edge.spec import RopeSpec
 
-__all__ = ["GEMMA_LIKE", "gemma_spec"]
+__all__ = ["MODEL_TYPES", "spec"]
 
 _SANDWICH = LayerSpec(
     (
@@ -58,29 +59,19 @@ class _Kind:
     two_ropes: bool = False
 
 
-GEMMA_LIKE = {
+_KINDS = {
     "gemma": _Kind(PRE_NORM),
     "gemma2": _Kind(_SANDWICH),
     "gemma3_text": _Kind(_SANDWICH, qk_norm=True, two_ropes=True),
 }
 
 
-def gemma_spec(
-    config: ConfigReader,
-    weights: Weights,
-    prefix: str,
-    model_type: str,
-    *,
-    tied: bool = True,
-    head: str = "lm_head",
-    spans: bool = False,
-) -> DecoderSpec:
-    """The decoder under `prefix`. `spans`: the tokens of an image see each other in both directions.
+MODEL_TYPES = tuple(_KINDS)
 
-    The embeddings are to be multiplied by √hidden_size (`EmbeddingSpec.scale`). Raises ConfigError for a value that
-    has no operators.
-    """
-    kind = GEMMA_LIKE[model_type]
+
+def spec(config: ConfigReader, weights: Weights, place: Place, model_type: str) -> DecoderSpec:
+    """The decoder at `place`. Raises ConfigError for a value that has no operators."""
+    kind = _KINDS[model_type]
     if config.take("use_bidirectional_attention", False):
         raise ConfigError("use_bidirectional_attention = True is an encoder", "only decoders are exported")
     config.take("tie_word_embeddings")
@@ -109,14 +100,14 @@ def gemma_spec(
         ),
         mlp=MlpSpec(config.take("intermediate_size"), _activation(config)),
         names=WeightNames(
-            layer={part: f"{prefix}.layers.{{i}}.{name}" for part, name in _LAYER.items()},
-            final_norm=f"{prefix}.norm",
-            lm_head=head if f"{head}.weight" in weights or not tied else f"{prefix}.embed_tokens",
+            layer=place.layer(_LAYER),
+            final_norm=f"{place.prefix}.norm",
+            lm_head=place.lm_head(weights),
         ),
         stack=stack,
         ropes=ropes,
         windows=windows,
-        spans=spans,
+        embedding_scale=hidden**0.5,
         logits_cap=config.take("final_logit_softcapping"),
     )
 

@@ -1,41 +1,42 @@
 """InternLM2: Llama's arithmetic under other names, with q, k and v in one weight, grouped by key head."""
 
-from dataclasses import replace
-
 from mllm_edge.export.checkpoint.config import ConfigReader
 from mllm_edge.export.checkpoint.safetensors import Weights
+from mllm_edge.export.decoders import llama
 from mllm_edge.export.decoders.fused import cut_groups
-from mllm_edge.export.decoders.llama import llama_spec
-from mllm_edge.graph.decoder_spec import DecoderSpec, WeightNames
+from mllm_edge.export.decoders.place import Place
+from mllm_edge.graph.decoder_spec import DecoderSpec
 
-__all__ = ["internlm2_spec"]
+__all__ = ["MODEL_TYPES", "RENAMES", "spec"]
 
-_LAYER = {
-    "input_norm": "attention_norm",
-    "q_proj": "attention.wq",
-    "k_proj": "attention.wk",
-    "v_proj": "attention.wv",
-    "o_proj": "attention.wo",
-    "post_attention_norm": "ffn_norm",
-    "gate_proj": "feed_forward.w1",
-    "up_proj": "feed_forward.w3",
-    "down_proj": "feed_forward.w2",
-}
+MODEL_TYPES = ("internlm2",)
+# The original code's names → Llama's; wqkv has no counterpart there.
+RENAMES = (
+    (r"\.tok_embeddings\.", ".embed_tokens."),
+    (r"^output\.", "lm_head."),
+    (r"\.attention_norm\.", ".input_layernorm."),
+    (r"\.ffn_norm\.", ".post_attention_layernorm."),
+    (r"\.attention\.wo\.", ".self_attn.o_proj."),
+    (r"\.attention\.wqkv\.", ".self_attn.qkv_proj."),
+    (r"\.feed_forward\.w1\.", ".mlp.gate_proj."),
+    (r"\.feed_forward\.w2\.", ".mlp.down_proj."),
+    (r"\.feed_forward\.w3\.", ".mlp.up_proj."),
+)
 
 
-def internlm2_spec(config: ConfigReader, weights: Weights, prefix: str, head: str = "output") -> DecoderSpec:
-    """The decoder under `prefix`; `head` names the projection onto the vocabulary.
+def spec(config: ConfigReader, weights: Weights, place: Place, model_type: str) -> DecoderSpec:
+    """The decoder at `place`, its tensors under Llama's names; errors as in `llama`.
 
-    The checkpoint has no wq, wk and wv: they are cut from attention.wqkv, whose rows are, for each key head in turn,
-    its group of query heads, the key head and the value head.
+    q, k and v are cut from self_attn.qkv_proj, whose rows are, for each key head in turn, its group of query heads, the
+    key head and the value head.
     """
     config.require("bias", False)
-    spec = llama_spec(config, weights, prefix, tied=False)
-    attention = spec.attention
+    plain = llama.spec(config, weights, place, "llama")
+    attention = plain.attention
     heads = {"q": attention.heads // attention.kv_heads, "k": 1, "v": 1}
-    for i in range(spec.layers):
-        layer = f"{prefix}.layers.{i}.attention"
-        parts = {f"{layer}.w{part}.weight": n for part, n in heads.items()}
-        cut_groups(weights, f"{layer}.wqkv.weight", parts, attention.kv_heads, attention.head_dim, spec.hidden_size)
-    names = {part: f"{prefix}.layers.{{i}}.{name}" for part, name in _LAYER.items()}
-    return replace(spec, names=WeightNames(names, f"{prefix}.norm", head))
+    for i in range(plain.layers):
+        layer = f"{place.prefix}.layers.{i}.self_attn"
+        parts = {f"{layer}.{part}_proj.weight": n for part, n in heads.items()}
+        fused = f"{layer}.qkv_proj.weight"
+        cut_groups(weights, fused, parts, attention.kv_heads, attention.head_dim, plain.hidden_size)
+    return plain

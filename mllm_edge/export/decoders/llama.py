@@ -5,11 +5,12 @@ from typing import Literal
 
 from mllm_edge.export.checkpoint.config import ConfigReader
 from mllm_edge.export.checkpoint.safetensors import Weights
+from mllm_edge.export.decoders.place import Place
 from mllm_edge.export.decoders.rope import rope_spec
 from mllm_edge.export.decoders.stack import mixed_windows, windowed
 from mllm_edge.graph.decoder_spec import PRE_NORM, AttentionSpec, DecoderSpec, MlpSpec, NormSpec, WeightNames
 
-__all__ = ["LLAMA_LIKE", "llama_spec"]
+__all__ = ["MODEL_TYPES", "spec"]
 
 _LAYER = {
     "input_norm": "input_layernorm",
@@ -41,7 +42,7 @@ class _Kind:
     mrope: Literal["sectioned", "interleaved"] | None = None
 
 
-LLAMA_LIKE = {
+_KINDS = {
     "chameleon": _Kind(qkv_bias=None, output_bias=None),
     "llama": _Kind(qkv_bias=None, output_bias=None),
     "mistral": _Kind(windowed=True),
@@ -56,20 +57,12 @@ LLAMA_LIKE = {
 }
 
 
-def llama_spec(
-    config: ConfigReader,
-    weights: Weights,
-    prefix: str,
-    tied: bool,
-    model_type: str = "llama",
-    head: str = "lm_head",
-) -> DecoderSpec:
-    """The decoder whose tensors stand under `prefix` (without a final dot), its output projection under `head`.
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen2_vl_text", "qwen3", "qwen3_vl_text")
 
-    A tied checkpoint may store the head as well; then the stored one counts, as in transformers.
-    Raises ConfigError for a value that this decoder has no operators for.
-    """
-    kind = LLAMA_LIKE[model_type]
+
+def spec(config: ConfigReader, weights: Weights, place: Place, model_type: str) -> DecoderSpec:
+    """The decoder at `place`. Raises ConfigError for a value that this decoder has no operators for."""
+    kind = _KINDS[model_type]
     config.require("hidden_act", "silu")
     config.require("pretraining_tp", 1)
     # Of no effect here: whether the head is tied is decided by the model that contains this decoder.
@@ -78,7 +71,6 @@ def llama_spec(
     head_dim = config.take("head_dim", hidden // heads)
     biased = bool(config.take("attention_bias", False))
     norm = NormSpec(config.take("rms_norm_eps"))
-    head = head if f"{head}.weight" in weights or not tied else f"{prefix}.embed_tokens"
     windows, indices = _windows(config, kind, config.take("num_hidden_layers"))
     return DecoderSpec(
         hidden_size=hidden,
@@ -98,9 +90,9 @@ def llama_spec(
         stack=windowed(PRE_NORM, indices),
         mlp=MlpSpec(config.take("intermediate_size"), bias=bool(config.take("mlp_bias", False))),
         names=WeightNames(
-            layer={part: f"{prefix}.layers.{{i}}.{name}" for part, name in _LAYER.items()},
-            final_norm=f"{prefix}.norm",
-            lm_head=head,
+            layer=place.layer(_LAYER),
+            final_norm=f"{place.prefix}.norm",
+            lm_head=place.lm_head(weights),
         ),
     )
 

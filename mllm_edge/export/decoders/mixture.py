@@ -4,10 +4,13 @@ from dataclasses import replace
 
 from mllm_edge.export.checkpoint.config import ConfigReader
 from mllm_edge.export.checkpoint.safetensors import Weights
-from mllm_edge.export.decoders.llama import llama_spec
+from mllm_edge.export.decoders import llama
+from mllm_edge.export.decoders.place import Place
 from mllm_edge.graph.decoder_spec import Branch, DecoderSpec, LayerSpec, MoeSpec
 
-__all__ = ["mixtral_spec", "qwen2_moe_spec"]
+__all__ = ["MODEL_TYPES", "spec"]
+
+MODEL_TYPES = ("mixtral", "qwen2_moe")
 
 _MOE = LayerSpec((Branch("attention", pre="input_norm"), Branch("moe", pre="post_attention_norm")))
 _MIXTRAL = {
@@ -26,16 +29,20 @@ _QWEN2_MOE = {
 _INERT = ("router_aux_loss_coef", "router_jitter_noise", "output_router_logits")
 
 
-def mixtral_spec(config: ConfigReader, weights: Weights, prefix: str, tied: bool) -> DecoderSpec:
-    """Mixtral: the softmax over all experts, the largest few renormalized; errors as in `llama_spec`."""
-    spec = llama_spec(config, weights, prefix, tied, "mixtral")
-    moe = MoeSpec(config.take("num_local_experts"), config.take("num_experts_per_tok"), spec.mlp.inner)
-    return _with_experts(config, spec, prefix, moe, _MIXTRAL, range(spec.layers))
+def spec(config: ConfigReader, weights: Weights, place: Place, model_type: str) -> DecoderSpec:
+    """The decoder at `place`; errors as in `llama`."""
+    plain = llama.spec(config, weights, place, model_type)
+    return (_mixtral if model_type == "mixtral" else _qwen2_moe)(config, plain, place)
 
 
-def qwen2_moe_spec(config: ConfigReader, weights: Weights, prefix: str, tied: bool) -> DecoderSpec:
-    """Qwen2-MoE: some layers may stay dense; the shared expert has a gate of its own."""
-    spec = llama_spec(config, weights, prefix, tied, "qwen2_moe")
+def _mixtral(config: ConfigReader, plain: DecoderSpec, place: Place) -> DecoderSpec:
+    """The softmax over all experts, the largest few renormalized."""
+    moe = MoeSpec(config.take("num_local_experts"), config.take("num_experts_per_tok"), plain.mlp.inner)
+    return _with_experts(config, plain, place, moe, _MIXTRAL, range(plain.layers))
+
+
+def _qwen2_moe(config: ConfigReader, plain: DecoderSpec, place: Place) -> DecoderSpec:
+    """Some layers may stay dense; the shared expert has a gate of its own."""
     moe = MoeSpec(
         experts=config.take("num_experts"),
         top_k=config.take("num_experts_per_tok"),
@@ -45,20 +52,20 @@ def qwen2_moe_spec(config: ConfigReader, weights: Weights, prefix: str, tied: bo
         shared_gate=True,
     )
     dense, step = config.take("mlp_only_layers") or (), config.take("decoder_sparse_step", 1)
-    sparse = [i for i in range(spec.layers) if i not in dense and moe.experts and (i + 1) % step == 0]
-    return _with_experts(config, spec, prefix, moe, _QWEN2_MOE, sparse)
+    sparse = [i for i in range(plain.layers) if i not in dense and moe.experts and (i + 1) % step == 0]
+    return _with_experts(config, plain, place, moe, _QWEN2_MOE, sparse)
 
 
 def _with_experts(
     config: ConfigReader,
-    spec: DecoderSpec,
-    prefix: str,
+    plain: DecoderSpec,
+    place: Place,
     moe: MoeSpec,
     names: dict[str, str],
     sparse: "range | list[int]",
 ) -> DecoderSpec:
     for inert in _INERT:
         config.take(inert)
-    layer = {part: f"{prefix}.layers.{{i}}.{name}".replace("{{e}}", "{e}") for part, name in names.items()}
-    stack = tuple(replace(old, branches=_MOE.branches) if i in sparse else old for i, old in enumerate(spec.stack))
-    return replace(spec, moe=moe, stack=stack, names=replace(spec.names, layer={**spec.names.layer, **layer}))
+    layer = {part: name.replace("{{e}}", "{e}") for part, name in place.layer(names).items()}
+    stack = tuple(replace(old, branches=_MOE.branches) if i in sparse else old for i, old in enumerate(plain.stack))
+    return replace(plain, moe=moe, stack=stack, names=replace(plain.names, layer={**plain.names.layer, **layer}))

@@ -4,10 +4,13 @@ from dataclasses import replace
 
 from mllm_edge.export.checkpoint.config import ConfigReader
 from mllm_edge.export.checkpoint.safetensors import Weights
-from mllm_edge.export.decoders.llama import llama_spec
+from mllm_edge.export.decoders import llama
+from mllm_edge.export.decoders.place import Place
 from mllm_edge.graph.decoder_spec import PRE_NORM, AttentionSpec, Branch, CrossSpec, DecoderSpec, LayerSpec
 
-__all__ = ["mllama_spec"]
+__all__ = ["MODEL_TYPES", "spec"]
+
+MODEL_TYPES = ("mllama_text_model",)
 
 _CROSS = LayerSpec(
     (
@@ -24,21 +27,20 @@ _LAYER = {
 }
 
 
-def mllama_spec(config: ConfigReader, weights: Weights, prefix: str, head: str = "lm_head") -> DecoderSpec:
-    """The decoder under `prefix`; errors as in `llama_spec`.
+def spec(config: ConfigReader, weights: Weights, place: Place, model_type: str) -> DecoderSpec:
+    """The decoder at `place`; errors as in `llama`.
 
     Features come projected to the hidden size. The embedding has rows for more tokens than the head projects to.
     """
     config.require("hidden_activation", "silu")
     config.take("dropout")
     crossing = set(config.take("cross_attention_layers"))
-    spec = llama_spec(config, weights, prefix, False, "mllama_text_model", head)
-    attention = spec.attention
-    cross = AttentionSpec(attention.heads, attention.kv_heads, attention.head_dim, attention.scale, qk_norm=spec.norm)
-    layer = {part: f"{prefix}.layers.{{i}}.{name}" for part, name in _LAYER.items()}
+    plain = llama.spec(config, weights, place, model_type)
+    attention = plain.attention
+    cross = AttentionSpec(attention.heads, attention.kv_heads, attention.head_dim, attention.scale, qk_norm=plain.norm)
     return replace(
-        spec,
-        names=replace(spec.names, layer={**spec.names.layer, **layer}),
-        stack=tuple(_CROSS if i in crossing else PRE_NORM for i in range(spec.layers)),
-        cross=CrossSpec(cross, spec.hidden_size, rows=True),
+        plain,
+        names=replace(plain.names, layer={**plain.names.layer, **place.layer(_LAYER)}),
+        stack=tuple(_CROSS if i in crossing else PRE_NORM for i in range(plain.layers)),
+        cross=CrossSpec(cross, plain.hidden_size, rows=True),
     )

@@ -5,6 +5,7 @@ from dataclasses import replace
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.config import ConfigReader
 from mllm_edge.export.checkpoint.safetensors import Weights
+from mllm_edge.export.decoders.place import Place
 from mllm_edge.graph.decoder_spec import (
     PRE_NORM,
     AttentionSpec,
@@ -15,7 +16,9 @@ from mllm_edge.graph.decoder_spec import (
     WeightNames,
 )
 
-__all__ = ["opt_spec"]
+__all__ = ["MODEL_TYPES", "spec"]
+
+MODEL_TYPES = ("opt",)
 
 # The position table begins with two rows that no token uses.
 _POSITION_OFFSET = 2
@@ -32,8 +35,8 @@ _LAYER = {
 }
 
 
-def opt_spec(config: ConfigReader, weights: Weights, prefix: str, tied: bool) -> DecoderSpec:
-    """The decoder under `prefix` (`model.decoder`).
+def spec(config: ConfigReader, weights: Weights, place: Place, model_type: str) -> DecoderSpec:
+    """The decoder at `place`, whose prefix ends in `decoder`.
 
     Raises ConfigError for the variants of OPT-350M (post-norm, projected embeddings), which no other size has.
     """
@@ -49,7 +52,6 @@ def opt_spec(config: ConfigReader, weights: Weights, prefix: str, tied: bool) ->
         config.take(inert)
     activation = config.require("activation_function", "relu", "gelu")
     head_dim = hidden // heads
-    head = "lm_head" if "lm_head.weight" in weights or not tied else f"{prefix}.embed_tokens"
     return DecoderSpec(
         hidden_size=hidden,
         vocab_size=config.take("vocab_size"),
@@ -57,10 +59,10 @@ def opt_spec(config: ConfigReader, weights: Weights, prefix: str, tied: bool) ->
         attention=AttentionSpec(heads, heads, head_dim, head_dim**-0.5, qkv_bias=bias, output_bias=bias),
         mlp=MlpSpec(config.take("ffn_dim"), activation, gated=False, bias=bias),
         stack=(replace(PRE_NORM, rope=None),) * config.take("num_hidden_layers"),
-        table=PositionTable("learned", f"{prefix}.embed_positions.weight", skip=_POSITION_OFFSET),
+        table=PositionTable("learned", f"{place.prefix}.embed_positions.weight", skip=_POSITION_OFFSET),
         names=WeightNames(
-            layer={part: f"{prefix}.layers.{{i}}.{name}" for part, name in _LAYER.items()},
-            final_norm=f"{prefix}.final_layer_norm",
-            lm_head=head,
+            layer=place.layer(_LAYER),
+            final_norm=f"{place.prefix}.final_layer_norm",
+            lm_head=place.lm_head(weights),
         ),
     )

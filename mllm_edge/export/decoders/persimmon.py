@@ -4,10 +4,13 @@ from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.config import ConfigReader
 from mllm_edge.export.checkpoint.safetensors import Weights
 from mllm_edge.export.decoders.fused import cut_groups
+from mllm_edge.export.decoders.place import Place
 from mllm_edge.export.decoders.rope import rope_spec
 from mllm_edge.graph.decoder_spec import PRE_NORM, AttentionSpec, DecoderSpec, MlpSpec, NormSpec, WeightNames
 
-__all__ = ["persimmon_spec"]
+__all__ = ["MODEL_TYPES", "spec"]
+
+MODEL_TYPES = ("persimmon",)
 
 _LAYER = {
     "input_norm": "input_layernorm",
@@ -23,8 +26,8 @@ _LAYER = {
 }
 
 
-def persimmon_spec(config: ConfigReader, weights: Weights, prefix: str, tied: bool) -> DecoderSpec:
-    """The decoder under `prefix`. Raises ConfigError for a value that has no operators."""
+def spec(config: ConfigReader, weights: Weights, place: Place, model_type: str) -> DecoderSpec:
+    """The decoder at `place`. Raises ConfigError for a value that has no operators."""
     hidden, heads = config.take("hidden_size"), config.take("num_attention_heads")
     if hidden % heads:
         raise ConfigError(f"hidden_size {hidden} is no multiple of num_attention_heads {heads}", "check config.json")
@@ -34,11 +37,10 @@ def persimmon_spec(config: ConfigReader, weights: Weights, prefix: str, tied: bo
     config.take("hidden_dropout")
     layers = config.take("num_hidden_layers")
     for i in range(layers):
-        attention = f"{prefix}.layers.{i}.self_attn"
+        attention = f"{place.prefix}.layers.{i}.self_attn"
         for kind, row in (("weight", hidden), ("bias", None)):
             parts = {f"{attention}.{part}.{kind}": 1 for part in ("query", "key", "value")}
             cut_groups(weights, f"{attention}.query_key_value.{kind}", parts, heads, dim, row)
-    head = "lm_head" if "lm_head.weight" in weights or not tied else f"{prefix}.embed_tokens"
     return DecoderSpec(
         stack=(PRE_NORM,) * layers,
         hidden_size=hidden,
@@ -56,8 +58,8 @@ def persimmon_spec(config: ConfigReader, weights: Weights, prefix: str, tied: bo
         mlp=MlpSpec(config.take("intermediate_size"), config.require("hidden_act", "relu2"), gated=False, bias=True),
         ropes=(rope_spec(config, dim, partial=True),),
         names=WeightNames(
-            layer={part: f"{prefix}.layers.{{i}}.{name}" for part, name in _LAYER.items()},
-            final_norm=f"{prefix}.final_layernorm",
-            lm_head=head,
+            layer=place.layer(_LAYER),
+            final_norm=f"{place.prefix}.final_layernorm",
+            lm_head=place.lm_head(weights),
         ),
     )

@@ -5,30 +5,20 @@ as the last tile; in the prompt each tile is announced by its row and column. Wi
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from mllm_edge.errors import ConfigError
-from mllm_edge.export.checkpoint.chat import chat_template
-from mllm_edge.export.checkpoint.config import ConfigReader, load_config, model_readers
+from mllm_edge.export.checkpoint.config import OWN_CONFIG
 from mllm_edge.export.checkpoint.image_settings import resample_name, value_transforms
-from mllm_edge.export.checkpoint.processing import (
-    processor_class,
-    read_image_processor,
-    read_processor,
-    read_tokenizer,
-)
-from mllm_edge.export.checkpoint.safetensors import Weights
+from mllm_edge.export.checkpoint.processing import processor_class
+from mllm_edge.export.checkpoint.processor import OWN_PROCESSOR, load_processor, require_switched_on
 from mllm_edge.export.checkpoint.source import Source
-from mllm_edge.export.checkpoint.texts import read_texts
-from mllm_edge.export.checkpoint.vocabulary import check_vocabulary
-from mllm_edge.export.decoders.llama import llama_spec
-from mllm_edge.export.plan import Plan, TracedComponent
+from mllm_edge.export.family import Checkpoint, Family, Parts
+from mllm_edge.export.plan import TracedComponent
 from mllm_edge.spec import (
-    EmbeddingSpec,
     ImagePrompt,
     ImageSpec,
-    ModelSpec,
     Resize,
     ResizeLongestEdge,
     ResizeToMultiple,
@@ -37,16 +27,12 @@ from mllm_edge.spec import (
     Transform,
 )
 
-__all__ = ["MODEL_TYPES", "SUMMARY", "image_features", "load_processor", "plan"]
+if TYPE_CHECKING:
+    from mllm_edge.export.vision.siglip import SiglipConfig
 
-MODEL_TYPES = ("idefics3", "smolvlm")
-SUMMARY = {
-    "decoders": ["llama"],
-    "examples": ["HuggingFaceTB/SmolVLM-256M-Instruct", "HuggingFaceM4/Idefics3-8B-Llama3"],
-}
+__all__ = ["FAMILY"]
 
-_TEXT, _VISION, _CONNECTOR = "model.text_model", "model.vision_model.", "model.connector."
-_POSITIONS = f"{_VISION}embeddings.position_embedding.weight"
+_VISION = "model.vision_model."
 _SIDE_LIMIT = 4096  # px; the processor's absolute maximum
 _PROCESSORS = ("Idefics3ImageProcessor", "SmolVLMImageProcessor")
 _CLASS = {"idefics3": "Idefics3Processor", "smolvlm": "SmolVLMProcessor"}
@@ -58,131 +44,31 @@ _TEMPLATE = (
 )
 
 
-def plan(source: Source, weights: Weights) -> Plan:
-    """Understand the checkpoint; raises ConfigError, WeightsError or SourceError that names what does not fit."""
-    config = load_config(source)
-    top, text, vision = _readers(source, config)
-    image_token_id, scale = top.take("image_token_id"), top.take("scale_factor")
-    decoder = llama_spec(text, weights, _TEXT, tied=bool(top.take("tie_word_embeddings", False)))
-    context = text.take("max_position_embeddings")
-    processor = load_processor(source)
-    tower = _tower(vision, _longest_edge(processor.image_processor, "max_image_size"))
-    for reader in (top, text, vision):
-        reader.finish()
-    tokens = _tokens_per_tile(processor, tower.patches, scale)
-    image = _image_spec(processor, tower, tokens, image_token_id)
-    check_vocabulary(source, {image.prompt.token: image_token_id}, (), decoder.vocab_size)
-    model = ModelSpec(
-        family="smolvlm" if source.model_type == "smolvlm" else "idefics3",
-        model_type=source.model_type,
-        hidden_size=decoder.hidden_size,
-        vocab_size=decoder.vocab_size,
-        context_length=context,
-        parameters=weights.parameters,
-        embedding=EmbeddingSpec("embed_tokens.npy", rows=weights.shape(f"{_TEXT}.embed_tokens.weight")[0]),
-        positions=decoder.position_spec(),
-        cache=decoder.cache_spec(),
-        image=image,
-    )
-    return Plan(
-        model=model,
-        decoder=decoder,
-        traced=_traced(tower, scale, tokens, decoder.hidden_size, weights),
-        embedding=f"{_TEXT}.embed_tokens.weight",
-        texts=read_texts(source, processor, config.text_config.to_dict()),
-        ignored=tuple(n for n in weights if n.endswith("rotary_emb.inv_freq")),
-    )
+def _describe(checkpoint: Checkpoint) -> Parts:
+    from mllm_edge.export.vision.siglip import PixelShuffleConnector, SiglipConfig, SiglipTower, position_ids
 
-
-def load_processor(source: Source) -> Any:
-    """What transformers loads from the folder: Idefics3Processor or SmolVLMProcessor, for images and text."""
-    from transformers import Idefics3Processor
-    from transformers.models.smolvlm import processing_smolvlm
-
-    classes = {cls.__name__: cls for cls in (Idefics3Processor, processing_smolvlm.SmolVLMProcessor)}
-    chosen = classes[processor_class(source, _CLASS[source.model_type], classes)]
-    image_processor, tokenizer = read_image_processor(source, _PROCESSORS), read_tokenizer(source)
-    vision = source.config.get("vision_config") or {}
-    patches = image_processor.max_image_size["longest_edge"] // (vision.get("patch_size") or 32)
-    tokens = (patches // (source.config.get("scale_factor") or 2)) ** 2
-    # The package num2words, which spells the number of a video's frames, is asked for even where there is no video.
-    with patch.object(processing_smolvlm, "num2words", processing_smolvlm.num2words or str):
-        processor = read_processor(source, chosen, image_processor, tokenizer, image_seq_len=tokens)
-    processor.chat_template = chat_template(source, _TEMPLATE, tokenizer)
-    return processor
-
-
-def image_features(model: Any, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The reference's tensors behind `vision_hidden` [tiles, patches, D] and `image_features` [tokens, H]."""
-    import torch
-
-    found = model.model.get_image_features(inputs["pixel_values"], inputs["pixel_attention_mask"], return_dict=True)
-    return found.last_hidden_state, torch.cat(list(found.pooler_output))
-
-
-def _readers(source: Source, config: Any) -> tuple[ConfigReader, ConfigReader, ConfigReader]:
-    where = str(source.folder / "config.json")
-    if config.text_config.model_type != "llama":
-        raise ConfigError(
-            f"{where}: text_config.model_type = {config.text_config.model_type!r}",
-            "this family is exported with a llama decoder",
-        )
-    readers = model_readers(source, config)
+    source, weights = checkpoint.source, checkpoint.weights
     # Values that older remote code knew and the reference ignores: they must not promise another model.
-    raw = source.config.get("text_config") or {}
+    stated = source.config.get("text_config") or {}
     for key in ("qk_layer_norms", "use_resampler", "rope_interleaved"):
-        if raw.get(key):
-            raise ConfigError(f"{where} text_config: {key} = {raw[key]!r} is not supported", "only false is supported")
-    return readers
-
-
-def _tower(vision: ConfigReader, tile: int) -> Any:
-    from mllm_edge.export.vision.siglip import SiglipConfig
-
-    sizes = {key: vision.take(key) for key in ("image_size", "patch_size")}
-    for key, value in sizes.items():
-        if not isinstance(value, int):
-            raise ConfigError(f"vision_config: {key} = {value!r}", "only square images and patches are supported")
-    patch = sizes["patch_size"]
-    if tile % patch:
+        if stated.get(key):
+            where = f"{source.folder / 'config.json'} text_config"
+            raise ConfigError(f"{where}: {key} = {stated[key]!r} is not supported", "only false is supported")
+    tile = _longest_edge(checkpoint.processor.image_processor, "max_image_size")
+    tower, scale = SiglipConfig.read(checkpoint.vision, tile), checkpoint.top.take("scale_factor")
+    if tile % tower.patch:
         raise ConfigError(
-            f"the image processor makes tiles of {tile} px, no multiple of the vision tower's patch of {patch}",
-            "use the preprocessor_config.json that belongs to this model",
+            f"the image processor makes tiles of {tile} px, no multiple of the vision tower's patch of {tower.patch}",
+            OWN_PROCESSOR,
         )
-    hidden, heads = vision.take("hidden_size"), vision.take("num_attention_heads")
-    if hidden % heads:
-        raise ConfigError(
-            f"vision_config: hidden_size {hidden} is no multiple of num_attention_heads {heads}",
-            "use the config.json that belongs to these weights",
-        )
-    return SiglipConfig(
-        hidden_size=hidden,
-        intermediate_size=vision.take("intermediate_size"),
-        layers=vision.take("num_hidden_layers"),
-        heads=heads,
-        channels=vision.require("num_channels", 3),
-        patch=patch,
-        tile=tile,
-        grid=sizes["image_size"] // patch,
-        norm_eps=vision.take("layer_norm_eps"),
-        activation=vision.require("hidden_act", "gelu_pytorch_tanh", "gelu"),
-    )
-
-
-def _traced(
-    tower: Any, scale: int, tokens: int, text_hidden: int, weights: Weights
-) -> tuple[TracedComponent, TracedComponent]:
-    from mllm_edge.export.vision.siglip import PixelShuffleConnector, SiglipTower, position_ids
-
-    hidden = TensorSpec("vision_hidden", "float32", ("tiles", tower.patches**2, tower.hidden_size))
-    pixels = TensorSpec("pixel_values", "float32", ("tiles", tower.channels, tower.tile, tower.tile))
-    features = TensorSpec("image_features", "float32", ("tiles", tokens, text_hidden))
-    table = weights.use(_POSITIONS, (tower.grid**2, tower.hidden_size))
+    tokens, text_hidden = _tokens_per_tile(checkpoint.processor, tower.patches, scale), checkpoint.decoder.hidden_size
+    table = weights.use(f"{_VISION}embeddings.position_embedding.weight", (tower.grid**2, tower.hidden_size))
     ids = position_ids(tower.patches, tower.grid)
+    hidden = TensorSpec("vision_hidden", "float32", ("tiles", tower.patches**2, tower.hidden_size))
     encoder = TracedComponent(
         "vision_encoder",
         lambda: SiglipTower(tower),
-        (pixels,),
+        (TensorSpec("pixel_values", "float32", ("tiles", tower.channels, tile, tile)),),
         (hidden,),
         _VISION,
         {"embeddings.positions": lambda: table()[ids]},
@@ -191,10 +77,34 @@ def _traced(
         "connector",
         lambda: PixelShuffleConnector(tower.patches, scale, tower.hidden_size, text_hidden),
         (hidden,),
-        (features,),
-        _CONNECTOR,
+        (TensorSpec("image_features", "float32", ("tiles", tokens, text_hidden)),),
+        "model.connector.",
     )
-    return encoder, connector
+    return Parts((encoder, connector), _image_spec(checkpoint, tower, tokens))
+
+
+def _load_processor(source: Source) -> Any:
+    from transformers import Idefics3Processor
+    from transformers.models.smolvlm import processing_smolvlm
+
+    classes = {cls.__name__: cls for cls in (Idefics3Processor, processing_smolvlm.SmolVLMProcessor)}
+    name = processor_class(source, _CLASS[source.model_type], classes)
+    vision = source.config.get("vision_config") or {}
+
+    def of_model(image_processor: Any) -> dict[str, Any]:
+        patches = image_processor.max_image_size["longest_edge"] // (vision.get("patch_size") or 32)
+        return {"image_seq_len": (patches // (source.config.get("scale_factor") or 2)) ** 2}
+
+    # The package num2words, which spells the number of a video's frames, is asked for even where there is no video.
+    with patch.object(processing_smolvlm, "num2words", processing_smolvlm.num2words or str):
+        return load_processor(source, name, _PROCESSORS, _TEMPLATE, of_model, classes[name])
+
+
+def _image_features(model: Any, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
+    import torch
+
+    found = model.model.get_image_features(inputs["pixel_values"], inputs["pixel_attention_mask"], return_dict=True)
+    return found.last_hidden_state, torch.cat(list(found.pooler_output))
 
 
 def _longest_edge(settings: Any, key: str) -> int:
@@ -206,10 +116,7 @@ def _longest_edge(settings: Any, key: str) -> int:
 
 def _tokens_per_tile(processor: Any, patches: int, scale: int) -> int:
     if patches % scale:
-        raise ConfigError(
-            f"scale_factor {scale} does not divide the {patches} patches of a tile's side",
-            "use the config.json that belongs to these weights",
-        )
+        raise ConfigError(f"scale_factor {scale} does not divide the {patches} patches of a tile's side", OWN_CONFIG)
     tokens = (patches // scale) ** 2
     if processor.image_seq_len != tokens:
         raise ConfigError(
@@ -220,10 +127,9 @@ def _tokens_per_tile(processor: Any, patches: int, scale: int) -> int:
     return tokens
 
 
-def _image_spec(processor: Any, tower: Any, tokens: int, token_id: int) -> ImageSpec:
-    settings = processor.image_processor
-    if not settings.do_convert_rgb:
-        raise ConfigError("preprocessor_config.json: do_convert_rgb = False", "only true is supported")
+def _image_spec(checkpoint: Checkpoint, tower: "SiglipConfig", tokens: int) -> ImageSpec:
+    processor, settings = checkpoint.processor, checkpoint.processor.image_processor
+    require_switched_on(checkpoint.source, settings, "do_convert_rgb")
     resample = resample_name(settings.resample)
     transforms: list[Transform] = []
     if settings.do_resize:
@@ -232,18 +138,29 @@ def _image_spec(processor: Any, tower: Any, tokens: int, token_id: int) -> Image
         transforms += [ResizeToMultiple(tower.tile, resample), SplitTiles(tower.tile, resample)]
     else:
         transforms.append(Resize(tower.tile, tower.tile, resample))
-    transforms += value_transforms(settings)
     # Words that are not in the vocabulary are text like any other, as in the first Idefics3.
     fake = processor.fake_image_token
     whole = getattr(processor, "global_image_tag", None) or processor.global_image_token
     prompt = ImagePrompt(
-        token=processor.image_token,
-        token_id=token_id,
-        tokens_per_tile=tokens,
+        processor.image_token,
+        checkpoint.token_id,
+        tokens,
         single=f"{fake}{whole}{{image}}{fake}",
         tile=f"{fake}<row_{{row}}_col_{{col}}>{{image}}",
         row_end="\n",
         overview=f"\n{fake}{whole}{{image}}{fake}",
         reserved=tuple(filter(None, [getattr(processor, "video_token", None)])),
     )
-    return ImageSpec(tuple(transforms), prompt, tower.tile, tower.tile, tower.channels)
+    return ImageSpec((*transforms, *value_transforms(settings)), prompt, tower.tile, tower.tile, tower.channels)
+
+
+FAMILY = Family(
+    name="idefics3",
+    model_types=("idefics3", "smolvlm"),
+    decoders=("llama",),
+    examples=("HuggingFaceTB/SmolVLM-256M-Instruct", "HuggingFaceM4/Idefics3-8B-Llama3"),
+    describe=_describe,
+    load_processor=_load_processor,
+    image_features=_image_features,
+    text="model.text_model",
+)

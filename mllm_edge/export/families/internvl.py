@@ -4,16 +4,13 @@ An image is stretched to the grid of tiles that suits its shape; in the prompt a
 words, the whole image last. Both layouts are read: transformers' own (`internvl`) and the original (`internvl_chat`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.chat import chat_template
-from mllm_edge.export.checkpoint.config import ConfigReader, model_readers
+from mllm_edge.export.checkpoint.config import OWN_CONFIG, ConfigReader, load_config
 from mllm_edge.export.checkpoint.image_settings import resample_name, value_transforms
 from mllm_edge.export.checkpoint.processing import (
     for_images,
@@ -22,198 +19,172 @@ from mllm_edge.export.checkpoint.processing import (
     read_processor,
     read_tokenizer,
 )
+from mllm_edge.export.checkpoint.processor import OWN_PROCESSOR, require_switched_on
 from mllm_edge.export.checkpoint.safetensors import Weights
 from mllm_edge.export.checkpoint.source import Source
-from mllm_edge.export.checkpoint.source_weights import source_weights
 from mllm_edge.export.checkpoint.texts import Texts, read_texts
 from mllm_edge.export.checkpoint.vocabulary import check_vocabulary, vocabulary
-from mllm_edge.export.decoders.internlm2 import internlm2_spec
-from mllm_edge.export.decoders.llama import llama_spec
-from mllm_edge.export.families.internvl_layouts import Checkpoint, Names, cut_vision_qkv, read_checkpoint
-from mllm_edge.export.plan import Plan, TracedComponent
+from mllm_edge.export.families import internvl_chat
+from mllm_edge.export.families.internvl_chat import MODEL_TYPE as CHAT
+from mllm_edge.export.family import Checkpoint, Family, Parts, open_weights, understand
+from mllm_edge.export.plan import TracedComponent
 from mllm_edge.export.reference import load_reference
-from mllm_edge.graph.decoder_spec import DecoderSpec
-from mllm_edge.spec import (
-    EmbeddingSpec,
-    ImagePrompt,
-    ImageSpec,
-    ModelSpec,
-    Resize,
-    SelectTiles,
-    TensorSpec,
-    Transform,
-)
+from mllm_edge.spec import ImagePrompt, ImageSpec, Resize, SelectTiles, TensorSpec, Transform
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from mllm_edge.export.vision.internvit import InternVitConfig
 
-__all__ = ["MODEL_TYPES", "OWN_READING", "SUMMARY", "image_features", "load_model", "load_processor", "plan"]
-
-MODEL_TYPES = ("internvl", "internvl_chat")
-OWN_READING = ("internvl_chat",)
-SUMMARY = {
-    "decoders": ["internlm2", "llama", "qwen2", "qwen3"],
-    "examples": ["OpenGVLab/InternVL2_5-1B", "OpenGVLab/InternVL3-1B-hf"],
-}
+__all__ = ["FAMILY"]
 
 _TOWER = "model.vision_tower."
-_CONNECTOR = "model.multi_modal_projector."
-_EMBEDDING = "model.language_model.embed_tokens.weight"
 
 
-def plan(source: Source, weights: Weights) -> Plan:
-    """Understand the checkpoint; raises ConfigError, WeightsError or SourceError that names what does not fit."""
-    checkpoint = read_checkpoint(source, weights)
-    top, text, vision = model_readers(checkpoint.source, checkpoint.config)
-    image_token_id = top.take("image_token_id")
-    decoder = _decoder(checkpoint, text, weights, bool(top.take("tie_word_embeddings")))
-    context = text.take("max_position_embeddings")
-    tower = _tower(top, vision)
-    scale = _scale(top.take("downsample_ratio"), tower.patches)
-    tokens = (tower.patches // scale) ** 2
-    traced = _traced(checkpoint, tower, scale, tokens, top, decoder.hidden_size, weights)
+def _describe(checkpoint: Checkpoint) -> Parts:
+    from mllm_edge.export.vision.internvit import InternVit, ShuffleConnector
+    from mllm_edge.export.vision.modules import ACTIVATIONS
+
+    source, weights, top = checkpoint.source, checkpoint.weights, checkpoint.top
+    tower = _tower(top, checkpoint.vision)
+    scale, text_hidden = _scale(top.take("downsample_ratio"), tower.patches), checkpoint.decoder.hidden_size
+    tokens, size = (tower.patches // scale) ** 2, tower.hidden_size
+    if source.model_type == CHAT:
+        internvl_chat.cut_vision_qkv(weights, checkpoint.config.vision_config)
+    activation = top.require("projector_hidden_act", *ACTIVATIONS)
     top.take("image_seq_length")  # of the processor, which states it again
-    for reader in (top, text, vision):
-        reader.finish()
-    start, context_token, end = checkpoint.image_tokens
-    check_vocabulary(source, {}, checkpoint.image_tokens, decoder.vocab_size)
-    processor = _load_processor(checkpoint)
-    image = _image_spec(checkpoint, processor, tower.tile, tokens, image_token_id)
-    check_vocabulary(source, {context_token: image_token_id}, (start, end), decoder.vocab_size)
-    embedding = checkpoint.names.stored(_EMBEDDING)
-    model = ModelSpec(
-        family="internvl",
-        model_type=source.model_type,
-        hidden_size=decoder.hidden_size,
-        vocab_size=decoder.vocab_size,
-        context_length=context,
-        parameters=weights.parameters,
-        embedding=EmbeddingSpec("embed_tokens.npy", rows=weights.shape(embedding)[0]),
-        positions=decoder.position_spec(),
-        cache=decoder.cache_spec(),
-        image=image,
+    positions = weights.with_row(
+        *(f"{_TOWER}embeddings.position_embeddings", (1, 1 + tower.patches**2, size)),
+        *(f"{_TOWER}embeddings.cls_token", (1, 1, size)),
     )
-    return Plan(
-        model=model,
-        decoder=decoder,
-        traced=traced,
-        embedding=embedding,
-        texts=_texts(checkpoint, processor),
-        ignored=_ignored(checkpoint, tower, weights),
+    hidden = TensorSpec("vision_hidden", "float32", ("tiles", tower.patches**2, size))
+    encoder = TracedComponent(
+        "vision_encoder",
+        lambda: InternVit(tower),
+        (TensorSpec("pixel_values", "float32", ("tiles", tower.channels, tower.tile, tower.tile)),),
+        (hidden,),
+        _TOWER,
+        {"embeddings.positions": positions},
     )
+    connector = TracedComponent(
+        "connector",
+        lambda: ShuffleConnector(tower.patches, scale, size, text_hidden, activation),
+        (hidden,),
+        (TensorSpec("image_features", "float32", ("tiles", tokens, text_hidden)),),
+        "model.multi_modal_projector.",
+    )
+    # What the model has and never uses: layers behind the chosen one, what only training needs.
+    vision = checkpoint.config.vision_config
+    unused = [f"encoder.layer.{i}." for i in range(tower.layers, vision.num_hidden_layers)]
+    unused += [] if vision.use_mean_pooling else ["layernorm."]
+    unused += ["embeddings.mask_token"] if vision.use_mask_token else []
+    start, _, end = words = _image_tokens(source)
+    check_vocabulary(source, {}, words, checkpoint.decoder.vocab_size)
+    image = _image_spec(checkpoint, tower.tile, tokens)
+    return Parts((encoder, connector), image, tuple(_TOWER + part for part in unused), (start, end))
 
 
-def load_processor(source: Source) -> Any:
-    """What transformers loads from the folder: InternVLProcessor, for images and text. Of the original layout, which
-    transformers does not know, the same class with what the original code has built in."""
-    return _load_processor(read_checkpoint(source, source_weights(source)))
+def _image_tokens(source: Source) -> tuple[str, str, str]:
+    """The words before an image, for each of its features, and after it."""
+    if source.model_type == CHAT:
+        return internvl_chat.IMAGE_TOKENS
+    tokenizer = source.json("tokenizer_config.json")
+    extra = tokenizer.get("extra_special_tokens")
+    named = {**tokenizer, **(extra if isinstance(extra, Mapping) else {})}
+    words = zip(("start", "context", "end"), internvl_chat.IMAGE_TOKENS, strict=True)
+    start, context, end = (str(named.get(f"{place}_image_token", default)) for place, default in words)
+    return start, context, end
 
 
-def _load_processor(checkpoint: Checkpoint) -> Any:
+# ---------------------------------------------------------------- the reference
+def _load_processor(source: Source) -> Any:
     from transformers import InternVLProcessor, PreTrainedTokenizerFast
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-    source = checkpoint.source
-    if not checkpoint.original:
-        processor_class(source, "InternVLProcessor", ("InternVLProcessor",))
-        image_processor, tokenizer = read_image_processor(source, ("GotOcr2ImageProcessor",)), read_tokenizer(source)
-        if not hasattr(tokenizer, "context_image_token"):
-            tokenizer = read_tokenizer(source, extra_special_tokens=_names(checkpoint))
-        processor = read_processor(source, InternVLProcessor, image_processor, tokenizer)
-        processor.chat_template = _template(checkpoint, tokenizer)
-        return processor
-
-    class ImageProcessor(GotOcr2ImageProcessorPil):
-        def crop_image_to_patches(self, *args: Any, **kwargs: Any) -> Any:
-            return super().crop_image_to_patches(*args, **{**kwargs, "use_thumbnail": checkpoint.overview})
-
-    # A checkpoint may name a tokenizer class of its own code; tokenizer.json is the same without it.
-    tokenizer = read_tokenizer(source, PreTrainedTokenizerFast, extra_special_tokens=_names(checkpoint))
-    processor = for_images(InternVLProcessor)(
-        ImageProcessor(**checkpoint.images),
-        tokenizer,
-        None,
-        image_seq_length=_tokens_per_tile(checkpoint.config),
-    )
-    processor.chat_template = _template(checkpoint, tokenizer)
-    return processor
-
-
-def _names(checkpoint: Checkpoint) -> dict[str, str]:
-    start, context, end = checkpoint.image_tokens
-    return {
+    start, context, end = _image_tokens(source)
+    names = {
         "start_image_token": start,
         "end_image_token": end,
         "context_image_token": context,
         "video_token": "<video>",
     }
+    if source.model_type != CHAT:
+        processor_class(source, "InternVLProcessor", ("InternVLProcessor",))
+        image_processor, tokenizer = read_image_processor(source, ("GotOcr2ImageProcessor",)), read_tokenizer(source)
+        if not hasattr(tokenizer, "context_image_token"):
+            tokenizer = read_tokenizer(source, extra_special_tokens=names)
+        processor = read_processor(source, InternVLProcessor, image_processor, tokenizer)
+        processor.chat_template = _template(source, tokenizer, internvl_chat.chatml("", "\n", context))
+        return processor
+    chat = internvl_chat.read_chat(source)
+
+    class ImageProcessor(GotOcr2ImageProcessorPil):
+        def crop_image_to_patches(self, *args: Any, **kwargs: Any) -> Any:
+            return super().crop_image_to_patches(*args, **{**kwargs, "use_thumbnail": chat.overview})
+
+    # A checkpoint may name a tokenizer class of its own code; tokenizer.json is the same without it.
+    tokenizer = read_tokenizer(source, PreTrainedTokenizerFast, extra_special_tokens=names)
+    vision, ratio = chat.config["vision_config"], chat.config["downsample_ratio"]
+    tokens = int(vision["image_size"] // vision["patch_size"] * ratio) ** 2
+    parts = ImageProcessor(**chat.images), tokenizer, None
+    processor = for_images(InternVLProcessor)(*parts, image_seq_length=tokens)
+    processor.chat_template = _template(source, tokenizer, chat.template or "")
+    return processor
 
 
-def load_model(source: Source, decoder_layers: int | None = None) -> Any:
+def _template(source: Source, tokenizer: Any, known: str) -> str:
+    """What the original code would build comes before the tokenizer's template, which is often the bare decoder's."""
+    if source.model_type == CHAT and known and not (source.folder / "chat_template.jinja").is_file():
+        return known
+    template = chat_template(source, known, tokenizer)
+    if not template:
+        raise ConfigError(
+            f"{source.folder}: no chat template, and config.json names none that is known here",
+            "put the model's template into chat_template.jinja beside config.json",
+        )
+    return template
+
+
+def _texts(checkpoint: Checkpoint) -> Texts:
+    """With the token that ends a turn, which the original code knows by the prompt's form alone."""
+    source = checkpoint.source
+    texts = read_texts(source, checkpoint.processor, checkpoint.config.text_config.to_dict())
+    stop = internvl_chat.read_chat(source).stop if source.model_type == CHAT else None
+    number, generation = vocabulary(source).get(stop or ""), texts.generation
+    if number is None or number in generation.eos_token_ids:
+        return texts
+    return replace(texts, generation=replace(generation, eos_token_ids=(*generation.eos_token_ids, number)))
+
+
+def _load_model(source: Source, decoder_layers: int | None = None) -> Any:
     """InternVLForConditionalGeneration in float32; the original layout is translated tensor by tensor."""
+    if source.model_type != CHAT:
+        return load_reference(source, decoder_layers)
     import torch
     from transformers import InternVLForConditionalGeneration
 
-    weights = source_weights(source)
-    checkpoint = read_checkpoint(source, weights)
-    if not checkpoint.original:
-        return load_reference(source, decoder_layers)
-    config, names = checkpoint.config, checkpoint.names
-    cut_vision_qkv(checkpoint, weights)
-    _decoder(checkpoint, model_readers(checkpoint.source, config)[1], weights, tied=False)  # cuts InternLM2's
+    weights = open_weights(source)
+    understand(source, weights)  # cuts fused projections
+    config = load_config(internvl_chat.translated(source))
     if decoder_layers is not None:
         config.text_config.num_hidden_layers = min(decoder_layers, config.text_config.num_hidden_layers)
-    config.tie_word_embeddings &= names.stored("lm_head.weight") not in weights
+    config.tie_word_embeddings &= "lm_head.weight" not in weights
     with torch.device("meta"):
         parameters = set(InternVLForConditionalGeneration(config).state_dict())
     if config.tie_word_embeddings:
         parameters.discard("lm_head.weight")
-    state = {name: torch.from_numpy(weights.read(names.stored(name))) for name in parameters}
+    state = {name: torch.from_numpy(weights.read(name)) for name in parameters}
     return InternVLForConditionalGeneration.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
 
 
-def image_features(model: Any, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The reference's tensors behind `vision_hidden` [tiles, patches², D] and `image_features` [tokens, H]."""
+def _image_features(model: Any, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
     found = model.model.get_image_features(inputs["pixel_values"], return_dict=True)
     layer = model.config.vision_feature_layer
     hidden = found.last_hidden_state if layer == -1 else found.hidden_states[layer]
     return hidden[:, 1:], found.pooler_output.flatten(0, 1)
 
 
-# ---------------------------------------------------------------- decoder and text
-def _decoder(checkpoint: Checkpoint, text: ConfigReader, weights: Weights, tied: bool) -> DecoderSpec:
-    prefix, head = (checkpoint.names.stored(name) for name in ("model.language_model", "lm_head"))
-    embedding = checkpoint.names.stored(_EMBEDDING).removesuffix(".weight")
-    if f"{head}.weight" not in weights and tied:
-        head = embedding
-    if checkpoint.internlm2:
-        return internlm2_spec(text, weights, prefix, head)
-    return llama_spec(text, weights, prefix, False, checkpoint.config.text_config.model_type, head)
-
-
-def _texts(checkpoint: Checkpoint, processor: Any) -> Texts:
-    """With the token that ends a turn, which the original code knows by the prompt's form alone."""
-    texts = read_texts(checkpoint.source, processor, checkpoint.config.text_config.to_dict())
-    number, generation = vocabulary(checkpoint.source).get(checkpoint.stop or ""), texts.generation
-    if number is None or number in generation.eos_token_ids:
-        return texts
-    return replace(texts, generation=replace(generation, eos_token_ids=(*generation.eos_token_ids, number)))
-
-
-def _template(checkpoint: Checkpoint, tokenizer: Any) -> str:
-    """What the original code would build comes before the tokenizer's template, which is often the bare decoder's."""
-    folder, known = checkpoint.source.folder, checkpoint.template or ""
-    if checkpoint.original and known and not (folder / "chat_template.jinja").is_file():
-        return known
-    template = chat_template(checkpoint.source, known, tokenizer)
-    if not template:
-        raise ConfigError(
-            f"{folder}: no chat template, and config.json names none that is known here",
-            "put the model's template into chat_template.jinja beside config.json",
-        )
-    return template
+def _decoder_type(config: Any, weights: Weights) -> str:
+    fused = "model.language_model.layers.0.self_attn.qkv_proj.weight" in weights
+    return "internlm2" if fused else str(config.text_config.model_type)
 
 
 # ---------------------------------------------------------------- vision
@@ -221,14 +192,10 @@ def _tower(top: ConfigReader, vision: ConfigReader) -> "InternVitConfig":
     from mllm_edge.export.vision.internvit import InternVitConfig
     from mllm_edge.export.vision.modules import ACTIVATIONS
 
-    tile, patch = (_square(vision, key) for key in ("image_size", "patch_size"))
-    hidden, heads = vision.take("hidden_size"), vision.take("num_attention_heads")
-    if hidden % heads or tile % patch:
-        raise ConfigError(
-            f"vision_config: hidden_size {hidden} is no multiple of num_attention_heads {heads}, "
-            f"or image_size {tile} none of patch_size {patch}",
-            "use the config.json that belongs to these weights",
-        )
+    tile, patch = vision.side("image_size"), vision.side("patch_size")
+    hidden, heads = vision.heads()
+    if tile % patch:
+        raise ConfigError(f"vision_config: image_size {tile} is no multiple of patch_size {patch}", OWN_CONFIG)
     vision.require("use_absolute_position_embeddings", True)
     for unused in ("layer_scale_init_value", "use_mask_token", "hidden_dropout_prob", "projection_dropout"):
         vision.take(unused)  # only for training
@@ -252,14 +219,6 @@ def _tower(top: ConfigReader, vision: ConfigReader) -> "InternVitConfig":
     )
 
 
-def _square(vision: ConfigReader, key: str) -> int:
-    value = vision.take(key)
-    sides = [value, value] if isinstance(value, int) else list(value)
-    if len(sides) != 2 or sides[0] != sides[1]:
-        raise ConfigError(f"vision_config: {key} = {value!r}", "only square images and patches are supported")
-    return int(sides[0])
-
-
 def _layers(chosen: Any, layers: int) -> int:
     """How many layers come before the hidden state that the connector takes."""
     if not isinstance(chosen, int) or not -layers <= chosen <= layers or chosen == 0:
@@ -276,118 +235,43 @@ def _scale(ratio: float, patches: int) -> int:
     if not scale or scale * ratio != 1 or patches % scale:
         raise ConfigError(
             f"config.json: downsample_ratio = {ratio!r} does not divide the {patches} patches of a tile's side",
-            "use the config.json that belongs to these weights",
+            OWN_CONFIG,
         )
     return scale
 
 
-def _traced(
-    checkpoint: Checkpoint,
-    tower: "InternVitConfig",
-    scale: int,
-    tokens: int,
-    top: ConfigReader,
-    text_hidden: int,
-    weights: Weights,
-) -> tuple[TracedComponent, TracedComponent]:
-    from mllm_edge.export.vision.internvit import InternVit, ShuffleConnector
-    from mllm_edge.export.vision.modules import ACTIVATIONS
-
-    if checkpoint.original:
-        cut_vision_qkv(checkpoint, weights)
-    activation = top.require("projector_hidden_act", *ACTIVATIONS)
-    pixels = TensorSpec("pixel_values", "float32", ("tiles", tower.channels, tower.tile, tower.tile))
-    hidden = TensorSpec("vision_hidden", "float32", ("tiles", tower.patches**2, tower.hidden_size))
-    features = TensorSpec("image_features", "float32", ("tiles", tokens, text_hidden))
-    encoder = partial(InternVit, tower)
-    connector = partial(ShuffleConnector, tower.patches, scale, tower.hidden_size, text_hidden, activation)
-    positions = {"embeddings.positions": _positions(tower, checkpoint.names, weights)}
-    of_tower = _readers(encoder, _TOWER, checkpoint.names, weights, positions)
-    of_connector = _readers(connector, _CONNECTOR, checkpoint.names, weights, {})
-    return (
-        TracedComponent("vision_encoder", encoder, (pixels,), (hidden,), "", of_tower),
-        TracedComponent("connector", connector, (hidden,), (features,), "", of_connector),
-    )
-
-
-def _readers(
-    module: "Callable[[], nn.Module]",
-    prefix: str,
-    names: Names,
-    weights: Weights,
-    derived: Mapping[str, Callable[[], np.ndarray]],
-) -> dict[str, Callable[[], np.ndarray]]:
-    """A reader for every parameter, whatever the checkpoint calls it."""
-    import torch
-
-    with torch.device("meta"):
-        shapes = {name: tuple(parameter.shape) for name, parameter in module().named_parameters()}
-    stored = {name: names.stored(prefix + name) for name in shapes if name not in derived}
-    return {**derived, **{name: weights.use(tensor, shapes[name]) for name, tensor in stored.items()}}
-
-
-def _positions(tower: "InternVitConfig", names: Names, weights: Weights) -> Callable[[], np.ndarray]:
-    """Position embeddings; the class token is the same for all images, so it joins its own position."""
-    places, size = 1 + tower.patches**2, tower.hidden_size
-    read = weights.use(names.stored(f"{_TOWER}embeddings.position_embeddings"), (1, places, size))
-    token = weights.use(names.stored(f"{_TOWER}embeddings.cls_token"), (1, 1, size))
-
-    def compute() -> np.ndarray:
-        positions = read()[0]
-        positions[0] += token()[0, 0]
-        return positions
-
-    return compute
-
-
-def _ignored(checkpoint: Checkpoint, tower: "InternVitConfig", weights: Weights) -> tuple[str, ...]:
-    """Tensors that the model has and never uses: what is behind the chosen layer, what only training needs, tables."""
-    vision, stored = checkpoint.config.vision_config, checkpoint.names.stored
-    parts = [f"encoder.layer.{i}." for i in range(tower.layers, vision.num_hidden_layers)]
-    parts += [] if vision.use_mean_pooling else ["layernorm."]
-    parts += ["embeddings.mask_token"] if vision.use_mask_token else []
-    unused = tuple(stored(_TOWER + part) for part in parts)
-    return tuple(name for name in weights if name.startswith(unused) or name.endswith(".rotary_emb.inv_freq"))
-
-
 # ---------------------------------------------------------------- processor
-def _tokens_per_tile(config: Any) -> int:
-    size, patch = config.vision_config.image_size[0], config.vision_config.patch_size[0]
-    return int(size // patch * config.downsample_ratio) ** 2
-
-
-def _image_spec(checkpoint: Checkpoint, processor: Any, tile: int, tokens: int, token_id: int) -> ImageSpec:
+def _image_spec(checkpoint: Checkpoint, tile: int, tokens: int) -> ImageSpec:
+    source, processor = checkpoint.source, checkpoint.processor
     start, context, end = processor.start_image_token, processor.image_token, processor.end_image_token
     if processor.image_seq_length != tokens:
         raise ConfigError(
-            f"{checkpoint.source.folder / 'processor_config.json'}: image_seq_length = {processor.image_seq_length} "
+            f"{source.folder / 'processor_config.json'}: image_seq_length = {processor.image_seq_length} "
             f"(256 if it is not given), but the model makes {tokens} tokens of a tile",
             "use the processor files that belong to this model",
         )
-    overview = checkpoint.overview
+    overview = source.model_type != CHAT or internvl_chat.read_chat(source).overview
     prompt = ImagePrompt(
-        token=context,
-        token_id=token_id,
-        tokens_per_tile=tokens,
+        context,
+        checkpoint.token_id,
+        tokens,
         single=f"{start}{{image}}{end}",
         begin=start,
         tile="{image}",
         overview=f"{{image}}{end}" if overview else end,
         reserved=(processor.video_token,),
     )
-    return ImageSpec(_transforms(checkpoint, processor.image_processor, tile), prompt, tile, tile)
+    return ImageSpec(_transforms(source, processor.image_processor, tile, overview), prompt, tile, tile)
 
 
-def _transforms(checkpoint: Checkpoint, settings: Any, tile: int) -> tuple[Transform, ...]:
-    where = checkpoint.source.folder
-    for key in ("do_convert_rgb", "do_resize"):
-        if not getattr(settings, key):
-            raise ConfigError(f"{where}: the image processor's {key} = False", "only true is supported")
+def _transforms(source: Source, settings: Any, tile: int, overview: bool) -> tuple[Transform, ...]:
+    where = source.folder
+    require_switched_on(source, settings, "do_convert_rgb", "do_resize")
     height, width = settings.size.height, settings.size.width
     if (height, width) != (tile, tile):
         raise ConfigError(
             f"{where}: the image processor makes tiles of {height}×{width} px, the vision tower takes {tile}×{tile} px",
-            "use the preprocessor_config.json that belongs to this model",
+            OWN_PROCESSOR,
         )
     least, most = settings.min_patches, settings.max_patches
     if not 1 <= least <= most:
@@ -396,5 +280,22 @@ def _transforms(checkpoint: Checkpoint, settings: Any, tile: int) -> tuple[Trans
         )
     resample = resample_name(settings.resample)
     # transformers' processor always selects tiles, whatever crop_to_patches says.
-    split = SelectTiles(tile, least, most, checkpoint.overview, resample) if most > 1 else Resize(tile, tile, resample)
+    split = SelectTiles(tile, least, most, overview, resample) if most > 1 else Resize(tile, tile, resample)
     return (split, *value_transforms(settings))
+
+
+FAMILY = Family(
+    name="internvl",
+    model_types=("internvl", CHAT),
+    decoders=("internlm2", "llama", "qwen2", "qwen3"),
+    examples=("OpenGVLab/InternVL2_5-1B", "OpenGVLab/InternVL3-1B-hf"),
+    describe=_describe,
+    load_processor=_load_processor,
+    image_features=_image_features,
+    load_model=_load_model,
+    own_layouts=(CHAT,),
+    renames=internvl_chat.RENAMES,
+    translated=internvl_chat.translated,
+    texts=_texts,
+    decoder_type=_decoder_type,
+)

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from mllm_edge.export.vision.modules import Linear, activate, attention, packed_linear
+from mllm_edge.export.checkpoint.config import ConfigReader
+from mllm_edge.export.vision.modules import ACTIVATIONS, Linear, activate, attention, packed_linear
 
 __all__ = [
     "PixelShuffleConnector",
@@ -38,6 +39,24 @@ class SiglipConfig:
     grid: int
     norm_eps: float
     activation: str
+
+    @classmethod
+    def read(cls, vision: ConfigReader, tile: int | None = None, layers: int | None = None) -> "SiglipConfig":
+        """A tower's settings; `tile`: where it is not `image_size`; `layers`: where not all of them are run."""
+        image, patch = vision.side("image_size"), vision.side("patch_size")
+        hidden, heads = vision.heads()
+        return cls(
+            hidden_size=hidden,
+            intermediate_size=vision.take("intermediate_size"),
+            layers=vision.take("num_hidden_layers") if layers is None else layers,
+            heads=heads,
+            channels=vision.require("num_channels", 3),
+            patch=patch,
+            tile=tile or image,
+            grid=image // patch,
+            norm_eps=vision.take("layer_norm_eps"),
+            activation=vision.require("hidden_act", *ACTIVATIONS),
+        )
 
     @property
     def patches(self) -> int:

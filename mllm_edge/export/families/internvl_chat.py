@@ -1,24 +1,21 @@
-"""The two layouts that InternVL checkpoints come in, read as one.
+"""The original layout of InternVL's checkpoints, `internvl_chat`: its config.json and names in transformers' terms, and
+what its code has built in (how images are cut, the prompt)."""
 
-`internvl` is transformers' own. `internvl_chat` is the original code's: its config.json and tensor names are translated
-to transformers', and what its code has built in (how images are cut, the prompt) is spelled out.
-"""
-
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mllm_edge.errors import ConfigError, WeightsError
-from mllm_edge.export.checkpoint.config import ConfigReader, load_config
+from mllm_edge.errors import ConfigError
+from mllm_edge.export.checkpoint.config import OWN_CONFIG, ConfigReader
 from mllm_edge.export.checkpoint.safetensors import Weights
 from mllm_edge.export.checkpoint.source import Source
 from mllm_edge.export.checkpoint.vocabulary import vocabulary
+from mllm_edge.export.decoders import internlm2
 from mllm_edge.export.decoders.fused import cut_groups
 
-__all__ = ["Checkpoint", "Names", "cut_vision_qkv", "read_checkpoint"]
+__all__ = ["IMAGE_TOKENS", "MODEL_TYPE", "RENAMES", "Chat", "chatml", "cut_vision_qkv", "read_chat", "translated"]
 
-_DECODERS = ("llama", "qwen2", "qwen3")
+MODEL_TYPE = "internvl_chat"
 # Architecture of the original llm_config → transformers' model type; InternLM2 is a Llama under other tensor names.
 _LLMS = {
     "InternLM2ForCausalLM": "llama",
@@ -26,7 +23,7 @@ _LLMS = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
-_START, _CONTEXT, _END = "<img>", "<IMG_CONTEXT>", "</img>"
+IMAGE_TOKENS = ("<img>", "<IMG_CONTEXT>", "</img>")  # before an image, for each of its features, after it
 # What the original classes assume where config.json says nothing.
 _CHAT_DEFAULTS: Mapping[str, Any] = {
     "downsample_ratio": 0.5,
@@ -76,123 +73,65 @@ _CHATML = (
     "{% for part in message['content'] %}{{ image if part['type'] == 'image' else part['text'] }}{% endfor %}"
     "{% endif %}{{ end }}{% endfor %}{{ '<|im_start|>assistant\n' if add_generation_prompt else '' }}"
 )
-
-
-@dataclass(frozen=True)
-class Names:
-    """transformers' parameter names → the checkpoint's, by regular expressions that are applied in order."""
-
-    renames: tuple[tuple[str, str], ...] = ()
-
-    def stored(self, name: str) -> str:
-        """What the checkpoint calls the parameter `name`, or the parameters that begin with it."""
-        for pattern, new in self.renames:
-            name = re.sub(pattern, new, name)
-        return name
-
-
-_TEXT = ((r"^model\.language_model", "language_model.model"), (r"^lm_head", "language_model.lm_head"))
-# The hub's checkpoints and what transformers saves look like the first, a state dictionary like the second.
-_TRANSFORMERS = (Names((*_TEXT, (r"^model\.", ""))), Names())
-_ORIGINAL = (
-    *_TEXT,
-    (r"^model\.multi_modal_projector\.layer_norm", "mlp1.0"),
-    (r"^model\.multi_modal_projector\.linear_1", "mlp1.1"),
-    (r"^model\.multi_modal_projector\.linear_2", "mlp1.3"),
-    (r"^model\.vision_tower\.", "vision_model."),
-    (r"\.cls_token$", ".class_embedding"),
-    (r"\.position_embeddings$", ".position_embedding"),
-    (r"\.patch_embeddings\.projection\.", ".patch_embedding."),
-    (r"\.encoder\.layer\.", ".encoder.layers."),
-    (r"\.attention\.projection_layer\.", ".attn.proj."),
-    (r"\.attention\.", ".attn."),
-    (r"\.lambda_", ".ls"),
-    (r"\.layernorm_before\.", ".norm1."),
-    (r"\.layernorm_after\.", ".norm2."),
-)
-# wq, wk and wv are parts of the stored wqkv.
-_INTERNLM2 = (
-    (r"\.embed_tokens\.", ".tok_embeddings."),
-    (r"^language_model\.lm_head", "language_model.output"),
-    (r"\.input_layernorm\.", ".attention_norm."),
-    (r"\.post_attention_layernorm\.", ".ffn_norm."),
-    (r"\.self_attn\.([qkvo])_proj\.", r".attention.w\1."),
-    (r"\.mlp\.gate_proj\.", ".feed_forward.w1."),
-    (r"\.mlp\.down_proj\.", ".feed_forward.w2."),
-    (r"\.mlp\.up_proj\.", ".feed_forward.w3."),
+# Its names → transformers'.
+RENAMES = (
+    (r"^mlp1\.0\.", "model.multi_modal_projector.layer_norm."),
+    (r"^mlp1\.1\.", "model.multi_modal_projector.linear_1."),
+    (r"^mlp1\.3\.", "model.multi_modal_projector.linear_2."),
+    (r"^vision_model\.", "model.vision_tower."),
+    (r"\.class_embedding$", ".cls_token"),
+    (r"\.position_embedding$", ".position_embeddings"),
+    (r"\.patch_embedding\.", ".patch_embeddings.projection."),
+    (r"\.encoder\.layers\.", ".encoder.layer."),
+    (r"\.attn\.proj\.", ".attention.projection_layer."),
+    (r"\.attn\.", ".attention."),
+    (r"\.ls([12])$", r".lambda_\1"),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^language_model\.", ""),
+    *internlm2.RENAMES,
 )
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint of either layout.
+class Chat:
+    """What the original code makes of a checkpoint.
 
-    `source`: with the configuration as transformers would write it; `config`: that as an InternVLConfig. `images`: the
-    image processor's settings that the original code has built in; `overview`: several tiles are followed by the whole
-    image. `image_tokens`: the words before an image, for each of its features, and after it. `template`: the chat
-    template where the files hold none (None: unknown); `stop`: a token that ends answers beside those that the files
-    name.
+    `config`: as transformers would write it. `images`: settings of the image processor; `overview`: several tiles are
+    followed by the whole image. `template`: the chat template where the files hold none (None: unknown); `stop`: a
+    token that ends answers beside those that the files name.
     """
 
-    source: Source
-    config: Any
-    names: Names
+    config: Mapping[str, Any]
     images: Mapping[str, Any]
     overview: bool
-    image_tokens: tuple[str, str, str]
     template: str | None
-    stop: str | None = None
-    original: bool = False
-    internlm2: bool = False
+    stop: str | None
 
 
-def read_checkpoint(source: Source, weights: Weights) -> Checkpoint:
-    """Understand what is beside the weights; raises ConfigError, SourceError or WeightsError naming what is wrong."""
-    return _original(source) if source.model_type == "internvl_chat" else _transformers(source, weights)
+def translated(source: Source) -> Source:
+    """The source with its configuration as transformers would write it."""
+    return replace(source, config=read_chat(source).config) if source.model_type == MODEL_TYPE else source
 
 
-def cut_vision_qkv(checkpoint: Checkpoint, weights: Weights) -> None:
-    """Name the parts of the original tower's fused projections as if they were stored one by one."""
-    vision = checkpoint.config.vision_config
+def cut_vision_qkv(weights: Weights, vision: Any) -> None:
+    """Name the parts of the tower's fused projections as if they were stored one by one; `vision`: transformers'
+    configuration of it."""
     size = vision.hidden_size
     for i in range(vision.num_hidden_layers):
-        layer = checkpoint.names.stored(f"model.vision_tower.encoder.layer.{i}.attention.")
+        layer = f"model.vision_tower.encoder.layer.{i}.attention."
         for kind, columns in (("weight", size), ("bias", None)) if vision.attention_bias else (("weight", size),):
             parts = {f"{layer}{part}_proj.{kind}": 1 for part in "qkv"}
             cut_groups(weights, f"{layer}qkv.{kind}", parts, groups=1, dim=size, row=columns)
 
 
-# ---------------------------------------------------------------- transformers' layout
-def _transformers(source: Source, weights: Weights) -> Checkpoint:
-    config = load_config(source)
-    kind = config.text_config.model_type
-    if kind not in _DECODERS:
-        raise ConfigError(
-            f"{source.folder / 'config.json'}: text_config.model_type = {kind!r}", f"supported: {', '.join(_DECODERS)}"
-        )
-    tokenizer = source.json("tokenizer_config.json")
-    extra = tokenizer.get("extra_special_tokens")
-    named = {**tokenizer, **(extra if isinstance(extra, Mapping) else {})}
-    start, context, end = (
-        str(named.get(f"{place}_image_token", default))
-        for place, default in (("start", _START), ("context", _CONTEXT), ("end", _END))
-    )
-    names = next((n for n in _TRANSFORMERS if n.stored("model.language_model.embed_tokens.weight") in weights), None)
-    if names is None:
-        raise WeightsError(
-            f"{source.folder}: the checkpoint has no tensor language_model.model.embed_tokens.weight",
-            "the weights are not those of InternVLForConditionalGeneration, or a shard is missing",
-        )
-    template = _chatml("", "\n", context)
-    return Checkpoint(source, config, names, {}, True, (start, context, end), template)
-
-
-# ---------------------------------------------------------------- the original layout
-def _original(source: Source) -> Checkpoint:
+def read_chat(source: Source) -> Chat:
+    """Understand config.json; raises ConfigError or SourceError naming what is wrong."""
     where = str(source.folder / "config.json")
     for part in ("llm_config", "vision_config"):
         if not isinstance(source.config.get(part), Mapping):
-            raise ConfigError(f"{where}: no {part}", "use the config.json that belongs to these weights")
+            raise ConfigError(f"{where}: no {part}", OWN_CONFIG)
     top = ConfigReader(where, {**_CHAT_DEFAULTS, **source.config}, _CHAT_DEFAULTS)
     version = top.take("ps_version")
     if version != "v2":
@@ -206,7 +145,7 @@ def _original(source: Source) -> Checkpoint:
             f"{where}: force_image_size = {tile}, but the vision tower takes {vision['image_size']} px",
             "resize the position embeddings first, with the original code's own tool",
         )
-    architecture, text = _text_config(where, source.config["llm_config"])
+    text = _text_config(where, source.config["llm_config"])
     config = {
         "model_type": "internvl",
         "text_config": text,
@@ -214,7 +153,7 @@ def _original(source: Source) -> Checkpoint:
         "downsample_ratio": top.take("downsample_ratio"),
         "vision_feature_layer": top.take("select_layer"),
         "tie_word_embeddings": bool(text.get("tie_word_embeddings", False)),
-        "image_token_id": vocabulary(source).get(_CONTEXT, -1),  # its absence is found where all tokens are checked
+        "image_token_id": vocabulary(source).get(IMAGE_TOKENS[1], -1),  # its absence is found where all are checked
     }
     least, most = top.take("min_dynamic_patch"), top.take("max_dynamic_patch")
     images = {**_IMAGES, "size": {"height": tile, "width": tile}, "min_patches": least, "max_patches": most}
@@ -222,23 +161,10 @@ def _original(source: Source) -> Checkpoint:
         images.update(min_patches=1, max_patches=1)
     system, template = top.take("system_message"), None
     if known := _TEMPLATES.get(top.take("template")):
-        template = _chatml(known[0] if system is None else system, known[1], _CONTEXT)
+        template = chatml(known[0] if system is None else system, known[1], IMAGE_TOKENS[1])
     overview = bool(top.take("use_thumbnail"))
     top.finish()
-    translated = replace(source, config=config)
-    internlm2 = architecture.startswith("InternLM2")
-    return Checkpoint(
-        source=translated,
-        config=load_config(translated),
-        names=Names((*_ORIGINAL, *_INTERNLM2) if internlm2 else _ORIGINAL),
-        images=images,
-        overview=overview,
-        image_tokens=(_START, _CONTEXT, _END),
-        template=template,
-        stop=template and _END_OF_TURN,
-        original=True,
-        internlm2=internlm2,
-    )
+    return Chat(config, images, overview, template, template and _END_OF_TURN)
 
 
 def _vision_config(where: str, stated: Mapping[str, Any]) -> dict[str, Any]:
@@ -253,8 +179,8 @@ def _vision_config(where: str, stated: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _text_config(where: str, stated: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The decoder's architecture, and its configuration as transformers' class for it would write it."""
+def _text_config(where: str, stated: Mapping[str, Any]) -> dict[str, Any]:
+    """The decoder's configuration as transformers' class for it would write it."""
     from transformers import AutoConfig
 
     architecture = str((stated.get("architectures") or [None])[0])
@@ -265,10 +191,10 @@ def _text_config(where: str, stated: Mapping[str, Any]) -> tuple[str, dict[str, 
         stated = {**_INTERNLM2_DEFAULTS, **stated}
         ConfigReader(f"{where} llm_config", stated, _INTERNLM2_DEFAULTS).require("bias", False)
     known = {*AutoConfig.for_model(kind).to_dict(), "rope_scaling", "rope_theta"} - {"architectures", "model_type"}
-    return architecture, {"model_type": kind, **{key: value for key, value in stated.items() if key in known}}
+    return {"model_type": kind, **{key: value for key, value in stated.items() if key in known}}
 
 
-def _chatml(system: str, separator: str, image: str) -> str:
+def chatml(system: str, separator: str, image: str) -> str:
     """The chat template that begins with a system message of its own (if not '') unless it is given one."""
     values = {"system": system, "end": _END_OF_TURN + separator, "image": f"{image}\n"}
     return "".join(f"{{% set {name} = {value!r} %}}" for name, value in values.items()) + _CHATML

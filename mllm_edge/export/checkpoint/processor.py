@@ -1,0 +1,47 @@
+"""transformers' processor of a checkpoint: images, tokenizer and chat template."""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from mllm_edge.errors import ConfigError
+from mllm_edge.export.checkpoint.chat import chat_template
+from mllm_edge.export.checkpoint.processing import (
+    processor_class,
+    read_image_processor,
+    read_processor,
+    read_tokenizer,
+)
+from mllm_edge.export.checkpoint.source import Source
+
+__all__ = ["OWN_PROCESSOR", "load_processor", "require_switched_on"]
+
+OWN_PROCESSOR = "use the preprocessor_config.json that belongs to this model"
+
+
+def load_processor(
+    source: Source,
+    name: str,
+    image_processors: Collection[str],
+    template: str,
+    of_model: Callable[[Any], Mapping[str, Any]] = lambda image_processor: {},
+    cls: Any = None,
+) -> Any:
+    """What transformers loads from the folder: its processor class `name` (or `cls`, where it stands elsewhere) over
+    one of the `image_processors`; `template` for checkpoints that come without one. `of_model` (transformers' image
+    processor) gives the settings that older files leave out, as the model has them."""
+    import transformers
+
+    processor_class(source, name, (name,))
+    image_processor, tokenizer = read_image_processor(source, image_processors), read_tokenizer(source)
+    processor = read_processor(
+        source, cls or getattr(transformers, name), image_processor, tokenizer, **of_model(image_processor)
+    )
+    processor.chat_template = chat_template(source, template, tokenizer)
+    return processor
+
+
+def require_switched_on(source: Source, settings: Any, *keys: str) -> None:
+    """Raise ConfigError unless the image processor (transformers' object) has these steps switched on."""
+    for key in keys:
+        if not getattr(settings, key):
+            raise ConfigError(f"{source.folder}: the image processor's {key} is false", "only true is supported")

@@ -1,0 +1,238 @@
+"""What a model family says of itself and of a checkpoint, and the plan that is made of that.
+
+A family is one file of `families/`, which defines a `FAMILY`; there is no list of them elsewhere.
+"""
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from typing import Any, Literal
+
+from mllm_edge.errors import ConfigError, MllmEdgeError, UnsupportedModelError, WeightsError
+from mllm_edge.export.checkpoint.config import ConfigReader, check_layers, load_config, model_readers, nearest
+from mllm_edge.export.checkpoint.safetensors import Weights
+from mllm_edge.export.checkpoint.skeleton import skeleton
+from mllm_edge.export.checkpoint.source import Source
+from mllm_edge.export.checkpoint.source_weights import empty_model, source_weights
+from mllm_edge.export.checkpoint.texts import Texts, read_texts
+from mllm_edge.export.checkpoint.vocabulary import check_vocabulary
+from mllm_edge.export.decoders.find import decoder_for
+from mllm_edge.export.decoders.place import Place
+from mllm_edge.export.plan import Plan, TracedComponent
+from mllm_edge.export.reference import load_reference
+from mllm_edge.graph.decoder_spec import DecoderSpec
+from mllm_edge.spec import EmbeddingSpec, ImageSpec, ModelSpec
+
+__all__ = [
+    "Checkpoint",
+    "Family",
+    "Parts",
+    "families",
+    "family_for",
+    "open_weights",
+    "reading",
+    "summaries",
+    "understand",
+]
+
+_TABLES = (".rotary_emb.inv_freq", ".position_ids")  # that old versions saved
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A checkpoint, opened. `config` is as transformers has it, `weights` are under its names; `top`, `text` and
+    `vision` read the configuration and its parts, and every value that matters must be taken from them. `token_id` is
+    the image placeholder's."""
+
+    source: Source
+    config: Any
+    weights: Weights
+    top: ConfigReader
+    text: ConfigReader
+    vision: ConfigReader
+    decoder: DecoderSpec
+    token_id: int
+    load_processor: Callable[[Source], Any]
+
+    @cached_property
+    def processor(self) -> Any:
+        """transformers' processor."""
+        return self.load_processor(self.source)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is special about a checkpoint. `ignored`: tensors that begin so are rightly left out; `markers`: special
+    tokens that images use beside the placeholder. `images`: see `PositionSpec`."""
+
+    traced: tuple[TracedComponent, ...]
+    image: ImageSpec
+    ignored: tuple[str, ...] = ()
+    markers: tuple[str, ...] = ()
+    images: Literal["sequence", "grid"] = "sequence"
+
+
+def _as_it_is(source: Source) -> Source:
+    return source
+
+
+def _plain_texts(checkpoint: Checkpoint) -> Texts:
+    return read_texts(checkpoint.source, checkpoint.processor, checkpoint.config.text_config.to_dict())
+
+
+def _stated_decoder(config: Any, weights: Weights) -> str:
+    return str(config.text_config.model_type)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family.
+
+    `decoders` (those that are proven) and `examples` (hub ids) are facts for people. `text`: where the decoder stands
+    under transformers' names. `describe` says what is special about a checkpoint; it raises ConfigError, WeightsError
+    or SourceError that names what does not fit. For the comparison with the source model there are `load_processor`,
+    the reference's own processor without torchvision, `load_model` (the source; how many layers of the decoder, None:
+    all) in float32, and `image_features` (model, inputs): its tensors that answer to the components' outputs
+    `vision_hidden` and `image_features`.
+
+    A layout that transformers does not know has `own_layouts`, its model types; `renames`, from its names to
+    transformers', by regular expressions that are applied in order; and `translated`, the source with its configuration
+    as transformers would write it. `decoder_type` (configuration, weights) tells which decoder the text model is.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    decoders: tuple[str, ...]
+    examples: tuple[str, ...]
+    describe: Callable[[Checkpoint], Parts]
+    load_processor: Callable[[Source], Any]
+    image_features: Callable[[Any, Mapping[str, Any]], tuple[Any, Any]]
+    text: str = "model.language_model"
+    image_token: str = "image_token_id"
+    load_model: Callable[[Source, int | None], Any] = load_reference
+    own_layouts: tuple[str, ...] = ()
+    renames: tuple[tuple[str, str], ...] = ()
+    translated: Callable[[Source], Source] = _as_it_is
+    texts: Callable[[Checkpoint], Texts] = _plain_texts
+    decoder_type: Callable[[Any, Weights], str] = _stated_decoder
+
+
+@cache
+def families() -> Mapping[str, Family]:
+    """Every family by the model types of config.json that it serves. Imports no torch."""
+    package = importlib.import_module("mllm_edge.export.families")
+    names = sorted(info.name for info in pkgutil.iter_modules(package.__path__))
+    modules = [importlib.import_module(f"{package.__name__}.{name}") for name in names]
+    found = [module.FAMILY for module in modules if hasattr(module, "FAMILY")]
+    return {model_type: family for family in found for model_type in family.model_types}
+
+
+def family_for(source: Source) -> Family:
+    """The family of a checkpoint; raises UnsupportedModelError that names the nearest supported type."""
+    family = families().get(source.model_type)
+    if family is None:
+        known = sorted(families())
+        near = nearest(source.model_type, known)
+        raise UnsupportedModelError(
+            f"{source.folder / 'config.json'}: model_type {source.model_type!r} is not supported",
+            f"supported: {', '.join(known)}" + (f"; the nearest is {near}" if near else ""),
+        )
+    return family
+
+
+@contextmanager
+def reading(source: Source) -> Iterator[None]:
+    """Around what reads a checkpoint's settings: a value of a type or size that nothing can be made of, which no check
+    foresaw, becomes a ConfigError that quotes what failed."""
+    try:
+        yield
+    except MllmEdgeError:
+        raise
+    except OSError as e:
+        raise ConfigError(f"{e.filename or source.folder}: {e.strerror or e}", "check the file, and links to it") from e
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, re.error) as e:
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise ConfigError(
+            f"{source.folder}: a setting has a value that cannot be used ({type(e).__name__}: {reason:.200})",
+            "compare the JSON files with those of the model's own repository; --debug shows where it was read",
+        ) from e
+
+
+def summaries() -> list[dict[str, Any]]:
+    """What each family says of itself: `family`, `model_types`, `decoders` and `examples`."""
+    found = {family.name: family for family in families().values()}
+    return [
+        {
+            "family": name,
+            "model_types": list(family.model_types),
+            "decoders": list(family.decoders),
+            "examples": list(family.examples),
+        }
+        for name, family in sorted(found.items())
+    ]
+
+
+def open_weights(source: Source) -> Weights:
+    """The weights with adapters merged, under the names that transformers has for them today; errors as of
+    `source_weights`."""
+    weights = source_weights(source)
+    check_layers(source, sum(1 for _ in weights))
+    if source.in_transformers:
+        try:
+            return weights.under(skeleton(empty_model(source)).rename)
+        except WeightsError:
+            raise
+        except Exception:  # of such settings transformers makes no model: who reads them names the one that is wrong
+            return weights
+    renames = family_for(source).renames
+
+    def renamed(name: str) -> str:
+        for pattern, new in renames:
+            name = re.sub(pattern, new, name)
+        return name
+
+    return weights.under(renamed)
+
+
+def understand(source: Source, weights: Weights) -> Plan:
+    """What the export needs to know about a checkpoint, whose `weights` are as `open_weights` opens them; raises
+    ConfigError, WeightsError or SourceError that names what does not fit."""
+    family = family_for(source)
+    checkpoint = _opened(family, source, weights)
+    top, decoder = checkpoint.top, checkpoint.decoder
+    context = checkpoint.text.take("max_position_embeddings")
+    parts = family.describe(checkpoint)
+    for reader in (top, checkpoint.text, checkpoint.vision):
+        reader.finish()
+    image = parts.image
+    check_vocabulary(source, {image.prompt.token: image.prompt.token_id}, parts.markers, decoder.vocab_size)
+    embedding = Place(family.text).embedding
+    model = ModelSpec(
+        family=family.name,
+        model_type=source.model_type,
+        hidden_size=decoder.hidden_size,
+        vocab_size=decoder.vocab_size,
+        context_length=context,
+        parameters=weights.parameters,
+        embedding=EmbeddingSpec("embed_tokens.npy", weights.shape(embedding)[0], scale=decoder.embedding_scale),
+        positions=replace(decoder.position_spec(), images=parts.images),
+        cache=decoder.cache_spec(),
+        image=image,
+    )
+    ignored = tuple(name for name in weights if name.endswith(_TABLES) or name.startswith(parts.ignored))
+    return Plan(model, decoder, parts.traced, embedding, family.texts(checkpoint), ignored)
+
+
+def _opened(family: Family, source: Source, weights: Weights) -> Checkpoint:
+    read = family.translated(source)
+    config = load_config(read)
+    top, text, vision = model_readers(read, config)
+    place = Place(family.text, "lm_head", bool(top.take("tie_word_embeddings", False)))
+    where = f"{source.folder / 'config.json'}: text_config.model_type"
+    decoder = decoder_for(family.decoder_type(config, weights), text, weights, place, where)
+    token_id = top.take(family.image_token)
+    return Checkpoint(source, config, weights, top, text, vision, decoder, token_id, family.load_processor)
