@@ -33,7 +33,7 @@ _FLOATS = ("float32", "float16")
 _FEWEST = 4  # samples for calibration
 _HELD_BACK = 4  # one of so many samples is held back …
 _MOST_HELD_BACK = 32  # … up to this number
-_BESIDE = 48  # questions of the built-in text that join samples of the user's own
+_BESIDE = 128  # questions of the built-in text that join samples of the user's own: all of them
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ class TracedComponent:
     """A component made from a thin torch module, traced without weights.
 
     A parameter `p` of the module is read from the checkpoint tensor `prefix + p`, unless `derived` computes it.
-    The first dimension of each input is dynamic; the example sizes of the others are fixed.
+    Dimensions that are words may have any size, the same word the same one. Inputs of dtype float32 take the graph's
+    float type, others (int64) their own.
     """
 
     name: str

@@ -7,8 +7,8 @@ from typing import Literal
 import onnx_ir as ir
 
 from mllm_edge.errors import ExportError
-from mllm_edge.export.decoders.build import DIALECTS
 from mllm_edge.graph.dialects import contrib, opset17, opset24
+from mllm_edge.graph.dialects.known import DIALECTS
 
 __all__ = ["TARGETS", "Form", "forms"]
 

@@ -1,7 +1,7 @@
 """Trace a thin torch module on fake tensors, then lower its placeholders and stream its weights in."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,9 +11,9 @@ import onnx_ir as ir
 from mllm_edge.export.checkpoint.safetensors import Weights
 from mllm_edge.export.plan import TracedComponent
 from mllm_edge.export.vision.modules import DOMAIN
-from mllm_edge.graph import operators
 from mllm_edge.graph.builder import MICROSOFT, GraphBuilder
 from mllm_edge.graph.datafile import DataSink
+from mllm_edge.graph.dialects.known import DIALECTS
 from mllm_edge.graph.gate import check_cuda_graph, check_graph
 from mllm_edge.graph.linear import Linear, linear, to_float
 from mllm_edge.graph.precision import Precision
@@ -21,7 +21,8 @@ from mllm_edge.graph.precision import Precision
 __all__ = ["lower", "trace"]
 
 _OPSET = 20  # of the traced graph: the first with Gelu; ONNX Runtime ≥ 1.18, TensorRT ≥ 10.3
-_OPSETS = {"contrib": _OPSET, "opset24": 24, "opset17": _OPSET}
+# Two is the smallest size that the tracer does not take for a constant.
+_SIZE = 2
 _FLOAT = ir.DataType.FLOAT
 Reader = Callable[[], np.ndarray]
 
@@ -35,16 +36,24 @@ def trace(component: TracedComponent, float_type: ir.DataType = _FLOAT) -> ir.Mo
         warnings.simplefilter("ignore")
         dtype = getattr(torch, float_type.numpy().name)
         module = _module(component, dtype)
-        # Two is the smallest size that the tracer does not take for a constant.
-        examples = tuple(torch.empty([2, *(int(d) for d in spec.shape[1:])], dtype=dtype) for spec in component.inputs)
-        batch = torch.export.Dim(str(component.inputs[0].shape[0]))
+        symbols = {d for spec in component.inputs for d in spec.shape if isinstance(d, str)}
+        sizes = {symbol: torch.export.Dim(symbol) for symbol in symbols}
+        examples = tuple(
+            torch.empty(
+                [_SIZE if isinstance(d, str) else d for d in spec.shape],
+                dtype=dtype if spec.dtype == "float32" else getattr(torch, spec.dtype),
+            )
+            for spec in component.inputs
+        )
         program = torch.onnx.export(
             module,
             examples,
             dynamo=True,
             input_names=[spec.name for spec in component.inputs],
             output_names=[spec.name for spec in component.outputs],
-            dynamic_shapes=tuple({0: batch} for _ in examples),
+            dynamic_shapes=tuple(
+                {axis: sizes[d] for axis, d in enumerate(spec.shape) if isinstance(d, str)} for spec in component.inputs
+            ),
             opset_version=_OPSET,
             optimize=False,
             verbose=False,
@@ -81,7 +90,7 @@ def lower(
     graph = model.graph
     sources = _sources(component, weights)
     _bind_plain_weights(graph, sources, data, float_type)
-    opset = _OPSETS[dialect]
+    opset = DIALECTS[dialect].vision_opset
     for node in list(graph):
         if node.domain != DOMAIN:
             continue
@@ -91,9 +100,12 @@ def lower(
         if node.op_type == "Linear":
             result = linear(builder, x, _linear(node, sources), precision)
         elif node.op_type == "RmsNorm":
-            result = _rms_norm(builder, x, node, dialect)
+            scale, name = node.inputs[1], f"{node.outputs[0].name or 'norm'}"
+            assert scale is not None
+            eps = node.attributes["epsilon"].as_float()
+            result = DIALECTS[dialect].vision_norm(builder, name, x, scale, eps)
         else:
-            result = _ATTENTION[dialect](builder, x, node)
+            result = _attention(builder, node, dialect)
         builder.splice(graph, node, result)
         opset = max(opset, builder.opset)
     graph.opset_imports.pop(DOMAIN, None)
@@ -159,69 +171,15 @@ def _linear(node: ir.Node, source: Callable[[ir.Value], Reader]) -> Linear:
     )
 
 
-def _rms_norm(builder: GraphBuilder, x: ir.Value, node: ir.Node, dialect: str) -> ir.Value:
-    name, eps, scale = f"{node.outputs[0].name or 'norm'}", node.attributes["epsilon"].as_float(), node.inputs[1]
-    assert scale is not None
-    if dialect != "opset17":
-        op = "SimplifiedLayerNormalization" if dialect == "contrib" else "RMSNormalization"
-        return builder.node(op, [x, scale], name, epsilon=eps, axis=-1)
-    half = builder.float_type != _FLOAT
-    wide = builder.node("Cast", [x], f"{name}.wide", to=_FLOAT) if half else x
-    normed = operators.rms_normed(builder, name, wide, eps)
-    narrow = builder.node("Cast", [normed], f"{name}.narrow", to=builder.float_type) if half else normed
-    return builder.node("Mul", [narrow, scale], name)
-
-
-def _contrib_attention(builder: GraphBuilder, qkv: ir.Value, node: ir.Node) -> ir.Value:
-    name, heads = _attention_of(node)
-    query, key, value = _split(builder, qkv, name)
-    return builder.node("MultiHeadAttention", [query, key, value], f"{name}.heads", MICROSOFT, num_heads=heads)
-
-
-def _fused_attention(builder: GraphBuilder, qkv: ir.Value, node: ir.Node) -> ir.Value:
-    """Standard Attention, which needs its scale: TensorRT has no default."""
-    name, heads = _attention_of(node)
-    parts = [_heads(builder, x, f"{name}.{p}", heads) for x, p in zip(_split(builder, qkv, name), "qkv", strict=True)]
-    total = builder.node("Attention", parts, f"{name}.heads", scale=_head_size(qkv, heads) ** -0.5)
-    return operators.merge_heads(builder, name, operators.heads_first(builder, f"{name}.rows", total))
-
-
-def _plain_attention(builder: GraphBuilder, qkv: ir.Value, node: ir.Node) -> ir.Value:
-    """Matrix products and a softmax."""
-    name, heads = _attention_of(node)
-    query, key, value = (
-        _heads(builder, x, f"{name}.{p}", heads) for x, p in zip(_split(builder, qkv, name), "qkv", strict=True)
-    )
-    columns = builder.node("Transpose", [key], f"{name}.columns", perm=[0, 1, 3, 2])
-    # The query is scaled, not the scores: there are more of them, and half precision keeps the smaller products.
-    query = operators.times(builder, f"{name}.scaled", query, _head_size(qkv, heads) ** -0.5)
-    scores = builder.node("MatMul", [query, columns], f"{name}.scores")
-    weights = builder.node("Softmax", [scores], f"{name}.weights", axis=-1)
-    total = builder.node("MatMul", [weights, value], f"{name}.total")
-    return operators.merge_heads(builder, name, operators.heads_first(builder, f"{name}.rows", total))
-
-
-_ATTENTION = {"contrib": _contrib_attention, "opset24": _fused_attention, "opset17": _plain_attention}
-
-
-def _attention_of(node: ir.Node) -> tuple[str, int]:
-    return f"{node.outputs[0].name or 'attention'}", node.attributes["heads"].as_int()
-
-
-def _split(builder: GraphBuilder, qkv: ir.Value, name: str) -> Sequence[ir.Value]:
-    return builder.nodes("Split", [qkv], f"{name}.qkv", outputs=3, axis=-1, num_outputs=3)
-
-
-def _heads(builder: GraphBuilder, x: ir.Value, name: str, heads: int) -> ir.Value:
-    """[N, S, D] → [N, heads, S, D/heads]."""
-    return operators.heads_first(builder, f"{name}.heads", operators.reshape(builder, name, x, (0, 0, heads, -1)))
-
-
-def _head_size(qkv: ir.Value, heads: int) -> int:
-    assert qkv.shape is not None
-    width = qkv.shape[-1]
-    assert isinstance(width, int)
-    return width // (3 * heads)
+def _attention(builder: GraphBuilder, node: ir.Node, dialect: str) -> ir.Value:
+    name = f"{node.outputs[0].name or 'attention'}"
+    inputs = [value for value in node.inputs if value is not None]
+    if len(inputs) == 1:  # q, k and v side by side
+        inputs = list(builder.nodes("Split", inputs, f"{name}.qkv", outputs=3, axis=-1, num_outputs=3))
+    query, key, value, *bias = inputs
+    heads, scale = node.attributes["heads"].as_int(), node.attributes["scale"].as_float()
+    where = builder, name, heads, scale
+    return DIALECTS[dialect].vision_attention(*where, query, key, value, bias[0] if bias else None)
 
 
 def _forget_origin(model: ir.Model) -> None:

@@ -13,19 +13,12 @@ from mllm_edge.graph.datafile import DataSink
 from mllm_edge.graph.decoder_spec import CrossSpec, DecoderSpec, EncoderSpec
 from mllm_edge.graph.dialects import base
 from mllm_edge.graph.dialects.base import Dialect
-from mllm_edge.graph.dialects.contrib import Contrib
-from mllm_edge.graph.dialects.opset17 import Opset17
-from mllm_edge.graph.dialects.opset24 import Opset24
+from mllm_edge.graph.dialects.known import DIALECTS
 from mllm_edge.graph.gate import check_cuda_graph, check_graph
 from mllm_edge.graph.linear import linear
 
-__all__ = ["DIALECTS", "build_cross_kv", "build_decoder", "build_text_encoder"]
+__all__ = ["build_cross_kv", "build_decoder", "build_text_encoder"]
 
-DIALECTS: dict[str, type[Contrib] | type[Opset24] | type[Opset17]] = {
-    "contrib": Contrib,
-    "opset24": Opset24,
-    "opset17": Opset17,
-}
 _FLOAT, _INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 # Added to the logits of tokens that are never chosen: within half precision's range.
 _BANNED = -30000.0

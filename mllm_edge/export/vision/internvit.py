@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from mllm_edge.export.vision.modules import Linear, RmsNorm, activate, attention, packed_linear
+from mllm_edge.export.vision.modules import Linear, RmsNorm, activate, packed_attention, packed_linear
 from mllm_edge.export.vision.siglip import Taps, run_layers
 
 __all__ = ["InternVit", "InternVitConfig", "ShuffleConnector"]
@@ -111,7 +111,7 @@ class _Attention(nn.Module):
             qkv = packed_linear(x, [self.q_proj, self.k_proj, self.v_proj])
         else:
             qkv = torch.cat([self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x)), self.v_proj(x)], dim=-1)
-        return self.projection_layer(attention(qkv, self.heads))
+        return self.projection_layer(packed_attention(qkv, self.heads))
 
 
 class _Mlp(nn.Module):

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import nn
 
-__all__ = ["ACTIVATIONS", "DOMAIN", "Linear", "RmsNorm", "activate", "attention", "packed_linear"]
+__all__ = ["ACTIVATIONS", "DOMAIN", "Linear", "RmsNorm", "activate", "attention", "packed_attention", "packed_linear"]
 
 DOMAIN = "mllm_edge"
 
@@ -67,9 +67,36 @@ def packed_linear(x: torch.Tensor, parts: Sequence[Linear]) -> torch.Tensor:
     )
 
 
-def attention(qkv: torch.Tensor, heads: int) -> torch.Tensor:
-    """Bidirectional attention over packed q, k, v [N, S, 3·D] with scale 1/√(D/heads) → [N, S, D]."""
-    shape = (*qkv.shape[:-1], qkv.shape[-1] // 3)
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    heads: int,
+    bias: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Attention of query [N, S, D] over key and value [N, L, D], of as many heads → [N, S, D]. `bias` [N or 1, 1 or
+    heads, S, L] is added to the scores; `scale` multiplies them (None: 1/√(D/heads))."""
+    scale = (query.shape[-1] // heads) ** -0.5 if scale is None else scale
+    inputs = (query, key, value) if bias is None else (query, key, value, bias)
     return torch.onnx.ops.symbolic(
-        f"{DOMAIN}::Attention", (qkv,), {"heads": heads}, dtype=qkv.dtype, shape=shape, version=1
+        f"{DOMAIN}::Attention",
+        inputs,
+        {"heads": heads, "scale": scale},
+        dtype=query.dtype,
+        shape=query.shape,
+        version=1,
+    )
+
+
+def packed_attention(qkv: torch.Tensor, heads: int) -> torch.Tensor:
+    """As `attention` of q, k, v that lie side by side, [N, S, 3·D] → [N, S, D]."""
+    width = qkv.shape[-1] // 3
+    return torch.onnx.ops.symbolic(
+        f"{DOMAIN}::Attention",
+        (qkv,),
+        {"heads": heads, "scale": (width // heads) ** -0.5},
+        dtype=qkv.dtype,
+        shape=(*qkv.shape[:-1], width),
+        version=1,
     )

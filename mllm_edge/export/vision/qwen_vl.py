@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mllm_edge.export.vision.modules import Linear, activate, attention
+from mllm_edge.export.vision.modules import Linear, activate, packed_attention
 
 __all__ = ["PatchMerger", "QwenVlConfig", "QwenVlTower"]
 
@@ -74,7 +74,7 @@ class _Attention(nn.Module):
         half = qkv.shape[-1] // 2
         first, second = qkv[:, :, :2, :, :half], qkv[:, :, :2, :, half:]
         turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-        return self.proj(attention(torch.cat([turned, qkv[:, :, 2:]], dim=2).flatten(2), self.heads))
+        return self.proj(packed_attention(torch.cat([turned, qkv[:, :, 2:]], dim=2).flatten(2), self.heads))
 
 
 class _Mlp(nn.Module):

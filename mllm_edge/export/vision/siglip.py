@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mllm_edge.export.checkpoint.config import ConfigReader
-from mllm_edge.export.vision.modules import ACTIVATIONS, Linear, activate, attention, packed_linear
+from mllm_edge.export.vision.modules import ACTIVATIONS, Linear, activate, packed_attention, packed_linear
 
 __all__ = [
     "PixelShuffleConnector",
@@ -147,7 +147,7 @@ class _Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         qkv = packed_linear(x, [self.q_proj, self.k_proj, self.v_proj])
-        return self.out_proj(attention(qkv, self.heads))
+        return self.out_proj(packed_attention(qkv, self.heads))
 
 
 class _Mlp(nn.Module):

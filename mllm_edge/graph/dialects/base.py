@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 import numpy as np
 import onnx_ir as ir
 
+from mllm_edge.graph import operators
 from mllm_edge.graph.builder import GraphBuilder
 from mllm_edge.graph.decoder_spec import Activation, AttentionSpec, DecoderSpec, NormSpec
 
@@ -23,6 +24,7 @@ __all__ = [
     "numbered",
     "residual_sum",
     "rope_inputs",
+    "split_heads",
 ]
 
 
@@ -107,6 +109,28 @@ class Dialect(Protocol):
         """The activation, element by element."""
         ...
 
+    vision_opset: int
+
+    @staticmethod
+    def vision_norm(graph: GraphBuilder, name: str, x: ir.Value, scale: ir.Value, eps: float) -> ir.Value:
+        """x / √(mean(x²) + eps) · scale over the last axis, in a graph that was traced."""
+        ...
+
+    @staticmethod
+    def vision_attention(
+        graph: GraphBuilder,
+        name: str,
+        heads: int,
+        scale: float,
+        query: ir.Value,
+        key: ir.Value,
+        value: ir.Value,
+        bias: ir.Value | None,
+    ) -> ir.Value:
+        """Attention of query [N, S, D] over key and value [N, L, D] with bias [N or 1, 1 or heads, S, L] → [N, S, D],
+        in a graph that was traced."""
+        ...
+
     def decoder_outputs(self, logits: ir.Value) -> None:
         """Declare logits and the new caches."""
         ...
@@ -180,6 +204,11 @@ def residual_sum(ops: Dialect, name: str, hidden: ir.Value, residual: ir.Value |
     if ops.residual_type != graph.float_type:
         hidden = graph.node("Cast", [hidden], f"{name}.wide.hidden", to=ops.residual_type)
     return hidden if residual is None else graph.node("Add", [hidden, residual], f"{name}.sum")
+
+
+def split_heads(graph: GraphBuilder, name: str, x: ir.Value, heads: int) -> ir.Value:
+    """[N, S, D] → [N, heads, S, D/heads]."""
+    return operators.heads_first(graph, f"{name}.heads", operators.reshape(graph, name, x, (0, 0, heads, -1)))
 
 
 def narrowed(ops: Dialect, name: str, x: ir.Value) -> ir.Value:

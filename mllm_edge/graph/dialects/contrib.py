@@ -131,6 +131,26 @@ class Contrib:
         assert simple is not None, kind
         return simple
 
+    vision_opset = 20  # the first with Gelu; ONNX Runtime ≥ 1.18
+
+    @staticmethod
+    def vision_norm(graph: GraphBuilder, name: str, x: ir.Value, scale: ir.Value, eps: float) -> ir.Value:
+        return graph.node("SimplifiedLayerNormalization", [x, scale], name, epsilon=eps, axis=-1)
+
+    @staticmethod
+    def vision_attention(
+        graph: GraphBuilder,
+        name: str,
+        heads: int,
+        scale: float,
+        query: ir.Value,
+        key: ir.Value,
+        value: ir.Value,
+        bias: ir.Value | None,
+    ) -> ir.Value:
+        inputs = [query, key, value] if bias is None else [query, key, value, None, None, bias]
+        return graph.node("MultiHeadAttention", inputs, f"{name}.heads", MICROSOFT, num_heads=heads, scale=scale)
+
     def decoder_outputs(self, logits: ir.Value) -> None:
         base.logits_output(self.graph, self._spec, logits)
         base.cache_outputs(self.graph, self._present, self.graph.float_type, self._cache)

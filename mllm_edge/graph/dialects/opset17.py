@@ -103,6 +103,40 @@ class Opset17:
         assert simple is not None, kind
         return simple
 
+    vision_opset = 20  # the first with Gelu; TensorRT ≥ 10.3
+
+    @staticmethod
+    def vision_norm(graph: GraphBuilder, name: str, x: ir.Value, scale: ir.Value, eps: float) -> ir.Value:
+        half = graph.float_type != _FLOAT
+        wide = graph.node("Cast", [x], f"{name}.wide", to=_FLOAT) if half else x
+        normed = operators.rms_normed(graph, name, wide, eps)
+        narrow = graph.node("Cast", [normed], f"{name}.narrow", to=graph.float_type) if half else normed
+        return graph.node("Mul", [narrow, scale], name)
+
+    @staticmethod
+    def vision_attention(
+        graph: GraphBuilder,
+        name: str,
+        heads: int,
+        scale: float,
+        query: ir.Value,
+        key: ir.Value,
+        value: ir.Value,
+        bias: ir.Value | None,
+    ) -> ir.Value:
+        """Matrix products and a softmax. The query is scaled, not the scores: there are more of them, and half
+        precision keeps the smaller products."""
+        parts = zip((query, key, value), "qkv", strict=True)
+        query, key, value = (base.split_heads(graph, f"{name}.{part}", x, heads) for x, part in parts)
+        columns = graph.node("Transpose", [key], f"{name}.columns", perm=[0, 1, 3, 2])
+        query = operators.times(graph, f"{name}.scaled", query, scale)
+        scores = graph.node("MatMul", [query, columns], f"{name}.scores")
+        if bias is not None:
+            scores = graph.node("Add", [scores, bias], f"{name}.biased")
+        weights = graph.node("Softmax", [scores], f"{name}.weights", axis=-1)
+        total = graph.node("MatMul", [weights, value], f"{name}.total")
+        return operators.merge_heads(graph, name, operators.heads_first(graph, f"{name}.rows", total))
+
     def decoder_outputs(self, logits: ir.Value) -> None:
         base.logits_output(self.graph, self._spec, logits)
         attention = self._spec.attention

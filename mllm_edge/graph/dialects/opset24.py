@@ -93,6 +93,29 @@ class Opset24:
         assert simple is not None, kind
         return simple
 
+    vision_opset = 24
+
+    @staticmethod
+    def vision_norm(graph: GraphBuilder, name: str, x: ir.Value, scale: ir.Value, eps: float) -> ir.Value:
+        return graph.node("RMSNormalization", [x, scale], name, epsilon=eps, axis=-1)
+
+    @staticmethod
+    def vision_attention(
+        graph: GraphBuilder,
+        name: str,
+        heads: int,
+        scale: float,
+        query: ir.Value,
+        key: ir.Value,
+        value: ir.Value,
+        bias: ir.Value | None,
+    ) -> ir.Value:
+        """Standard Attention, which needs its scale: TensorRT has no default."""
+        parts = zip((query, key, value), "qkv", strict=True)
+        inputs = [base.split_heads(graph, f"{name}.{part}", x, heads) for x, part in parts]
+        total = graph.node("Attention", [*inputs, *([] if bias is None else [bias])], f"{name}.heads", scale=scale)
+        return operators.merge_heads(graph, name, operators.heads_first(graph, f"{name}.rows", total))
+
     def decoder_outputs(self, logits: ir.Value) -> None:
         base.logits_output(self.graph, self._spec, logits)
         base.cache_outputs(self.graph, self._present, self._dtype, self._cache)
