@@ -13,7 +13,7 @@ from mllm_edge.spec import ModelSpec, TensorSpec
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Plan", "TracedComponent"]
+__all__ = ["Plan", "TracedComponent", "tile_components"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,26 @@ class TracedComponent:
     outputs: tuple[TensorSpec, ...]
     prefix: str
     derived: Mapping[str, Callable[[], np.ndarray]] = field(default_factory=dict)
+
+
+def tile_components(
+    encoder: "Callable[[], torch.nn.Module]",
+    connector: "Callable[[], torch.nn.Module]",
+    pixels: tuple[int, ...],
+    hidden: tuple[int, int],
+    features: tuple[int, int],
+    prefixes: tuple[str, str],
+    derived: Mapping[str, Callable[[], np.ndarray]],
+) -> tuple[TracedComponent, TracedComponent]:
+    """Vision encoder and connector of images as tiles: pixel_values [tiles, *pixels] → vision_hidden [tiles, *hidden] →
+    image_features [tiles, *features]. `prefixes` are the two's; `derived` is the encoder's."""
+    seen = TensorSpec("vision_hidden", "float32", ("tiles", *hidden))
+    shown = TensorSpec("pixel_values", "float32", ("tiles", *pixels))
+    found = TensorSpec("image_features", "float32", ("tiles", *features))
+    return (
+        TracedComponent("vision_encoder", encoder, (shown,), (seen,), prefixes[0], derived),
+        TracedComponent("connector", connector, (seen,), (found,), prefixes[1]),
+    )
 
 
 @dataclass(frozen=True)

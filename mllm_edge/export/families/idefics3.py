@@ -15,7 +15,7 @@ from mllm_edge.export.checkpoint.processing import processor_class
 from mllm_edge.export.checkpoint.processor import OWN_PROCESSOR, load_processor, require_switched_on
 from mllm_edge.export.checkpoint.source import Source
 from mllm_edge.export.family import Checkpoint, Family, Parts
-from mllm_edge.export.plan import TracedComponent
+from mllm_edge.export.plan import tile_components
 from mllm_edge.spec import (
     ImagePrompt,
     ImageSpec,
@@ -23,7 +23,6 @@ from mllm_edge.spec import (
     ResizeLongestEdge,
     ResizeToMultiple,
     SplitTiles,
-    TensorSpec,
     Transform,
 )
 
@@ -64,23 +63,16 @@ def _describe(checkpoint: Checkpoint) -> Parts:
     tokens, text_hidden = _tokens_per_tile(checkpoint.processor, tower.patches, scale), checkpoint.decoder.hidden_size
     table = weights.use(f"{_VISION}embeddings.position_embedding.weight", (tower.grid**2, tower.hidden_size))
     ids = position_ids(tower.patches, tower.grid)
-    hidden = TensorSpec("vision_hidden", "float32", ("tiles", tower.patches**2, tower.hidden_size))
-    encoder = TracedComponent(
-        "vision_encoder",
+    traced = tile_components(
         lambda: SiglipTower(tower),
-        (TensorSpec("pixel_values", "float32", ("tiles", tower.channels, tile, tile)),),
-        (hidden,),
-        _VISION,
+        lambda: PixelShuffleConnector(tower.patches, scale, tower.hidden_size, text_hidden),
+        (tower.channels, tile, tile),
+        (tower.patches**2, tower.hidden_size),
+        (tokens, text_hidden),
+        (_VISION, "model.connector."),
         {"embeddings.positions": lambda: table()[ids]},
     )
-    connector = TracedComponent(
-        "connector",
-        lambda: PixelShuffleConnector(tower.patches, scale, tower.hidden_size, text_hidden),
-        (hidden,),
-        (TensorSpec("image_features", "float32", ("tiles", tokens, text_hidden)),),
-        "model.connector.",
-    )
-    return Parts((encoder, connector), _image_spec(checkpoint, tower, tokens))
+    return Parts(traced, _image_spec(checkpoint, tower, tokens))
 
 
 def _load_processor(source: Source) -> Any:

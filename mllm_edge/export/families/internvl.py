@@ -27,9 +27,9 @@ from mllm_edge.export.checkpoint.vocabulary import check_vocabulary, vocabulary
 from mllm_edge.export.families import internvl_chat
 from mllm_edge.export.families.internvl_chat import MODEL_TYPE as CHAT
 from mllm_edge.export.family import Checkpoint, Family, Parts, open_weights, understand
-from mllm_edge.export.plan import TracedComponent
+from mllm_edge.export.plan import tile_components
 from mllm_edge.export.reference import load_reference
-from mllm_edge.spec import ImagePrompt, ImageSpec, Resize, SelectTiles, TensorSpec, Transform
+from mllm_edge.spec import ImagePrompt, ImageSpec, Resize, SelectTiles, Transform
 
 if TYPE_CHECKING:
     from mllm_edge.export.vision.internvit import InternVitConfig
@@ -55,21 +55,14 @@ def _describe(checkpoint: Checkpoint) -> Parts:
         *(f"{_TOWER}embeddings.position_embeddings", (1, 1 + tower.patches**2, size)),
         *(f"{_TOWER}embeddings.cls_token", (1, 1, size)),
     )
-    hidden = TensorSpec("vision_hidden", "float32", ("tiles", tower.patches**2, size))
-    encoder = TracedComponent(
-        "vision_encoder",
+    traced = tile_components(
         lambda: InternVit(tower),
-        (TensorSpec("pixel_values", "float32", ("tiles", tower.channels, tower.tile, tower.tile)),),
-        (hidden,),
-        _TOWER,
-        {"embeddings.positions": positions},
-    )
-    connector = TracedComponent(
-        "connector",
         lambda: ShuffleConnector(tower.patches, scale, size, text_hidden, activation),
-        (hidden,),
-        (TensorSpec("image_features", "float32", ("tiles", tokens, text_hidden)),),
-        "model.multi_modal_projector.",
+        (tower.channels, tower.tile, tower.tile),
+        (tower.patches**2, size),
+        (tokens, text_hidden),
+        (_TOWER, "model.multi_modal_projector."),
+        {"embeddings.positions": positions},
     )
     # What the model has and never uses: layers behind the chosen one, what only training needs.
     vision = checkpoint.config.vision_config
@@ -79,7 +72,7 @@ def _describe(checkpoint: Checkpoint) -> Parts:
     start, _, end = words = _image_tokens(source)
     check_vocabulary(source, {}, words, checkpoint.decoder.vocab_size)
     image = _image_spec(checkpoint, tower.tile, tokens)
-    return Parts((encoder, connector), image, tuple(_TOWER + part for part in unused), (start, end))
+    return Parts(traced, image, tuple(_TOWER + part for part in unused), (start, end))
 
 
 def _image_tokens(source: Source) -> tuple[str, str, str]:

@@ -15,7 +15,7 @@ from mllm_edge.export.checkpoint.processor import OWN_PROCESSOR, load_processor
 from mllm_edge.export.checkpoint.safetensors import Weights
 from mllm_edge.export.checkpoint.source import Source
 from mllm_edge.export.family import Checkpoint, Family, Parts
-from mllm_edge.export.plan import TracedComponent
+from mllm_edge.export.plan import tile_components
 from mllm_edge.spec import (
     CenterCrop,
     ImagePrompt,
@@ -23,7 +23,6 @@ from mllm_edge.spec import (
     PadToSquare,
     Resize,
     ResizeShortestEdge,
-    TensorSpec,
     Transform,
 )
 
@@ -75,26 +74,19 @@ def _describe(checkpoint: Checkpoint) -> Parts:
     bias = bool(top.take("multimodal_projector_bias"))
     tokens, width = tower.patches**2 + is_clip - taps.skip, tower.hidden_size * len(states)
     module, tile = ClipFeatures if is_clip else SiglipFeatures, tower.tile
-    hidden = TensorSpec("vision_hidden", "float32", ("tiles", tokens, width))
-    encoder = TracedComponent(
-        "vision_encoder",
+    traced = tile_components(
         lambda: module(tower, taps),
-        (TensorSpec("pixel_values", "float32", ("tiles", tower.channels, tile, tile)),),
-        (hidden,),
-        _VISION,
-        {"embeddings.positions": _positions(checkpoint.weights, tower, is_clip)},
-    )
-    connector = TracedComponent(
-        "connector",
         lambda: MlpConnector(width, text_hidden, activation, bias),
-        (hidden,),
-        (TensorSpec("image_features", "float32", ("tiles", tokens, text_hidden)),),
-        "model.multi_modal_projector.",
+        (tower.channels, tile, tile),
+        (tokens, width),
+        (tokens, text_hidden),
+        (_VISION, "model.multi_modal_projector."),
+        {"embeddings.positions": _positions(checkpoint.weights, tower, is_clip)},
     )
     # Layers behind the last tap, the tower's own last norm and its head.
     behind = range(tower.layers, checkpoint.config.vision_config.num_hidden_layers)
     ignored = (*(f"encoder.layers.{i}." for i in behind), "post_layernorm.", "head.")
-    return Parts((encoder, connector), _image_spec(checkpoint, tile, tokens), tuple(_VISION + part for part in ignored))
+    return Parts(traced, _image_spec(checkpoint, tile, tokens), tuple(_VISION + part for part in ignored))
 
 
 def _load_processor(source: Source) -> Any:
