@@ -45,7 +45,7 @@ def build(geometry: Geometry, checkpoint: Path, recipe: "Recipe", folder: Path) 
     from mllm_edge.export.decoders.place import Place
     from mllm_edge.graph.builder import save_model, tensor_specs
     from mllm_edge.graph.datafile import DataFile
-    from mllm_edge.graph.dialects.contrib import MINIMUM
+    from mllm_edge.graph.dialects.contrib import Contrib
 
     folder.mkdir()
     weights = open_weights(checkpoint)
@@ -57,7 +57,7 @@ def build(geometry: Geometry, checkpoint: Path, recipe: "Recipe", folder: Path) 
     embeddings = weights.use("model.embed_tokens.weight", (geometry.vocab_size, geometry.hidden_size))()
     np.save(folder / _EMBEDDINGS, embeddings.astype(np.float16))
     inputs, outputs = tensor_specs(model.graph.inputs), tensor_specs(model.graph.outputs)
-    variant = Variant("cpu", "contrib", recipe.name, _GRAPH, inputs, outputs, "in_place", MINIMUM)
+    variant = Variant("cpu", "contrib", recipe.name, _GRAPH, inputs, outputs, "in_place", Contrib.minimum(spec))
     description = {"model": to_json(_model_spec(geometry, spec)), "variant": to_json(variant)}
     (folder / _DESCRIPTION).write_text(json.dumps(description), encoding="utf-8")
 

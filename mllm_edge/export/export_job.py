@@ -268,7 +268,7 @@ class ExportJob:
             inputs=tensor_specs(model.graph.inputs),
             outputs=tensor_specs(model.graph.outputs),
             kv_mode=form.kv_mode if name == "decoder" else None,
-            minimum=form.minimum,
+            minimum=form.minimum(decoder if name == "decoder" else None),
         )
 
     def _write_embeddings(self, folder: Path) -> ModelSpec:

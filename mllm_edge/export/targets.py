@@ -7,7 +7,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from mllm_edge.errors import ExportError
-from mllm_edge.graph.dialects import contrib, opset17, opset24
+from mllm_edge.graph.decoder_spec import DecoderSpec
 from mllm_edge.graph.dialects.known import DIALECTS
 
 __all__ = ["TARGETS", "Form", "forms"]
@@ -21,7 +21,6 @@ TARGETS: Mapping[str, Dialect] = {
     "tensorrt": "opset24",
     "tensorrt-10.3": "opset17",
 }
-_MINIMUM = {"contrib": contrib.MINIMUM, "opset24": opset24.MINIMUM, "opset17": opset17.MINIMUM}
 _FALLBACK = "cpu"
 
 
@@ -40,10 +39,9 @@ class Form:
     def kv_mode(self) -> Literal["in_place", "append"]:
         return DIALECTS[self.dialect].kv_mode
 
-    @property
-    def minimum(self) -> Mapping[str, str]:
-        """Module name of a runtime → its lowest version that executes this form."""
-        return _MINIMUM[self.dialect]
+    def minimum(self, decoder: DecoderSpec | None = None) -> Mapping[str, str]:
+        """Module name of a runtime → its lowest version that executes this form of a `decoder`, or of another graph."""
+        return DIALECTS[self.dialect].minimum(decoder)
 
     def stem(self, component: str) -> str:
         """The component's file name without extensions; the fallback's files carry no target."""

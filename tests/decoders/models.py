@@ -39,7 +39,6 @@ from mllm_edge.export.decoders.place import Place
 from mllm_edge.graph.builder import save_model, tensor_specs
 from mllm_edge.graph.datafile import DataFile
 from mllm_edge.graph.decoder_spec import DecoderSpec
-from mllm_edge.graph.dialects import contrib, opset17, opset24
 from mllm_edge.runtime.backends.base import Session
 from mllm_edge.runtime.backends.choose import open_backend
 from mllm_edge.runtime.decode.decoder import Decoder
@@ -183,7 +182,6 @@ CONFIGS: dict[str, Any] = {
     "qwen2_vl": qwen_vl(Qwen2VLConfig),
     "qwen3_vl": qwen_vl(Qwen3VLConfig, head_dim=16),
 }
-MINIMUM = {"contrib": contrib.MINIMUM, "opset24": opset24.MINIMUM, "opset17": opset17.MINIMUM}
 _CLASSES = {
     "chameleon": ChameleonForConditionalGeneration,
     "qwen2_vl": Qwen2VLForConditionalGeneration,
@@ -271,7 +269,7 @@ def open_graph(model: ir.Model, path: Path, dialect: str, kv_mode: Any = None) -
         inputs=tensor_specs(model.graph.inputs),
         outputs=tensor_specs(model.graph.outputs),
         kv_mode=kv_mode,
-        minimum=MINIMUM[dialect],
+        minimum=DIALECTS[dialect].minimum(None),
     )
     return Opened(open_backend("cpu").open(path, variant), variant)
 

@@ -21,6 +21,7 @@ from mllm_edge.export.decoders.place import Place
 from mllm_edge.graph.builder import save_model, tensor_specs
 from mllm_edge.graph.datafile import DataFile, DryFile
 from mllm_edge.graph.decoder_spec import DecoderSpec
+from mllm_edge.graph.dialects.known import DIALECTS
 from mllm_edge.graph.gate import check_cuda_graph, check_graph, tensorrt_10_3_operators
 from mllm_edge.runtime.backends.tensorrt_build import Range, Sizes, build, check_network, inspect_network, shape_ranges
 
@@ -157,6 +158,15 @@ def test_contrib_refuses_what_no_provider_has(source: tuple[DecoderSpec, Weights
         build_decoder(*source, RECIPES["fp16"], DryFile(), "contrib", ir.DataType.BFLOAT16)
     with pytest.raises(ExportError, match="their sums in FLOAT\n"):
         build_decoder(*source, RECIPES["fp16"], DryFile(), "contrib", HALF, residual_type=ir.DataType.FLOAT)
+
+
+def test_spans_need_a_newer_onnx_runtime(source: tuple[DecoderSpec, Weights]) -> None:
+    """GroupQueryAttention's attribute `causal` came in 1.31."""
+    spec, spans = source[0], replace(source[0], spans=True)
+    assert DIALECTS["contrib"].minimum(spans) == {"onnxruntime": "1.31"}
+    assert DIALECTS["contrib"].minimum(spec) == DIALECTS["contrib"].minimum(None) == {"onnxruntime": "1.23"}
+    for dialect in ("opset24", "opset17"):
+        assert DIALECTS[dialect].minimum(spans) == DIALECTS[dialect].minimum(None)
 
 
 def test_operators_without_cuda_kernels_are_named(source: tuple[DecoderSpec, Weights]) -> None:

@@ -1,6 +1,6 @@
 """What a dialect is: the operators of one runtime, behind one small set of methods."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -64,6 +64,12 @@ class Dialect(Protocol):
     @property
     def name(self) -> str:
         """contrib, opset24 or opset17."""
+        ...
+
+    @staticmethod
+    def minimum(spec: DecoderSpec | None) -> Mapping[str, str]:
+        """Module name of a runtime → its lowest version that executes a graph of this dialect: the decoder's that is
+        described so, or (None) any other."""
         ...
 
     @property

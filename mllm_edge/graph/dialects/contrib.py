@@ -9,6 +9,7 @@ outputs  logits [B, K, V] f32; present.N.key / .value [B, Hkv, C, D] T, the same
 T is f32 for the CPU and f16 for CUDA, whose kernels take no bias in GroupQueryAttention and in MatMulNBits.
 """
 
+from collections.abc import Mapping
 from typing import Literal
 
 import onnx_ir as ir
@@ -21,11 +22,11 @@ from mllm_edge.graph.decoder_spec import Activation, AttentionSpec, DecoderSpec
 from mllm_edge.graph.dialects import base
 from mllm_edge.graph.dialects.base import Norm, SelfAttention
 
-__all__ = ["MINIMUM", "MINIMUM_BLOCKS", "Contrib"]
+__all__ = ["Contrib"]
 
-MINIMUM = {"onnxruntime": "1.23"}
+_MINIMUM = {"onnxruntime": "1.23"}
 # GroupQueryAttention's attribute `causal`, which masks with spans need.
-MINIMUM_BLOCKS = {"onnxruntime": "1.31"}
+_MINIMUM_SPANS = {"onnxruntime": "1.31"}
 _FLOAT, _HALF, _INT32 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT32
 
 
@@ -34,6 +35,10 @@ class Contrib:
 
     name: Literal["contrib"] = "contrib"
     kv_mode: Literal["in_place"] = "in_place"
+
+    @staticmethod
+    def minimum(spec: DecoderSpec | None) -> Mapping[str, str]:
+        return _MINIMUM_SPANS if spec is not None and spec.spans else _MINIMUM
 
     def __init__(
         self, name: str, data: DataSink, float_type: ir.DataType = _FLOAT, residual_type: ir.DataType | None = None

@@ -10,7 +10,7 @@ outputs  logits [1, K, V] f32; present.N.key / .value [1, S, Hkv, D]: the new ro
 Scores are concatenated, caches never are: no step copies the cache.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -24,9 +24,9 @@ from mllm_edge.graph.decoder_spec import Activation, AttentionSpec, DecoderSpec
 from mllm_edge.graph.dialects import base
 from mllm_edge.graph.dialects.base import Norm, SelfAttention
 
-__all__ = ["MINIMUM", "Opset17"]
+__all__ = ["Opset17"]
 
-MINIMUM = {"onnxruntime": "1.18", "tensorrt": "10.3", "tensorrt_rtx": "1.0"}
+_MINIMUM = {"onnxruntime": "1.18", "tensorrt": "10.3", "tensorrt_rtx": "1.0"}
 _OPSET = 19  # the first whose DequantizeLinear takes float16 scales
 _FLOAT = ir.DataType.FLOAT
 
@@ -36,6 +36,10 @@ class Opset17:
 
     name: Literal["opset17"] = "opset17"
     kv_mode: Literal["append"] = "append"
+
+    @staticmethod
+    def minimum(spec: DecoderSpec | None) -> Mapping[str, str]:
+        return _MINIMUM
 
     def __init__(
         self, name: str, data: DataSink, dtype: ir.DataType = _FLOAT, residual_type: ir.DataType | None = None

@@ -12,7 +12,7 @@ All masking is the additive bias. TensorRT refuses Attention's `softcap`: such a
 also wants Smax to be a number: give `capacity` to fix it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -25,9 +25,9 @@ from mllm_edge.graph.decoder_spec import Activation, AttentionSpec, DecoderSpec
 from mllm_edge.graph.dialects import base
 from mllm_edge.graph.dialects.base import Norm, SelfAttention
 
-__all__ = ["MINIMUM", "Opset24"]
+__all__ = ["Opset24"]
 
-MINIMUM = {"onnxruntime": "1.24", "tensorrt": "10.15", "tensorrt_rtx": "1.2"}
+_MINIMUM = {"onnxruntime": "1.24", "tensorrt": "10.15", "tensorrt_rtx": "1.2"}
 _FLOAT, _INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 
 
@@ -36,6 +36,10 @@ class Opset24:
 
     name: Literal["opset24"] = "opset24"
     kv_mode: Literal["in_place"] = "in_place"
+
+    @staticmethod
+    def minimum(spec: DecoderSpec | None) -> Mapping[str, str]:
+        return _MINIMUM
 
     def __init__(
         self, name: str, data: DataSink, dtype: ir.DataType = _FLOAT, residual_type: ir.DataType | None = None
