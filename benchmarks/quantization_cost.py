@@ -31,7 +31,7 @@ __all__ = ["main", "pictures", "serve"]
 
 _ROOT = Path(__file__).parents[1]
 _HELD_BACK = 8
-MOST = 0.7
+MOST, MOST_GB = 0.7, 2.4
 OWN, BASELINE = "this", "baseline"
 
 
@@ -61,9 +61,10 @@ def main() -> None:
             rounds.append(figures)
             for name in names:
                 report.row({"checkout": name, "samples": options.samples, **figures[name]})
-    for figure in ("seconds", "CPU seconds", "peak GB"):
+    for figure in ("seconds", "CPU seconds"):
         ratio = statistics.median(figures[OWN][figure] / figures[BASELINE][figure] for figures in rounds)
-        report.at_most(f"{figure}, this / baseline", ratio, 1.0 if figure == "peak GB" else MOST)
+        report.at_most(f"{figure}, this / baseline", ratio, MOST)
+    report.at_most("peak GB", max(figures[OWN]["peak GB"] for figures in rounds), MOST_GB)
     report.print()
     if options.json:
         report.write(options.json)

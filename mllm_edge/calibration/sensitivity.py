@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -125,13 +126,16 @@ def measure_ways(
         exact = [_logits(vlm, turn) for turn in turns]
         if not turns:
             return {way: (np.zeros(0), np.zeros(0, bool)) for way in ways}
-        for way, weight in ways.items():
-            session.exchange(unit.layers, weight)
-            # Turn by turn: of all together, distributions in double precision are half a gigabyte.
-            pairs = [_compared(logits, _logits(vlm, turn)) for turn, logits in zip(turns, exact, strict=True)]
-            kl, same = (np.concatenate(part) for part in zip(*pairs, strict=True))
-            found[way] = kl, same
-            session.restore()
+        with ThreadPoolExecutor(1) as pool:
+            for way, weight in ways.items():
+                session.exchange(unit.layers, weight)
+                # Turn by turn, beside the next run: of all together, distributions in double precision are half a
+                # gigabyte.
+                pairs = zip(turns, exact, strict=True)
+                compared = [pool.submit(_compared, logits, _logits(vlm, turn)) for turn, logits in pairs]
+                kl, same = (np.concatenate(part) for part in zip(*(each.result() for each in compared), strict=True))
+                found[way] = kl, same
+                session.restore()
     shutil.rmtree(folder, ignore_errors=True)
     give_back_memory()
     return found

@@ -328,6 +328,18 @@ def test_tokens_behind_the_prompt_look_where_its_last_one_did(mllama: Mllama) ->
         np.testing.assert_array_equal(along.steps(mllama.decoder, embed, plain, np.array(IDS[7:9])), blind)
 
 
+def test_a_first_prompt_with_nothing_to_see(mllama_checkpoint: Any, tmp_path: Path) -> None:
+    model, folder = mllama_checkpoint
+    weights = open_weights(folder)
+    decoder = open_decoder(spec_of_mllama(model, weights), weights, "contrib", tmp_path)
+    embeddings = model.get_input_embeddings().weight.detach().numpy()
+    embed: Any = lambda ids: embeddings[ids]  # noqa: E731
+    found = along.steps(decoder, embed, Encoded(embeddings[IDS[:7]]), np.array(IDS[7:9]))
+    expected = mllama_reference(model, [IDS[:7], [IDS[7]]], None, [None] * 2)
+    for logits, wanted in zip(found, expected, strict=True):
+        assert_close(logits, wanted)
+
+
 def test_evened_columns_change_nothing_of_mllama(mllama_checkpoint: Any, tmp_path: Path) -> None:
     model, folder = mllama_checkpoint
     weights = open_weights(folder)

@@ -54,7 +54,7 @@ class Decoder:
         # [B], how far the positions to come are from their places, where an image takes another number of positions
         # than of places; None: nowhere.
         self._shifts: np.ndarray | None = None
-        self._crossed = False  # whether cross-attention sees anything
+        self._crossed: bool | None = None  # whether cross-attention sees anything; None: nobody has said yet
         self.top = self._logits.top
         self.rows = min(MOST_ROWS, session.limits.get("rows", MOST_ROWS))
         self.cache: KVCache | None = None
@@ -63,7 +63,7 @@ class Decoder:
         """Start an empty sequence that holds `prompt` and `room` tokens behind it, with what its cross-attention sees;
         the prompt is not run yet. Raises as `reset`."""
         cache = self.reset(len(prompt) + room)
-        if prompt.cross or self._crossed:
+        if prompt.cross or self._crossed is not False:
             self.set_cross(prompt.cross or None)
         return cache
 
@@ -105,7 +105,9 @@ class Decoder:
 
     def set_cross(self, cross_kv: Mapping[str, np.ndarray] | None) -> None:
         """What cross-attention layers look at, as in `Encoded.cross`. None: nothing, and the layers stay silent."""
-        self._session.bind(self._contract.cross(cross_kv), {})
+        inputs = self._contract.cross(cross_kv)
+        if inputs:
+            self._session.bind(inputs, {})
         self._crossed = cross_kv is not None
 
     def forward(self, tokens: Tokens, length: int | None = None, *, project: Sequence[int] | None = None) -> np.ndarray:
