@@ -19,7 +19,7 @@ from mllm_edge.calibration.int8_cache import largest, rotated
 from mllm_edge.calibration.linears import Group, find_groups, find_layers
 from mllm_edge.calibration.passing import PassingReader, PassingWriter
 from mllm_edge.calibration.segments import Segment, cut, extract
-from mllm_edge.calibration.statistics import InputStatistics
+from mllm_edge.calibration.statistics import HELD_BYTES, InputStatistics
 from mllm_edge.errors import DataError
 from mllm_edge.files import sync, write_whole
 from mllm_edge.graph.precision import Precision
@@ -188,7 +188,9 @@ class _State:
         float piece passes to the next is left on disk."""
         statistics = {
             group.x.name or "": InputStatistics(
-                group.width, any("gptq" in precision(layer.name).method for layer in group.layers)
+                group.width,
+                any("gptq" in precision(layer.name).method for layer in group.layers),
+                HELD_BYTES // max(len(groups), 1),
             )
             for group in groups
         }

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["HeldRows", "Histogram", "InputStatistics"]
+__all__ = ["HELD_BYTES", "HeldRows", "Histogram", "InputStatistics"]
 
 _BINS = 2048
 # Rows kept as they are, for methods that try candidates on real inputs; spread evenly over all that were seen.
@@ -13,6 +13,7 @@ _SAMPLE_ROWS = 512
 _WAITING_ROWS = 1024
 # Rows held apart that candidates are judged on; more tell little, and are one product for each candidate.
 _HELD_ROWS = 1024
+HELD_BYTES = 256 << 20  # of rows held apart that are in memory, of all inputs that are looked at together
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +79,7 @@ class InputStatistics:
 
     Rows that are held apart are in none of what weights are fitted to (the sample, the matrices): see `held`."""
 
-    def __init__(self, width: int, with_gram: bool = False):
+    def __init__(self, width: int, with_gram: bool = False, held_bytes: int = HELD_BYTES):
         self.width, self.rows = width, 0
         self.channel_low = np.full(width, np.inf, np.float32)
         self.channel_high = np.full(width, -np.inf, np.float32)
@@ -91,7 +92,10 @@ class InputStatistics:
         self._sample: list[np.ndarray] = []
         self._stride, self._kept = 1, 0
         self.fitted_rows = 0
-        self._held: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        # Parts of (x, exact where it differs, weights); every `_held_stride`-th row of them all.
+        self._held: list[tuple[np.ndarray, np.ndarray | None, np.ndarray]] = []
+        self._held_stride, self._held_seen = 1, 0
+        self._most_held = max(_HELD_ROWS, held_bytes // (4 * width))
 
     def add(
         self,
@@ -117,8 +121,7 @@ class InputStatistics:
         self.histogram.add(x)
         self.rows += len(x)
         if held:
-            own = np.ones(len(x), np.float32) if weights is None else weights
-            self._held.append((x, x if exact is None else exact.reshape(-1, self.width).astype(np.float32), own))
+            self._hold(x, None if exact is None else exact.reshape(-1, self.width).astype(np.float32), weights)
             return
         if self._gram is not None:
             moved = None if exact is None else exact.reshape(-1, self.width).astype(np.float32) - x
@@ -160,9 +163,10 @@ class InputStatistics:
         """Rows that were held apart, spread evenly over them; None where there are none, or none that counts."""
         if not any(weights.any() for _, _, weights in self._held):
             return None
-        parts = [np.concatenate(part) for part in zip(*self._held, strict=True)]
-        every = -(-len(parts[0]) // _HELD_ROWS)
-        return HeldRows(*(part[::every] for part in parts))
+        x, weights = (np.concatenate([part[i] for part in self._held]) for i in (0, 2))
+        exact = np.concatenate([own if other is None else other for own, other, _ in self._held])
+        every = -(-len(x) // _HELD_ROWS)
+        return HeldRows(x[::every], exact[::every], weights[::every])
 
     @property
     def sample(self) -> np.ndarray:
@@ -189,6 +193,20 @@ class InputStatistics:
             product = np.concatenate(exact).T @ together
             self._drift = product if self._drift is None else np.add(self._drift, product, out=self._drift)
 
+    def _hold(self, x: np.ndarray, exact: np.ndarray | None, weights: np.ndarray | None) -> None:
+        """Keep rows that are held apart; when there are too many, every other one is let go."""
+        own = np.ones(len(x), np.float32) if weights is None else weights
+        rows = slice(-self._held_seen % self._held_stride, None, self._held_stride)
+        self._held_seen += len(x)
+        self._held.append(_thinned(x, exact, own, rows))
+        while sum(len(part[0]) for part in self._held) > self._most_held:
+            self._held_stride *= 2
+            kept, first = [], 0
+            for part in self._held:
+                kept.append(_thinned(*part, slice(first % 2, None, 2)))
+                first += len(part[0])
+            self._held = kept
+
     def _keep(self, x: np.ndarray) -> None:
         """Every `_stride`-th of all rows; when twice too many are kept, every other one is let go."""
         kept = x[-self.fitted_rows % self._stride :: self._stride].copy()
@@ -198,3 +216,10 @@ class InputStatistics:
             self._sample = [np.concatenate(self._sample)[::2]]
             self._kept = len(self._sample[0])
             self._stride *= 2
+
+
+def _thinned(
+    x: np.ndarray, exact: np.ndarray | None, weights: np.ndarray, rows: slice
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+    """Copies of some rows: a view would keep them all."""
+    return x[rows].copy(), None if exact is None else exact[rows].copy(), weights[rows].copy()

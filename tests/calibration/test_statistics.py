@@ -97,3 +97,20 @@ def test_rows_that_do_not_count_judge_nothing() -> None:
     statistics = InputStatistics(3)
     statistics.add(np.ones((4, 3), np.float32), np.zeros(4, np.float32), held=True)
     assert statistics.held is None
+
+
+def test_rows_held_apart_stay_few_and_spread() -> None:
+    """Whatever comes in, as many as have room; a row's exact values and its weight stay with it."""
+    statistics = InputStatistics(2, held_bytes=8 * 1500)
+    for start in range(0, 20_000, 700):
+        rows = np.arange(start, start + 700, dtype=np.float32)
+        statistics.add(np.stack([rows, -rows], axis=1), rows + 1, np.stack([2 * rows, rows], axis=1), held=True)
+        assert sum(x.nbytes for x, _, _ in statistics._held) <= 8 * 1500
+    held = statistics.held
+    assert held is not None
+    first = held.x[:, 0]
+    assert 512 <= len(first) <= 1024
+    assert len(set(np.diff(first))) == 1
+    assert first[-1] > 19_000
+    np.testing.assert_array_equal(held.exact[:, 0], 2 * first)
+    np.testing.assert_array_equal(held.weights, first + 1)
