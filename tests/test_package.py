@@ -53,7 +53,7 @@ def test_holds_every_module_and_nothing_else(wheel: Path) -> None:
     others = (
         "py.typed",
         "calibration/builtin_text.json",
-        "export/tokenizer_corpus.json",
+        "export/checkpoint/tokenizer_corpus.json",
         "graph/onnxruntime_cuda.json",
         "graph/tensorrt_10_3.json",
         "report/report.html",

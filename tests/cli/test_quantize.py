@@ -35,7 +35,7 @@ def test_folder_of_images_to_a_bundle_with_its_proof(cli: Cli, folder: Path, tmp
     assert result.exit_code == 0, result.stderr
     assert result.stdout == ""
     for words in (
-        "6 samples and 48 built-in questions; proof on 2 others",
+        "6 samples and 128 built-in questions; proof on 2 others",
         "KL divergence",
         "likeliest token agrees",
         "layers with the largest",

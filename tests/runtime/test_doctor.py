@@ -73,7 +73,7 @@ def test_versions_are_those_of_the_dialects() -> None:
     """Another target's graphs load in ONNX Runtime's CPU provider too, but that is not the engine they are made for."""
     assert set(EXPORTED) == set(TARGETS)
     for form in forms(tuple(TARGETS), "int4"):
-        engines = {k: v for k, v in form.minimum.items() if form.dialect == "contrib" or k != "onnxruntime"}
+        engines = {k: v for k, v in form.minimum().items() if form.dialect == "contrib" or k != "onnxruntime"}
         assert engines == MINIMUM[form.target]
 
 

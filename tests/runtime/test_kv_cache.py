@@ -11,6 +11,7 @@ from mllm_edge import VLM
 from mllm_edge.errors import ContextError
 from mllm_edge.runtime.backends.choose import open_backend
 from mllm_edge.runtime.decode import generate
+from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.decode.sampling import Sampler, SamplingParams
 from mllm_edge.runtime.decode.state import KVCache
 from mllm_edge.runtime.trace import Trace
@@ -224,7 +225,7 @@ def test_long_prompts_are_prefilled_in_chunks(vlm: VLM, monkeypatch: pytest.Monk
     def tokens() -> list[int]:
         vlm.decoder.reset(128)
         sampler = Sampler(SamplingParams(), ids)
-        return list(generate.generate(vlm.decoder, vlm.embed, vlm.embed(ids), sampler, (), 8, Trace()))
+        return list(generate.generate(vlm.decoder, vlm.embed, Encoded(vlm.embed(ids)), sampler, (), 8, Trace()))
 
     whole = tokens()
     monkeypatch.setattr(generate, "PREFILL_CHUNK", 7)

@@ -178,6 +178,6 @@ def test_a_power_mode_that_is_not_told(tmp_path: Path, file: str) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system tells no other peak than getrusage's")
 def test_the_peak_is_not_the_parents() -> None:
     block = np.ones(400_000_000, np.uint8)
-    code = "from mllm_edge.runtime.device import peak_rss; print(peak_rss())"
+    code = "from mllm_edge.runtime.machine.cpu import peak_rss; print(peak_rss())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 1e6 < int(done.stdout) < block.nbytes
