@@ -27,7 +27,7 @@ __all__ = [
 TARGETS = ("cpu", "cuda", "tensorrt", "tensorrt-10.3")
 POSITIVE = click.IntRange(min=1)
 _COUNT = click.IntRange(min=0)
-_MOST_GUESSED = 15  # as in runtime/speculation.py
+_MOST_GUESSED = 15  # as in runtime/decode/speculation.py
 _FRACTION = click.FloatRange(0, 1)
 _THREADS = click.IntRange(1, 1024)  # as in runtime/threads.py
 
