@@ -134,7 +134,7 @@ def _export(
     """`out` is the user's name for the directory `place`."""
     progress.stage("reading the checkpoint")
     source = open_source(model, revision, adapters, progress.notice)
-    family_for(source)
+    family_for(source)  # of a type that nobody serves no weight need be opened
     with reading(source):
         weights = open_weights(source)
         plan = understand(source, weights)
