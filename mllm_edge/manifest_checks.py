@@ -101,7 +101,7 @@ def _positions(spec: PositionSpec, model: ModelSpec) -> Iterator[str]:
 
 
 def _rope(rope: RopeSpec, head_dim: int) -> Iterator[str]:
-    numbers = {f.name: getattr(rope, f.name) for f in dataclasses.fields(rope) if f.type == "float"}
+    numbers = {f.name: getattr(rope, f.name) for f in dataclasses.fields(rope) if f.type is float}
     for name, number in numbers.items():
         if not math.isfinite(number):
             yield f"{name} is {number}"

@@ -1,0 +1,241 @@
+"""What becomes of an image: transforms of its pixels, and its place in the prompt."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = [
+    "CenterCrop",
+    "GridRope",
+    "ImagePrompt",
+    "ImageSpec",
+    "Normalize",
+    "PadToSquare",
+    "Patchify",
+    "Resample",
+    "Rescale",
+    "Resize",
+    "ResizeLongestEdge",
+    "ResizeShortestEdge",
+    "ResizeToMultiple",
+    "ResizeToPixels",
+    "SelectTiles",
+    "SplitTiles",
+    "Transform",
+]
+
+Resample = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
+
+
+@dataclass(frozen=True)
+class ResizeLongestEdge:
+    """Scale so that the longer side is `longest_edge` px, keeping the aspect ratio; the shorter side is truncated to an
+    integer and then made even. A side over `limit` px is scaled down to it (again truncating)."""
+
+    longest_edge: int
+    resample: Resample
+    limit: int
+    op: Literal["resize_longest_edge"] = "resize_longest_edge"
+
+
+@dataclass(frozen=True)
+class ResizeShortestEdge:
+    """Scale so that the shorter side is `shortest_edge` px, keeping the aspect ratio; the longer side is truncated to
+    an integer."""
+
+    shortest_edge: int
+    resample: Resample
+    op: Literal["resize_shortest_edge"] = "resize_shortest_edge"
+
+
+@dataclass(frozen=True)
+class ResizeToMultiple:
+    """Stretch so that both sides are multiples of `multiple` px: the longer side is rounded up first, the other follows
+    the aspect ratio (truncated) and is rounded up too."""
+
+    multiple: int
+    resample: Resample
+    op: Literal["resize_to_multiple"] = "resize_to_multiple"
+
+
+@dataclass(frozen=True)
+class Resize:
+    """Stretch to exactly `height` × `width` px."""
+
+    height: int
+    width: int
+    resample: Resample
+    op: Literal["resize"] = "resize"
+
+
+@dataclass(frozen=True)
+class CenterCrop:
+    """Cut `height` × `width` px out of the middle, odd rests one px more at the bottom and right; an image that is
+    smaller is put in the middle of black, odd rests one px more at the top and left."""
+
+    height: int
+    width: int
+    op: Literal["center_crop"] = "center_crop"
+
+
+@dataclass(frozen=True)
+class PadToSquare:
+    """Put the image in the middle of a square of its longer side, filled with `color` (0 to 255 per channel)."""
+
+    color: tuple[int, ...]
+    op: Literal["pad_to_square"] = "pad_to_square"
+
+
+@dataclass(frozen=True)
+class SplitTiles:
+    """Cut into `size` × `size` px tiles, row by row, then append the whole image stretched to one tile. An image that
+    is one tile already stays as it is, and its grid is (0, 0)."""
+
+    size: int
+    resample: Resample
+    op: Literal["split_tiles"] = "split_tiles"
+
+
+@dataclass(frozen=True)
+class SelectTiles:
+    """Stretch to the grid of `size` × `size` px tiles whose aspect ratio is nearest to the image's, cut it row by row,
+    and with `overview` append the whole image stretched to one tile. One tile alone has the grid (0, 0).
+
+    Grids have `min_tiles` to `max_tiles` tiles. Of grids at the same distance the last one wins, in the order of their
+    tiles and then columns, that has fewer pixels than twice the image's (or is the first of them).
+    """
+
+    size: int
+    min_tiles: int
+    max_tiles: int
+    overview: bool
+    resample: Resample
+    op: Literal["select_tiles"] = "select_tiles"
+
+
+@dataclass(frozen=True)
+class Rescale:
+    """uint8 → float32, multiplied by `factor`."""
+
+    factor: float
+    op: Literal["rescale"] = "rescale"
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """(x − mean) / std per channel, float32."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    op: Literal["normalize"] = "normalize"
+
+
+@dataclass(frozen=True)
+class ResizeToPixels:
+    """Stretch so that both sides are multiples of `multiple` px and height · width is between `min_pixels` and
+    `max_pixels`, near the aspect ratio: each side is rounded to the nearest multiple (halves to the even one); where
+    that makes the area too large or too small, the sides are scaled to the bound and rounded down or up instead.
+
+    One side may be `max_ratio` times the other at most.
+    """
+
+    multiple: int
+    min_pixels: int
+    max_pixels: int
+    resample: Resample
+    max_ratio: float
+    op: Literal["resize_to_pixels"] = "resize_to_pixels"
+
+
+@dataclass(frozen=True)
+class Patchify:
+    """Cut into square patches of `patch` px and gather them in cells of `merge` × `merge` neighbours, cell by cell, row
+    by row; the grid is that of the cells. The last of the transforms.
+
+    A patch is [channels, frames, patch, patch], flattened: one place in `frames` equal frames of a film.
+    """
+
+    patch: int
+    merge: int
+    frames: int
+    op: Literal["patchify"] = "patchify"
+
+
+Transform = (
+    ResizeLongestEdge
+    | ResizeShortestEdge
+    | ResizeToMultiple
+    | Resize
+    | CenterCrop
+    | PadToSquare
+    | SplitTiles
+    | SelectTiles
+    | Rescale
+    | Normalize
+    | ResizeToPixels
+    | Patchify
+)
+
+
+@dataclass(frozen=True)
+class ImagePrompt:
+    """How one image becomes text before tokenization. In the templates `{image}` stands for `tokens_per_tile`
+    placeholder tokens, `{row}` and `{col}` for 1-based tile coordinates. (Cells of patches count as tiles.)
+
+    An image with grid (0, 0) becomes `single`; with grid (R, C) it becomes `begin`, then, row by row, C times `tile`
+    followed by `row_end`, and at the end `overview`. `inline`: what a chat template for plain text gets in a message
+    for an image, `{image}` being one placeholder. `reserved`: further words that stand for pictures or films, which no
+    text of a user's may become.
+    """
+
+    token: str
+    token_id: int
+    tokens_per_tile: int
+    single: str
+    tile: str = ""
+    row_end: str = ""
+    overview: str = ""
+    begin: str = ""
+    inline: str = "{image}"
+    reserved: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class GridRope:
+    """The vision encoder's inputs `cos` and `sin` [cells, merge², dim/2] float32: in each patch the first half of the
+    pairs is turned by its row in the image, the second by its column, both from theta^0 to theta^(4/dim − 1)."""
+
+    theta: float
+    dim: int
+    op: Literal["grid_rope"] = "grid_rope"
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """From an RGB image to `pixel_values` float32, and to prompt text.
+
+    An image is tiles of one size, `pixel_values` [tiles, channels, height, width]; the vision encoder takes any number
+    of them. Where the last transform is Patchify, it is a grid of cells instead, as many as the image's size asks for,
+    [cells, merge², channels · frames · patch²]; the vision encoder then takes one image at a time, and what `tables`
+    make of its grid. In the prompt a cell is a tile; `height` and `width` are its size in px.
+    """
+
+    transforms: tuple[Transform, ...]
+    prompt: ImagePrompt
+    height: int
+    width: int
+    channels: int = 3
+    tables: tuple[GridRope, ...] = ()
+
+    @property
+    def cells(self) -> Patchify | None:
+        """How an image becomes cells; None where it becomes tiles."""
+        last = self.transforms[-1] if self.transforms else None
+        return last if isinstance(last, Patchify) else None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one tile's or cell's pixel values."""
+        cells = self.cells
+        if cells is None:
+            return (self.channels, self.height, self.width)
+        return (cells.merge**2, self.channels * cells.frames * cells.patch**2)

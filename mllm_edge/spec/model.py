@@ -1,0 +1,138 @@
+"""The model, and the bundle that holds it: manifest.json and generation.json."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mllm_edge.spec.images import ImageSpec
+from mllm_edge.spec.positions import PositionSpec
+from mllm_edge.spec.state import CacheSpec
+
+__all__ = [
+    "Component",
+    "EmbeddingSpec",
+    "FileEntry",
+    "GenerationDefaults",
+    "GenerationSpec",
+    "Manifest",
+    "ModelSpec",
+    "SCHEMA_VERSION",
+    "TensorSpec",
+    "Variant",
+]
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class EmbeddingSpec:
+    """Token embeddings [rows, hidden_size] in a .npy file of `dtype`; a row is multiplied by `scale` when read."""
+
+    file: str
+    rows: int
+    dtype: Literal["float16", "float32"] = "float16"
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The model as the device needs to know it. `family` and `model_type` are for people only."""
+
+    family: str
+    model_type: str
+    hidden_size: int
+    vocab_size: int
+    context_length: int
+    parameters: int
+    embedding: EmbeddingSpec
+    positions: PositionSpec
+    cache: CacheSpec
+    image: ImageSpec | None
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """What the checkpoint's own generation settings ask for, named as in transformers' GenerationConfig. Applied where
+    a call does not say otherwise; `top_k`, `top_p` and `min_p` only to drawn answers."""
+
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    min_new_tokens: int = 0
+    min_length: int = 0
+    max_new_tokens: int | None = None
+    stop_strings: tuple[str, ...] = ()
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+
+@dataclass(frozen=True)
+class GenerationSpec:
+    """generation.json: stop ids, special tokens by name, and the checkpoint's own generation settings."""
+
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None = None
+    pad_token_id: int | None = None
+    add_special_tokens: bool = True
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One graph input or output; a dimension is a number or a symbol."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One form of a component for one target. `minimum` maps a runtime's module name to its lowest version."""
+
+    target: str
+    dialect: Literal["contrib", "opset24", "opset17"]
+    precision: str
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    kv_mode: Literal["in_place", "append"] | None = None
+    minimum: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Component:
+    """One step of the model and the forms it comes in."""
+
+    variants: tuple[Variant, ...]
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and SHA-256 of one file of the bundle, and the XXH3 of each block of `block` bytes: 16 hexadecimal
+    digits each, one after the other. A bundle of an older version has no XXH3."""
+
+    nbytes: int
+    sha256: str
+    block: int = 0
+    xxh3: str = ""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """manifest.json. `parity` and `accuracy` hold what was measured; `provenance` where it came from.
+    `checksum`: the file's own bytes, 12 digits, and its XXH3 with zeros in the place of both."""
+
+    schema: int
+    model: ModelSpec
+    components: Mapping[str, Component]
+    recipe: Mapping[str, Any]
+    parity: Mapping[str, Any]
+    accuracy: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    files: Mapping[str, FileEntry]
+    checksum: str = ""
