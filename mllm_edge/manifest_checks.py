@@ -2,20 +2,23 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 
 from mllm_edge.errors import BundleError
 from mllm_edge.spec import (
+    DECODER,
     Component,
     FileEntry,
-    GridRope,
+    GridWindows,
     ImageSpec,
     Manifest,
     ModelSpec,
     PositionSpec,
     RopeSpec,
+    Table,
     TensorSpec,
+    Transform,
     Variant,
 )
 
@@ -30,6 +33,7 @@ _PLACES = {"contrib": ("seqlens_k", "total_sequence_length"), "opset24": ("write
 _DIGITS = 16  # of a block's checksum
 # Kinds of ropes that are made from the length they were trained for.
 _TRAINED = ("dynamic", "llama3", "yarn", "longrope")
+_TABLE_INPUTS = {"grid_rope": 2, "grid_windows": 3}
 _MAY_BE_ZERO = {"min_pixels"}  # of the sizes of transforms
 _MOST_LAYERS = 10_000
 
@@ -52,7 +56,8 @@ def check_manifest(manifest: Manifest) -> None:
 def _files(manifest: Manifest) -> Iterator[str]:
     for name, entry in manifest.files.items():
         yield from (f"files: {name}: {what}" for what in _entry(entry))
-    for name in filter(None, (manifest.model.embedding.file, manifest.model.positions.table)):
+    arrays = manifest.model.image.arrays if manifest.model.image is not None else ()
+    for name in filter(None, (manifest.model.embedding.file, manifest.model.positions.table, *arrays)):
         if name not in manifest.files:
             yield f"{name} is not in the manifest's list of files"
 
@@ -94,7 +99,7 @@ def _positions(spec: PositionSpec, model: ModelSpec) -> Iterator[str]:
         yield f"model.positions.max_distance is {spec.max_distance}"
     if spec.images == "grid" and not (spec.ropes and all(rope.sections for rope in spec.ropes)):
         yield "positions follow the grid of images, and a rope has no sections"
-    if spec.images == "grid" and (model.image is None or model.image.cells is None):
+    if spec.images == "grid" and (model.image is None or model.image.patches is None):
         yield "positions follow the grid of images, and images are not cut into cells"
     for k, rope in enumerate(spec.ropes):
         yield from (f"model.positions.ropes[{k}]: {what}" for what in _rope(rope, model.cache.head_dim))
@@ -132,14 +137,14 @@ def _image(image: ImageSpec, model: ModelSpec) -> Iterator[str]:
         yield from _positive(f"model.image.{name}", getattr(image, name))
     if image.channels != 3:
         yield f"images of {image.channels} channels: they are RGB"
-    yield from _positive("model.image.prompt.tokens_per_tile", prompt.tokens_per_tile)
+    yield from _positive("model.image.features", image.features)
     if not 0 <= prompt.token_id < model.embedding.rows:
         yield f"image token {prompt.token_id} of {model.embedding.rows}"
     if not prompt.token:
         yield "the image token has no text"
     if not image.transforms:
         yield "images are not transformed"
-    for k, transform in enumerate(image.transforms):
+    for k, transform in enumerate((*image.transforms, *(image.several or ()))):
         for field in dataclasses.fields(transform):
             for number in _numbers(getattr(transform, field.name)):
                 where = f"model.image.transforms[{k}].{field.name}"
@@ -151,30 +156,41 @@ def _image(image: ImageSpec, model: ModelSpec) -> Iterator[str]:
         lengths = [len(getattr(transform, name)) for name in ("mean", "std", "color") if hasattr(transform, name)]
         if any(length != image.channels for length in lengths):
             yield f"model.image.transforms[{k}] is not for {image.channels} channels"
-    yield from _order(image)
+    yield from _order(image.transforms)
+    if image.several is not None:
+        yield from _order(image.several)
+    if image.patches is not None and (image.height, image.width) != (image.patches.patch * image.patches.merge,) * 2:
+        yield f"cells of {image.height} x {image.width} px from patches of {image.patches.patch} px"
+    if image.pack and (image.patches is not None or math.isqrt(image.features) ** 2 != image.features):
+        yield f"features are packed, and {image.features} of a tile are no square"
+    names = [name for table in image.tables for name in table.names]
+    if len(set(names)) != len(names):
+        yield f"several tables of images are called {names}"
     for table in image.tables:
         yield from _table(table, image)
 
 
-def _order(image: ImageSpec) -> Iterator[str]:
+def _order(transforms: Sequence[Transform]) -> Iterator[str]:
     """Pixels are moved first, then their values are computed, then they are cut into patches."""
     ranks = {"rescale": 1, "normalize": 2, "patchify": 3}
-    order = [ranks.get(transform.op, 0) for transform in image.transforms]
+    order = [ranks.get(transform.op, 0) for transform in transforms]
     if order != sorted(order) or any(order.count(rank) > 1 for rank in (1, 2, 3)):
-        yield f"the transforms {', '.join(t.op for t in image.transforms)} are not in an order that can be"
-    for t in image.transforms:
+        yield f"the transforms {', '.join(t.op for t in transforms)} are not in an order that can be"
+    for t in transforms:
         if t.op == "select_tiles" and t.min_tiles > t.max_tiles:
             yield f"{t.min_tiles} to {t.max_tiles} tiles"
         if t.op == "resize_to_pixels" and t.min_pixels > t.max_pixels:
             yield f"{t.min_pixels} to {t.max_pixels} pixels"
-    if image.cells is not None and (image.height, image.width) != (image.cells.patch * image.cells.merge,) * 2:
-        yield f"cells of {image.height} x {image.width} px from patches of {image.cells.patch} px"
 
 
-def _table(table: GridRope, image: ImageSpec) -> Iterator[str]:
-    if image.cells is None:
-        yield "images that are not cut into cells have a rope that follows their grid"
-    if table.dim < 4 or table.dim % 4 or not math.isfinite(table.theta) or table.theta <= 0:
+def _table(table: Table, image: ImageSpec) -> Iterator[str]:
+    if image.patches is None:
+        yield f"images that are not cut into cells have the table {table.op}, which follows their grid"
+    if len(table.names) != _TABLE_INPUTS[table.op]:
+        yield f"{table.op} makes {_TABLE_INPUTS[table.op]} inputs, and {len(table.names)} have names"
+    if isinstance(table, GridWindows):
+        yield from _positive("model.image.tables.side", table.side)
+    elif table.dim < 4 or table.dim % 4 or not math.isfinite(table.theta) or table.theta <= 0:
         yield f"a rope of dim {table.dim} and theta {table.theta} for images"
 
 
@@ -257,53 +273,70 @@ def _decoder(model: ModelSpec, variant: Variant) -> Iterator[str]:
 
 def _stages(manifest: Manifest) -> Iterator[str]:
     """The components that the model needs, and what one hands to the next."""
-    image, components = manifest.model.image, manifest.components
-    if "decoder" not in components:
-        yield "there is no decoder"
-    for name in ("vision_encoder", "connector"):
-        if (name in components) != (image is not None):
-            there = "is there" if name in components else "is missing"
-            yield f"the model takes {'images' if image is not None else 'no images'}, and a {name} {there}"
-    if image is None or not {"vision_encoder", "connector"} <= set(components):
+    image, stages, components = manifest.model.image, manifest.model.stages, manifest.components
+    names = [stage.component for stage in stages]
+    if (image is not None) != bool(stages):
+        yield f"the model takes {'images' if image is not None else 'no images'}, and has {len(stages)} stages for them"
+    for name in (*names, DECODER):
+        if name not in components:
+            yield f"there is no {name}"
+    for name in components:
+        if name not in (*names, DECODER):
+            yield f"no stage runs {name}"
+    if len(set(names)) != len(names) or DECODER in names:
+        yield f"the stages are {', '.join(names)}"
+    if image is None or not set(names) <= set(components):
         return
-    for encoder in components["vision_encoder"].variants:
-        where = f"vision_encoder for {encoder.target}"
-        wanted = ["pixel_values", *(["cos", "sin"] if image.tables else [])]
-        inputs = {tensor.name: tensor for tensor in encoder.inputs}
-        yield from (f"{where}: {what}" for what in _lacks("input", wanted, inputs, exactly=True))
-        outputs = {tensor.name: tensor for tensor in encoder.outputs}
-        yield from (f"{where}: {what}" for what in _lacks("output", ["vision_hidden"], outputs))
-        shape = inputs["pixel_values"].shape
-        if len(shape) != 1 + len(image.shape) or any(
-            isinstance(a, int) and a != b for a, b in zip(shape[1:], image.shape, strict=True)
-        ):
-            yield f"{where}: pixel_values has the shape {list(shape)}, the image processing makes {list(image.shape)}"
-        for connector in components["connector"].variants:
-            if connector.target == encoder.target:
-                yield from _handed_on(outputs, connector, manifest.model.hidden_size)
+    tables = [name for table in image.tables for name in table.names]
+    for target in dict.fromkeys(v.target for name in names for v in components[name].variants):
+        variants = {name: next((v for v in components[name].variants if v.target == target), None) for name in names}
+        yield from _chain(target, variants, image, tables, manifest.model.hidden_size)
 
 
-def _handed_on(given: dict[str, TensorSpec], connector: Variant, hidden: int) -> Iterator[str]:
-    where = f"connector for {connector.target}"
-    inputs = {tensor.name: tensor for tensor in connector.inputs}
-    yield from (f"{where}: {what}" for what in _lacks("input", list(given), inputs, exactly=True))
-    for name, tensor in inputs.items():
-        if len(tensor.shape) != len(given[name].shape):
-            yield f"{where}: {name} has the shape {list(tensor.shape)}, it is given {list(given[name].shape)}"
-    outputs = {tensor.name: tensor for tensor in connector.outputs}
-    yield from (f"{where}: {what}" for what in _lacks("output", ["image_features"], outputs))
-    last = outputs["image_features"].shape[-1:]
+def _chain(
+    target: str, variants: Mapping[str, Variant | None], image: ImageSpec, tables: Sequence[str], hidden: int
+) -> Iterator[str]:
+    """What the stages for one target are given, and what they make."""
+    given: dict[str, int | None] = {"pixel_values": 1 + len(image.shape), **dict.fromkeys(tables)}
+    made: dict[str, TensorSpec] = {}
+    used: set[str] = set()
+    for name, variant in variants.items():
+        if variant is None:
+            continue
+        where = f"{name} for {target}"
+        for tensor in variant.inputs:
+            if tensor.name not in given:
+                yield f"{where}: nothing gives its input {tensor.name}"
+            elif given[tensor.name] not in (None, len(tensor.shape)):
+                shape = list(tensor.shape)
+                yield f"{where}: {tensor.name} has the shape {shape}, it is given {given[tensor.name]} axes"
+            used.add(tensor.name)
+            if tensor.name == "pixel_values" and _differs(tensor.shape[1:], image.shape):
+                shape = list(tensor.shape)
+                yield f"{where}: pixel_values has the shape {shape}, the image processing makes {list(image.shape)}"
+        made |= {tensor.name: tensor for tensor in variant.outputs}
+        given |= {tensor.name: len(tensor.shape) for tensor in variant.outputs}
+    if None in variants.values():
+        return
+    for name in (n for n in ("pixel_values", *tables) if n not in used):
+        yield f"for {target}: no stage takes {name}"
+    features = made.get("image_features")
+    if features is None:
+        yield f"for {target}: no stage has the output image_features"
+        return
+    last = features.shape[-1:]
     if not last or (isinstance(last[0], int) and last[0] != hidden):
-        yield f"{where}: image_features ends with {list(last)}, the model's hidden size is {hidden}"
+        yield f"for {target}: image_features ends with {list(last)}, the model's hidden size is {hidden}"
 
 
-def _lacks(kind: str, wanted: Sequence[str], have: dict[str, TensorSpec], exactly: bool = False) -> Iterator[str]:
+def _differs(shape: Sequence[int | str], wanted: Sequence[int]) -> bool:
+    return len(shape) == len(wanted) and any(isinstance(a, int) and a != b for a, b in zip(shape, wanted, strict=True))
+
+
+def _lacks(kind: str, wanted: Sequence[str], have: dict[str, TensorSpec]) -> Iterator[str]:
     for name in wanted:
         if name not in have:
             yield f"it has no {kind} {name}"
-    for name in have if exactly else ():
-        if name not in wanted:
-            yield f"nothing gives its {kind} {name}"
 
 
 def _positive(where: str, number: int) -> Iterator[str]:

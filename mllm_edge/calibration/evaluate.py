@@ -126,8 +126,7 @@ def _run(vlm: VLM, sample: Sample, answer: np.ndarray | None) -> _Run:
 def _vision(vlm: VLM, prompt: Any) -> dict[str, np.ndarray]:
     if prompt.pixel_values is None:
         return {}
-    hidden, features = (np.concatenate(parts) for parts in zip(*vlm.vision_runs(prompt), strict=True))
-    return {"vision_encoder": hidden, "connector": features}
+    return {component: next(iter(outputs.values())) for component, outputs in vlm.stage_outputs(prompt).items()}
 
 
 class _Tally:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from mllm_edge.errors import BundleError, DataError
 from mllm_edge.files import write_whole
 from mllm_edge.graph.precision import INT8_DYNAMIC
 from mllm_edge.json_form import to_json
+from mllm_edge.spec import Role
 
 __all__ = [
     "Samples",
@@ -119,12 +120,12 @@ def replaced_parts(wished: Recipe, chosen: Recipe) -> dict[str, str]:
     return {part: got.kind for part, (want, got) in parts.items() if want != got}
 
 
-def check_vision(recipe: Recipe, layers: Mapping[str, Iterable[str]]) -> None:
+def check_vision(recipe: Recipe, layers: Mapping[str, Iterable[str]], role: Callable[[str], Role]) -> None:
     """Raise DataError for a rule that would calibrate one of the vision side's `layers`, by component, though no sample
-    has an image."""
+    has an image. `role`: of a component."""
     for component, names in layers.items():
         for name in names:
-            if component != "decoder" and precision_of(recipe, component, name).needs_data:
+            if role(component) != "text" and precision_of(recipe, component, name, role(component)).needs_data:
                 raise DataError(
                     f"no sample has an image, and a rule of recipe {recipe.name} calibrates {component}: {name}",
                     "give samples with images, or make that rule float16 or int8_dynamic",

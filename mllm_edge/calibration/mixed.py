@@ -3,9 +3,11 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from mllm_edge.calibration.recipes import HEAD, Recipe, Rule, precision_of
 from mllm_edge.graph.precision import BLOCKS_8, HEAD_8, Precision, block_size
+from mllm_edge.spec import Role
 
 __all__ = [
     "Candidate",
@@ -40,6 +42,7 @@ class Candidate:
     component: str
     layers: tuple[tuple[str, tuple[int, int]], ...]
     loss: float
+    role: Role = "text"
 
 
 def ranked(recipe: Recipe, candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -191,7 +194,8 @@ def _raise(recipe: Recipe, chosen: Sequence[Candidate]) -> Recipe:
 
 
 def _bytes(recipe: Recipe, candidate: Candidate) -> float:
-    return sum(weight_bytes(shape, precision_of(recipe, candidate.component, name)) for name, shape in candidate.layers)
+    of = partial(precision_of, recipe, candidate.component, role=candidate.role)
+    return sum(weight_bytes(shape, of(name)) for name, shape in candidate.layers)
 
 
 def _cost(recipe: Recipe, candidate: Candidate) -> float:

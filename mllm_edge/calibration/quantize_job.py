@@ -30,7 +30,7 @@ from mllm_edge.calibration.mixed import (
     ranked,
     weight_bytes,
 )
-from mllm_edge.calibration.recipes import Recipe, is_quantized, precision_of
+from mllm_edge.calibration.recipes import Recipe, is_quantized, part_of, precision_of
 from mllm_edge.calibration.requantize import requantize
 from mllm_edge.calibration.sensitivity import Unit, affordable, answered, measure
 from mllm_edge.calibration.whole import Losses, against_rounding, of_rounding
@@ -224,7 +224,8 @@ class QuantizeJob:
 
     def errors(self, component: str, findings: Findings) -> dict[str, tuple[float, float]]:
         """Layer → (error, error of rounding to nearest) of the layers that kept the precision they were measured in."""
-        precision = partial(precision_of, self._recipe, component)
+        role = self._source.manifest.model.role(component)
+        precision = partial(precision_of, self._recipe, component, role=role)
         return {n: errors for n, errors in findings.errors().items() if precision(n) != self._recipe.raised}
 
     def _begin_with(self, recipe: Recipe) -> None:
@@ -237,7 +238,8 @@ class QuantizeJob:
 
     def _calibrate(self, component: str, feeds: Feeds) -> Findings:
         variant = self._source.variant(component, self._backend.target)
-        precision = partial(precision_of, self._recipe, component)
+        role = self._source.manifest.model.role(component)
+        precision = partial(precision_of, self._recipe, component, role=role)
         folder, cache = self._work / component, component == "decoder" and self._recipe.kv == "int8"
         if not cache and not any(precision(layer.name).needs_data for layer in layers_of(self._source, component)):
             return Findings(folder / "layers")
@@ -282,10 +284,12 @@ class QuantizeJob:
 
     def _candidates(self, findings: Mapping[str, Findings], losses: Mapping[str, float]) -> list[Candidate]:
         shapes = {(component, layer.name): layer.shape for component, layer in self._all_layers()}
-        return [
-            Candidate(u.component, tuple((name, shapes[u.component, name]) for name in u.layers), losses[u.key])
-            for u in self._units(findings)
-        ]
+        found = []
+        for unit in self._units(findings):
+            layers = tuple((name, shapes[unit.component, name]) for name in unit.layers)
+            role = self._source.manifest.model.role(unit.component)
+            found.append(Candidate(unit.component, layers, losses[unit.key], role))
+        return found
 
     def _all_layers(self) -> list[tuple[str, Layer]]:
         return [(name, layer) for name in self._source.manifest.components for layer in layers_of(self._source, name)]
@@ -301,7 +305,8 @@ class QuantizeJob:
         # Graphs, norms, embeddings and the tokenizer stay as they are.
         others = sum(counted.values()) - sum(layer.stored_bytes for _, layer in layers)
         half = sum(2 * math.prod(layer.shape) for _, layer in layers)
-        chosen = [(layer.shape, precision_of(self._recipe, name, layer.name)) for name, layer in layers]
+        role = manifest.model.role
+        chosen = [(layer.shape, precision_of(self._recipe, name, layer.name, role(name))) for name, layer in layers]
         fixed = sum(weight_bytes(shape, precision) for shape, precision in chosen if not precision.needs_data)
         return self._recipe.size * (others + half) - others - fixed
 
@@ -311,7 +316,8 @@ class QuantizeJob:
         path = self._source.listed(variant.file)
         self._progress.stage(f"writing {path.stem}", self._source.manifest.files[variant.file].nbytes)
         model = ir.load(path)
-        precision = partial(precision_of, self._recipe, component)
+        role = self._source.manifest.model.role(component)
+        precision = partial(precision_of, self._recipe, component, role=role)
         data = folder / f"{variant.file}.data"
         try:
             with DataFile(data, self._progress.advance) as sink:
@@ -320,8 +326,7 @@ class QuantizeJob:
             raise ExportError(f"recipe {self._recipe.name}: {e}", "export the float bundle with --recipe fp32") from e
         hashes[data] = sink.entry
         save_model(model, folder / variant.file)
-        part = {"decoder": self._recipe.decoder, "connector": self._recipe.connector}
-        chosen = part.get(component, self._recipe.vision)
+        chosen = part_of(self._recipe, role)
         newer = variant.dialect == "contrib" and component == "decoder" and self._recipe.kv == "int8"
         return replace(
             variant,

@@ -24,6 +24,7 @@ from mllm_edge.graph.precision import (
     W4A8,
     Precision,
 )
+from mllm_edge.spec import DECODER, Role
 
 __all__ = [
     "CALIBRATED",
@@ -35,6 +36,7 @@ __all__ = [
     "calibrated_recipe",
     "check_rules",
     "is_quantized",
+    "part_of",
     "precision_of",
     "read_recipe",
     "recipe",
@@ -147,10 +149,15 @@ def is_quantized(recipe: Recipe) -> bool:
     return recipe.decoder.kind not in ("float32", "float16")
 
 
-def precision_of(recipe: Recipe, component: str, layer: str) -> Precision:
-    """What `recipe` says about one linear layer of a component."""
-    chosen = {"decoder": recipe.decoder, "connector": recipe.connector}.get(component, recipe.vision)
-    if component == "decoder" and layer == HEAD:
+def part_of(recipe: Recipe, role: Role) -> Precision:
+    """What `recipe` says about the components of a role."""
+    return {"vision": recipe.vision, "connector": recipe.connector, "text": recipe.decoder}[role]
+
+
+def precision_of(recipe: Recipe, component: str, layer: str, role: Role = "text") -> Precision:
+    """What `recipe` says about one linear layer of a component, by the component's role (`ModelSpec.role`)."""
+    chosen = part_of(recipe, role)
+    if component == DECODER and layer == HEAD:
         chosen = recipe.head
     for rule in recipe.rules:
         if fnmatchcase(component, rule.component) and fnmatchcase(layer, rule.layers):

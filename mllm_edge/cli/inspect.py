@@ -109,7 +109,7 @@ def _cost(cost: "ImageCost") -> str:
 def _tiles(cost: "ImageCost") -> str:
     rows, cols = cost.grid
     if cost.tiles == 1:
-        return f"{rows} x {cols} cells" if rows else "1 tile"
+        return f"{rows} x {cols} cells" if cost.cells else "1 tile"
     whole = " and the whole" if cost.tiles > rows * cols else ""
     return f"{cost.tiles} tiles ({rows} x {cols}{whole})"
 
@@ -132,8 +132,8 @@ def _image(bundle: "Bundle") -> str:
     if image is None:
         return "takes none"
     steps = ", ".join(transform.op for transform in image.transforms)
-    tiles = "tiles" if image.cells is None else "any number of cells"
-    tokens = f"{image.prompt.tokens_per_tile} token{'s' if image.prompt.tokens_per_tile > 1 else ''}"
+    tiles = "tiles" if image.patches is None else "any number of cells"
+    tokens = f"{image.features} token{'s' if image.features > 1 else ''}"
     return f"{tiles} of {image.height} x {image.width} px, {tokens} each ({steps})"
 
 

@@ -71,12 +71,12 @@ def _report(difference: "Difference") -> str:
 
 
 def _row(change: "Change") -> list[str]:
-    from mllm_edge.cli.profile_report import NAMES
+    from mllm_edge.cli.profile_report import named
 
     def show(value: float) -> str:
         return bytes_text(int(value)) if change.name == "peak memory" else f"{milliseconds(value)} ms"
 
     verdict = ("more" if change.growth > 0 else "less") if change.beyond_noise else ""
     noise = "?" if change.noise is None else f"±{change.noise / change.before:.1%}" if change.before else ""
-    name = NAMES.get(change.name, change.name)
+    name = named(change.name)
     return [name, show(change.before), show(change.after), f"{change.growth:+.1%}", noise, verdict]

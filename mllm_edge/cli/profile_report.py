@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mllm_edge.cli.output import bytes_text, milliseconds, table
+from mllm_edge.runtime.trace import STAGES
 
 if TYPE_CHECKING:
     from mllm_edge.runtime.machine.power import PowerReading
@@ -12,14 +13,12 @@ if TYPE_CHECKING:
     from mllm_edge.runtime.profiling.operators import Operator
     from mllm_edge.runtime.profiling.statistics import Distribution
 
-__all__ = ["NAMES", "report", "sweep_report"]
+__all__ = ["named", "report", "sweep_report"]
 
 _LONGEST = 5
 # The stages, then what is made of several.
-NAMES = {
+_NAMES = {
     "preprocess": "preprocess",
-    "vision_encoder": "vision encoder",
-    "connector": "connector",
     "embed": "embed",
     "allocate": "allocate cache",
     "prefill": "prefill",
@@ -31,6 +30,11 @@ NAMES = {
     "tpot": "TPOT",
     "total": "whole call",
 }
+
+
+def named(stage: str) -> str:
+    """A stage as people read it; a component by its name."""
+    return _NAMES.get(stage, stage.replace("_", " "))
 
 
 def report(result: "Profile") -> str:
@@ -57,7 +61,7 @@ def sweep_report(profiles: "Sequence[Profile]") -> str:
 
 def _sweep_row(p: "Profile", keys: Sequence[str]) -> list[str]:
     stages = p.stages
-    vision = sum(stages[name].median for name in ("vision_encoder", "connector") if name in stages)
+    vision = sum(stages[name].median for name in stages if name not in STAGES)
     return [
         ", ".join(str(p.point[key]) for key in keys),
         str(p.setting.prompt_tokens),
@@ -111,7 +115,8 @@ def _stages(result: "Profile") -> str:
     measured = {**result.stages, "ttft": result.ttft, "total": result.total}
     if result.tpot:
         measured["tpot"] = result.tpot
-    shown = {title: (name, measured[name]) for name, title in NAMES.items() if name in measured}
+    order = [*result.stages, *(name for name in _NAMES if name not in result.stages)]
+    shown = {named(name): (name, measured[name]) for name in order if name in measured}
     names = [f"p{p}" for p in PERCENTILES if any(f"p{p}" in d.percentiles for _, d in shown.values())]
     total = result.total.median
     header = ["ms", "median", *names, "min", "max", "spread", "share", "outliers", "samples"]
@@ -160,7 +165,7 @@ def _figures(result: "Profile") -> str:
     parts = ", ".join(f"{name} {milliseconds(seconds)}" for name, seconds in first.load_stages.items())
     rows.append(["load", f"{milliseconds(first.load)} ms ({parts})"])
     rows.append(["first call", f"TTFT {milliseconds(first.cold.ttft)} ms, whole {milliseconds(first.cold.total)} ms"])
-    stages = ", ".join(f"{NAMES[name]} {milliseconds(seconds)}" for name, seconds in first.cold.stages.items())
+    stages = ", ".join(f"{named(name)} {milliseconds(seconds)}" for name, seconds in first.cold.stages.items())
     rows.append(["", stages])
     return "\n".join(f"{name:<13}{value}" for name, value in rows)
 
@@ -188,12 +193,10 @@ def _memory(result: "Profile") -> str:
         rows.insert(1, ["GPU memory", f"{bytes_text(m.gpu)} in use, by all processes; {predicted}"])
     lines = [f"{name:<13}{value}" for name, value in rows]
     if m.stages is not None:
-        lines.append(
-            "peak while it ran: " + ", ".join(f"{NAMES.get(n, n)} {bytes_text(b)}" for n, b in m.stages.items())
-        )
+        lines.append("peak while it ran: " + ", ".join(f"{named(n)} {bytes_text(b)}" for n, b in m.stages.items()))
     if m.gpu_stages is not None:
         lines.append(
-            "GPU memory after it: " + ", ".join(f"{NAMES.get(n, n)} {bytes_text(b)}" for n, b in m.gpu_stages.items())
+            "GPU memory after it: " + ", ".join(f"{named(n)} {bytes_text(b)}" for n, b in m.gpu_stages.items())
         )
     return "\n".join([*lines, *m.notes])
 
@@ -204,7 +207,7 @@ def _roofline(result: "Profile") -> str:
     header = ["stage", "ms", "MB", "Mop", "bound by", "of the limit", ""]
     rows = [
         [
-            NAMES[r.stage],
+            named(r.stage),
             milliseconds(r.seconds),
             f"{r.bytes / 1e6:.1f}",
             f"{r.flops / 1e6:.0f}",
@@ -232,8 +235,8 @@ def _operators(operators: "Sequence[Operator]") -> str:
     """The longest kinds and layers of every stage."""
     from mllm_edge.runtime.profiling.operators import by_kind, by_layer, top
 
-    kinds = [[NAMES[o.stage], o.kind, str(o.calls), *_time(o)] for o in top(by_kind(operators), _LONGEST)]
-    layers = [[NAMES[o.stage], _layer(o), str(o.calls), *_time(o)] for o in top(by_layer(operators), _LONGEST)]
+    kinds = [[named(o.stage), o.kind, str(o.calls), *_time(o)] for o in top(by_kind(operators), _LONGEST)]
+    layers = [[named(o.stage), _layer(o), str(o.calls), *_time(o)] for o in top(by_layer(operators), _LONGEST)]
     return "\n".join(
         [
             table(["stage", "operator", "runs", "ms", "share"], kinds),

@@ -130,9 +130,11 @@ def _answer(vlm: "VLM", messages: Any, images: list[str | bytes], show: bool, **
 
 def _latencies(result: "Result") -> str:
     """Two lines: what the first token took, and how fast the others came."""
+    from mllm_edge.runtime.trace import STAGES
+
     m = result.metrics
-    stages = {"preprocess": m.preprocess, "vision encoder": m.vision_encoder, "connector": m.connector}
-    parts = {name: seconds for name, seconds in stages.items() if seconds} | {"prefill": m.prefill}
+    shown = [name for name in m.stages if name not in STAGES or name in ("preprocess", "prefill")]
+    parts = {name.replace("_", " "): m.stages[name] for name in shown if m.stages[name]}
     parts["other"] = max(0.0, m.ttft - sum(parts.values()))
     first = " + ".join(f"{name} {milliseconds(seconds)}" for name, seconds in parts.items())
     images = f" ({m.image_tokens} of images)" if m.image_tokens else ""

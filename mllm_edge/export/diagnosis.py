@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mllm_edge.calibration.recipes import Recipe, recipe
+from mllm_edge.calibration.recipes import Recipe, part_of, recipe
 from mllm_edge.errors import MllmEdgeError, SourceError
 from mllm_edge.export.checkpoint.safetensors import Weights
 from mllm_edge.export.checkpoint.source import Source, open_source
@@ -175,7 +175,7 @@ def _claim(component: TracedComponent, weights: Weights) -> tuple[int, int]:
 def _cost(plan: Plan, weights: Weights, name: str, vision: Sequence[tuple[int, int]]) -> Cost:
     chosen, embedding, cache = recipe(name), plan.model.embedding, plan.model.cache
     decoder, floats = (_decoder_bytes(plan, weights, r) for r in (chosen, recipe("fp32")))
-    roles = [chosen.connector if c.name == "connector" else chosen.vision for c in plan.traced]
+    roles = [part_of(chosen, plan.model.role(c.name)) for c in plan.traced]
     # What is in no linear layer keeps its type: norms, biases, positions, the convolution of patches.
     towers = sum(
         int(linear * _weight_bytes(role) + other * _FLOAT_BYTES.get(role.kind, 4))

@@ -18,7 +18,7 @@ from mllm_edge.bundle import CHAT_TEMPLATE, GENERATION, MANIFEST, TOKENIZER, Bun
 from mllm_edge.calibration.bits import check_bits, fits, measured, told
 from mllm_edge.calibration.half import KEY, keep_in_range
 from mllm_edge.calibration.linears import find_layers
-from mllm_edge.calibration.recipes import Recipe, is_quantized, recipe
+from mllm_edge.calibration.recipes import Recipe, is_quantized, part_of, recipe
 from mllm_edge.errors import ExportError
 from mllm_edge.export.checkpoint.files import local_path
 from mllm_edge.export.checkpoint.safetensors import Weights
@@ -89,6 +89,7 @@ class ExportJob:
             rows = self._weights.shape(table.tensor)
             self._weights.use(table.tensor, rows)
             sizes["position_table"] = int(np.prod(rows)) * 4
+        sizes |= {Path(name).stem: read().nbytes for name, read in self._plan.arrays.items()}
         return sizes
 
     def write(self, folder: Path) -> Manifest:
@@ -99,6 +100,8 @@ class ExportJob:
         }
         model = self._write_embeddings(folder)
         model = replace(model, positions=self._write_positions(folder))
+        for name, read in self._plan.arrays.items():
+            np.save(folder / name, read().astype(np.float32))
         self._write_texts(folder)
         return Manifest(
             schema=SCHEMA_VERSION,
@@ -243,7 +246,7 @@ class ExportJob:
         return lower(component, traced, self._weights, self._precision(name), sink, form.dialect, form.float_type)
 
     def _precision(self, name: str) -> Precision:
-        return {"decoder": self._recipe.decoder, "connector": self._recipe.connector}.get(name, self._recipe.vision)
+        return part_of(self._recipe, self._plan.model.role(name))
 
     def _write_form(
         self, folder: Path, name: str, form: Form, decoder: DecoderSpec, chosen: Recipe | None = None

@@ -8,9 +8,11 @@ import pkgutil
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any, Literal
+
+import numpy as np
 
 from mllm_edge.errors import ConfigError, MllmEdgeError, UnsupportedModelError, WeightsError
 from mllm_edge.export.checkpoint.config import ConfigReader, check_layers, load_config, model_readers, nearest
@@ -74,6 +76,7 @@ class Parts:
     ignored: tuple[str, ...] = ()
     markers: tuple[str, ...] = ()
     images: Literal["sequence", "grid"] = "sequence"
+    arrays: Mapping[str, Callable[[], np.ndarray]] = field(default_factory=dict)
 
 
 def _as_it_is(source: Source) -> Source:
@@ -222,9 +225,10 @@ def understand(source: Source, weights: Weights) -> Plan:
         positions=replace(decoder.position_spec(), images=parts.images),
         cache=decoder.cache_spec(),
         image=image,
+        stages=tuple(component.stage for component in parts.traced),
     )
     ignored = tuple(name for name in weights if name.endswith(_TABLES) or name.startswith(parts.ignored))
-    return Plan(model, decoder, parts.traced, embedding, family.texts(checkpoint), ignored)
+    return Plan(model, decoder, parts.traced, embedding, family.texts(checkpoint), ignored, parts.arrays)
 
 
 def _opened(family: Family, source: Source, weights: Weights) -> Checkpoint:

@@ -8,7 +8,7 @@ import numpy as np
 
 from mllm_edge.export.checkpoint.texts import Texts
 from mllm_edge.graph.decoder_spec import DecoderSpec
-from mllm_edge.spec import ModelSpec, TensorSpec
+from mllm_edge.spec import ModelSpec, Stage, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -25,12 +25,17 @@ class TracedComponent:
     float type, others (int64) their own.
     """
 
-    name: str
+    stage: Stage
     module: "Callable[[], torch.nn.Module]"
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     prefix: str
     derived: Mapping[str, Callable[[], np.ndarray]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The component's."""
+        return self.stage.component
 
 
 def tile_components(
@@ -48,14 +53,15 @@ def tile_components(
     shown = TensorSpec("pixel_values", "float32", ("tiles", *pixels))
     found = TensorSpec("image_features", "float32", ("tiles", *features))
     return (
-        TracedComponent("vision_encoder", encoder, (shown,), (seen,), prefixes[0], derived),
-        TracedComponent("connector", connector, (seen,), (found,), prefixes[1]),
+        TracedComponent(Stage("vision_encoder", "vision", "slice"), encoder, (shown,), (seen,), prefixes[0], derived),
+        TracedComponent(Stage("connector", "connector", "slice"), connector, (seen,), (found,), prefixes[1]),
     )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A checkpoint, understood. `embedding` names the token embedding; `ignored` the tensors rightly left out."""
+    """A checkpoint, understood. `embedding` names the token embedding; `ignored` the tensors rightly left out; `arrays`
+    are those of `ImageSpec.arrays`, [rows, H], by file."""
 
     model: ModelSpec
     decoder: DecoderSpec
@@ -63,3 +69,4 @@ class Plan:
     embedding: str
     texts: Texts
     ignored: tuple[str, ...] = ()
+    arrays: Mapping[str, Callable[[], np.ndarray]] = field(default_factory=dict)

@@ -178,7 +178,7 @@ def _quantize(
         check_rules(chosen, names)
         check_bits(chosen, layers_of(bundle, "decoder"))
         if not images:
-            check_vision(chosen, names)
+            check_vision(chosen, names, bundle.manifest.model.role)
     except MllmEdgeError:
         shutil.rmtree(work)  # nothing in it is worth another try
         raise

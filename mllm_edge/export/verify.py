@@ -107,7 +107,8 @@ def _compare(reference: Reference, folder: Path, case: VerifyCase, target: str) 
         errors, pixels = {}, 0.0
         if prompt.pixel_values is not None:
             pixels = _grey_levels(vlm, prompt.pixel_values, expected["pixel_values"])
-            hidden, features = (np.concatenate(parts) for parts in zip(*vlm.vision_runs(prompt), strict=True))
+            made = {name: array for outputs in vlm.stage_outputs(prompt).values() for name, array in outputs.items()}
+            hidden, features = made["vision_hidden"], made["image_features"]
             errors["vision_encoder"] = _relative(hidden, expected["vision_hidden"])
             errors["connector"] = _relative(features, expected["image_features"])
         encoded = encoded_once(vlm, prompt, case.images, reference.encoded)

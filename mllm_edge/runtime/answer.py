@@ -16,7 +16,7 @@ from mllm_edge.runtime.decode.speculation import PromptLookup
 from mllm_edge.runtime.prompt.embedder import Embedder
 from mllm_edge.runtime.prompt.processor import Prompt
 from mllm_edge.runtime.prompt.tokenizer import StopStrings, StreamDecoder, Tokenizer
-from mllm_edge.runtime.trace import STAGES, Metrics, Trace
+from mllm_edge.runtime.trace import Metrics, Trace
 
 __all__ = ["Call", "Chunk", "FinishReason", "Pace", "Result", "answer"]
 
@@ -100,7 +100,6 @@ class Call:
 def answer(
     call: Call,
     encoded: Encoded,
-    tiles: int,
     decoder: Decoder,
     embed: Embedder,
     tokenizer: Tokenizer,
@@ -133,7 +132,7 @@ def answer(
     reason: FinishReason = "length" if len(ids) == most else "stop"
     if stops.matched is not None:
         reason = "stop_string"
-    metrics = _metrics(call, tiles, times, cache.nbytes)
+    metrics = _metrics(call, times, cache.nbytes)
     yield Chunk(tail, (), Result("".join(texts), tuple(ids), reason, metrics))
 
 
@@ -150,14 +149,14 @@ class _Begun:
         return piece
 
 
-def _metrics(call: Call, tiles: int, times: Sequence[float], kv_cache_bytes: int) -> Metrics:
+def _metrics(call: Call, times: Sequence[float], kv_cache_bytes: int) -> Metrics:
     trace, end = call.trace, call.pace.now()
     return Metrics(
         prompt_tokens=len(call.prompt.token_ids),
         image_tokens=len(call.prompt.image_positions),
-        tiles=tiles,
+        tiles=sum(layout.tiles for layout in call.prompt.layouts),
         new_tokens=len(times),
-        **{name: trace.seconds(name) for name in STAGES},
+        stages=trace.stages(),
         ttft=(times[0] if times else end) - trace.origin,
         total=end - trace.origin,
         token_seconds=tuple(np.diff(times).tolist()),

@@ -38,13 +38,14 @@ class Memory:
 @dataclass(frozen=True)
 class ImageCost:
     """What one image takes. `height` and `width` in px, upright; `tiles` that the vision encoder sees, 1 where the
-    `grid` is one of cells; `prompt_tokens` are those of a prompt with the image and no text, markers and template
+    `grid` is one of `cells`; `prompt_tokens` are those of a prompt with the image and no text, markers and template
     included; `left` of the context."""
 
     height: int
     width: int
     tiles: int
     grid: tuple[int, int]
+    cells: bool
     image_tokens: int
     prompt_tokens: int
     left: int
@@ -91,8 +92,9 @@ def image_cost(bundle: Bundle, image: ImageSource | tuple[int, int]) -> ImageCos
     return ImageCost(
         height=picture.height,
         width=picture.width,
-        tiles=len(prompt.pixel_values) if model.image.cells is None else 1,
-        grid=prompt.image_grids[0],
+        tiles=prompt.layouts[0].tiles,
+        grid=(prompt.layouts[0].rows, prompt.layouts[0].cols),
+        cells=model.image.patches is not None,
         image_tokens=len(prompt.image_positions),
         prompt_tokens=len(prompt.token_ids),
         left=model.context_length - len(prompt.token_ids),

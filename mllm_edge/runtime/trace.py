@@ -2,20 +2,20 @@
 
 import time
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["LOAD_STAGES", "STAGES", "Metrics", "Span", "Trace"]
+__all__ = ["LOAD_STAGES", "STAGES", "Metrics", "Span", "Trace", "in_order"]
 
-# In the order they run; none lies in another, and together they are the call, but for the glue between them. The last
-# three take turns, decode once a step and the others once a token; the first token's sampling is a stage of its own.
+# In the order they run, the components that a model has before its decoder behind the first of them; none lies in
+# another, and together they are the call, but for the glue between them. The last three take turns, decode once a step
+# and the others once a token; the first token's sampling is a stage of its own.
 STAGES = (
     "preprocess",
-    "vision_encoder",
-    "connector",
     "embed",
     "allocate",
     "prefill",
@@ -25,6 +25,13 @@ STAGES = (
     "detokenize",
 )
 LOAD_STAGES = ("backend", "open")
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of stages, each once, in the order they run; components as they come."""
+    found = dict.fromkeys(name for name in names if name not in LOAD_STAGES)
+    components = [name for name in found if name not in STAGES]
+    return [name for name in (STAGES[0], *components, *STAGES[1:]) if name in found]
 
 
 class Span(NamedTuple):
@@ -78,15 +85,24 @@ class Trace:
         """Total time of all spans of that name."""
         return sum(s.seconds for s in self.spans if s.name == name)
 
+    def stages(self) -> dict[str, float]:
+        """Total time of each stage of a call, in the order they run; 0 for those of STAGES that did not."""
+        seconds = dict.fromkeys(in_order([*STAGES, *(s.name for s in self.spans)]), 0.0)
+        for span in self.spans:
+            if span.name in seconds:
+                seconds[span.name] += span.seconds
+        return seconds
+
 
 @dataclass(frozen=True)
 class Metrics:
     """Measurements of one call, times in seconds.
 
-    The stages are STAGES, each one's whole time (`allocate`: the cache), 0 where not run. `ttft` runs from the call to
-    the first token (preprocessing included); `tpot` is the mean time per token after the first; `token_seconds` are the
-    single intervals. An image of cells (see `ImageSpec`) counts as one of `tiles`. `waited`, within `ttft`, is for the
-    calls of other threads; `consumer`, for which no other figure counts, what took the pieces of the answer.
+    `stages`: each one's whole time, see STAGES (`allocate`: the cache), with the components that ran. `ttft` runs from
+    the call to the first token (preprocessing included); `tpot` is the mean time per token after the first;
+    `token_seconds` are the single intervals. An image of cells (see `ImageSpec`) counts as one of `tiles`. `waited`,
+    within `ttft`, is for the calls of other threads; `consumer`, for which no other figure counts, what took the pieces
+    of the answer.
 
     `decode_steps`: runs of the decoder after the prompt; with speculation, of `guessed` tokens `accepted` ones took no
     step of their own. Tokens of one step come together: of their intervals only the mean means something.
@@ -96,16 +112,7 @@ class Metrics:
     image_tokens: int
     tiles: int
     new_tokens: int
-    preprocess: float
-    vision_encoder: float
-    connector: float
-    embed: float
-    allocate: float
-    prefill: float
-    first_token: float
-    decode: float
-    sample: float
-    detokenize: float
+    stages: Mapping[str, float]
     ttft: float
     total: float
     token_seconds: tuple[float, ...]
@@ -128,7 +135,7 @@ class Metrics:
 
     def as_dict(self) -> dict[str, object]:
         """All fields and derived figures, ready for JSON."""
-        data = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {**data, "token_seconds": list(self.token_seconds), "tpot": self.tpot} | {
+        data = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "stages"}
+        return {**data, **self.stages, "token_seconds": list(self.token_seconds), "tpot": self.tpot} | {
             "tokens_per_second": self.tokens_per_second
         }

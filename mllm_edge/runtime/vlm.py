@@ -31,13 +31,13 @@ from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.decode.sampling import Sampler, SamplingParams
 from mllm_edge.runtime.decode.speculation import PromptLookup, check_speculation
 from mllm_edge.runtime.decode.token_rules import TokenRules
+from mllm_edge.runtime.encode import Components, encoded, stage_runs
 from mllm_edge.runtime.limits import TILES_PER_RUN
 from mllm_edge.runtime.log import logger
 from mllm_edge.runtime.machine.threads import Spin, Threads
 from mllm_edge.runtime.numbers import whole
 from mllm_edge.runtime.options import MAX_NEW_TOKENS, Options
 from mllm_edge.runtime.prompt.embedder import Embedder
-from mllm_edge.runtime.prompt.grids import encoder_feeds
 from mllm_edge.runtime.prompt.image import ImageSource
 from mllm_edge.runtime.prompt.processor import Messages, Processor, Prompt
 from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
@@ -85,7 +85,9 @@ class VLM:
         wanted = longest if max_context is None else whole("max_context", max_context, 1)
         self.context_length = min(wanted, longest)
         limits = [session.limits.get("tiles", TILES_PER_RUN) for session in self._sessions.values()]
-        self._tiles_per_run = min(TILES_PER_RUN, *limits)
+        inputs = {name: tuple(types) for name, types in self._types.items()}
+        self._components = Components(self.spec, inputs, self._component, min(TILES_PER_RUN, *limits))
+        self._arrays = {name: bundle.array(name) for name in self.spec.image.arrays} if self.spec.image else {}
         table = bundle.array(self.spec.positions.table) if self.spec.positions.table else None
         decoder = opened["decoder"]
         self._decoder: Decoder | None = Decoder(decoder.session, decoder.variant, self.spec, decoder.backend, table)
@@ -261,21 +263,27 @@ class VLM:
             return self._component(name, feeds)
 
     def image_features(self, prompt: Prompt, trace: Trace | None = None) -> np.ndarray:
-        """Vision encoder and connector: the images of a prompt that has some → features [tokens, hidden] float32.
+        """The stages before the decoder: the images of a prompt that has some → the rows [tokens, hidden] float32 that
+        take the places of its image tokens.
 
         Raises PromptError for a prompt without images."""
         with self._turns.turn():
-            return self._image_features(prompt, trace or Trace())
+            self._require_images(prompt)
+            return self._encode(prompt, trace or Trace()).embeds[prompt.image_positions]
 
-    def vision_runs(self, prompt: Prompt, trace: Trace | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Of each run that the images of a prompt take: `vision_hidden`, and features [tokens, hidden] float32."""
-        runs = self._vision_runs(prompt, trace or Trace())
-        while True:
-            with self._turns.turn():
-                found = next(runs, None)
-            if found is None:
-                return
-            yield found
+    def stage_outputs(self, prompt: Prompt, trace: Trace | None = None) -> dict[str, dict[str, np.ndarray]]:
+        """What each stage before the decoder makes of a prompt's images, by component and name of the output; runs one
+        behind the other along the first axis.
+
+        Raises PromptError for a prompt without images."""
+        self._require_images(prompt)
+        parts: dict[str, dict[str, list[np.ndarray]]] = {}
+        with self._turns.turn():
+            for run in stage_runs(self._components, prompt, trace or Trace()):
+                for component, outputs in run.items():
+                    for name, array in outputs.items():
+                        parts.setdefault(component, {}).setdefault(name, []).append(array)
+        return {c: {name: np.concatenate(arrays) for name, arrays in found.items()} for c, found in parts.items()}
 
     def encode(self, prompt: Prompt, trace: Trace | None = None) -> Encoded:
         """All that a prompt is to the decoder: its images are looked at, once for any number of questions."""
@@ -310,28 +318,12 @@ class VLM:
         inputs = {key: graph_input(key, value, named(types, key, f"input of {name}")) for key, value in feeds.items()}
         return self._sessions[name].run(inputs)
 
-    def _image_features(self, prompt: Prompt, trace: Trace) -> np.ndarray:
-        return np.concatenate([features for _, features in self._vision_runs(prompt, trace)])
-
-    def _vision_runs(self, prompt: Prompt, trace: Trace) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _require_images(self, prompt: Prompt) -> None:
         if self.spec.image is None or prompt.pixel_values is None:
             raise PromptError("the prompt has no images", "make one with images: vlm.processor.process(text, images)")
-        runs = encoder_feeds(self.spec.image, prompt.pixel_values, prompt.image_grids, self._tiles_per_run)
-        for feeds in runs:
-            with trace.span("vision_encoder"):
-                hidden = self._component("vision_encoder", feeds)
-            with trace.span("connector"):
-                features = self._component("connector", hidden)["image_features"]
-            features = features.reshape(-1, features.shape[-1]).astype(np.float32, copy=False)
-            yield hidden["vision_hidden"], features
 
     def _encode(self, prompt: Prompt, trace: Trace) -> Encoded:
-        features = None if prompt.pixel_values is None else self._image_features(prompt, trace)
-        with trace.span("embed"):
-            embeds = self.embed(prompt.token_ids)
-            if features is not None:
-                embeds[prompt.image_positions] = features
-        return Encoded(embeds, prompt.positions)
+        return encoded(self._components, prompt, self.embed, self._arrays, trace)
 
     def _process(self, prompt: Messages, images: Any, raw: bool) -> Prompt:
         if not raw:
@@ -395,20 +387,13 @@ class VLM:
     def _pieces(self, call: Call) -> Generator[Chunk | None, None, None]:
         try:
             prompt = self._encode(call.prompt, call.trace)
-            tiles = self._tiles(call.prompt)
-            yield from answer(call, prompt, tiles, self.decoder, self.embed, self.tokenizer, self.context_length)
+            yield from answer(call, prompt, self.decoder, self.embed, self.tokenizer, self.context_length)
         except GeneratorExit:  # it was abandoned between two pieces
             raise
         except BaseException:  # whatever came in the midst of a step may have left things half done
             if self._decoder is not None:
                 self._decoder.forget()
             raise
-
-    def _tiles(self, prompt: Prompt) -> int:
-        """What the vision encoder sees of a prompt: tiles, or images where they are not cut into tiles."""
-        if prompt.pixel_values is None or self.spec.image is None:
-            return 0
-        return len(prompt.pixel_values) if self.spec.image.cells is None else len(prompt.image_grids)
 
 
 def _log(result: Result | None) -> None:

@@ -7,9 +7,11 @@ that the bundle was made by a newer version. Only numpy-free standard library is
 from mllm_edge.spec.images import (
     CenterCrop,
     GridRope,
+    GridWindows,
     ImagePrompt,
     ImageSpec,
     Normalize,
+    Pack,
     PadToSquare,
     Patchify,
     Resample,
@@ -19,11 +21,17 @@ from mllm_edge.spec.images import (
     ResizeShortestEdge,
     ResizeToMultiple,
     ResizeToPixels,
+    RowEnd,
+    SelectResolution,
     SelectTiles,
+    Shrink,
     SplitTiles,
+    Table,
     Transform,
+    Unpad,
 )
 from mllm_edge.spec.model import (
+    DECODER,
     SCHEMA_VERSION,
     Component,
     EmbeddingSpec,
@@ -32,6 +40,8 @@ from mllm_edge.spec.model import (
     GenerationSpec,
     Manifest,
     ModelSpec,
+    Role,
+    Stage,
     TensorSpec,
     Variant,
 )
@@ -39,6 +49,16 @@ from mllm_edge.spec.positions import PositionSpec, RopeSpec
 from mllm_edge.spec.state import CacheSpec
 
 __all__ = [
+    "DECODER",
+    "Role",
+    "Stage",
+    "Unpad",
+    "Table",
+    "Shrink",
+    "SelectResolution",
+    "RowEnd",
+    "Pack",
+    "GridWindows",
     "CacheSpec",
     "CenterCrop",
     "Component",

@@ -6,9 +6,11 @@ from typing import Literal
 __all__ = [
     "CenterCrop",
     "GridRope",
+    "GridWindows",
     "ImagePrompt",
     "ImageSpec",
     "Normalize",
+    "Pack",
     "PadToSquare",
     "Patchify",
     "Resample",
@@ -18,9 +20,14 @@ __all__ = [
     "ResizeShortestEdge",
     "ResizeToMultiple",
     "ResizeToPixels",
+    "RowEnd",
+    "SelectResolution",
     "SelectTiles",
+    "Shrink",
     "SplitTiles",
+    "Table",
     "Transform",
+    "Unpad",
 ]
 
 Resample = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
@@ -87,8 +94,8 @@ class PadToSquare:
 
 @dataclass(frozen=True)
 class SplitTiles:
-    """Cut into `size` × `size` px tiles, row by row, then append the whole image stretched to one tile. An image that
-    is one tile already stays as it is, and its grid is (0, 0)."""
+    """Cut into `size` × `size` px tiles, row by row, then append the whole image stretched to one tile, the overview.
+    An image that is one tile already stays as it is."""
 
     size: int
     resample: Resample
@@ -98,7 +105,7 @@ class SplitTiles:
 @dataclass(frozen=True)
 class SelectTiles:
     """Stretch to the grid of `size` × `size` px tiles whose aspect ratio is nearest to the image's, cut it row by row,
-    and with `overview` append the whole image stretched to one tile. One tile alone has the grid (0, 0).
+    and with `overview` append the whole image stretched to one tile, unless it is one tile alone.
 
     Grids have `min_tiles` to `max_tiles` tiles. Of grids at the same distance the last one wins, in the order of their
     tiles and then columns, that has fewer pixels than twice the image's (or is the first of them).
@@ -110,6 +117,18 @@ class SelectTiles:
     overview: bool
     resample: Resample
     op: Literal["select_tiles"] = "select_tiles"
+
+
+@dataclass(frozen=True)
+class SelectResolution:
+    """Fit into the one of `resolutions` (height, width) that keeps most of the image's pixels (of several, the one that
+    wastes least), keeping the aspect ratio, in the middle of black; cut it into `size` × `size` px tiles, row by row.
+    Before them stands the whole image stretched to one tile, the overview."""
+
+    resolutions: tuple[tuple[int, int], ...]
+    size: int
+    resample: Resample
+    op: Literal["select_resolution"] = "select_resolution"
 
 
 @dataclass(frozen=True)
@@ -151,7 +170,7 @@ class Patchify:
     """Cut into square patches of `patch` px and gather them in cells of `merge` × `merge` neighbours, cell by cell, row
     by row; the grid is that of the cells. The last of the transforms.
 
-    A patch is [channels, frames, patch, patch], flattened: one place in `frames` equal frames of a film.
+    A patch is [channels, frames, patch, patch], flattened: one place in `frames` equal frames of a video.
     """
 
     patch: int
@@ -169,6 +188,7 @@ Transform = (
     | PadToSquare
     | SplitTiles
     | SelectTiles
+    | SelectResolution
     | Rescale
     | Normalize
     | ResizeToPixels
@@ -178,18 +198,17 @@ Transform = (
 
 @dataclass(frozen=True)
 class ImagePrompt:
-    """How one image becomes text before tokenization. In the templates `{image}` stands for `tokens_per_tile`
-    placeholder tokens, `{row}` and `{col}` for 1-based tile coordinates. (Cells of patches count as tiles.)
+    """How one image becomes text before tokenization. In the templates `{image}` stands for a placeholder per feature,
+    `{row}` and `{col}` for 1-based coordinates of a tile or cell.
 
-    An image with grid (0, 0) becomes `single`; with grid (R, C) it becomes `begin`, then, row by row, C times `tile`
-    followed by `row_end`, and at the end `overview`. `inline`: what a chat template for plain text gets in a message
-    for an image, `{image}` being one placeholder. `reserved`: further words that stand for pictures or films, which no
-    text of a user's may become.
+    An image that is one tile, or whose features are packed, becomes `single`; one of several becomes `begin`, then, row
+    by row, `tile` for each followed by `row_end`, and at the end `overview`. `inline`: what a chat template for plain
+    text gets in a message for an image, `{image}` being one placeholder. `reserved`: further words that stand for
+    pictures or videos, which no text of a user's may become.
     """
 
     token: str
     token_id: int
-    tokens_per_tile: int
     single: str
     tile: str = ""
     row_end: str = ""
@@ -199,43 +218,103 @@ class ImagePrompt:
     reserved: tuple[str, ...] = ()
 
 
+# ---------------------------------------------------------------- what follows an image's grid
 @dataclass(frozen=True)
 class GridRope:
-    """The vision encoder's inputs `cos` and `sin` [cells, merge², dim/2] float32: in each patch the first half of the
-    pairs is turned by its row in the image, the second by its column, both from theta^0 to theta^(4/dim − 1)."""
+    """Inputs `names` (cos and sin) [cells, merge², dim/2] float32: in each patch the first half of the pairs is turned
+    by its row in the image, the second by its column, both from theta^0 to theta^(4/dim − 1)."""
 
     theta: float
     dim: int
+    names: tuple[str, ...] = ("cos", "sin")
     op: Literal["grid_rope"] = "grid_rope"
 
 
 @dataclass(frozen=True)
-class ImageSpec:
-    """From an RGB image to `pixel_values` float32, and to prompt text.
+class GridWindows:
+    """Windows of `side` × `side` cells, row by row, cut off at the image's right and bottom; inputs `names`: which cell
+    stands where in each window [windows, side²] int64, a bias that hides what pads a window [windows, 1, side² ·
+    merge², side² · merge²] float32, and where each cell stands in all windows [cells] int64."""
 
-    An image is tiles of one size, `pixel_values` [tiles, channels, height, width]; the vision encoder takes any number
-    of them. Where the last transform is Patchify, it is a grid of cells instead, as many as the image's size asks for,
-    [cells, merge², channels · frames · patch²]; the vision encoder then takes one image at a time, and what `tables`
-    make of its grid. In the prompt a cell is a tile; `height` and `width` are its size in px.
+    side: int
+    names: tuple[str, ...] = ("window_index", "window_bias", "cell_index")
+    op: Literal["grid_windows"] = "grid_windows"
+
+
+Table = GridRope | GridWindows
+
+
+# ---------------------------------------------------------------- from features to tokens
+@dataclass(frozen=True)
+class Unpad:
+    """Leave out the rows or columns of features that show only what SelectResolution padded."""
+
+    op: Literal["unpad"] = "unpad"
+
+
+@dataclass(frozen=True)
+class Shrink:
+    """Where the grid of features is more than `most` tiles' worth by a factor above 1.1² in area, bring it to that
+    worth, bilinearly, keeping the aspect ratio (truncated)."""
+
+    most: int
+    op: Literal["shrink"] = "shrink"
+
+
+@dataclass(frozen=True)
+class RowEnd:
+    """One more feature at the end of each row, or of an image of one tile: row 0 of the bundle's array `file`."""
+
+    file: str
+    op: Literal["row_end"] = "row_end"
+
+
+Pack = Unpad | Shrink | RowEnd
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """From an RGB image to `pixel_values` float32, to prompt text, and from its features to tokens.
+
+    An image becomes slices: tiles of one size, `pixel_values` [tiles, channels, height, width], or, where the last
+    transform is Patchify, cells of patches, [cells, merge², channels · frames · patch²], as many as the image's size
+    asks for; `height` and `width` are then a cell's. The connector makes `features` rows of each slice. `tables`:
+    further inputs of the components, made of an image's grid.
+
+    `pack`: where it is not empty, the features of an image's tiles are a grid of rows, square in each tile, which it
+    changes in its order; the overview's come before them, untouched. `several`: the transforms for a prompt with more
+    than one image, where they differ.
     """
 
     transforms: tuple[Transform, ...]
     prompt: ImagePrompt
     height: int
     width: int
+    features: int
     channels: int = 3
-    tables: tuple[GridRope, ...] = ()
+    tables: tuple[Table, ...] = ()
+    pack: tuple[Pack, ...] = ()
+    several: tuple[Transform, ...] | None = None
 
     @property
-    def cells(self) -> Patchify | None:
+    def patches(self) -> Patchify | None:
         """How an image becomes cells; None where it becomes tiles."""
         last = self.transforms[-1] if self.transforms else None
         return last if isinstance(last, Patchify) else None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of one tile's or cell's pixel values."""
-        cells = self.cells
-        if cells is None:
+        """The shape of one slice's pixel values."""
+        patches = self.patches
+        if patches is None:
             return (self.channels, self.height, self.width)
-        return (cells.merge**2, self.channels * cells.frames * cells.patch**2)
+        return (patches.merge**2, self.channels * patches.frames * patches.patch**2)
+
+    def transforms_for(self, images: int) -> tuple[Transform, ...]:
+        """Those of each image of a prompt with so many."""
+        return self.transforms if self.several is None or images < 2 else self.several
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """The bundle's arrays that images need."""
+        return tuple(step.file for step in self.pack if isinstance(step, RowEnd))

@@ -9,6 +9,9 @@ from mllm_edge.spec.positions import PositionSpec
 from mllm_edge.spec.state import CacheSpec
 
 __all__ = [
+    "DECODER",
+    "Role",
+    "Stage",
     "Component",
     "EmbeddingSpec",
     "FileEntry",
@@ -21,7 +24,10 @@ __all__ = [
     "Variant",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+DECODER = "decoder"  # the component that every model ends with
+
+Role = Literal["vision", "connector", "text"]
 
 
 @dataclass(frozen=True)
@@ -35,8 +41,26 @@ class EmbeddingSpec:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A component that runs before the decoder.
+
+    Tensors go by their names. An input is `pixel_values`, a table of the images, or an output of an earlier stage.
+    Outputs: `image_features` [.., H] take the places of the image tokens; `deepstack.{k}` [.., H] are added there
+    behind layer k; `cross.{l}.key` and `.value` are what cross-attention looks at; others are for later stages.
+
+    `role` decides about precision. `per`: slice (any number of an image's slices together), image (its slices in one
+    run), prompt (what the stages before made of all images, as one sequence [1, n, H]).
+    """
+
+    component: str
+    role: Role
+    per: Literal["slice", "image", "prompt"]
+
+
+@dataclass(frozen=True)
 class ModelSpec:
-    """The model as the device needs to know it. `family` and `model_type` are for people only."""
+    """The model as the device needs to know it. `family` and `model_type` are for people only; `stages` run in their
+    order, before the decoder."""
 
     family: str
     model_type: str
@@ -48,6 +72,11 @@ class ModelSpec:
     positions: PositionSpec
     cache: CacheSpec
     image: ImageSpec | None
+    stages: tuple[Stage, ...] = ()
+
+    def role(self, component: str) -> Role:
+        """What a component is to the model; the decoder is text."""
+        return next((stage.role for stage in self.stages if stage.component == component), "text")
 
 
 @dataclass(frozen=True)

@@ -136,14 +136,13 @@ def _image_spec(checkpoint: Checkpoint, tower: "SiglipConfig", tokens: int) -> I
     prompt = ImagePrompt(
         processor.image_token,
         checkpoint.token_id,
-        tokens,
         single=f"{fake}{whole}{{image}}{fake}",
         tile=f"{fake}<row_{{row}}_col_{{col}}>{{image}}",
         row_end="\n",
         overview=f"\n{fake}{whole}{{image}}{fake}",
         reserved=tuple(filter(None, [getattr(processor, "video_token", None)])),
     )
-    return ImageSpec((*transforms, *value_transforms(settings)), prompt, tower.tile, tower.tile, tower.channels)
+    return ImageSpec((*transforms, *value_transforms(settings)), prompt, tower.tile, tower.tile, tokens, tower.channels)
 
 
 FAMILY = Family(

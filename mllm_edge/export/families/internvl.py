@@ -247,14 +247,13 @@ def _image_spec(checkpoint: Checkpoint, tile: int, tokens: int) -> ImageSpec:
     prompt = ImagePrompt(
         context,
         checkpoint.token_id,
-        tokens,
         single=f"{start}{{image}}{end}",
         begin=start,
         tile="{image}",
         overview=f"{{image}}{end}" if overview else end,
         reserved=(processor.video_token,),
     )
-    return ImageSpec(_transforms(source, processor.image_processor, tile, overview), prompt, tile, tile)
+    return ImageSpec(_transforms(source, processor.image_processor, tile, overview), prompt, tile, tile, tokens)
 
 
 def _transforms(source: Source, settings: Any, tile: int, overview: bool) -> tuple[Transform, ...]:

@@ -154,8 +154,8 @@ def _image_spec(checkpoint: Checkpoint, tile: int, tokens: int) -> ImageSpec:
             f"vision_feature_select_strategy give {stated} tokens for an image, the model makes {tokens}",
             "use the processor files that belong to this model",
         )
-    prompt = ImagePrompt(processor.image_token, checkpoint.token_id, tokens, "{image}")
-    return ImageSpec(transforms, prompt, tile, tile)
+    prompt = ImagePrompt(processor.image_token, checkpoint.token_id, "{image}")
+    return ImageSpec(transforms, prompt, tile, tile, tokens)
 
 
 def _transforms(processor: Any, source: Source) -> tuple[Transform, ...]:

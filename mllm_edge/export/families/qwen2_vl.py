@@ -14,7 +14,7 @@ from mllm_edge.export.checkpoint.processor import OWN_PROCESSOR, load_processor,
 from mllm_edge.export.checkpoint.source import Source
 from mllm_edge.export.family import Checkpoint, Family, Parts
 from mllm_edge.export.plan import TracedComponent
-from mllm_edge.spec import GridRope, ImagePrompt, ImageSpec, Patchify, ResizeToPixels, TensorSpec
+from mllm_edge.spec import GridRope, ImagePrompt, ImageSpec, Patchify, ResizeToPixels, Stage, TensorSpec
 
 __all__ = ["FAMILY"]
 
@@ -69,7 +69,7 @@ def _describe(checkpoint: Checkpoint) -> Parts:
     convolution = checkpoint.weights.use(f"{_VISION}patch_embed.proj.weight", (hidden, *sides))
     seen = TensorSpec("vision_hidden", "float32", ("cells", cell, hidden))
     encoder = TracedComponent(
-        "vision_encoder",
+        Stage("vision_encoder", "vision", "image"),
         lambda: QwenVlTower(tower),
         (
             TensorSpec("pixel_values", "float32", ("cells", cell, values)),
@@ -81,7 +81,7 @@ def _describe(checkpoint: Checkpoint) -> Parts:
         {"patch_embed.proj.weight": lambda: convolution().reshape(hidden, -1)},
     )
     connector = TracedComponent(
-        "connector",
+        Stage("connector", "connector", "image"),
         lambda: PatchMerger(tower, text_hidden),
         (seen,),
         (TensorSpec("image_features", "float32", ("cells", text_hidden)),),
@@ -121,13 +121,12 @@ def _image_spec(checkpoint: Checkpoint, patches: Patchify, rope: GridRope, chann
     prompt = ImagePrompt(
         loaded.image_token,
         checkpoint.token_id,
-        tokens_per_tile=1,
         single="{image}",
         tile="{image}",
         inline=f"{_START}{{image}}{_END}",
         reserved=(loaded.video_token,),
     )
-    return ImageSpec(transforms, prompt, side, side, channels, (rope,))
+    return ImageSpec(transforms, prompt, side, side, features=1, channels=channels, tables=(rope,))
 
 
 def _bounds(source: Source, processor: Any) -> tuple[int, int]:

@@ -28,10 +28,11 @@ from mllm_edge.runtime.profiling.memory import MemoryUse, WatchedTrace, can_watc
 from mllm_edge.runtime.profiling.operators import Operator, profile_operators
 from mllm_edge.runtime.profiling.roofline import MachineLimits, StageRoof, Workload, machine_limits, roofline
 from mllm_edge.runtime.profiling.runs import Asker, Call, Run, shares
+from mllm_edge.runtime.profiling.shapes import layouts_of
 from mllm_edge.runtime.profiling.statistics import Distribution, Jitter, Noise, jitter, noise
 from mllm_edge.runtime.prompt.image import ImageSource, load_image
 from mllm_edge.runtime.prompt.processor import Messages
-from mllm_edge.runtime.trace import LOAD_STAGES, STAGES, Metrics, Trace
+from mllm_edge.runtime.trace import LOAD_STAGES, Metrics, Trace, in_order
 from mllm_edge.runtime.vlm import VLM
 
 __all__ = ["TITLE", "VERSION", "BundleInfo", "Profile", "Setting", "Speculation", "profile", "synthetic_image"]
@@ -139,7 +140,7 @@ class Profile:
     @property
     def stages(self) -> dict[str, Distribution]:
         """Of the counted calls."""
-        ran = [name for name in STAGES if any(name in call.stages for call in self.calls)]
+        ran = in_order(name for call in self.calls for name in call.stages)
         return {name: self._distribution(partial(_stage, name)) for name in ran}
 
     @property
@@ -363,8 +364,8 @@ def _memory(
     watched = [trace for trace in traces if isinstance(trace, WatchedTrace)]
     peaks = {name: peak for trace in watched for name, peak in trace.peaks.items()}
     told = {name: used for trace in watched for name, used in trace.gpu.items()}
-    on_gpu = ({} if opened is None else {"open": opened}) | {name: told[name] for name in STAGES if name in told}
-    known = {name: peaks[name] for name in (*LOAD_STAGES, *STAGES) if name in peaks}
+    on_gpu = ({} if opened is None else {"open": opened}) | {name: told[name] for name in in_order(told)}
+    known = {name: peaks[name] for name in (*LOAD_STAGES, *in_order(peaks)) if name in peaks}
     target, gpu = vlm.backend.target, gpu_memory(vlm.backend)
     used = first_use() if new and target == "cpu" else 0
     base = known.get("backend", before) + (used or 0)
@@ -381,7 +382,8 @@ def _with_roofline(found: Profile) -> Profile:
     steps = found.speculation
     if "decode" in seconds:  # of one step
         seconds["decode"] /= steps.decode_steps / len(found.calls)
-    work = Workload(s.prompt_tokens, s.image_tokens, s.new_tokens, s.tiles, len(s.image_sizes), steps.width)
+    images = tuple(layouts_of(bundle.manifest.model.image, s.image_sizes))
+    work = Workload(s.prompt_tokens, s.new_tokens, images, steps.width)
     variants = {name: bundle.variant(name, "cpu") for name in bundle.manifest.components}
     return replace(found, limits=limits, roofline=roofline(bundle, variants, seconds, work, limits))
 

@@ -13,8 +13,10 @@ from pathlib import Path
 from mllm_edge.bundle import Bundle
 from mllm_edge.runtime.backends.base import Backend
 from mllm_edge.runtime.budget import memory
-from mllm_edge.runtime.limits import PREFILL_CHUNK, TILES_PER_RUN
+from mllm_edge.runtime.limits import PREFILL_CHUNK
 from mllm_edge.runtime.machine.cpu import peak_rss
+from mllm_edge.runtime.profiling.shapes import image_runs, layouts_of
+from mllm_edge.runtime.prompt.layout import Layout
 from mllm_edge.runtime.trace import Metrics, Trace
 from mllm_edge.spec import Variant
 
@@ -141,8 +143,9 @@ def measured(
     tokens. `peaks`: those of the spans of the load and the first call; the others as in `MemoryUse`."""
     bytes_of = next(m for m in memory(bundle, capacity) if m.target == target)
     weights = sum(bytes_of.weights.values())
-    activations = predict_activations(bundle, target, call.prompt_tokens)
-    images = predict_images(bundle, target, call, image_sizes)
+    layouts = layouts_of(bundle.manifest.model.image, image_sizes)
+    activations = predict_activations(bundle, target, call.prompt_tokens, layouts)
+    images = predict_images(bundle, layouts, image_sizes)
     total = base + weights + bytes_of.kv_cache + activations + images
     notes = [] if peaks is not None else ["peak of each stage: this system does not tell a process's peak anew"]
     if gpu is None:
@@ -161,33 +164,30 @@ def measured(
     )
 
 
-def predict_activations(bundle: Bundle, target: str, prompt_tokens: int) -> int:
-    """Bytes that the largest run of each component works in: its inputs and outputs as its variant states them, times
-    the values that live at once. An attention that keeps all its scores takes more."""
-    return sum(
-        _run_bytes(bundle, name, bundle.variant(name, target), prompt_tokens) for name in bundle.manifest.components
-    )
+def predict_activations(bundle: Bundle, target: str, prompt_tokens: int, layouts: Sequence[Layout]) -> int:
+    """Bytes that the largest run of each component works in, for images of these layouts: its outputs as its variant
+    states them, times the values that live at once. An attention that keeps all its scores takes more."""
+    model = bundle.manifest.model
+    rows = min(prompt_tokens, PREFILL_CHUNK)
+    variants = {name: bundle.variant(name, target) for name in bundle.manifest.components}
+    runs = [symbols for symbols, _ in image_runs(model, variants, layouts)]
+    stages = sum(_largest(variants[stage.component], runs) for stage in model.stages)
+    return 4 * (_LIVE * (rows * model.hidden_size + stages) + model.vocab_size)
 
 
-def predict_images(bundle: Bundle, target: str, call: Metrics, sizes: Sequence[tuple[int, int]]) -> int:
-    """Bytes of the decoded images of these (width, height), and of all their pixel values in float32."""
-    if not call.image_tokens:
-        return 0
+def predict_images(bundle: Bundle, layouts: Sequence[Layout], sizes: Sequence[tuple[int, int]]) -> int:
+    """Bytes of the decoded images of these layouts and (width, height), and of all their pixel values in float32."""
     image = bundle.manifest.model.image
-    count = call.tiles if image is not None and image.cells is None else call.image_tokens
-    shape = next(t.shape for t in bundle.variant("vision_encoder", target).inputs if t.name == "pixel_values")
-    values = math.prod(d if isinstance(d, int) else count for d in shape)
+    if image is None:
+        return 0
+    values = sum(layout.slices for layout in layouts) * math.prod(image.shape)
     return 3 * sum(width * height for width, height in sizes) + 4 * values
 
 
-def _run_bytes(bundle: Bundle, name: str, variant: Variant, prompt_tokens: int) -> int:
-    """The widest tensor of a run, so many times as values live at once, and the logits."""
-    model = bundle.manifest.model
-    if name == "decoder":
-        rows = min(prompt_tokens, PREFILL_CHUNK)
-        return 4 * (_LIVE * rows * model.hidden_size + model.vocab_size)
-    sizes = [math.prod(d if isinstance(d, int) else TILES_PER_RUN for d in t.shape) for t in variant.outputs]
-    return 4 * _LIVE * max(sizes)
+def _largest(variant: Variant, runs: Sequence[Mapping[str, int]]) -> int:
+    """Values of a graph's widest output in any of the runs."""
+    shapes = [[d if isinstance(d, int) else run.get(d, 1) for d in t.shape] for t in variant.outputs for run in runs]
+    return max(map(math.prod, shapes), default=0)
 
 
 def _forget_peak() -> None:

@@ -17,11 +17,11 @@ from mllm_edge.runtime.backends.tensorrt_layers import LayerTimes, Runs, layer_k
 from mllm_edge.runtime.onnx_file.cost import read_graph
 from mllm_edge.runtime.prompt.image import ImageSource
 from mllm_edge.runtime.prompt.processor import Messages
+from mllm_edge.runtime.trace import in_order
 from mllm_edge.runtime.vlm import VLM
 
 __all__ = ["Operator", "by_kind", "by_layer", "profile_operators", "top"]
 
-_STAGES = ("vision_encoder", "connector", "prefill", "decode")
 _SUFFIX = "_kernel_time"
 _EVENTS = 1_000_000  # ONNX Runtime drops those beyond, with no word in the profile
 _LAYER = re.compile(r"(?<!\w)(?:layers?|blocks?)\.(\d+)(?!\w)")
@@ -88,7 +88,7 @@ def profile_operators(
         layers = _layers(listed)
         operators += _operators("prefill" if name == "decoder" else name, prefill, layers)
         operators += _operators("decode", decode, layers)
-    return tuple(sorted(operators, key=_order))
+    return _sorted(operators)
 
 
 def by_kind(operators: Sequence[Operator]) -> tuple[Operator, ...]:
@@ -199,12 +199,14 @@ def _grouped(operators: Sequence[Operator], key: Callable[[Operator], Operator])
         )
         for group, found in groups.items()
     )
-    return tuple(sorted(sums, key=_order))
+    return _sorted(sums)
 
 
-def _order(operator: Operator) -> tuple[int, float]:
-    stage = _STAGES.index(operator.stage) if operator.stage in _STAGES else len(_STAGES)
-    return stage, -operator.seconds
+def _sorted(operators: Iterable[Operator]) -> tuple[Operator, ...]:
+    """By stage, in the order they run, and then by time."""
+    found = list(operators)
+    stages = {stage: place for place, stage in enumerate(in_order(operator.stage for operator in found))}
+    return tuple(sorted(found, key=lambda operator: (stages[operator.stage], -operator.seconds)))
 
 
 def _is_run(event: Mapping[str, Any]) -> bool:

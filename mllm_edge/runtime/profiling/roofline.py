@@ -9,7 +9,8 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -22,11 +23,13 @@ from mllm_edge.bundle import Bundle
 from mllm_edge.files import write_whole
 from mllm_edge.install import install_hint
 from mllm_edge.runtime.backends.onnxruntime_cpu import import_onnxruntime
-from mllm_edge.runtime.limits import PREFILL_CHUNK, TILES_PER_RUN
+from mllm_edge.runtime.limits import PREFILL_CHUNK
 from mllm_edge.runtime.machine.cpu import processor_name
 from mllm_edge.runtime.machine.threads import Threads
 from mllm_edge.runtime.onnx_file.cost import GraphCost, graph_cost, read_graph
 from mllm_edge.runtime.onnx_file.protobuf import encode_bytes, encode_number
+from mllm_edge.runtime.profiling.shapes import image_runs
+from mllm_edge.runtime.prompt.layout import Layout
 from mllm_edge.spec import Variant
 
 __all__ = ["MachineLimits", "StageRoof", "Workload", "limits_file", "machine_limits", "product_graph", "roofline"]
@@ -54,14 +57,12 @@ class MachineLimits:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a call does: tokens of the prompt (those of images among them), new tokens, tiles and images, and the tokens
-    that the decoder runs in a step, on average: more than one where guesses are checked."""
+    """What a call does: tokens of the prompt, new tokens, images of these layouts, and the tokens that the decoder runs
+    in a step, on average: more than one where guesses are checked."""
 
     prompt_tokens: int
-    image_tokens: int
     new_tokens: int
-    tiles: int
-    images: int = 1
+    images: tuple[Layout, ...] = ()
     step_tokens: float = 1.0
 
 
@@ -170,8 +171,8 @@ def _value(name: str, dtype: int, size: int) -> bytes:
 def roofline(
     bundle: Bundle, variants: Mapping[str, Variant], seconds: Mapping[str, float], work: Workload, limits: MachineLimits
 ) -> tuple[StageRoof, ...]:
-    """What the stages reach of the machine's limits: those of vision_encoder, connector, prefill and decode that have
-    `seconds`; decode's are of ONE step. `variants`: the graph that each component runs. Raises BundleError.
+    """What the stages reach of the machine's limits: those of the components, prefill and decode that have `seconds`;
+    decode's are of ONE step. `variants`: the graph that each component runs. Raises BundleError.
 
     Bytes are lower bounds: weights once a run, the cache once a step. A window that keeps attention short is not
     subtracted.
@@ -197,14 +198,10 @@ def _costs(
 ) -> list[tuple[str, GraphCost, int]]:
     """Each stage's cost, and bytes of the cache or of images beside the weights."""
     model = bundle.manifest.model
-    image, found = model.image, list[tuple[str, GraphCost, int]]()
-    for name in ("vision_encoder", "connector"):
-        if name in stages & set(variants) and image is not None and work.tiles:
-            # Images that are cells go through one at a time, and see themselves as a whole.
-            sequences = work.tiles if image.cells is None else work.images
-            runs = math.ceil(work.tiles / TILES_PER_RUN) if image.cells is None else work.images
-            cost = _vision(bundle, variants[name], work, image.cells is None, sequences)
-            found.append((name, GraphCost(runs * cost.weight_bytes, cost.flops), 0))
+    images, found = image_runs(model, variants, work.images), list[tuple[str, GraphCost, int]]()
+    for stage in model.stages:
+        if stage.component in stages & set(variants) and images and stage.per != "prompt":
+            found.append((stage.component, _stage(bundle, variants[stage.component], images), 0))
     past = [t for t in variants["decoder"].inputs if t.name.startswith("past_key_values.")]
     cache = model.cache
     token = 2 * cache.layers * cache.heads * cache.head_dim * (np.dtype(past[0].dtype).itemsize if past else 0)
@@ -222,14 +219,16 @@ def _costs(
     return found
 
 
-def _vision(bundle: Bundle, variant: Variant, work: Workload, tiles: bool, sequences: int) -> GraphCost:
-    """Of all runs together, the weights counted once."""
-    graph = read_graph(bundle.listed(variant.file))
-    count = work.tiles if tiles else work.image_tokens
-    symbols = {d: count for tensor in variant.inputs for d in tensor.shape if isinstance(d, str)}
-    # Where the graph does not tell how many tokens a tile has, its outputs do.
-    rows = math.prod(symbols.get(d, 1) if isinstance(d, str) else d for d in variant.outputs[0].shape[:-1])
-    return graph_cost(graph, symbols, rows, rows**2 / max(1, sequences))
+def _stage(bundle: Bundle, variant: Variant, runs: Sequence[tuple[Mapping[str, int], int]]) -> GraphCost:
+    """Of all runs together; the weights are read in each."""
+    graph, nbytes, flops = read_graph(bundle.listed(variant.file)), 0, Counter[str]()
+    for symbols, sequences in runs:
+        # Where the graph does not tell how many tokens a tile has, its outputs do.
+        rows = math.prod(symbols.get(d, 1) if isinstance(d, str) else d for d in variant.outputs[0].shape[:-1])
+        cost = graph_cost(graph, symbols, rows, rows**2 / max(1, sequences))
+        nbytes += cost.weight_bytes
+        flops.update(cost.flops)
+    return GraphCost(nbytes, flops)
 
 
 def _advice(stage: str, bound: str, percent: float, variants: Mapping[str, Variant]) -> str:

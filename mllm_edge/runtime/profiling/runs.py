@@ -9,7 +9,7 @@ from mllm_edge.runtime.options import Options
 from mllm_edge.runtime.profiling.statistics import is_settled
 from mllm_edge.runtime.prompt.image import ImageSource
 from mllm_edge.runtime.prompt.processor import Messages
-from mllm_edge.runtime.trace import STAGES, Metrics, Trace
+from mllm_edge.runtime.trace import Metrics, Trace
 from mllm_edge.runtime.vlm import VLM
 
 __all__ = ["Asker", "Call", "Run", "shares"]
@@ -31,8 +31,7 @@ class Call:
     @classmethod
     def of(cls, metrics: Metrics) -> "Call":
         """From the metrics that a call reports."""
-        stages = {name: getattr(metrics, name) for name in STAGES}
-        ran = {name: seconds for name, seconds in stages.items() if seconds}
+        ran = {name: seconds for name, seconds in metrics.stages.items() if seconds}
         counts = (metrics.decode_steps, metrics.guessed, metrics.accepted)
         return cls(metrics.total, metrics.ttft, ran, metrics.token_seconds, *counts)
 

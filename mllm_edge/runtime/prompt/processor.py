@@ -13,10 +13,10 @@ from PIL import Image
 
 from mllm_edge.errors import BundleError, ImageError, PromptError
 from mllm_edge.runtime.prompt.control_tokens import ControlTokens, Piece, encode_pieces
-from mllm_edge.runtime.prompt.grids import grid_positions
 from mllm_edge.runtime.prompt.image import BGR, ImageSource, load_image
+from mllm_edge.runtime.prompt.layout import Layout, grid_positions, image_text, layout_of
 from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
-from mllm_edge.runtime.prompt.transforms import ProcessedImage, apply_transforms, first_size, tile_grid
+from mllm_edge.runtime.prompt.transforms.apply import apply_transforms, first_size
 from mllm_edge.spec import ImagePrompt, ImageSpec, ModelSpec
 
 __all__ = ["Message", "Messages", "Processor", "Prompt"]
@@ -32,16 +32,16 @@ class Prompt:
     """What the model is run with.
 
     `text`: the rendered prompt, one placeholder per image. `token_ids` [S] int64, placeholders expanded. `pixel_values`
-    [tiles, C, H, W] float32, the tiles (or cells, see `ImageSpec`) of all images in order, or None without images.
-    `image_positions` [N] int64: where in `token_ids` the N rows of the image features go, in order. `image_grids`:
-    (rows, cols) of each image. `positions` [3, S] int64 for the decoder; None: the places in the sequence.
+    [slices, …] float32, the slices (see `ImageSpec`) of all images in order, or None without images. `image_positions`
+    [N] int64: where in `token_ids` the image tokens are, in order. `layouts`: of each image. `positions` [3, S] int64
+    for the decoder; None: the places in the sequence.
     """
 
     text: str
     token_ids: np.ndarray
     pixel_values: np.ndarray | None
     image_positions: np.ndarray
-    image_grids: tuple[tuple[int, int], ...]
+    layouts: tuple[Layout, ...]
     positions: np.ndarray | None = None
 
 
@@ -121,11 +121,9 @@ class Processor:
                     "give one (height, width) per image, in order",
                 )
             pieces, add_special_tokens = self._render(conversation, len(inline), add_generation_prompt)
-        grids = []
-        for height, width in image_sizes:
-            rows, cols, _ = tile_grid(height, width, self._image_spec(len(image_sizes)).transforms)
-            grids.append((rows, cols))
-        return len(self._encode(pieces, grids, add_special_tokens))
+        count = len(image_sizes)
+        layouts = [layout_of(self._image_spec(count), height, width, count) for height, width in image_sizes]
+        return len(self._encode(pieces, layouts, add_special_tokens))
 
     def spelled(self, text: str) -> list[str]:
         """The control tokens whose names a user's `text` spells, in order: they stay text."""
@@ -222,12 +220,10 @@ class Processor:
                 "give exactly one image per placeholder, in order",
             )
 
-    def _encode(
-        self, pieces: Sequence[Piece], grids: Sequence[tuple[int, int]], add_special_tokens: bool | None
-    ) -> list[int]:
-        """Token ids of the pieces with the i-th placeholder expanded for the i-th grid."""
+    def _encode(self, pieces: Sequence[Piece], layouts: Sequence[Layout], add_special_tokens: bool | None) -> list[int]:
+        """Token ids of the pieces with the i-th placeholder expanded for the i-th image."""
         if self._image is not None:
-            images = iter([_image_text(self._image.prompt, rows, cols) for rows, cols in grids])
+            images = iter([layout.text for layout in layouts])
             pieces = [piece if piece.spelled else Piece(self._expanded(piece.text, images)) for piece in pieces]
         ids = encode_pieces(self._tokenizer, pieces, add_special_tokens)
         if not ids:
@@ -245,46 +241,46 @@ class Processor:
             raise PromptError(f"this model takes no images, and {image_count} were given", "pass text only")
         return self._image
 
-    def _load(self, sources: Sequence[ImageSource]) -> list[ProcessedImage]:
+    def _load(self, sources: Sequence[ImageSource]) -> list[tuple[Layout, np.ndarray]]:
+        """The layout and the pixel values of each image."""
         processed = []
         for i, source in enumerate(sources):
             spec = self._image_spec(len(sources))
             try:
-                image = self._decoded(source, spec)
+                layout, pixel_values = self._decoded(source, spec, len(sources))
             except ImageError as error:
                 if len(sources) == 1:
                     raise
                 raise ImageError(f"image {i + 1} of {len(sources)}: {error.message}", error.fix) from error
-            if image.pixel_values.shape[1:] != spec.shape:
+            if pixel_values.shape[1:] != spec.shape:
                 raise BundleError(
-                    f"the transforms give tiles of {image.pixel_values.shape[1:]}, the model takes {spec.shape}",
+                    f"the transforms give tiles of {pixel_values.shape[1:]}, the model takes {spec.shape}",
                     "export the bundle again",
                 )
-            processed.append(image)
+            processed.append((layout, pixel_values))
         return processed
 
-    def _decoded(self, source: ImageSource, spec: ImageSpec) -> ProcessedImage:
-        if not self._fast_jpeg:
-            return apply_transforms(load_image(source), spec.transforms)
-        sizes: list[tuple[int, int]] = []
+    def _decoded(self, source: ImageSource, spec: ImageSpec, images: int) -> tuple[Layout, np.ndarray]:
+        transforms, sizes = spec.transforms_for(images), list[tuple[int, int]]()
 
         def wanted(height: int, width: int) -> tuple[int, int] | None:
-            size = first_size(height, width, spec.transforms)
+            size = first_size(height, width, transforms)
             sizes.extend([(height, width)] if size else [])
             return size
 
-        image = load_image(source, wanted)
-        return apply_transforms(image, spec.transforms, sizes[0] if sizes else None)
+        image = load_image(source, wanted) if self._fast_jpeg else load_image(source)
+        height, width = sizes[0] if sizes else (image.height, image.width)
+        return layout_of(spec, height, width, images), apply_transforms(image, transforms, (height, width))
 
     def _assemble(
-        self, pieces: Sequence[Piece], images: list[ProcessedImage], add_special_tokens: bool | None
+        self, pieces: Sequence[Piece], images: list[tuple[Layout, np.ndarray]], add_special_tokens: bool | None
     ) -> Prompt:
-        grids = tuple((image.rows, image.cols) for image in images)
-        token_ids = np.array(self._encode(pieces, grids, add_special_tokens), np.int64)
+        layouts = tuple(layout for layout, _ in images)
+        token_ids = np.array(self._encode(pieces, layouts, add_special_tokens), np.int64)
         where, positions = np.zeros(0, np.int64), None
         if self._image is not None:
             where = np.flatnonzero(token_ids == self._image.prompt.token_id)
-            counts = [len(image.pixel_values) * self._image.prompt.tokens_per_tile for image in images]
+            counts = [layout.tokens for layout in layouts]
             if len(where) != sum(counts):
                 raise BundleError(
                     f"the prompt has {len(where)} image tokens, the images have {sum(counts)} features: tokenizer and "
@@ -293,26 +289,11 @@ class Processor:
                 )
             if images and self._follows_grids:
                 starts = where[np.cumsum([0, *counts[:-1]])]
-                positions = grid_positions(len(token_ids), starts.tolist(), grids)
-        pixels = [image.pixel_values for image in images]
+                positions = grid_positions(len(token_ids), starts.tolist(), layouts)
+        pixels = [pixel_values for _, pixel_values in images]
         pixel_values = None if not pixels else pixels[0] if len(pixels) == 1 else np.concatenate(pixels)
         text = "".join(piece.text for piece in pieces)
-        return Prompt(text, token_ids, pixel_values, where, grids, positions)
-
-
-def _image_text(prompt: ImagePrompt, rows: int, cols: int) -> str:
-    """The text that stands for an image of this grid."""
-    tokens = prompt.token * prompt.tokens_per_tile
-    if rows == 0 and cols == 0:
-        return prompt.single.replace("{image}", tokens)
-    tile = prompt.tile.replace("{image}", tokens)
-    parts = [prompt.begin]
-    for row in range(1, rows + 1):
-        of_row = tile.replace("{row}", str(row))
-        parts += [of_row.replace("{col}", str(col)) for col in range(1, cols + 1)]
-        parts.append(prompt.row_end)
-    parts.append(prompt.overview.replace("{image}", tokens))
-    return "".join(parts)
+        return Prompt(text, token_ids, pixel_values, where, layouts, positions)
 
 
 def _control_tokens(image: ImageSpec | None, tokenizer: Tokenizer, template: ChatTemplate | None) -> set[str]:
@@ -330,8 +311,7 @@ def _control_tokens(image: ImageSpec | None, tokenizer: Tokenizer, template: Cha
 
 def _image_markers(prompt: ImagePrompt, added_tokens: Iterable[str]) -> tuple[str, ...]:
     """The added tokens of the vocabulary that the expansion of images uses, the placeholder first."""
-    texts = "".join(_image_text(prompt, *grid) for grid in ((0, 0), (1, 1)))
-    texts += "\0".join((prompt.inline, *prompt.reserved))
+    texts = prompt.single + image_text(prompt, 1, 1, 1) + "\0".join((prompt.inline, *prompt.reserved))
     numbered = prompt.tile.replace("{image}", "")
     for row in range(1, 17):
         texts += "".join(numbered.replace("{row}", str(row)).replace("{col}", str(col)) for col in range(1, 17))

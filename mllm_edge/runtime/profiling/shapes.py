@@ -1,0 +1,40 @@
+"""What the dynamic dimensions of the stages' graphs are for given images, from their sizes alone."""
+
+from collections.abc import Mapping, Sequence
+
+from mllm_edge.runtime.limits import TILES_PER_RUN
+from mllm_edge.runtime.prompt.layout import Layout, layout_of
+from mllm_edge.runtime.prompt.tables import table_inputs
+from mllm_edge.spec import ImageSpec, ModelSpec, Variant
+
+__all__ = ["image_runs", "layouts_of"]
+
+
+def layouts_of(image: ImageSpec | None, sizes: Sequence[tuple[int, int]]) -> list[Layout]:
+    """The layouts of images of these (width, height)."""
+    return [] if image is None else [layout_of(image, height, width, len(sizes)) for width, height in sizes]
+
+
+def image_runs(
+    model: ModelSpec, variants: Mapping[str, Variant], layouts: Sequence[Layout]
+) -> list[tuple[dict[str, int], int]]:
+    """The dimensions of each run that images of these layouts take, by symbol, and the sequences that see themselves
+    in it; `variants`: the graph that each component runs."""
+    stages = [stage for stage in model.stages if stage.per != "prompt"]
+    if model.image is None or not stages or not layouts:
+        return []
+    inputs = {t.name: t.shape for stage in stages for t in variants[stage.component].inputs}
+    if all(stage.per == "slice" for stage in stages):
+        slices = sum(layout.slices for layout in layouts)
+        counts = [min(TILES_PER_RUN, slices - start) for start in range(0, slices, TILES_PER_RUN)]
+        return [(_symbols(inputs, {"pixel_values": (count, *model.image.shape)}), count) for count in counts]
+    found = []
+    for layout in layouts:
+        shapes = {name: array.shape for name, array in table_inputs(model.image, layout.rows, layout.cols).items()}
+        found.append((_symbols(inputs, shapes | {"pixel_values": (layout.slices, *model.image.shape)}), 1))
+    return found
+
+
+def _symbols(inputs: Mapping[str, tuple[int | str, ...]], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    known = [(dims, shapes[name]) for name, dims in inputs.items() if name in shapes]
+    return {d: n for dims, shape in known for d, n in zip(dims, shape, strict=True) if isinstance(d, str)}

@@ -1,0 +1,31 @@
+"""Inputs of the components that follow an image's grid."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from mllm_edge.spec import GridRope, ImageSpec
+
+__all__ = ["grid_rope", "table_inputs"]
+
+
+def table_inputs(image: ImageSpec, rows: int, cols: int) -> dict[str, np.ndarray]:
+    """All tables of an image of rows × cols cells, by the names of the inputs."""
+    merge = image.patches.merge if image.patches is not None else 1
+    found: dict[str, np.ndarray] = {}
+    for table in image.tables:
+        found |= zip(table.names, _TABLES[type(table)](table, rows, cols, merge), strict=True)
+    return found
+
+
+def grid_rope(rope: GridRope, rows: int, cols: int, merge: int) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin [rows · cols, merge², dim/2] float32 of the patches of rows × cols cells, in the cells' order."""
+    frequencies = (rope.theta ** (-4.0 * np.arange(rope.dim // 4) / rope.dim)).astype(np.float32)
+    cell_row, cell_col, row, col = np.indices((rows, cols, merge, merge), np.float32)
+    places = np.stack([cell_row * merge + row, cell_col * merge + col], axis=-1)
+    angles = (places[..., None] * frequencies).reshape(rows * cols, merge**2, rope.dim // 2)
+    return np.cos(angles), np.sin(angles)
+
+
+_TABLES: Mapping[type, Callable[[Any, int, int, int], tuple[np.ndarray, ...]]] = {GridRope: grid_rope}

@@ -1,0 +1,120 @@
+"""Transforms that give an image another size."""
+
+import math
+from collections.abc import Mapping
+
+from PIL import Image
+
+from mllm_edge.errors import ImageError
+from mllm_edge.runtime.prompt.transforms.cut import Cut, How
+from mllm_edge.spec import (
+    CenterCrop,
+    PadToSquare,
+    Resize,
+    ResizeLongestEdge,
+    ResizeShortestEdge,
+    ResizeToMultiple,
+    ResizeToPixels,
+)
+
+__all__ = ["RESIZES"]
+
+
+def _resize_longest_edge_cut(cut: Cut, transform: ResizeLongestEdge) -> Cut:
+    height, width = cut.height, cut.width
+    ratio = width / height
+    if width >= height:
+        width = transform.longest_edge
+        height = max(1, _even(int(width / ratio)))
+    else:
+        height = transform.longest_edge
+        width = max(1, _even(int(height * ratio)))
+    if max(height, width) > transform.limit:
+        ratio = width / height
+        if width >= height:
+            width = transform.limit
+            height = max(1, int(width / ratio))
+        else:
+            height = transform.limit
+            width = max(1, int(height * ratio))
+    return cut._replace(height=height, width=width)
+
+
+def _resize_shortest_edge_cut(cut: Cut, transform: ResizeShortestEdge) -> Cut:
+    edge, height, width = transform.shortest_edge, cut.height, cut.width
+    if width <= height:
+        return cut._replace(height=int(edge * height / width), width=edge)
+    return cut._replace(height=edge, width=int(edge * width / height))
+
+
+def _resize_to_multiple_cut(cut: Cut, transform: ResizeToMultiple) -> Cut:
+    height, width, multiple = cut.height, cut.width, transform.multiple
+    ratio = width / height
+    if width >= height:
+        width = _round_up(width, multiple)
+        height = _round_up(int(width / ratio), multiple)
+    else:
+        height = _round_up(height, multiple)
+        width = _round_up(int(height * ratio), multiple)
+    return cut._replace(height=height, width=width)
+
+
+def _fixed_cut(cut: Cut, transform: Resize | CenterCrop) -> Cut:
+    return cut._replace(height=transform.height, width=transform.width)
+
+
+def _pad_to_square_cut(cut: Cut, transform: PadToSquare) -> Cut:
+    side = max(cut.height, cut.width)
+    return cut._replace(height=side, width=side)
+
+
+def _resize_to_pixels_cut(cut: Cut, transform: ResizeToPixels) -> Cut:
+    height, width, multiple = cut.height, cut.width, transform.multiple
+    if max(height, width) / min(height, width) > transform.max_ratio:
+        raise ImageError(
+            f"an image of {height}×{width} px: one side is more than {transform.max_ratio:g} times the other",
+            "crop the image to a less extreme aspect ratio",
+        )
+    rows, cols = round(height / multiple), round(width / multiple)
+    area = rows * cols * multiple**2
+    if area > transform.max_pixels:
+        shrink = math.sqrt(height * width / transform.max_pixels)
+        rows, cols = (max(1, math.floor(side / shrink / multiple)) for side in (height, width))
+    elif area < transform.min_pixels:
+        grow = math.sqrt(transform.min_pixels / (height * width))
+        rows, cols = (math.ceil(side * grow / multiple) for side in (height, width))
+    return cut._replace(height=rows * multiple, width=cols * multiple)
+
+
+def _crop(tiles: list[Image.Image], transform: CenterCrop, after: Cut) -> list[Image.Image]:
+    # Floor division also of negative offsets; what lies outside the image comes out black.
+    left, top = (tiles[0].width - after.width) // 2, (tiles[0].height - after.height) // 2
+    return [tile.crop((left, top, left + after.width, top + after.height)) for tile in tiles]
+
+
+def _pad(tiles: list[Image.Image], transform: PadToSquare, after: Cut) -> list[Image.Image]:
+    padded = []
+    for tile in tiles:
+        square = Image.new("RGB", (after.width, after.height), transform.color)
+        square.paste(tile, ((after.width - tile.width) // 2, (after.height - tile.height) // 2))
+        padded.append(square)
+    return padded
+
+
+def _even(length: int) -> int:
+    return length + length % 2
+
+
+def _round_up(length: int, multiple: int) -> int:
+    return math.ceil(length / multiple) * multiple
+
+
+RESIZES: Mapping[type, How] = {
+    ResizeLongestEdge: How(_resize_longest_edge_cut),
+    ResizeShortestEdge: How(_resize_shortest_edge_cut),
+    ResizeToMultiple: How(_resize_to_multiple_cut),
+    ResizeToPixels: How(_resize_to_pixels_cut),
+    Resize: How(_fixed_cut),
+    CenterCrop: How(_fixed_cut, _crop),
+    PadToSquare: How(_pad_to_square_cut, _pad),
+}

@@ -1,0 +1,117 @@
+"""Transforms that cut an image into tiles."""
+
+import math
+from collections.abc import Mapping
+
+from PIL import Image
+
+from mllm_edge.errors import BundleError, ImageError
+from mllm_edge.runtime.prompt.transforms.cut import RESAMPLE, Cut, How, resized
+from mllm_edge.spec import SelectResolution, SelectTiles, SplitTiles
+
+__all__ = ["TILES", "fitted", "nearest_resolution"]
+
+
+def _split_tiles_cut(cut: Cut, transform: SplitTiles) -> Cut:
+    size = transform.size
+    if cut.slices > 1:
+        raise BundleError("split_tiles comes after split_tiles", "export the bundle again")
+    if cut.height % size or cut.width % size:
+        raise ImageError(
+            f"{cut.height}×{cut.width} px cannot be cut into whole tiles of {size}×{size} px",
+            "the bundle must resize to a multiple of the tile before it splits: export it again",
+        )
+    rows, cols = cut.height // size, cut.width // size
+    return cut if rows * cols == 1 else Cut(size, size, rows, cols, rows * cols + 1)
+
+
+def _select_tiles_cut(cut: Cut, transform: SelectTiles) -> Cut:
+    if cut.slices > 1:
+        raise BundleError("select_tiles comes after another split", "export the bundle again")
+    size = transform.size
+    rows, cols = _nearest_grid(cut.height, cut.width, transform)
+    if rows * cols == 1:
+        return Cut(size, size)
+    return Cut(size, size, rows, cols, rows * cols + int(transform.overview))
+
+
+def _nearest_grid(height: int, width: int, transform: SelectTiles) -> tuple[int, int]:
+    """(rows, cols) of the grid that SelectTiles describes."""
+    least, most = transform.min_tiles, transform.max_tiles
+    grids = [(rows, cols) for cols in range(1, most + 1) for rows in range(-(-least // cols), most // cols + 1)]
+    grids.sort(key=lambda grid: grid[0] * grid[1])
+    ratio, area = width / height, width * height
+    best, nearest = (1, 1), math.inf
+    for rows, cols in grids:
+        distance = abs(ratio - cols / rows)
+        fits = area > 0.5 * transform.size * transform.size * cols * rows
+        if distance < nearest or (distance == nearest and fits):
+            best, nearest = (rows, cols), distance
+    return best
+
+
+def _split(tiles: list[Image.Image], transform: SplitTiles, after: Cut) -> list[Image.Image]:
+    if after.slices == 1:
+        return tiles
+    image, size = tiles[0], transform.size
+    overview = image.resize((size, size), RESAMPLE[transform.resample])
+    return [*_tiled(image, size, after), overview]
+
+
+def _select(tiles: list[Image.Image], transform: SelectTiles, after: Cut) -> list[Image.Image]:
+    if after.slices == 1:
+        return resized(tiles, transform, after)
+    canvas = Cut(after.rows * transform.size, after.cols * transform.size)
+    cut = _tiled(resized(tiles, transform, canvas)[0], transform.size, after)
+    # The overview is made from the image itself, not from the stretched one.
+    return [*cut, *resized(tiles, transform, after)] if transform.overview else cut
+
+
+def _tiled(image: Image.Image, size: int, grid: Cut) -> list[Image.Image]:
+    corners = [(col * size, row * size) for row in range(grid.rows) for col in range(grid.cols)]
+    return [image.crop((x, y, x + size, y + size)) for x, y in corners]
+
+
+def nearest_resolution(height: int, width: int, transform: SelectResolution) -> tuple[int, int]:
+    """(height, width) of the resolution that keeps most of an image's pixels; of several, that which wastes least."""
+
+    def worth(resolution: tuple[int, int]) -> tuple[int, int]:
+        high, wide = resolution
+        scale = min(wide / width, high / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        return kept, kept - high * wide
+
+    return max(transform.resolutions, key=worth)
+
+
+def fitted(height: int, width: int, into: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of an image scaled into a resolution: one side fills it, the other is rounded up."""
+    high, wide = into
+    if wide / width < high / height:
+        return min(math.ceil(height * (wide / width)), high), wide
+    return high, min(math.ceil(width * (high / height)), wide)
+
+
+def _select_resolution_cut(cut: Cut, transform: SelectResolution) -> Cut:
+    if cut.slices > 1:
+        raise BundleError("select_resolution comes after another split", "export the bundle again")
+    size = transform.size
+    height, width = nearest_resolution(cut.height, cut.width, transform)
+    rows, cols = height // size, width // size
+    return Cut(size, size, rows, cols, rows * cols + 1)
+
+
+def _select_resolution(tiles: list[Image.Image], transform: SelectResolution, after: Cut) -> list[Image.Image]:
+    image, canvas = tiles[0], (after.rows * transform.size, after.cols * transform.size)
+    height, width = fitted(image.height, image.width, canvas)
+    whole = Image.new("RGB", canvas[::-1])
+    corner = ((canvas[1] - width) // 2, (canvas[0] - height) // 2)
+    whole.paste(resized(tiles, transform, Cut(height, width))[0], corner)
+    return [*resized(tiles, transform, after), *_tiled(whole, transform.size, after)]
+
+
+TILES: Mapping[type, How] = {
+    SplitTiles: How(_split_tiles_cut, _split),
+    SelectTiles: How(_select_tiles_cut, _select),
+    SelectResolution: How(_select_resolution_cut, _select_resolution),
+}
