@@ -40,7 +40,7 @@ FLOORS = {
         ("machine", "onnx_file"),
         ("backends", "prompt"),
         ("decode",),
-        ("answer", "arguments", "turns"),
+        ("answer", "arguments", "encode", "turns"),
         ("vlm",),
         ("budget", "build", "compare", "conversation", "doctor"),
         ("profiling",),

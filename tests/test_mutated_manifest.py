@@ -131,9 +131,25 @@ def drop(tensors: list[dict[str, Any]], name: str) -> None:
 
 CONTRADICTIONS: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     ("there is no decoder", lambda m: m["components"].pop("decoder")),
-    ("a vision_encoder is missing", lambda m: m["components"].pop("vision_encoder")),
-    ("a connector is missing", lambda m: m["components"].pop("connector")),
-    ("no images, and a vision_encoder is there", lambda m: m["model"].update(image=None)),
+    ("there is no vision_encoder", lambda m: m["components"].pop("vision_encoder")),
+    ("there is no connector", lambda m: m["components"].pop("connector")),
+    ("takes no images, and has 2 stages", lambda m: m["model"].update(image=None)),
+    ("takes images, and has 0 stages", lambda m: m["model"].update(stages=[])),
+    ("no stage runs connector", lambda m: m["model"]["stages"].pop()),
+    (
+        "the stages are vision_encoder, connector, vision_encoder",
+        lambda m: m["model"]["stages"].append(m["model"]["stages"][0]),
+    ),
+    (
+        "no stage has the output image_features",
+        lambda m: m["components"]["connector"]["variants"][0]["outputs"][0].update(name="x"),
+    ),
+    (r"image\.features is 0", lambda m: m["model"]["image"].update(features=0)),
+    ("features are packed, and 3 of a tile", lambda m: m["model"]["image"].update(features=3, pack=[{"op": "unpad"}])),
+    (
+        "newline.npy is not in the manifest",
+        lambda m: m["model"]["image"].update(pack=[{"op": "row_end", "file": "newline.npy"}]),
+    ),
     ("decoder has no variants", lambda m: m["components"]["decoder"].update(variants=[])),
     ("decoder has several variants for cpu", lambda m: m["components"]["decoder"]["variants"].append(decoder(m))),
     ("decoder for gpu: no such target", lambda m: decoder(m).update(target="gpu")),
@@ -146,9 +162,9 @@ CONTRADICTIONS: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     (r"it has no output present\.0\.value", lambda m: drop(decoder(m)["outputs"], "present.0.value")),
     ("it has no output logits", lambda m: drop(decoder(m)["outputs"], "logits")),
     ("it has no input cos", lambda m: drop(decoder(m)["inputs"], "cos")),
-    ("it has no input pixel_values", lambda m: m["components"]["vision_encoder"]["variants"][0].update(inputs=[])),
+    ("no stage takes pixel_values", lambda m: m["components"]["vision_encoder"]["variants"][0].update(inputs=[])),
     (
-        "connector for cpu: it has no input vision_hidden",
+        "connector for cpu: nothing gives its input x",
         lambda m: m["components"]["connector"]["variants"][0]["inputs"][0].update(name="x"),
     ),
     ("context_length is 0", lambda m: m["model"].update(context_length=0)),

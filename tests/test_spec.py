@@ -18,6 +18,7 @@ from mllm_edge.spec import (
     Resize,
     ResizeLongestEdge,
     RopeSpec,
+    Stage,
     TensorSpec,
 )
 
@@ -33,10 +34,12 @@ MODEL = ModelSpec(
     cache=CacheSpec(2, 1, 8),
     image=ImageSpec(
         (ResizeLongestEdge(4, "lanczos", 8), Resize(4, 4, "bilinear"), Normalize((0.5,), (0.25,))),
-        ImagePrompt("<image>", 3, 4, "{image}"),
+        ImagePrompt("<image>", 3, "{image}"),
+        4,
         4,
         4,
     ),
+    stages=(Stage("vision_encoder", "vision", "slice"),),
 )
 
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mllm_edge.cli.output import bytes_text, milliseconds, table
-from mllm_edge.runtime.trace import STAGES
 
 if TYPE_CHECKING:
     from mllm_edge.runtime.machine.power import PowerReading
@@ -60,6 +59,8 @@ def sweep_report(profiles: "Sequence[Profile]") -> str:
 
 
 def _sweep_row(p: "Profile", keys: Sequence[str]) -> list[str]:
+    from mllm_edge.runtime.trace import STAGES
+
     stages = p.stages
     vision = sum(stages[name].median for name in stages if name not in STAGES)
     return [

@@ -142,9 +142,10 @@ def bundle_outputs(vlm: VLM, case: Case, tokens: np.ndarray | None = None) -> Ou
         raise ContextError(f"{case.description}: {len(prompt.token_ids)} tokens leave no room", "use a shorter prompt")
     hidden = features = None
     if prompt.pixel_values is not None:
-        made = {name: array for outputs in vlm.stage_outputs(prompt).values() for name, array in outputs.items()}
-        hidden, features = made["vision_hidden"], made["image_features"]
+        hidden = next(iter(vlm.stage_outputs(prompt).values()))["vision_hidden"]
     encoded = vlm.encode(prompt)
+    if prompt.pixel_values is not None:
+        features = encoded.embeds[prompt.image_positions]
     logits = vlm.steps(encoded, vlm.greedy([encoded], steps, stop_ids=())[0] if tokens is None else tokens)
     return Outputs(prompt.token_ids, logits, logits.argmax(axis=1), hidden, features)
 

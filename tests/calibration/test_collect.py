@@ -50,10 +50,12 @@ def test_recorded_feeds_are_what_the_components_run_with(bundle: Path, tmp_path:
     encoder, decoder = Feeds(tmp_path / "vision_encoder"), Feeds(tmp_path / "decoder")
     with VLM.load(bundle) as vlm:
         prompt = vlm.processor.process(sample.prompt, sample.images)
-        assert len(encoder) == len(prompt.image_grids) == 2  # one run per image
-        for i, (rows, cols) in enumerate(prompt.image_grids):
+        assert len(encoder) == len(prompt.layouts) == 2  # one run per image
+        for i, layout in enumerate(prompt.layouts):
             feeds = encoder.read(i, ["pixel_values", "cos", "sin"])
-            assert {name: len(array) for name, array in feeds.items()} == dict.fromkeys(feeds, rows * cols)
+            assert {name: len(array) for name, array in feeds.items()} == dict.fromkeys(
+                feeds, layout.rows * layout.cols
+            )
             assert set(feeds) == {"pixel_values", "cos", "sin"}
         variant = vlm.bundle.variant("decoder", "cpu")
         found = decoder.read(0, [tensor.name for tensor in variant.inputs])

@@ -11,7 +11,7 @@ from mllm_edge.bundle import Bundle
 from mllm_edge.calibration.linears import find_groups, find_layers
 from mllm_edge.calibration.segments import Segment, cut, extract
 from mllm_edge.export.pipeline import export
-from mllm_edge.runtime.prompt.grids import encoder_feeds
+from mllm_edge.runtime.prompt.tables import table_inputs
 from tests.tiny import save_tiny_idefics3, save_tiny_qwen2_vl
 
 
@@ -47,7 +47,7 @@ def encoder_inputs(bundle: Path) -> dict[str, np.ndarray]:
     random, image = np.random.default_rng(0), Bundle.load(bundle).manifest.model.image
     assert image is not None
     pixels = random.normal(size=(6, *image.shape)).astype(np.float32)
-    return next(encoder_feeds(image, pixels, [(2, 3)])) if image.cells else {"pixel_values": pixels}
+    return {"pixel_values": pixels, **table_inputs(image, 2, 3)}
 
 
 @pytest.mark.parametrize("most_bytes", [1, 20_000, 1 << 30])

@@ -195,7 +195,9 @@ def test_images_smaller_than_a_patch_are_what_the_reference_makes_of_them(
             ours = vlm.processor.process("Hi", image)
             expected = reference(text=ours.text, images=[image], return_tensors="np")
             assert ours.token_ids.tolist() == expected["input_ids"][0].tolist()
-            assert [(1, 2 * rows, 2 * cols) for rows, cols in ours.image_grids] == [(*expected["image_grid_thw"][0],)]
+            assert [(1, 2 * layout.rows, 2 * layout.cols) for layout in ours.layouts] == [
+                (*expected["image_grid_thw"][0],)
+            ]
             theirs = expected["pixel_values"].reshape(ours.pixel_values.shape)
             np.testing.assert_allclose(ours.pixel_values, theirs, atol=4 / 255)
             assert vlm.generate("Hi", image, max_new_tokens=2, ignore_eos=True).metrics.new_tokens == 2

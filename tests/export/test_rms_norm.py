@@ -16,7 +16,7 @@ from mllm_edge.export.trace import lower, trace
 from mllm_edge.export.vision.modules import RmsNorm
 from mllm_edge.graph.builder import save_model
 from mllm_edge.graph.datafile import DataFile
-from mllm_edge.spec import TensorSpec
+from mllm_edge.spec import Stage, TensorSpec
 
 SIZE, EPS = 24, 1e-2
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
@@ -35,7 +35,7 @@ def test_every_dialect_normalizes_alike(tmp_path: Path, dialect: str, kind: ir.D
     weight = random.standard_normal(SIZE).astype(np.float32)
     save_file({"norm.weight": weight}, tmp_path / "model.safetensors")
     x, y = (TensorSpec(name, "float32", ("tiles", 3, SIZE)) for name in "xy")
-    component = TracedComponent("norm", _module, (x,), (y,), "norm.")
+    component = TracedComponent(Stage("norm", "vision", "slice"), _module, (x,), (y,), "norm.")
     traced, weights = trace(component, kind), open_weights(tmp_path)
     with DataFile(tmp_path / "norm.onnx.data") as data:
         model = lower(component, traced, weights, RECIPES["fp32"].vision, data, dialect, kind)

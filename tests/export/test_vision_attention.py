@@ -17,7 +17,7 @@ from mllm_edge.export.trace import lower, trace
 from mllm_edge.export.vision.modules import Linear, attention, packed_attention, packed_linear
 from mllm_edge.graph.builder import save_model
 from mllm_edge.graph.datafile import DataFile
-from mllm_edge.spec import TensorSpec
+from mllm_edge.spec import Stage, TensorSpec
 
 SIZE, HEADS, ROWS = 32, 2, 11
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
@@ -87,7 +87,7 @@ def test_queries_of_their_own(
 ) -> None:
     tensors, random = saved(tmp_path), np.random.default_rng(1)
     component = TracedComponent(
-        "resampler",
+        Stage("resampler", "connector", "image"),
         lambda: Resampler(scale),
         (
             TensorSpec("queries", "float32", (1, "queries", SIZE)),
@@ -120,7 +120,9 @@ def test_queries_of_their_own(
 def test_projections_side_by_side(tmp_path: Path, dialect: str, kind: ir.DataType) -> None:
     tensors = saved(tmp_path)
     x, y = (TensorSpec(name, "float32", ("tiles", 6, SIZE)) for name in "xy")
-    session = opened(TracedComponent("packed", Packed, (x,), (y,), ""), tmp_path, dialect, kind)
+    session = opened(
+        TracedComponent(Stage("packed", "vision", "image"), Packed, (x,), (y,), ""), tmp_path, dialect, kind
+    )
     rows = np.random.default_rng(2).standard_normal((3, 6, SIZE)).astype(kind.numpy())
     (found,) = session.run(None, {"x": rows})
     wanted = expected(*(projected(tensors, part, rows.astype(np.float32)) for part in "qkv"))

@@ -113,7 +113,7 @@ def _check_vision(vlm: VLM, reference: tuple[Any, Any], prompt: Prompt, inputs: 
     difference = np.abs(pixel_values - expected.reshape(pixel_values.shape)) * 255 * max(std)
     assert difference.max() <= 1.0
     assert difference.mean() <= 0.05
-    hidden = np.concatenate([hidden for hidden, _ in vlm.vision_runs(prompt)])
+    hidden = vlm.stage_outputs(prompt)[vlm.spec.stages[0].component]["vision_hidden"]
     assert _relative(hidden, reference[0].numpy()) <= FEATURES
     assert _relative(vlm.image_features(prompt), reference[1].numpy()) <= FEATURES
 

@@ -136,9 +136,9 @@ def test_raw_prompts_take_one_placeholder_per_image(plain: Exported) -> None:
     with VLM.load(plain.bundle) as vlm:
         images = [make_image(40, 40, 0), make_image(20, 60, 1)]
         prompt = vlm.processor.process_text("<|image_pad|><|image_pad|>?", images)  # nothing between them
-        counts = [rows * cols for rows, cols in prompt.image_grids]
+        counts = [layout.rows * layout.cols for layout in prompt.layouts]
         assert len(prompt.image_positions) == sum(counts)
-        rows, cols = prompt.image_grids[0]
+        rows, cols = prompt.layouts[0].rows, prompt.layouts[0].cols
         second = prompt.positions[:, counts[0]]
         np.testing.assert_array_equal(second, [max(rows, cols)] * 3)
 

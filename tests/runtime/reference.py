@@ -137,14 +137,13 @@ def image_spec(source: Idefics3ImageProcessorPil, image_token_id: int, tokens_pe
     prompt = spec.ImagePrompt(
         token="<image>",
         token_id=image_token_id,
-        tokens_per_tile=tokens_per_tile,
         single=around + overview,
         tile=around + "<row_{row}_col_{col}>{image}",
         row_end="\n",
         overview="\n" + around + overview,
     )
     tile = source.max_image_size["longest_edge"]
-    return spec.ImageSpec(transforms(source), prompt, tile, tile)
+    return spec.ImageSpec(transforms(source), prompt, tile, tile, tokens_per_tile)
 
 
 def source_processor(source: Idefics3ImageProcessorPil, core: Tokenizer, tokens_per_tile: int) -> Idefics3Processor:

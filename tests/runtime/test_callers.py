@@ -292,7 +292,7 @@ def test_features_and_components_wait_too(vlm: VLM, queued: threading.Semaphore)
     pixels = {"pixel_values": prompt.pixel_values}
     work: list[Callable[[], Any]] = [
         lambda: vlm.image_features(prompt),
-        lambda: np.concatenate([features for _, features in vlm.vision_runs(prompt)]),
+        lambda: vlm.stage_outputs(prompt)["connector"]["image_features"],
         lambda: vlm.component("connector", vlm.component("vision_encoder", pixels))["image_features"],
         lambda: vlm.encode(prompt).embeds[prompt.image_positions],
     ]
@@ -356,7 +356,7 @@ def test_close_twice_and_calls_after_it(tiny_bundle: Path) -> None:
             lambda: vlm.count_tokens("Hi"),
             lambda: vlm.component("connector", {}),
             lambda: vlm.image_features(prompt),
-            lambda: list(vlm.vision_runs(prompt)),
+            lambda: vlm.stage_outputs(prompt),
             lambda: vlm.encode(prompt),
             lambda: list(chat.ask("Hi")),
             lambda: vlm.decoder,

@@ -1,5 +1,6 @@
 """What follows an image's grid, against transformers: the tower's rotary tables and the positions of a prompt."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,13 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionCon
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel, Qwen2VLVisionRotaryEmbedding
 from transformers.vision_utils import get_vision_position_ids
 
-from mllm_edge.runtime.prompt.grids import encoder_feeds, grid_positions, grid_rope_tables
-from mllm_edge.spec import GridRope, ImagePrompt, ImageSpec, Patchify
+from mllm_edge.runtime.encode import Components, stage_runs
+from mllm_edge.runtime.prompt.layout import Layout, grid_positions
+from mllm_edge.runtime.prompt.processor import Prompt
+from mllm_edge.runtime.prompt.tables import grid_rope
+from mllm_edge.runtime.trace import Trace
+from mllm_edge.spec import GridRope, ImagePrompt, ImageSpec, Patchify, Stage
+from tests.runtime.reference import model_spec
 
 IMAGE = 9
 grids = st.tuples(st.integers(1, 9), st.integers(1, 9))
@@ -27,10 +33,14 @@ def test_rotary_tables_equal_transformers(rows: int, cols: int, merge: int, dim:
     config = Qwen2VLVisionConfig(embed_dim=2 * dim, num_heads=2, rope_parameters=rope)
     places = get_vision_position_ids(torch.tensor([[1, rows * merge, cols * merge]]), merge)
     expected = Qwen2VLVisionRotaryEmbedding(config)(torch.zeros(1), places)
-    for ours, theirs in zip(grid_rope_tables(GridRope(theta, dim), rows, cols, merge), expected, strict=True):
+    for ours, theirs in zip(grid_rope(GridRope(theta, dim), rows, cols, merge), expected, strict=True):
         assert ours.dtype == np.float32
         assert ours.shape == (rows * cols, merge**2, dim // 2)
         assert np.abs(ours.reshape(-1, dim // 2) - theirs[:, : dim // 2].numpy()).max() <= 2e-7 + 2**-22 * 60 * merge
+
+
+def of_cells(rows: int, cols: int) -> Layout:
+    return Layout(rows, cols, rows * cols, 1, rows * cols, "", None)
 
 
 class _Positions:
@@ -56,14 +66,14 @@ def test_positions_equal_transformers(images: list[Any], after: int, merge: int)
     kinds += [0] * (after if images else after + 1)
     patches = torch.tensor([[1, rows * merge, cols * merge] for _, (rows, cols) in images])
     expected, shift = _Positions(merge).get_rope_index(torch.tensor([kinds]), torch.tensor([kinds]), patches)
-    ours = grid_positions(len(kinds), starts, [grid for _, grid in images])
+    ours = grid_positions(len(kinds), starts, [of_cells(*grid) for _, grid in images])
     assert ours.dtype == np.int64
     np.testing.assert_array_equal(ours, expected[:, 0].numpy())
     assert ours.max() + 1 - len(kinds) == shift.item()  # what the decoder goes on with
 
 
 def test_images_side_by_side() -> None:
-    positions = grid_positions(8, [0, 6], [(2, 3), (1, 1)])
+    positions = grid_positions(8, [0, 6], [of_cells(2, 3), of_cells(1, 1)])
     assert positions.tolist() == [[0] * 6 + [3, 4], [0, 0, 0, 1, 1, 1, 3, 4], [0, 1, 2, 0, 1, 2, 3, 4]]
 
 
@@ -72,25 +82,45 @@ def test_positions_of_text() -> None:
     assert grid_positions(0, [], []).shape == (3, 0)
 
 
-PROMPT = ImagePrompt("<image>", IMAGE, 1, "{image}")
+PROMPT = ImagePrompt("<image>", IMAGE, "{image}")
+
+
+def runs_of(image: ImageSpec, per: str, pixel_values: np.ndarray, layouts: list[Layout]) -> list[dict[str, np.ndarray]]:
+    """What one stage is given, run by run."""
+    given: list[dict[str, np.ndarray]] = []
+
+    def run(component: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        assert component == "encoder"
+        given.append(inputs)
+        return {"vision_hidden": inputs["pixel_values"]}
+
+    names = ["pixel_values", *(name for table in image.tables for name in table.names)]
+    model = replace(model_spec(image), stages=(Stage("encoder", "vision", per),))
+    prompt = Prompt("", np.zeros(0, np.int64), pixel_values, np.zeros(0, np.int64), tuple(layouts))
+    made = list(stage_runs(Components(model, {"encoder": names}, run, slices=4), prompt, Trace()))
+    for outputs, inputs in zip(made, given, strict=True):
+        np.testing.assert_array_equal(outputs["encoder"]["vision_hidden"], inputs["pixel_values"])
+    return given
 
 
 def test_one_run_per_image_of_cells() -> None:
-    cells = ImageSpec((Patchify(4, 2, 1),), PROMPT, 8, 8, tables=(GridRope(1e4, 8),))
-    assert cells.shape == (4, 3 * 16)
+    image = ImageSpec((Patchify(4, 2, 1),), PROMPT, 8, 8, 1, tables=(GridRope(1e4, 8), GridRope(5.0, 4, ("c", "s"))))
+    assert image.shape == (4, 3 * 16)
     pixel_values = np.arange(10 * 4 * 48, dtype=np.float32).reshape(10, 4, 48)
-    runs = list(encoder_feeds(cells, pixel_values, [(2, 3), (1, 4)]))
-    assert [sorted(feeds) for feeds in runs] == [["cos", "pixel_values", "sin"]] * 2
+    runs = runs_of(image, "image", pixel_values, [of_cells(2, 3), of_cells(1, 4)])
+    assert [sorted(feeds) for feeds in runs] == [["c", "cos", "pixel_values", "s", "sin"]] * 2
     np.testing.assert_array_equal(runs[0]["pixel_values"], pixel_values[:6])
     np.testing.assert_array_equal(runs[1]["pixel_values"], pixel_values[6:])
-    np.testing.assert_array_equal(runs[1]["cos"], grid_rope_tables(GridRope(1e4, 8), 1, 4, 2)[0])
+    np.testing.assert_array_equal(runs[1]["cos"], grid_rope(GridRope(1e4, 8), 1, 4, 2)[0])
+    np.testing.assert_array_equal(runs[1]["s"], grid_rope(GridRope(5.0, 4), 1, 4, 2)[1])
 
 
 def test_some_tiles_per_run() -> None:
-    tiles = ImageSpec((), PROMPT, 2, 2)
-    assert tiles.shape == (3, 2, 2)
+    image = ImageSpec((), PROMPT, 2, 2, 3)
+    assert image.shape == (3, 2, 2)
     pixel_values = np.arange(9 * 12, dtype=np.float32).reshape(9, 3, 2, 2)
-    runs = list(encoder_feeds(tiles, pixel_values, [(2, 2), (1, 3)]))
+    layouts = [Layout(2, 2, 5, 5, 15, "", None), Layout(1, 3, 4, 4, 12, "", None)]
+    runs = runs_of(image, "slice", pixel_values, layouts)
     assert all(list(feeds) == ["pixel_values"] for feeds in runs)
     np.testing.assert_array_equal(np.concatenate([feeds["pixel_values"] for feeds in runs]), pixel_values)
-    assert max(len(feeds["pixel_values"]) for feeds in runs) == 4
+    assert [len(feeds["pixel_values"]) for feeds in runs] == [4, 4, 1]

@@ -368,7 +368,7 @@ def test_a_jpeg_at_a_smaller_scale_differs_by_little(tiny_bundle, orientation):
     data = encoded(photograph(2000, 1400), "JPEG", quality=90, exif=exif)
     with VLM.load(tiny_bundle) as whole, VLM.load(tiny_bundle, fast_jpeg=True) as fast:
         expected, found = (vlm.processor.process("Hi", data) for vlm in (whole, fast))
-        assert found.image_grids == expected.image_grids
+        assert [x.text for x in found.layouts] == [x.text for x in expected.layouts]
         np.testing.assert_array_equal(found.token_ids, expected.token_ids)
         levels = np.abs(found.pixel_values - expected.pixel_values) * 255 / 2  # the tiny model's range is −1 to 1
         assert 0 < levels.max() <= 4

@@ -137,7 +137,7 @@ def test_components_and_inputs_that_there_are_not(vlm: VLM) -> None:
     with pytest.raises(PromptError, match="no images"):
         vlm.image_features(vlm.processor.process("Hi"))
     with pytest.raises(PromptError, match="no images"):
-        list(vlm.vision_runs(vlm.processor.process("Hi")))
+        vlm.stage_outputs(vlm.processor.process("Hi"))
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,10 @@ def user(*content):
 IMAGE = object()
 
 
+def grids(prompt):
+    return [(layout.rows, layout.cols) for layout in prompt.layouts]
+
+
 def assert_equal(prompt, expected, tokens_per_tile=TOKENS_PER_TILE):
     """Token ids identical; pixels identical, which is within 1/255 grey level."""
     assert prompt.token_ids.dtype == np.int64
@@ -72,15 +76,16 @@ def assert_equal(prompt, expected, tokens_per_tile=TOKENS_PER_TILE):
     np.testing.assert_array_equal(prompt.image_positions, np.flatnonzero(prompt.token_ids == IMAGE_ID))
     if "pixel_values" not in expected:
         assert prompt.pixel_values is None
-        assert prompt.image_grids == ()
+        assert prompt.layouts == ()
         assert len(prompt.image_positions) == 0
         return
     pixels = np.concatenate([np.asarray(image) for image in expected["pixel_values"]])
     assert prompt.pixel_values.dtype == np.float32
     np.testing.assert_array_equal(prompt.pixel_values, pixels)
     assert len(prompt.image_positions) == len(pixels) * tokens_per_tile
-    tiles = [rows * cols + 1 if rows else 1 for rows, cols in prompt.image_grids]
-    assert sum(tiles) == len(pixels)
+    assert sum(layout.slices for layout in prompt.layouts) == len(pixels)
+    for layout in prompt.layouts:
+        assert layout.slices == (1 if (layout.rows, layout.cols) == (1, 1) else layout.rows * layout.cols + 1)
 
 
 # ---------------------------------------------------------------- equality with the source library
@@ -111,7 +116,7 @@ def test_full_hd_at_the_model_s_own_size():
     expected = source(text="<image>Describe the image.", images=[image])
     prompt = ours.process_text("<image>Describe the image.", image)
     assert_equal(prompt, expected, 64)
-    assert prompt.image_grids == ((3, 4),)
+    assert grids(prompt) == [(3, 4)]
     assert ours.count_tokens("<image>Describe the image.", [(1080, 1920)], raw=True) == len(prompt.token_ids)
 
 
@@ -119,7 +124,7 @@ def test_one_tile_is_not_cut():
     ours, source = pair(64, 64)
     prompt = ours.process_text("<image>What?", [picture(30, 40)])
     assert_equal(prompt, source(text="<image>What?", images=[picture(30, 40)]))
-    assert prompt.image_grids == ((0, 0),)
+    assert grids(prompt) == [(1, 1)]
 
 
 @pytest.mark.parametrize("split", [True, False], ids=["split", "whole"])
@@ -141,7 +146,7 @@ def test_several_images_of_different_size_and_several_turns(split):
             add_generation_prompt=add_generation_prompt,
         )
         prompt = ours.process(messages, images, add_generation_prompt=add_generation_prompt)
-        assert len(prompt.image_grids) == 3
+        assert len(prompt.layouts) == 3
         assert prompt.text.count("<image>") == 3
         # The source library pads the images of one prompt into one array of tiles; here they follow each other.
         assert_equal(prompt, expected)
@@ -196,7 +201,7 @@ def test_any_sizes_and_text(sizes, text):
 
 def test_features_go_where_the_placeholders_are_in_order():
     prompt = OURS.process_text("<image><image>", [picture(64, 256), picture(10, 10)])
-    assert prompt.image_grids == ((1, 4), (4, 4))
+    assert grids(prompt) == [(1, 4), (4, 4)]
     positions = prompt.image_positions
     assert (np.diff(positions) > 0).all()
     runs = np.split(positions, np.flatnonzero(np.diff(positions) > 1) + 1)
@@ -252,7 +257,7 @@ def test_images_given_both_ways_keep_their_order():
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "image", "image": b}, {"type": "image"}]}]
     prompt = OURS.process(messages, [a, c])
     expected = OURS.process([{"role": "user", "content": [{"type": "image"}] * 3}], [a, b, c])
-    assert prompt.image_grids == ((4, 4), (2, 4), (2, 4))
+    assert grids(prompt) == [(4, 4), (2, 4), (2, 4)]
     np.testing.assert_array_equal(prompt.pixel_values, expected.pixel_values)
 
 
@@ -264,8 +269,8 @@ def test_one_image_need_not_be_a_list(tmp_path):
     for one in (image, np.asarray(image), str(path), path, png(image), io.BytesIO(png(image))):
         np.testing.assert_array_equal(OURS.process("Q", one).pixel_values, expected)
     frames = np.stack([np.asarray(image)] * 2)
-    assert len(OURS.process("Q", frames).image_grids) == 2
-    assert len(OURS.process("Q", iter([image, image])).image_grids) == 2
+    assert len(OURS.process("Q", frames).layouts) == 2
+    assert len(OURS.process("Q", iter([image, image])).layouts) == 2
     assert OURS.process("Q", None).pixel_values is None
 
 

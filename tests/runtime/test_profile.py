@@ -26,6 +26,7 @@ from mllm_edge.runtime.profiling.environment import Clock, read_clocks, read_env
 from mllm_edge.runtime.profiling.first_use import first_use
 from mllm_edge.runtime.profiling.measure import Profile, profile, synthetic_image
 from mllm_edge.runtime.profiling.runs import shares
+from mllm_edge.runtime.profiling.shapes import layouts_of
 from mllm_edge.runtime.profiling.statistics import (
     PERCENTILES,
     Distribution,
@@ -36,7 +37,10 @@ from mllm_edge.runtime.profiling.statistics import (
 )
 from mllm_edge.runtime.profiling.sweep import KEYS, parse_sweep, points, prompt_of, run_sweep, sweep_dict
 from mllm_edge.runtime.prompt.tokenizer import Tokenizer
-from mllm_edge.runtime.trace import LOAD_STAGES, STAGES
+from mllm_edge.runtime.trace import LOAD_STAGES, in_order
+from mllm_edge.runtime.trace import STAGES as FIXED_STAGES
+
+STAGES = tuple(in_order([*FIXED_STAGES, "vision_encoder", "connector"]))
 
 
 def check_schema(value: Any, schema: Mapping[str, Any], root: Mapping[str, Any], where: str = "$") -> None:
@@ -296,7 +300,7 @@ def test_an_unreadable_image_is_found_before_the_load(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- memory
 def test_memory_adds_up(result: Profile, tiny_bundle: Path) -> None:
-    m = result.memory
+    m, bundle = result.memory, Bundle.load(tiny_bundle)
     assert m.base + sum(m.weights.values()) + m.kv_cache + m.rest == m.peak
     assert set(m.weights) == {"vision_encoder", "connector", "decoder"}
     assert m.predicted.kv_cache == m.kv_cache
@@ -305,7 +309,7 @@ def test_memory_adds_up(result: Profile, tiny_bundle: Path) -> None:
     assert predicted.total == m.base + parts
     assert m.error_percent == pytest.approx(100 * (predicted.total - m.peak) / m.peak)
     assert predicted.activations == memory.predict_activations(
-        Bundle.load(tiny_bundle), "cpu", result.setting.prompt_tokens
+        bundle, "cpu", result.setting.prompt_tokens, layouts_of(bundle.manifest.model.image, [(640, 480)])
     )
     assert "GPU memory: no GPU is in use" in m.notes
     if sys.platform == "linux":  # elsewhere a process cannot forget its peak
@@ -317,7 +321,7 @@ def test_memory_adds_up(result: Profile, tiny_bundle: Path) -> None:
 def test_pictures_are_predicted_as_decoded_and_as_pixel_values(result: Profile, tiny_bundle: Path) -> None:
     image = Bundle.load(tiny_bundle).manifest.model.image
     assert image is not None
-    assert image.cells is None
+    assert image.patches is None
     pixels = result.setting.tiles * image.channels * image.height * image.width
     assert result.memory.predicted.images == 3 * 640 * 480 + 4 * pixels
 

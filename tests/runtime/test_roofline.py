@@ -20,9 +20,10 @@ from mllm_edge.runtime.profiling.roofline import (
     product_graph,
     roofline,
 )
+from mllm_edge.runtime.prompt.layout import Layout
 from mllm_edge.spec import Variant
 
-WORK = Workload(prompt_tokens=40, image_tokens=18, new_tokens=20, tiles=2)
+WORK = Workload(prompt_tokens=40, new_tokens=20, images=tuple(Layout(1, 1, 1, 1, 9, "", None) for _ in range(2)))
 SECONDS = {"preprocess": 1.0, "vision_encoder": 0.5, "connector": 0.25, "prefill": 2.0, "decode": 0.1}
 
 
@@ -156,14 +157,15 @@ def test_an_image_of_cells_is_one_sequence(tmp_path: Path) -> None:
     export(str(tmp_path / "model"), tmp_path / "bundle", recipe_name="fp32")
     bundle = Bundle.load(tmp_path / "bundle")
     assert bundle.manifest.model.image is not None
-    assert bundle.manifest.model.image.cells is not None
+    assert bundle.manifest.model.image.patches is not None
     limits = MachineLimits(1e9, {"float32": 1e9})
     flops = {}
     for cells, images in ((10, 1), (20, 1), (20, 2)):
-        work = Workload(prompt_tokens=40, image_tokens=cells, new_tokens=4, tiles=cells, images=images)
+        of_each = Layout(1, cells // images, cells // images, 1, cells // images, "", None)
+        work = Workload(prompt_tokens=40, new_tokens=4, images=(of_each,) * images)
         (roof,) = roofline(bundle, variants(bundle), {"vision_encoder": 1.0}, work, limits)
         flops[cells, images] = roof.flops
-    patches = 10 * bundle.manifest.model.image.cells.merge**2
+    patches = 10 * bundle.manifest.model.image.patches.merge**2
     graph = onnx.load(tmp_path / "bundle" / "vision_encoder.onnx", load_external_data=False).graph
     layers = sum(n.op_type in ("MultiHeadAttention", "Attention") for n in graph.node)
     (output,) = bundle.variant("vision_encoder", "cpu").outputs

@@ -11,7 +11,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 
 from mllm_edge.errors import BundleError
 from mllm_edge.json_form import from_json, to_json
-from mllm_edge.runtime.prompt.transforms import apply_transforms, tile_grid
+from mllm_edge.runtime.prompt.transforms.apply import apply_transforms, cut_of
 from mllm_edge.spec import ImagePrompt, ImageSpec, Normalize, Rescale, SelectTiles, SplitTiles
 
 from .reference import picture
@@ -60,11 +60,11 @@ def test_tiles_equal_the_source_library(size, limits):
     source = source_processor(32, *limits)
     steps = (SelectTiles(32, *limits, True, "bicubic"), *VALUES)
     actual = apply_transforms(picture(*size), steps)
-    assert actual.pixel_values.dtype == np.float32
+    assert actual.dtype == np.float32
     if limits != (1, 1):  # then the library's processor does not come to its choice of tiles
-        assert len(actual.pixel_values) == source.get_number_of_image_patches(*size)
-    np.testing.assert_array_equal(actual.pixel_values, source.preprocess([picture(*size)])["pixel_values"])
-    assert tile_grid(*size, steps) == (actual.rows, actual.cols, len(actual.pixel_values))
+        assert len(actual) == source.get_number_of_image_patches(*size)
+    np.testing.assert_array_equal(actual, source.preprocess([picture(*size)])["pixel_values"])
+    assert cut_of(*size, steps).slices == len(actual)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -73,27 +73,27 @@ def test_tiles_equal_the_source_library(size, limits):
 def test_overview_is_the_image_itself_and_comes_last(size, overview, tile, resample, name):
     source = source_processor(tile, 1, 6, resample=resample)
     actual = apply_transforms(picture(*size), (SelectTiles(tile, 1, 6, overview, name), *VALUES))
-    np.testing.assert_array_equal(actual.pixel_values, source_tiles(source, picture(*size), overview))
+    np.testing.assert_array_equal(actual, source_tiles(source, picture(*size), overview))
 
 
 def test_grids_of_known_sizes():
     step = SelectTiles(448, 1, 12, True, "bicubic")
     for size, grid in {
-        (448, 448): (0, 0, 1),  # two by two would be as near, and more than twice as large
+        (448, 448): (1, 1, 1),  # two by two would be as near, and more than twice as large
         (900, 900): (2, 2, 5),
         (960, 960): (3, 3, 10),
         (1080, 1920): (2, 4, 9),
         (800, 1200): (2, 3, 7),
         (3000, 200): (12, 1, 13),
     }.items():
-        assert tile_grid(*size, (step,)) == grid
+        assert cut_of(*size, (step,))[2:] == grid
 
 
 @settings(max_examples=400, deadline=None)
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 12), st.integers(0, 28), st.sampled_from([32, 448]))
 def test_number_of_tiles_equals_the_source_library(height, width, least, more, tile):
     source = source_processor(tile, least, least + more)
-    _, _, tiles = tile_grid(height, width, (SelectTiles(tile, least, least + more, True, "bicubic"),))
+    _, _, _, _, tiles = cut_of(height, width, (SelectTiles(tile, least, least + more, True, "bicubic"),))
     assert tiles == source.get_number_of_image_patches(height, width)
 
 
@@ -105,8 +105,8 @@ def test_ties_are_broken_like_in_the_source_library(columns, rows, halves, unit,
 
     height, width = 2 * rows * unit, (2 * columns + halves % 2) * unit
     expected = get_optimal_tiled_canvas((height, width), (16, 16), 1, most)
-    rows, cols, _ = tile_grid(height, width, (SelectTiles(16, 1, most, False, "bicubic"),))
-    assert (max(cols, 1), max(rows, 1)) == expected
+    _, _, rows, cols, _ = cut_of(height, width, (SelectTiles(16, 1, most, False, "bicubic"),))
+    assert (cols, rows) == expected
 
 
 @settings(max_examples=200, deadline=None)
@@ -114,19 +114,19 @@ def test_ties_are_broken_like_in_the_source_library(columns, rows, halves, unit,
 def test_grid_from_the_size_alone(height, width, least, more, overview):
     steps = (SelectTiles(8, least, least + more, overview, "nearest"),)
     done = apply_transforms(Image.new("RGB", (width, height)), steps)
-    assert tile_grid(height, width, steps) == (done.rows, done.cols, len(done.pixel_values))
+    assert cut_of(height, width, steps).slices == len(done)
 
 
 def test_tiles_of_tiles_are_refused():
     select = SelectTiles(8, 4, 4, True, "nearest")
     for steps in ((select, select), (SplitTiles(16, "nearest"), select), (select, SplitTiles(4, "nearest"))):
         with pytest.raises(BundleError, match="comes after"):
-            tile_grid(32, 32, steps)
+            cut_of(32, 32, steps)
 
 
 def test_json_of_bundles_before_and_after():
-    prompt = ImagePrompt("<i>", 3, 4, "<{image}>", begin="<", tile="{image}", overview="{image}>")
-    spec = ImageSpec((SelectTiles(8, 1, 6, False, "bicubic"),), prompt, 8, 8)
+    prompt = ImagePrompt("<i>", 3, "<{image}>", begin="<", tile="{image}", overview="{image}>")
+    spec = ImageSpec((SelectTiles(8, 1, 6, False, "bicubic"),), prompt, 8, 8, 4)
     data = json.loads(json.dumps(to_json(spec)))
     assert from_json(ImageSpec, data) == spec
     del data["prompt"]["begin"]

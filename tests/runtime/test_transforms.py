@@ -11,7 +11,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from mllm_edge.errors import BundleError, ImageError
-from mllm_edge.runtime.prompt.transforms import apply_transforms, tile_grid
+from mllm_edge.runtime.prompt.transforms.apply import apply_transforms, cut_of
 from mllm_edge.spec import (
     CenterCrop,
     Normalize,
@@ -43,10 +43,11 @@ def test_pixels_equal_the_source_library(size, split, resample):
     source = image_processor(64, 200, split, resample=resample)
     expected, rows, cols = run_source(source, picture(*size))
     actual = apply_transforms(picture(*size), transforms(source))
-    assert (actual.rows, actual.cols) == (rows, cols)
-    assert actual.pixel_values.dtype == np.float32
-    assert actual.pixel_values.flags.c_contiguous
-    np.testing.assert_array_equal(actual.pixel_values, expected)
+    cut = cut_of(*size, transforms(source))
+    assert (cut.rows, cut.cols, cut.slices) == (max(rows, 1), max(cols, 1), len(actual))
+    assert actual.dtype == np.float32
+    assert actual.flags.c_contiguous
+    np.testing.assert_array_equal(actual, expected)
 
 
 @pytest.mark.parametrize(("tile", "edge"), [(64, 64), (50, 199), (64, 63)], ids=["one tile", "odd", "edge below tile"])
@@ -55,8 +56,9 @@ def test_other_configurations_equal_the_source_library(tile, edge, size):
     source = image_processor(tile, edge, True)
     expected, rows, cols = run_source(source, picture(*size))
     actual = apply_transforms(picture(*size), transforms(source))
-    assert (actual.rows, actual.cols) == (rows, cols)
-    np.testing.assert_array_equal(actual.pixel_values, expected)
+    cut = cut_of(*size, transforms(source))
+    assert (cut.rows, cut.cols, cut.slices) == (max(rows, 1), max(cols, 1), len(actual))
+    np.testing.assert_array_equal(actual, expected)
 
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -67,10 +69,9 @@ def assert_equal_to(source, size, steps):
     """One tile, pixels identical to the source library's."""
     expected = np.stack(source.preprocess([picture(*size)])["pixel_values"])
     actual = apply_transforms(picture(*size), steps)
-    assert (actual.rows, actual.cols) == (0, 0)
-    assert actual.pixel_values.dtype == np.float32
-    np.testing.assert_array_equal(actual.pixel_values, expected)
-    assert tile_grid(*size, steps) == (0, 0, 1)
+    assert actual.dtype == np.float32
+    np.testing.assert_array_equal(actual, expected)
+    assert cut_of(*size, steps)[2:] == (1, 1, 1)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -105,7 +106,7 @@ def test_stretching_equals_the_source_library(size):
 
 def test_strip_that_would_grow_without_bounds_is_refused():
     steps = (ResizeShortestEdge(336, "bicubic"), CenterCrop(336, 336))
-    for call in (lambda: apply_transforms(Image.new("RGB", (20_000, 1)), steps), lambda: tile_grid(1, 20_000, steps)):
+    for call in (lambda: apply_transforms(Image.new("RGB", (20_000, 1)), steps), lambda: cut_of(1, 20_000, steps)):
         with pytest.raises(ImageError, match=r"1×20000 px into 336×6720000 px") as error:
             call()
         assert "aspect ratio" in error.value.fix
@@ -114,7 +115,7 @@ def test_strip_that_would_grow_without_bounds_is_refused():
 def test_longest_edge_over_the_limit():
     source = image_processor(32, 5000, True)
     _, rows, cols = source.get_number_of_image_patches(30, 31)
-    assert tile_grid(30, 31, transforms(source)) == (rows, cols, rows * cols + 1)
+    assert cut_of(30, 31, transforms(source))[2:] == (rows, cols, rows * cols + 1)
     assert cols == 4096 // 32
 
 
@@ -123,10 +124,10 @@ def test_full_hd():
     image = picture(1080, 1920)
     expected, rows, cols = run_source(source, image)
     actual = apply_transforms(image, transforms(source))
-    assert actual.pixel_values.shape == (13, 3, 512, 512)
-    assert (actual.rows, actual.cols) == (rows, cols) == (3, 4)
-    np.testing.assert_array_equal(actual.pixel_values, expected)
-    assert tile_grid(2048, 2048, transforms(source)) == (4, 4, 17)
+    assert actual.shape == (13, 3, 512, 512)
+    assert cut_of(1080, 1920, transforms(source))[2:] == (rows, cols, 13) == (3, 4, 13)
+    np.testing.assert_array_equal(actual, expected)
+    assert cut_of(2048, 2048, transforms(source))[2:] == (4, 4, 17)
 
 
 @settings(max_examples=300, deadline=None)
@@ -139,13 +140,13 @@ def test_grid_from_the_size_alone(height, width, tile, edge, limit, split):
     steps = (ResizeToMultiple(tile, "nearest"), SplitTiles(tile, "nearest")) if split else (Resize(tile, 3, "box"),)
     image = Image.new("RGB", (width, height))
     try:
-        grid = tile_grid(height, width, resize + steps)
+        cut = cut_of(height, width, resize + steps)
     except ImageError:  # so narrow that nothing is left of it
         with pytest.raises(ImageError):
             apply_transforms(image, resize + steps)
         return
     done = apply_transforms(image, resize + steps)
-    assert grid == (done.rows, done.cols, len(done.pixel_values))
+    assert cut.slices == len(done)
 
 
 @settings(max_examples=300, deadline=None)
@@ -153,30 +154,30 @@ def test_grid_from_the_size_alone(height, width, tile, edge, limit, split):
 def test_grid_equals_the_source_library(height, width, sizes):
     source = image_processor(*sizes, True)
     _, rows, cols = source.get_number_of_image_patches(height, width)
-    assert tile_grid(height, width, transforms(source))[:2] == (rows, cols)
+    assert cut_of(height, width, transforms(source))[2:4] == (max(rows, 1), max(cols, 1))
 
 
 def test_values_without_rescale_or_normalize():
     image = picture(4, 4)
     expected = np.asarray(image).transpose(2, 0, 1)[None].astype(np.float32)
-    np.testing.assert_array_equal(apply_transforms(image, ()).pixel_values, expected)
-    scaled = apply_transforms(image, (Rescale(1 / 255),)).pixel_values
+    np.testing.assert_array_equal(apply_transforms(image, ()), expected)
+    scaled = apply_transforms(image, (Rescale(1 / 255),))
     np.testing.assert_allclose(scaled, expected / 255, atol=1e-7)
-    both = apply_transforms(image, (Normalize((1.0, 2.0, 3.0), (2.0, 4.0, 8.0)),)).pixel_values
+    both = apply_transforms(image, (Normalize((1.0, 2.0, 3.0), (2.0, 4.0, 8.0)),))
     np.testing.assert_allclose(both[0, 2], (expected[0, 2] - 3) / 8, atol=1e-6)
 
 
 def test_grey_images_are_made_rgb_first():
-    assert apply_transforms(Image.new("L", (4, 4)), ()).pixel_values.shape == (1, 3, 4, 4)
+    assert apply_transforms(Image.new("L", (4, 4)), ()).shape == (1, 3, 4, 4)
 
 
 def test_sizes_that_cannot_be_processed():
     split = (SplitTiles(16, "nearest"),)
-    for call in (lambda: apply_transforms(picture(20, 40), split), lambda: tile_grid(20, 40, split)):
+    for call in (lambda: apply_transforms(picture(20, 40), split), lambda: cut_of(20, 40, split)):
         with pytest.raises(ImageError, match=r"20×40 px .* 16×16"):
             call()
     with pytest.raises(ImageError, match="0×5"):
-        tile_grid(0, 5, split)
+        cut_of(0, 5, split)
 
 
 def test_transforms_that_cannot_follow_each_other():
@@ -226,12 +227,13 @@ def test_cells_equal_the_source_library(size, settings):
     expected = source.preprocess([picture(*size)], return_tensors="np")
     actual = apply_transforms(picture(*size), steps)
     merge = source.merge_size
-    assert [1, actual.rows * merge, actual.cols * merge] == expected["image_grid_thw"][0].tolist()
-    assert tile_grid(*size, steps) == (actual.rows, actual.cols, len(actual.pixel_values))
+    cut = cut_of(*size, steps)
+    assert [1, cut.rows * merge, cut.cols * merge] == expected["image_grid_thw"][0].tolist()
+    assert cut_of(*size, steps).slices == len(actual)
     values = 3 * source.temporal_patch_size * source.patch_size**2
-    assert actual.pixel_values.shape == (actual.rows * actual.cols, merge**2, values)
-    assert actual.pixel_values.dtype == np.float32
-    np.testing.assert_array_equal(actual.pixel_values.reshape(-1, values), expected["pixel_values"])
+    assert actual.shape == (cut.rows * cut.cols, merge**2, values)
+    assert actual.dtype == np.float32
+    np.testing.assert_array_equal(actual.reshape(-1, values), expected["pixel_values"])
 
 
 @settings(max_examples=500, deadline=None)
@@ -245,10 +247,10 @@ def test_resizing_to_an_area_equals_the_source_library(height, width, bounds):
     steps = (ResizeToPixels(multiple, least, most, "bicubic", 200.0), Patchify(multiple, 1, 1))
     if max(height, width) > 200 * min(height, width):
         with pytest.raises(ImageError, match="more than 200 times"):
-            tile_grid(height, width, steps)
+            cut_of(height, width, steps)
         return
     rows, cols = (side // multiple for side in smart_resize(height, width, multiple, least, most))
-    assert tile_grid(height, width, steps) == (rows, cols, rows * cols)
+    assert cut_of(height, width, steps)[2:] == (rows, cols, rows * cols)
 
 
 @settings(max_examples=200, deadline=None)
@@ -256,9 +258,10 @@ def test_resizing_to_an_area_equals_the_source_library(height, width, bounds):
 def test_every_pixel_has_its_place_in_the_cells(height, width, patch, merge, frames):
     side = patch * merge
     image = picture(height, width).resize((side * (width // 9 + 1), side * (height // 9 + 1)))
-    done = apply_transforms(image, (Patchify(patch, merge, frames),))
-    cell = done.pixel_values.reshape(done.rows, done.cols, merge, merge, 3, frames, patch, patch)
-    back = cell[:, :, :, :, :, -1].transpose(0, 2, 5, 1, 3, 6, 4).reshape(done.rows * side, done.cols * side, 3)
+    steps = (Patchify(patch, merge, frames),)
+    done, cut = apply_transforms(image, steps), cut_of(image.height, image.width, steps)
+    cell = done.reshape(cut.rows, cut.cols, merge, merge, 3, frames, patch, patch)
+    back = cell[:, :, :, :, :, -1].transpose(0, 2, 5, 1, 3, 6, 4).reshape(cut.rows * side, cut.cols * side, 3)
     np.testing.assert_array_equal(back, np.asarray(image))
     np.testing.assert_array_equal(cell[:, :, :, :, :, 0], cell[:, :, :, :, :, -1])
 
@@ -267,15 +270,15 @@ def test_sides_beyond_the_limit_are_refused_before_pixels_are_touched():
     steps = (ResizeToPixels(28, 3136, 100352, "bicubic", 200.0), Patchify(14, 2, 2))
     for size in [(1, 201), (6000, 29)]:
         with pytest.raises(ImageError, match=rf"{size[0]}×{size[1]} px: one side is more than 200") as error:
-            tile_grid(*size, steps)
+            cut_of(*size, steps)
         assert "aspect ratio" in error.value.fix
-    assert tile_grid(5800, 29, steps)  # 200 times
+    assert cut_of(5800, 29, steps)  # 200 times
 
 
 def test_cells_that_cannot_be_cut():
     with pytest.raises(ImageError, match=r"20×40 px .* 16×16"):
         apply_transforms(picture(20, 40), (Patchify(8, 2, 1),))
     with pytest.raises(BundleError, match="makes tiles"):
-        tile_grid(32, 32, (SplitTiles(16, "nearest"), Patchify(8, 2, 1)))
+        cut_of(32, 32, (SplitTiles(16, "nearest"), Patchify(8, 2, 1)))
     with pytest.raises(BundleError, match=r"rescale.* comes after patchify"):
         apply_transforms(picture(16, 16), (Patchify(8, 2, 1), Rescale(1.0)))
