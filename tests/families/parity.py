@@ -79,7 +79,7 @@ def check_messages(
     family = family_for(source)
     processor = family.load_processor(source)
     rendered = processor.apply_chat_template(messages, add_generation_prompt=True)
-    inputs = processor(text=rendered, images=list(images) or None, return_tensors="pt")
+    inputs = processor(text=rendered, images=[list(images)] if images else None, return_tensors="pt")
     with torch.no_grad():
         features = family.image_features(model, inputs) if images else None
         steps = _reference_steps(model, inputs)

@@ -64,15 +64,15 @@ def _describe(checkpoint: Checkpoint) -> Parts:
 
     top, vision, text_hidden = checkpoint.top, checkpoint.vision, checkpoint.decoder.hidden_size
     is_clip = checkpoint.config.vision_config.model_type == _CLIP
-    states = _states(top.take("vision_feature_layer"), vision.take("num_hidden_layers"))
     skip = top.require("vision_feature_select_strategy", "default", "full") == "default"
-    tower, taps = SiglipConfig.read(vision, layers=max(states)), Taps(states, int(skip))
+    taps = Taps.read(top, vision.take("num_hidden_layers"), int(skip))
+    tower = SiglipConfig.read(vision, layers=max(taps.states))
     for unused in ("projection_dim", "vision_use_head", "initializer_factor"):  # of the tower's other uses
         vision.take(unused)
     top.take("image_seq_length")  # neither the reference's model nor its processor reads it
     activation = top.require("projector_hidden_act", *ACTIVATIONS)
     bias = bool(top.take("multimodal_projector_bias"))
-    tokens, width = tower.patches**2 + is_clip - taps.skip, tower.hidden_size * len(states)
+    tokens, width = tower.patches**2 + is_clip - taps.skip, tower.hidden_size * len(taps.states)
     module, tile = ClipFeatures if is_clip else SiglipFeatures, tower.tile
     traced = tile_components(
         lambda: module(tower, taps),
@@ -112,20 +112,6 @@ def _image_features(model: Any, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
     states = [found.hidden_states[i] for i in ([layers] if isinstance(layers, int) else layers)]
     skip = int(model.config.vision_feature_select_strategy == "default")
     return torch.cat([state[:, skip:] for state in states], -1), torch.cat(list(found.pooler_output))
-
-
-def _states(feature_layer: Any, layers: int) -> tuple[int, ...]:
-    """`vision_feature_layer` as indices from 0: the input of the first layer, then the output of each."""
-    chosen = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
-    for layer in chosen:
-        if not -layers - 1 <= layer <= layers:
-            raise ConfigError(
-                f"config.json: vision_feature_layer = {feature_layer!r}, but the tower has {layers} layers",
-                f"choose from {-layers - 1} to {layers}",
-            )
-    if not chosen or feature_layer == 0:  # the reference takes a plain 0 for none
-        raise ConfigError(f"config.json: vision_feature_layer = {feature_layer!r} names no layer", "such as -2, or [0]")
-    return tuple(layer % (layers + 1) for layer in chosen)
 
 
 def _positions(weights: Weights, tower: "SiglipConfig", is_clip: bool) -> Callable[[], np.ndarray]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.config import ConfigReader
 from mllm_edge.export.vision.modules import ACTIVATIONS, Linear, activate, packed_attention, packed_linear
 
@@ -87,6 +88,22 @@ class Taps:
 
     states: tuple[int, ...]
     skip: int = 0
+
+    @classmethod
+    def read(cls, top: ConfigReader, layers: int, skip: int = 0) -> "Taps":
+        """`vision_feature_layer` of a tower of so many layers, counted from the end where it is negative; raises
+        ConfigError for one that there is not."""
+        stated = top.take("vision_feature_layer")
+        chosen = [stated] if isinstance(stated, int) else list(stated)
+        for layer in chosen:
+            if not -layers - 1 <= layer <= layers:
+                raise ConfigError(
+                    f"config.json: vision_feature_layer = {stated!r}, but the tower has {layers} layers",
+                    f"choose from {-layers - 1} to {layers}",
+                )
+        if not chosen or stated == 0:  # the reference takes a plain 0 for none
+            raise ConfigError(f"config.json: vision_feature_layer = {stated!r} names no layer", "such as -2, or [0]")
+        return cls(tuple(layer % (layers + 1) for layer in chosen), skip)
 
 
 class SiglipFeatures(nn.Module):

@@ -1,0 +1,161 @@
+"""LLaVA-OneVision: SigLIP tower, two-layer connector, images as tiles behind an overview, packed into rows of features.
+
+One image alone is fitted into the best of many resolutions and cut; its features lose what shows padding, shrink where
+they are many, and end each row with a learned one. Of several images each is one square tile.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mllm_edge.errors import ConfigError
+from mllm_edge.export.checkpoint.image_settings import resample_name, value_transforms
+from mllm_edge.export.checkpoint.processor import OWN_PROCESSOR, load_processor, require_switched_on
+from mllm_edge.export.checkpoint.source import Source
+from mllm_edge.export.family import Checkpoint, Family, Parts
+from mllm_edge.export.plan import tile_components
+from mllm_edge.spec import (
+    ImagePrompt,
+    ImageSpec,
+    PadToSquare,
+    Resize,
+    RowEnd,
+    SelectResolution,
+    Shrink,
+    Unpad,
+)
+
+__all__ = ["FAMILY"]
+
+_VISION = "model.vision_tower."
+_NEWLINE = "image_newline.npy"
+_ANYRES = "anyres_max_"
+# For checkpoints that come without a template: images first, a blank behind the role.
+_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ '\n' + part['text'] }}{% endfor %}"
+    "{{ '<|im_end|>' }}{% endfor %}{{ '<|im_start|>assistant\n' if add_generation_prompt else '' }}"
+)
+
+
+def _describe(checkpoint: Checkpoint) -> Parts:
+    from mllm_edge.export.vision.clip import MlpConnector
+    from mllm_edge.export.vision.modules import ACTIVATIONS
+    from mllm_edge.export.vision.siglip import SiglipConfig, SiglipFeatures, Taps
+
+    top, vision, hidden = checkpoint.top, checkpoint.vision, checkpoint.decoder.hidden_size
+    top.require("vision_feature_select_strategy", "full")
+    taps = Taps.read(top, vision.take("num_hidden_layers"))
+    tower = SiglipConfig.read(vision, layers=max(taps.states))
+    vision.take("vision_use_head")  # of the tower's other uses
+    top.take("video_token_index")
+    activation, bias = top.require("projector_hidden_act", *ACTIVATIONS), bool(top.take("multimodal_projector_bias"))
+    tokens, width, tile = tower.patches**2, tower.hidden_size * len(taps.states), tower.tile
+    positions = checkpoint.weights.use(
+        f"{_VISION}embeddings.position_embedding.weight", (tower.grid**2, tower.hidden_size)
+    )
+    traced = tile_components(
+        lambda: SiglipFeatures(tower, taps),
+        lambda: MlpConnector(width, hidden, activation, bias),
+        (tower.channels, tile, tile),
+        (tokens, width),
+        (tokens, hidden),
+        (_VISION, "model.multi_modal_projector."),
+        {"embeddings.positions": positions},
+    )
+    newline = checkpoint.weights.use("model.image_newline", (hidden,))
+    behind = range(tower.layers, checkpoint.config.vision_config.num_hidden_layers)
+    ignored = (*(f"encoder.layers.{i}." for i in behind), "post_layernorm.", "head.")
+    image = _image_spec(checkpoint, tile, tokens)
+    arrays = {_NEWLINE: lambda: newline()[None]}
+    return Parts(traced, image, tuple(_VISION + part for part in ignored), arrays=arrays)
+
+
+def _load_processor(source: Source) -> Any:
+    config = source.config
+    side = config.get("vision_config", {})
+    patches = (side.get("image_size") or 384) // (side.get("patch_size") or 14)
+    return load_processor(
+        source,
+        "LlavaOnevisionProcessor",
+        ("LlavaOnevisionImageProcessor",),
+        _TEMPLATE,
+        lambda _: {
+            "num_image_tokens": patches**2,
+            "vision_feature_select_strategy": config.get("vision_feature_select_strategy", "full"),
+        },
+    )
+
+
+def _image_features(model: Any, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
+    import torch
+
+    layers = model.config.vision_feature_layer
+    given = {key: inputs[key] for key in ("pixel_values", "image_sizes", "batch_num_images")}
+    found = model.model.get_image_features(**given, return_dict=True, output_hidden_states=True)
+    states = [found.hidden_states[i] for i in ([layers] if isinstance(layers, int) else layers)]
+    return torch.cat(states, -1), torch.cat(list(found.pooler_output))
+
+
+def _image_spec(checkpoint: Checkpoint, tile: int, tokens: int) -> ImageSpec:
+    source, processor, top = checkpoint.source, checkpoint.processor, checkpoint.top
+    settings, stated = processor.image_processor, [tuple(size) for size in top.take("image_grid_pinpoints")]
+    resolutions = tuple(tuple(size) for size in settings.image_grid_pinpoints)
+    if list(resolutions) != stated:
+        raise ConfigError(f"{source.folder}: image_grid_pinpoints of model and image processor differ", OWN_PROCESSOR)
+    if not resolutions or any(len(size) != 2 or size[0] % tile or size[1] % tile for size in resolutions):
+        raise ConfigError(
+            f"{source.folder}: image_grid_pinpoints are no multiples of the vision tower's {tile} px", OWN_PROCESSOR
+        )
+    require_switched_on(source, settings, "do_convert_rgb", "do_resize")
+    size = (settings.size.height, settings.size.width)
+    if size != (tile, tile) or settings.do_center_crop:
+        raise ConfigError(
+            f"{source.folder}: the image processor makes tiles of {size[0]}×{size[1]} px, the vision tower takes "
+            f"{tile}×{tile} px",
+            OWN_PROCESSOR,
+        )
+    if processor.num_image_tokens != tokens:
+        raise ConfigError(
+            f"{source.folder / 'processor_config.json'}: num_image_tokens = {processor.num_image_tokens}, but the model "
+            f"makes {tokens} features of a tile",
+            "use the processor files that belong to this model",
+        )
+    resample, values = resample_name(settings.resample), value_transforms(settings)
+    background = PadToSquare(tuple(int(value * 255) for value in settings.image_mean))
+    return ImageSpec(
+        (SelectResolution(resolutions, tile, resample), *values),
+        ImagePrompt(processor.image_token, checkpoint.token_id, "{image}", reserved=(processor.video_token,)),
+        tile,
+        tile,
+        tokens,
+        pack=(Unpad(), Shrink(_most_tiles(checkpoint)), RowEnd(_NEWLINE)),
+        several=(background, Resize(tile, tile, resample), *values),
+    )
+
+
+def _most_tiles(checkpoint: Checkpoint) -> int:
+    """How many tiles' worth of features an image may have."""
+    word = str(checkpoint.top.take("vision_aspect_ratio"))
+    number = word.removeprefix(_ANYRES)
+    if word == number or not number.isdecimal() or not int(number):
+        raise ConfigError(f"config.json: vision_aspect_ratio = {word!r}", f"supported: {_ANYRES}N, such as {_ANYRES}9")
+    if checkpoint.processor.vision_aspect_ratio != word:
+        stated = checkpoint.processor.vision_aspect_ratio
+        raise ConfigError(
+            f"{checkpoint.source.folder}: vision_aspect_ratio of the processor is {stated!r}, the model's {word!r}",
+            "use the processor files that belong to this model",
+        )
+    return int(number)
+
+
+FAMILY = Family(
+    name="llava_onevision",
+    model_types=("llava_onevision",),
+    decoders=("qwen2",),
+    examples=("llava-hf/llava-onevision-qwen2-0.5b-ov-hf",),
+    describe=_describe,
+    load_processor=_load_processor,
+    image_features=_image_features,
+    image_token="image_token_index",
+)
