@@ -29,7 +29,7 @@ demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py demo-bundle
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadgroup
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -34,3 +34,10 @@ def rounded_int4(monkeypatch: pytest.MonkeyPatch) -> None:
     from mllm_edge.graph.precision import BLOCKS_4
 
     monkeypatch.setitem(RECIPES, "int4", replace(RECIPES["int4"], decoder=BLOCKS_4, more_bits_above=None))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share fixtures go to one process: those of a file, but for groups that it makes itself."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.as_posix()))

@@ -1,7 +1,6 @@
 """InternVL in both layouts: parity over a table of tiny configurations, and what only this family has."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -9,76 +8,12 @@ import torch
 
 from mllm_edge import VLM
 from mllm_edge.bundle import Bundle
-from mllm_edge.export import pipeline
 from mllm_edge.export.checkpoint.source import open_source
 from mllm_edge.export.families.internvl import FAMILY
 from mllm_edge.export.pipeline import export
-from tests.families.parity import PROMPTS, Exported, check_parity, export_tiny, make_image
+from tests.families.parity import Exported, export_tiny, make_image
+from tests.families.rows.internvl import CHAT
 from tests.tiny_internvl import save_tiny_internvl, save_tiny_internvl_chat
-
-ROPE = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.0}
-QK_NORM = {"use_qk_norm": True, "norm_type": "rms_norm", "attention_bias": False}
-
-# transformers' layout.
-SAVED: dict[str, dict[str, Any]] = {
-    "qwen2_untied": {},
-    "qwen2_tied": {"config": {"tie_word_embeddings": True}},
-    "llama_no_template": {"text": {"model_type": "llama", "num_key_value_heads": 4}, "template": None},
-    "qwen3": {"text": {"model_type": "qwen3", "head_dim": 32, "num_key_value_heads": 1}},
-    "state_dict_names": {"names": "state_dict", "images": {"min_patches": 2, "max_patches": 3}},
-    "rms_norm_qk_norm": {"vision": QK_NORM, "images": {"crop_to_patches": True}},
-    "one_tile": {"images": {"max_patches": 1, "resample": 2, "image_mean": [0.4, 0.5, 0.6]}},
-    "inner_layer": {"config": {"vision_feature_layer": -2}},
-    "last_layer_before_the_norm": {"config": {"vision_feature_layer": 3}, "vision": {"use_mean_pooling": False}},
-    "last_norm_mask_token": {"vision": {"use_mean_pooling": False, "use_mask_token": True}},
-    "quarter_relu": {
-        "config": {"downsample_ratio": 0.25, "projector_hidden_act": "relu"},
-        "vision": {"image_size": 48},
-    },
-    "sharded_many_tiles": {"shard_size": "300KB", "seed": 3, "images": {"max_patches": 12}},
-}
-# The original layout.
-CHAT: dict[str, dict[str, Any]] = {
-    "chat_qwen2": {},
-    "chat_qwen2_tied": {"config": {"tie_word_embeddings": True}, "top": {"use_thumbnail": False}},
-    "chat_llama": {"text": {"model_type": "llama"}, "top": {"min_dynamic_patch": 2, "max_dynamic_patch": 4}},
-    "chat_qwen3": {"text": {"model_type": "qwen3"}, "top": {"force_image_size": None}},
-    "chat_internlm2": {"internlm2": True, "text": {"num_key_value_heads": 1}},
-    "chat_internlm2_dynamic_sharded": {"internlm2": True, "text": {"rope_parameters": ROPE}, "shards": 2, "seed": 1},
-    "chat_internlm2_multi_head_tied": {
-        "internlm2": True,
-        "text": {"num_key_value_heads": 4},
-        "config": {"tie_word_embeddings": True},
-    },
-    "chat_rms_norm_qk_norm": {"vision": QK_NORM, "top": {"max_dynamic_patch": 1}},
-    "chat_static": {"top": {"dynamic_image_size": False}, "vision": {"norm_type": "rms_norm"}},
-    "chat_inner_layer": {"config": {"vision_feature_layer": -2}, "vision": {"attention_bias": False}},
-}
-CONFIGS = {**SAVED, **CHAT}
-CASES = {
-    **PROMPTS,
-    "tall": ("What does it say?", [(301, 60)]),
-    "strips": ("Read.", [(2, 400), (350, 3)]),
-    "unequal_images": ("Compare.", [(40, 40), (20, 95), (9, 10), (160, 97)]),
-}
-
-
-@pytest.fixture(scope="module", params=CONFIGS)
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    save = save_tiny_internvl_chat if request.param in CHAT else save_tiny_internvl
-    return export_tiny(tmp_path_factory.mktemp(request.param), save, **CONFIGS[request.param])
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_parity(exported: Exported, case: str) -> None:
-    check_parity(exported, case, CASES)
-
-
-def test_every_model_type_of_the_family_is_in_the_table(tmp_path: Path) -> None:
-    save_tiny_internvl(tmp_path / "saved", **SAVED["qwen2_untied"])
-    save_tiny_internvl_chat(tmp_path / "chat", **CHAT["chat_qwen2"])
-    tested = {open_source(str(tmp_path / name)).model_type for name in ("saved", "chat")}
-    assert tested == set(FAMILY.model_types)
 
 
 @pytest.mark.parametrize("name", CHAT)
@@ -88,30 +23,6 @@ def test_reference_of_the_original_layout_is_the_model_itself(tmp_path: Path, na
     assert loaded.keys() == saved.keys()
     for key, tensor in saved.items():
         assert torch.equal(loaded[key], tensor), key
-
-
-@pytest.mark.parametrize("recipe", ["fp32", "fp16", "int8", "int4"])
-@pytest.mark.parametrize("name", ["qwen2_untied", "rms_norm_qk_norm", "chat_internlm2", "chat_qwen2_tied"])
-def test_export_compares_with_the_source(tmp_path: Path, name: str, recipe: str) -> None:
-    save = save_tiny_internvl_chat if name in CHAT else save_tiny_internvl
-    save(tmp_path / "checkpoint", **CONFIGS[name])
-    report = export(str(tmp_path / "checkpoint"), tmp_path / "out", recipe_name=recipe)
-    assert report.parity["samples"] == 3
-    assert report.parity["pixel_values"] <= 1.0
-    assert np.isfinite(list(report.parity["errors"].values())).all()
-
-
-@pytest.mark.parametrize("name", ["qwen3", "chat_internlm2", "chat_qwen2"])
-def test_large_model_is_compared_by_its_first_layers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    save = save_tiny_internvl_chat if name in CHAT else save_tiny_internvl
-    config = CONFIGS[name]
-    save(tmp_path / "checkpoint", **{**config, "text": {**config.get("text", {}), "num_hidden_layers": 3}})
-    monkeypatch.setattr(pipeline, "WHOLE_LIMIT", 1000)
-    report = export(str(tmp_path / "checkpoint"), tmp_path / "out", recipe_name="fp32")
-    assert report.parity["scope"] == "decoder: first 2 layers and head"
-    assert Bundle.load(tmp_path / "out").manifest.model.cache.layers == 3
 
 
 @pytest.fixture(scope="module")
@@ -198,10 +109,3 @@ def test_layers_behind_the_chosen_one_are_left_out(tmp_path: Path) -> None:
         save_tiny_internvl(tmp_path / str(layer), config={"vision_feature_layer": layer})
         sizes[layer] = export(str(tmp_path / str(layer)), tmp_path / "out", dry_run=True).components["vision_encoder"]
     assert sizes[1] < 0.6 * sizes[-1]  # one layer of three, and what the layers share
-
-
-def test_sharded_configurations_have_several_files(tmp_path: Path) -> None:
-    save_tiny_internvl(tmp_path / "saved", **SAVED["sharded_many_tiles"])
-    save_tiny_internvl_chat(tmp_path / "chat", **CHAT["chat_internlm2_dynamic_sharded"])
-    for folder in ("saved", "chat"):
-        assert len(list((tmp_path / folder).glob("model-*.safetensors"))) > 1

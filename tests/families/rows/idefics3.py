@@ -1,12 +1,8 @@
-"""SmolVLM and Idefics3: parity over a table of tiny configurations."""
+"""SmolVLM and Idefics3."""
 
-from pathlib import Path
 from typing import Any
 
-import pytest
-
-from mllm_edge.export.families.idefics3 import FAMILY
-from tests.families.parity import PROMPTS, Exported, check_parity, export_tiny
+from tests.families.row import Row
 from tests.tiny import save_tiny_idefics3
 
 WHOLE_TILE = {"do_image_splitting": False, "size": {"longest_edge": 64}}
@@ -41,22 +37,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "smolvlm_sharded": {"model_type": "smolvlm", "shard_size": "300KB", "seed": 3},
 }
 
-
-@pytest.fixture(scope="module", params=CONFIGS)
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return export_tiny(tmp_path_factory.mktemp(request.param), save_tiny_idefics3, **CONFIGS[request.param])
-
-
-@pytest.mark.parametrize("case", PROMPTS)
-def test_parity(exported: Exported, case: str) -> None:
-    check_parity(exported, case)
-
-
-def test_every_model_type_of_the_family_is_in_the_table() -> None:
-    tested = {config.get("model_type", "idefics3") for config in CONFIGS.values()}
-    assert tested == set(FAMILY.model_types)
-
-
-def test_sharded_configuration_has_several_files(tmp_path: Path) -> None:
-    save_tiny_idefics3(tmp_path, **CONFIGS["smolvlm_sharded"])
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+ROW = Row(
+    "idefics3", save_tiny_idefics3, CONFIGS, compared=("grouped_query",), probed=("grouped_query", "smolvlm_sharded")
+)
