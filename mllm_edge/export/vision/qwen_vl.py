@@ -3,14 +3,15 @@
 Parameter names follow the checkpoint, so that weights stream in by name.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from mllm_edge.export.vision.modules import Linear, activate, packed_attention
+from mllm_edge.export.vision.modules import Linear, activate, attention
 
-__all__ = ["PatchMerger", "QwenVlConfig", "QwenVlTower"]
+__all__ = ["PatchMerger", "QwenVlAttention", "QwenVlConfig", "QwenVlTower"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class _Block(nn.Module):
     def __init__(self, config: QwenVlConfig):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
-        self.attn = _Attention(config)
+        self.attn = QwenVlAttention(config)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = _Mlp(config)
 
@@ -61,20 +62,25 @@ class _Block(nn.Module):
         return hidden + self.mlp(self.norm2(hidden))
 
 
-class _Attention(nn.Module):
+class QwenVlAttention(nn.Module):
+    """x [N, S, D], cos and sin [N or none, S, 1, 1, D/(2·heads)], bias as for `attention` → [N, S, D]."""
+
     def __init__(self, config: QwenVlConfig):
         super().__init__()
         self.heads = config.heads
         self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        # [1, P, 3, heads, size]. Slices, because a split is traced to sequences.
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        # [N, S, 3, heads, size]. Slices, because a split is traced to sequences.
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
         half = qkv.shape[-1] // 2
         first, second = qkv[:, :, :2, :, :half], qkv[:, :, :2, :, half:]
         turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-        return self.proj(packed_attention(torch.cat([turned, qkv[:, :, 2:]], dim=2).flatten(2), self.heads))
+        query, key, value = (part.flatten(2) for part in (turned[:, :, 0], turned[:, :, 1], qkv[:, :, 2]))
+        return self.proj(attention(query, key, value, self.heads, bias))
 
 
 class _Mlp(nn.Module):
@@ -90,12 +96,12 @@ class _Mlp(nn.Module):
 
 class PatchMerger(nn.Module):
     """vision_hidden [cells, merge², D] → image_features [cells, text_hidden]: two layers over a cell's patches, side by
-    side."""
+    side, after `norm` (D, eps=) of each patch."""
 
-    def __init__(self, config: QwenVlConfig, text_hidden: int):
+    def __init__(self, config: QwenVlConfig, text_hidden: int, norm: Callable[..., nn.Module] = nn.LayerNorm):
         super().__init__()
         width = config.merge**2 * config.hidden_size
-        self.ln_q = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.ln_q = norm(config.hidden_size, eps=config.norm_eps)
         self.mlp = nn.ModuleDict({"0": Linear(width, width), "2": Linear(width, text_hidden)})
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from mllm_edge.spec import GridRope, ImageSpec
+from mllm_edge.runtime.prompt.windows import grid_windows
+from mllm_edge.spec import GridRope, GridWindows, ImageSpec
 
 __all__ = ["grid_rope", "table_inputs"]
 
@@ -28,4 +29,7 @@ def grid_rope(rope: GridRope, rows: int, cols: int, merge: int) -> tuple[np.ndar
     return np.cos(angles), np.sin(angles)
 
 
-_TABLES: Mapping[type, Callable[[Any, int, int, int], tuple[np.ndarray, ...]]] = {GridRope: grid_rope}
+_TABLES: Mapping[type, Callable[[Any, int, int, int], tuple[np.ndarray, ...]]] = {
+    GridRope: grid_rope,
+    GridWindows: grid_windows,
+}
