@@ -36,6 +36,7 @@ __all__ = [
     "TEMPLATE",
     "Names",
     "make_tokenizer",
+    "qwen_tokenizer",
     "random_model",
     "save_tiny_idefics3",
     "save_tiny_llava",
@@ -257,6 +258,12 @@ QWEN_TEMPLATE = (
 _QWEN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 
 
+def qwen_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE without merges and the special tokens of Qwen2-VL."""
+    core = _byte_tokenizer(*_QWEN_SPECIAL, "<|image_pad|>", "<|video_pad|>")
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+
+
 def save_tiny_qwen2_vl(
     folder: Path,
     *,
@@ -273,8 +280,7 @@ def save_tiny_qwen2_vl(
 
     The defaults: 8 px patches, cells of 2 × 2, up to 64 cells, 2 + 2 layers, hidden sizes 64 (text) and 48 (tower).
     """
-    core = _byte_tokenizer(*_QWEN_SPECIAL, "<|image_pad|>", "<|video_pad|>")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer = qwen_tokenizer()
     model = random_model(
         Qwen2VLForConditionalGeneration, _qwen2_vl_config(tokenizer, text, vision, config), tokenizer, seed
     )

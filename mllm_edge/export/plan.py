@@ -8,12 +8,12 @@ import numpy as np
 
 from mllm_edge.export.checkpoint.texts import Texts
 from mllm_edge.graph.decoder_spec import DecoderSpec
-from mllm_edge.spec import ModelSpec, Stage, TensorSpec
+from mllm_edge.spec import GridRope, ImageSpec, ModelSpec, Stage, Table, TensorSpec
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Plan", "TracedComponent", "tile_components"]
+__all__ = ["Plan", "TracedComponent", "cell_components", "table_specs", "tile_components"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,41 @@ def tile_components(
     return (
         TracedComponent(Stage("vision_encoder", "vision", "slice"), encoder, (shown,), (seen,), prefixes[0], derived),
         TracedComponent(Stage("connector", "connector", "slice"), connector, (seen,), (found,), prefixes[1]),
+    )
+
+
+def cell_components(
+    encoder: "Callable[[], torch.nn.Module]",
+    connector: "Callable[[], torch.nn.Module]",
+    image: ImageSpec,
+    sizes: tuple[int, int],
+    prefixes: tuple[str, str],
+    derived: Mapping[str, Callable[[], np.ndarray]],
+) -> tuple[TracedComponent, TracedComponent]:
+    """Vision encoder and connector of images as cells of patches, one image a run: pixel_values [cells, merge², values]
+    and the image's tables → vision_hidden [cells, merge², D] → image_features [cells, H]. `sizes` are D and H."""
+    patches = image.patches
+    assert patches is not None
+    seen = TensorSpec("vision_hidden", "float32", ("cells", patches.merge**2, sizes[0]))
+    shown = TensorSpec("pixel_values", "float32", ("cells", *image.shape))
+    found = TensorSpec("image_features", "float32", ("cells", sizes[1]))
+    inputs = (shown, *(spec for table in image.tables for spec in table_specs(table, patches.merge)))
+    return (
+        TracedComponent(Stage("vision_encoder", "vision", "image"), encoder, inputs, (seen,), prefixes[0], derived),
+        TracedComponent(Stage("connector", "connector", "image"), connector, (seen,), (found,), prefixes[1]),
+    )
+
+
+def table_specs(table: Table, merge: int) -> tuple[TensorSpec, ...]:
+    """The inputs that a table of images becomes."""
+    if isinstance(table, GridRope):
+        return tuple(TensorSpec(name, "float32", ("cells", merge**2, table.dim // 2)) for name in table.names)
+    index, bias, back = table.names
+    window = table.side**2 * merge**2
+    return (
+        TensorSpec(index, "int64", ("windows", table.side**2)),
+        TensorSpec(bias, "float32", ("windows", 1, window, window)),
+        TensorSpec(back, "int64", ("cells",)),
     )
 
 

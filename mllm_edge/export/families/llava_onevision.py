@@ -117,8 +117,8 @@ def _image_spec(checkpoint: Checkpoint, tile: int, tokens: int) -> ImageSpec:
         )
     if processor.num_image_tokens != tokens:
         raise ConfigError(
-            f"{source.folder / 'processor_config.json'}: num_image_tokens = {processor.num_image_tokens}, but a tile has "
-            f"{tokens} features",
+            f"{source.folder / 'processor_config.json'}: num_image_tokens = {processor.num_image_tokens}, but a tile "
+            f"has {tokens} features",
             "use the processor files that belong to this model",
         )
     resample, values = resample_name(settings.resample), value_transforms(settings)

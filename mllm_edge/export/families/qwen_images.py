@@ -1,0 +1,85 @@
+"""Images of Qwen's vision-language models: any size, as a grid of cells of patches, one feature each."""
+
+from typing import Any
+
+from mllm_edge.errors import ConfigError
+from mllm_edge.export.checkpoint.config import ConfigReader
+from mllm_edge.export.checkpoint.image_settings import resample_name, value_transforms
+from mllm_edge.export.checkpoint.processor import OWN_PROCESSOR, require_switched_on
+from mllm_edge.export.checkpoint.source import Source
+from mllm_edge.export.family import Checkpoint
+from mllm_edge.spec import GridRope, ImagePrompt, ImageSpec, Patchify, ResizeToPixels, Table
+
+__all__ = ["END", "START", "TEMPLATE", "grid_rope", "image_spec", "read_patches"]
+
+START, END = "<|vision_start|>", "<|vision_end|>"
+_MAX_RATIO = 200.0  # of an image's sides; fixed in the reference
+# For checkpoints that come without a template: turns between <|im_start|> and <|im_end|>, a system message first.
+TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{{ part['text'] if part['type'] == 'text' else '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{{ '<|im_start|>assistant\n' if add_generation_prompt else '' }}"
+)
+
+
+def read_patches(vision: ConfigReader) -> Patchify:
+    """How the tower's images are cut."""
+    patch, merge, frames = map(vision.positive, ("patch_size", "spatial_merge_size", "temporal_patch_size"))
+    return Patchify(patch, merge, frames)
+
+
+def grid_rope(vision: ConfigReader, dim: int) -> GridRope:
+    """The tower's rotary embedding of heads of `dim`; raises ConfigError for one that nobody handles."""
+    rope = vision.take("rope_parameters")
+    if rope.get("rope_type") != "axial" or set(rope) - {"rope_type", "rope_theta"}:
+        raise ConfigError(f"vision_config: rope_parameters = {rope!r}", "supported: rope_type axial with a rope_theta")
+    return GridRope(float(rope["rope_theta"]), dim)
+
+
+def image_spec(checkpoint: Checkpoint, patches: Patchify, tables: tuple[Table, ...]) -> ImageSpec:
+    """Images as cells of patches; raises ConfigError where the image processor makes others."""
+    source, loaded, processor = checkpoint.source, checkpoint.processor, checkpoint.processor.image_processor
+    sizes = {"patch_size": patches.patch, "merge_size": patches.merge, "temporal_patch_size": patches.frames}
+    for key, value in sizes.items():
+        stated = getattr(processor, key)
+        if stated != value:
+            raise ConfigError(
+                f"{source.folder}: the image processor's {key} is {stated!r}, the vision tower's {value}", OWN_PROCESSOR
+            )
+    require_switched_on(source, processor, "do_convert_rgb", "do_resize")
+    side, (least, most) = patches.patch * patches.merge, _bounds(source, processor)
+    transforms = (
+        ResizeToPixels(side, least, most, resample_name(processor.resample), _MAX_RATIO),
+        *value_transforms(processor),
+        patches,
+    )
+    prompt = ImagePrompt(
+        loaded.image_token,
+        checkpoint.token_id,
+        single="{image}",
+        tile="{image}",
+        inline=f"{START}{{image}}{END}",
+        reserved=(loaded.video_token,),
+    )
+    return ImageSpec(transforms, prompt, side, side, features=1, tables=tables)
+
+
+def _bounds(source: Source, processor: Any) -> tuple[int, int]:
+    """The least and the largest number of pixels of a resized image."""
+    least, most = processor.size.shortest_edge, processor.size.longest_edge
+    if not all(isinstance(bound, int) and bound > 0 for bound in (least, most)):
+        raise ConfigError(
+            f"{source.folder}: the image processor's size = {dict(processor.size)}",
+            "expected min_pixels and max_pixels, or shortest_edge and longest_edge, as numbers of pixels of an image",
+        )
+    if least > most:
+        raise ConfigError(
+            f"{source.folder}: the image processor asks for at least {least} pixels of an image and at most {most}",
+            "correct min_pixels and max_pixels (or shortest_edge and longest_edge) in preprocessor_config.json",
+        )
+    return least, most
