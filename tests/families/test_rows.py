@@ -26,9 +26,10 @@ def each(*, of: str, cases: bool = False) -> list[Any]:
     found = []
     for family, row in ROWS.items():
         for name in getattr(row, of):
-            group = pytest.mark.xdist_group(f"{family}-{name}")
+            group, config = pytest.mark.xdist_group(f"{family}-{name}"), (family, name)
             for case in row.cases if cases else ("",):
-                values = ((family, name), case) if cases else ((family, name),)
+                # One object for all cases: pytest knows a fixture's parameter by its identity.
+                values = (config, case) if cases else (config,)
                 found.append(pytest.param(*values, id="-".join(filter(None, (family, name, case))), marks=group))
     return found
 
@@ -47,7 +48,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         yield found
 
 
-@pytest.mark.parametrize(("exported", "case"), each(of="configs", cases=True), indirect=["exported"])
+@pytest.mark.parametrize(("exported", "case"), each(of="configs", cases=True), indirect=["exported"], scope="module")
 def test_parity(exported: Exported, case: str, request: pytest.FixtureRequest) -> None:
     family, _ = request.node.callspec.params["exported"]
     check_parity(exported, case, ROWS[family].cases)
