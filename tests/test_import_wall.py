@@ -46,7 +46,7 @@ FLOORS = {
         ("profiling",),
     ),
     "graph": (
-        ("builder", "chunks", "datafile", "decoder_spec", "gate", "precision", "rtn", "scales", "searched"),
+        ("builder", "chunks", "datafile", "decoder_spec", "gate", "precision", "ranges", "rtn", "scales", "searched"),
         ("linear", "operators"),
         ("dialects",),
     ),

@@ -3,7 +3,7 @@
 import json
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -35,11 +35,12 @@ from mllm_edge.graph.builder import save_model, tensor_specs
 from mllm_edge.graph.datafile import DataFile, DataSink, DryFile
 from mllm_edge.graph.decoder_spec import DecoderSpec
 from mllm_edge.graph.precision import Precision
+from mllm_edge.graph.ranges import decoder_ranges
 from mllm_edge.json_form import to_json
 from mllm_edge.loss import Loss
 from mllm_edge.progress import Progress
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
-from mllm_edge.spec import SCHEMA_VERSION, Component, FileEntry, Manifest, ModelSpec, PositionSpec, Variant
+from mllm_edge.spec import SCHEMA_VERSION, Component, FileEntry, Manifest, ModelSpec, PositionSpec, SymbolRange, Variant
 
 __all__ = ["ExportJob"]
 
@@ -242,6 +243,11 @@ class ExportJob:
         traced = self._traces[name, form.float_type]
         return lower(component, traced, self._weights, self._precision(name), sink, form.dialect, form.float_type)
 
+    def _ranges(self, name: str, form: Form) -> Mapping[str, SymbolRange]:
+        if name == "decoder":
+            return decoder_ranges(form.kv_mode)
+        return next(c for c in self._plan.traced if c.name == name).all_ranges
+
     def _precision(self, name: str) -> Precision:
         return {"decoder": self._recipe.decoder, "connector": self._recipe.connector}.get(name, self._recipe.vision)
 
@@ -259,16 +265,17 @@ class ExportJob:
             raise ExportError(f"recipe {self._recipe.name}: {e}", "use --recipe fp32 or int8") from e
         self._hashes[data.path] = data.entry
         save_model(model, folder / f"{stem}.onnx")
-        precision = self._precision(name)
+        precision, inputs = self._precision(name), tensor_specs(model.graph.inputs)
         return Variant(
             target=form.target,
             dialect=form.dialect,
             precision=precision.kind if precision.kind != "blocks" else f"int{precision.bits}_blocks",
             file=f"{stem}.onnx",
-            inputs=tensor_specs(model.graph.inputs),
+            inputs=inputs,
             outputs=tensor_specs(model.graph.outputs),
             kv_mode=form.kv_mode if name == "decoder" else None,
             minimum=form.minimum(decoder if name == "decoder" else None),
+            ranges=form.ranges(inputs, self._ranges(name, form)),
         )
 
     def _write_embeddings(self, folder: Path) -> ModelSpec:

@@ -8,7 +8,8 @@ import numpy as np
 
 from mllm_edge.export.checkpoint.texts import Texts
 from mllm_edge.graph.decoder_spec import DecoderSpec
-from mllm_edge.spec import ModelSpec, TensorSpec
+from mllm_edge.graph.ranges import TILES, TOKENS, symbols
+from mllm_edge.spec import ModelSpec, SymbolRange, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -21,8 +22,8 @@ class TracedComponent:
     """A component made from a thin torch module, traced without weights.
 
     A parameter `p` of the module is read from the checkpoint tensor `prefix + p`, unless `derived` computes it.
-    Dimensions that are words may have any size, the same word the same one. Inputs of dtype float32 take the graph's
-    float type, others (int64) their own.
+    Dimensions that are words may have any size, the same word the same one: one of its `ranges`, else one for each
+    token of a prompt. Inputs of dtype float32 take the graph's float type, others (int64) their own.
     """
 
     name: str
@@ -31,6 +32,12 @@ class TracedComponent:
     outputs: tuple[TensorSpec, ...]
     prefix: str
     derived: Mapping[str, Callable[[], np.ndarray]] = field(default_factory=dict)
+    ranges: Mapping[str, SymbolRange] = field(default_factory=dict)
+
+    @property
+    def all_ranges(self) -> dict[str, SymbolRange]:
+        """Of every symbol of the inputs."""
+        return {symbol: self.ranges.get(symbol, TOKENS) for symbol in symbols(self.inputs)}
 
 
 def tile_components(
@@ -48,8 +55,8 @@ def tile_components(
     shown = TensorSpec("pixel_values", "float32", ("tiles", *pixels))
     found = TensorSpec("image_features", "float32", ("tiles", *features))
     return (
-        TracedComponent("vision_encoder", encoder, (shown,), (seen,), prefixes[0], derived),
-        TracedComponent("connector", connector, (seen,), (found,), prefixes[1]),
+        TracedComponent("vision_encoder", encoder, (shown,), (seen,), prefixes[0], derived, {"tiles": TILES}),
+        TracedComponent("connector", connector, (seen,), (found,), prefixes[1], ranges={"tiles": TILES}),
     )
 
 

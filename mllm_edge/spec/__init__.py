@@ -32,6 +32,7 @@ from mllm_edge.spec.model import (
     GenerationSpec,
     Manifest,
     ModelSpec,
+    SymbolRange,
     TensorSpec,
     Variant,
 )
@@ -66,6 +67,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "SelectTiles",
     "SplitTiles",
+    "SymbolRange",
     "TensorSpec",
     "Transform",
     "Variant",

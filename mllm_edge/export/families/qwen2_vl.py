@@ -14,7 +14,7 @@ from mllm_edge.export.checkpoint.processor import OWN_PROCESSOR, load_processor,
 from mllm_edge.export.checkpoint.source import Source
 from mllm_edge.export.family import Checkpoint, Family, Parts
 from mllm_edge.export.plan import TracedComponent
-from mllm_edge.spec import GridRope, ImagePrompt, ImageSpec, Patchify, ResizeToPixels, TensorSpec
+from mllm_edge.spec import GridRope, ImagePrompt, ImageSpec, Patchify, ResizeToPixels, SymbolRange, TensorSpec
 
 __all__ = ["FAMILY"]
 
@@ -68,6 +68,9 @@ def _describe(checkpoint: Checkpoint) -> Parts:
     sides = (channels, patches.frames, patches.patch, patches.patch)
     convolution = checkpoint.weights.use(f"{_VISION}patch_embed.proj.weight", (hidden, *sides))
     seen = TensorSpec("vision_hidden", "float32", ("cells", cell, hidden))
+    side = patches.patch * patches.merge
+    largest = _bounds(checkpoint.source, checkpoint.processor.image_processor)[1] // side**2
+    ranges = {"cells": SymbolRange(usual=256, most=largest, limit="max_seq")}
     encoder = TracedComponent(
         "vision_encoder",
         lambda: QwenVlTower(tower),
@@ -79,6 +82,7 @@ def _describe(checkpoint: Checkpoint) -> Parts:
         (seen,),
         _VISION,
         {"patch_embed.proj.weight": lambda: convolution().reshape(hidden, -1)},
+        ranges,
     )
     connector = TracedComponent(
         "connector",
@@ -86,6 +90,7 @@ def _describe(checkpoint: Checkpoint) -> Parts:
         (seen,),
         (TensorSpec("image_features", "float32", ("cells", text_hidden)),),
         f"{_VISION}merger.",
+        ranges=ranges,
     )
     return Parts((encoder, connector), image, markers=(_START, _END), images="grid")
 
