@@ -31,6 +31,7 @@ FLOORS = {
     "": (
         ("foundation",),
         ("graph", "runtime"),
+        ("compare",),
         ("calibration",),
         ("export", "report"),
         ("cli",),
@@ -42,7 +43,7 @@ FLOORS = {
         ("decode",),
         ("answer", "arguments", "turns"),
         ("vlm",),
-        ("budget", "build", "compare", "conversation", "doctor"),
+        ("budget", "build", "conversation", "doctor"),
         ("profiling",),
     ),
     "graph": (

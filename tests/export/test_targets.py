@@ -47,7 +47,10 @@ def test_every_form_agrees_with_the_source(exported: Any) -> None:
     assert report.targets == ("cpu", *STANDARD)
     results = [bundle.manifest.parity, *bundle.manifest.parity["targets"].values()]
     assert [parity["target"] for parity in results] == ["cpu", *STANDARD]
-    for parity in results:
+    proof = bundle.manifest.parity.get("float32")
+    assert (proof is None) == (report.recipe == "fp16")
+    for parity in [*results, proof] if proof else results:
+        assert parity["limits"] or proof
         assert all(0 < parity["errors"][name] <= limit for name, limit in parity["limits"].items())
 
 

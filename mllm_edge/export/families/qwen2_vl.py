@@ -70,7 +70,7 @@ def _describe(checkpoint: Checkpoint) -> Parts:
     seen = TensorSpec("vision_hidden", "float32", ("cells", cell, hidden))
     side = patches.patch * patches.merge
     largest = _bounds(checkpoint.source, checkpoint.processor.image_processor)[1] // side**2
-    ranges = {"cells": SymbolRange(usual=256, most=largest, limit="max_seq")}
+    ranges = {"cells": SymbolRange(usual=min(256, largest), most=largest, limit="max_seq")}
     encoder = TracedComponent(
         "vision_encoder",
         lambda: QwenVlTower(tower),
