@@ -262,7 +262,7 @@ class ExportJob:
         decoder: DecoderSpec,
         names: Sequence[str] = ("decoder",),
     ) -> Iterator[Path]:
-        """Within, a bundle in `folder` beside the real one, with another decoder, or other forms of all in `names`; other
+        """Within, a bundle in `folder` beside the real one, with another decoder, or other forms of `names`; other
         files are links. Of a whole one in float32 the embeddings are not rounded either."""
         probe = folder / "probe"
         probe.mkdir()
