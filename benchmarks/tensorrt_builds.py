@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,6 @@ CAPACITY = 2048  # of real geometries
 DIALECTS = ("opset24", "opset17")
 # What is built in segments as well: for boards on which one engine does not build.
 IN_SEGMENTS, SEGMENTS = ("M", "int4"), (2, 4)
-# A decode profile fixed at one token would make TensorRT keep the weights twice.
-PROFILES = ((1, 256, 1024), (1, 1, 8))
 MOST_BEYOND_WEIGHTS = 64
 # float16 weights of M are 3.1 GB; a little above that still means one copy.
 LARGEST_M_FP16 = 3.3e9
@@ -123,25 +122,30 @@ def _build_part(folder: str, component: str, target: str, recipe: str) -> dict[s
 
     bundle = Bundle.load(folder)
     variant = bundle.variant(component, target)
-    profiles, options = build_inputs(bundle, variant, Limits(MAX_SEQ))
+    profiles, options = build_inputs(variant, Limits(MAX_SEQ))
     path = bundle.listed(variant.file)
     return {"dialect": variant.dialect, **_build(path, profiles, options, recipe)}
 
 
 def _build_one(name: str, dialect: str, recipe: str, folder: str, count: str) -> dict[str, Any]:
     from mllm_edge.graph.builder import tensor_specs
-    from mllm_edge.runtime.backends.tensorrt_build import Options, shape_ranges
+    from mllm_edge.graph.dialects.known import DIALECTS
+    from mllm_edge.graph.ranges import decoder_ranges
+    from mllm_edge.runtime.backends.tensorrt_engines import Limits, build_inputs
     from mllm_edge.runtime.onnx_file.split import partitions
+    from mllm_edge.spec import Variant
 
     path, model = _write_graph(GEOMETRIES[name], dialect, recipe, Path(folder))
-    specs, found = tensor_specs(model.graph.inputs), []
+    specs, outputs, found = tensor_specs(model.graph.inputs), tensor_specs(model.graph.outputs), []
+    kv_mode = DIALECTS[dialect].kv_mode
     for piece in next(islice(partitions(path), int(count) - 1, None)):
         inputs = [tensor for tensor in specs if tensor.name in piece.inputs]
         inputs += [piece.enters] if piece.enters else []
-        profiles = [shape_ranges(inputs, new, (1, 512, CAPACITY - new[2])) for new in PROFILES]
-        caches = sum(tensor.name.startswith("past_key_values.") for tensor in inputs)
-        options = Options(cache_updates=caches if dialect == "opset24" else 0, graph=piece.model)
-        found.append(_build(path, profiles, options, recipe))
+        given = tuple(tensor for tensor in outputs if tensor.name in piece.outputs)
+        tensors, ranges = (tuple(inputs), given), decoder_ranges(kv_mode)
+        variant = Variant("", dialect, recipe, path.name, *tensors, kv_mode, ranges=ranges)  # type: ignore[arg-type]
+        profiles, options = build_inputs(variant, Limits(CAPACITY))
+        found.append(_build(path, profiles, replace(options, graph=piece.model), recipe))
     return {"dialect": dialect, **_together(found)}
 
 

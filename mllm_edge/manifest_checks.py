@@ -28,6 +28,8 @@ __all__ = ["check_manifest"]
 DIALECTS = {"cpu": "contrib", "cuda": "contrib", "tensorrt": "opset24", "tensorrt-10.3": "opset17"}
 _KV_MODES = {"contrib": "in_place", "opset24": "in_place", "opset17": "append"}
 _DTYPES = {"bfloat16", "bool", "float16", "float32", "int32", "int64", "int8", "uint8"}
+# Of targets for which engines are built, each for a range of shapes.
+_BUILT = ("opset24", "opset17")
 _LARGEST = (1 << 31) - 1
 _PLACES = {"contrib": ("seqlens_k", "total_sequence_length"), "opset24": ("write_indices",), "opset17": ()}
 _DIGITS = 16  # of a block's checksum
@@ -220,10 +222,33 @@ def _variant(manifest: Manifest, name: str, variant: Variant) -> Iterator[str]:
     for module, version in variant.minimum.items():
         if not version[:1].isdigit():
             yield f"{version!r} is no version of {module}"
+    yield from _ranges(variant)
     yield from _tensors("input", variant.inputs)
     yield from _tensors("output", variant.outputs)
     if name == "decoder":
         yield from _decoder(manifest.model, variant)
+
+
+def _ranges(variant: Variant) -> Iterator[str]:
+    """Whether an engine can be built for some size of every symbol, for targets that have engines."""
+    inputs = {size for tensor in variant.inputs for size in tensor.shape if isinstance(size, str)}
+    if variant.dialect in _BUILT:
+        yield from (
+            f"no range is known for the dimension {symbol!r}" for symbol in sorted(inputs - set(variant.ranges))
+        )
+    plain = {symbol for symbol, sizes in variant.ranges.items() if not sizes.sum_of}
+    for symbol, sizes in variant.ranges.items():
+        if sizes.sum_of:
+            unknown = sorted(set(sizes.sum_of) - plain)
+            yield from (f"{symbol} adds up {part!r}, which has no sizes of its own" for part in unknown)
+        elif sizes.most is None and sizes.limit is None:
+            yield f"nothing bounds the range of {symbol}"
+        elif not 0 <= sizes.share <= 1:
+            yield f"the range of {symbol} has a share of {sizes.share}"
+        else:
+            least, most = sizes.least or 0, _LARGEST if sizes.most is None else sizes.most
+            if not 0 <= least <= max(least, sizes.usual) <= most <= _LARGEST or sizes.usual < least or most < 1:
+                yield f"the range of {symbol} is {sizes.least}, {sizes.usual}, {sizes.most}"
 
 
 def _tensors(kind: str, tensors: Sequence[TensorSpec]) -> Iterator[str]:

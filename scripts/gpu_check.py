@@ -26,12 +26,14 @@ import numpy as np
 
 from mllm_edge import __version__
 from mllm_edge.bundle import Bundle
+from mllm_edge.compare.cases import synthetic_cases
+from mllm_edge.compare.compare import summarize
+from mllm_edge.compare.outputs import Outputs, bundle_outputs
 from mllm_edge.errors import MllmEdgeError
 from mllm_edge.runtime.backends.base import Backend
 from mllm_edge.runtime.backends.choose import open_backend
 from mllm_edge.runtime.backends.installed import engines
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
-from mllm_edge.runtime.compare import Outputs, bundle_outputs, summarize, synthetic_cases
 from mllm_edge.runtime.machine.hardware import read_machine
 from mllm_edge.runtime.profiling.measure import synthetic_image
 from mllm_edge.runtime.vlm import VLM

@@ -31,6 +31,7 @@ FLOORS = {
     "": (
         ("foundation",),
         ("graph", "runtime"),
+        ("compare",),
         ("calibration",),
         ("export", "report"),
         ("cli",),
@@ -42,11 +43,11 @@ FLOORS = {
         ("decode",),
         ("answer", "arguments", "encode", "turns"),
         ("vlm",),
-        ("budget", "build", "compare", "conversation", "doctor"),
+        ("budget", "build", "conversation", "doctor"),
         ("profiling",),
     ),
     "graph": (
-        ("builder", "chunks", "datafile", "decoder_spec", "gate", "precision", "rtn", "scales", "searched"),
+        ("builder", "chunks", "datafile", "decoder_spec", "gate", "precision", "ranges", "rtn", "scales", "searched"),
         ("linear", "operators"),
         ("dialects",),
     ),

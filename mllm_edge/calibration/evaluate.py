@@ -10,11 +10,13 @@ import numpy as np
 
 from mllm_edge.calibration.collect import answer_tokens, answered_together
 from mllm_edge.calibration.data import Sample
+from mllm_edge.compare.metrics import agreement, divergence
+from mllm_edge.compare.outputs import seen
 from mllm_edge.json_form import to_json
 from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.vlm import VLM
 
-__all__ = ["Distance", "Proof", "divergence", "led_tokens", "prove"]
+__all__ = ["Distance", "Proof", "led_tokens", "prove"]
 
 _TOKENS = 32
 _POSITIONS = 8  # of the answer that are reported one by one
@@ -111,7 +113,7 @@ def _pair(a: VLM, b: VLM, sample: Sample) -> tuple[_Run, _Run, np.ndarray | None
 
 def _run(vlm: VLM, sample: Sample, answer: np.ndarray | None) -> _Run:
     prompt = vlm.processor.process(sample.prompt, sample.images)
-    outputs = _vision(vlm, prompt)
+    outputs = seen(vlm, prompt)
     encoded = vlm.encode(prompt)
     most = _most(vlm, encoded)
     begin = time.perf_counter()
@@ -121,12 +123,6 @@ def _run(vlm: VLM, sample: Sample, answer: np.ndarray | None) -> _Run:
     begin = time.perf_counter()
     logits = vlm.score(encoded, tokens)
     return _Run(outputs, logits, greedy, time.perf_counter() - begin, token)
-
-
-def _vision(vlm: VLM, prompt: Any) -> dict[str, np.ndarray]:
-    if prompt.pixel_values is None:
-        return {}
-    return {component: next(iter(outputs.values())) for component, outputs in vlm.stage_outputs(prompt).items()}
 
 
 class _Tally:
@@ -147,7 +143,7 @@ class _Tally:
             sums = self._powers.setdefault(name, np.zeros(4))
             sums += _powers(x, b.outputs[name])
         self._kl.append(divergence(a.logits, b.logits))
-        self._same.append(a.logits.argmax(axis=1) == b.logits.argmax(axis=1))
+        self._same.append(agreement(a.logits, b.logits))
         self._prefix.append(_prefix(a.greedy, b.greedy))
         if sample.answer is not None:
             self._exact.append(
@@ -192,18 +188,6 @@ def _distance(sums: np.ndarray) -> Distance:
     signal, error, product, other = sums
     sqnr = float(10 * np.log10(signal / error)) if error > 0 else float("inf")
     return Distance(sqnr=min(sqnr, 200.0), cosine=float(product / max(np.sqrt(signal * other), 1e-30)))
-
-
-def divergence(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """KL(a ‖ b) of each row's distribution, in nats."""
-    p, q = _log_softmax(a), _log_softmax(b)
-    return (np.exp(p) * (p - q)).sum(axis=1)
-
-
-def _log_softmax(x: np.ndarray) -> np.ndarray:
-    x = x.astype(np.float64)
-    x = x - x.max(axis=1, keepdims=True)
-    return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
 
 
 def _prefix(a: np.ndarray, b: np.ndarray) -> float:

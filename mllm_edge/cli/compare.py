@@ -13,7 +13,8 @@ from mllm_edge.cli.progress import stages
 from mllm_edge.errors import MllmEdgeError
 
 if TYPE_CHECKING:
-    from mllm_edge.runtime.compare import Case, Comparison
+    from mllm_edge.compare.cases import Case
+    from mllm_edge.compare.compare import Comparison
 
 __all__ = ["command"]
 
@@ -68,7 +69,7 @@ def command(
         options["progress"] = progress.advance
         result = _with_source(sources[0], b if sources[0] == a else a, cases, options) if sources else None
         if result is None:
-            from mllm_edge.runtime.compare import compare
+            from mllm_edge.compare.compare import compare
 
             result = compare(a, b, cases, **options)
     if as_json:
@@ -88,7 +89,7 @@ def _is_checkpoint(path: str) -> bool:
 def _cases(prompts: tuple[str, ...], images: tuple[str, ...]) -> "list[Case] | None":
     if not prompts and not images:
         return None
-    from mllm_edge.runtime.compare import Case
+    from mllm_edge.compare.cases import Case
     from mllm_edge.runtime.prompt.image import load_image
 
     loaded = tuple(load_image(image) for image in images)

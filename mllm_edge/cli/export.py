@@ -17,7 +17,7 @@ from mllm_edge.cli.proof import float32_operators, proof_summary
 from mllm_edge.cli.signals import interrupted_message, interruptible
 
 if TYPE_CHECKING:
-    from mllm_edge.export.source_model import VerifyCase
+    from mllm_edge.compare.cases import Case
 
 __all__ = ["RECIPES", "TARGETS", "command"]
 
@@ -187,14 +187,14 @@ def _check_loss(recipe: str, data: str | None, verify: str, max_kl: float | None
         raise click.UsageError(f"{given[0]} needs the comparison with the source model: leave out --verify off")
 
 
-def _verify_cases(images: tuple[str, ...], prompt: str | None) -> "list[VerifyCase]":
+def _verify_cases(images: tuple[str, ...], prompt: str | None) -> "list[Case]":
     from mllm_edge.calibration.data import DEFAULT_PROMPT
-    from mllm_edge.export.source_model import VerifyCase
+    from mllm_edge.compare.cases import Case
     from mllm_edge.runtime.prompt.image import image_path
 
     if not images and prompt is None:
         return []
-    return [VerifyCase(prompt or DEFAULT_PROMPT, tuple(str(image_path(image)) for image in images))]
+    return [Case(prompt or DEFAULT_PROMPT, tuple(str(image_path(image)) for image in images))]
 
 
 def _check(recipe: str, data: str | None, calibration: Mapping[str, Any], dry_run: bool) -> None:

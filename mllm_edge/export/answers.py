@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mllm_edge.calibration.evaluate import divergence
+from mllm_edge.compare.metrics import agreement, divergence
 from mllm_edge.export.checkpoint.quiet import quiet_transformers
 from mllm_edge.export.reference import rounded, scores
 from mllm_edge.graph.precision import HEAD_8, INT8_DYNAMIC, Precision
@@ -81,4 +81,4 @@ def compared(expected: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> tup
     """(mean KL in nats, part of the positions with the same likeliest token)."""
     pairs = list(zip(expected, found, strict=True))
     kl = np.concatenate([divergence(a, b) for a, b in pairs])
-    return float(kl.mean()), float(np.concatenate([a.argmax(axis=1) == b.argmax(axis=1) for a, b in pairs]).mean())
+    return float(kl.mean()), float(np.concatenate([agreement(a, b) for a, b in pairs]).mean())

@@ -3,7 +3,7 @@
 import json
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -19,6 +19,7 @@ from mllm_edge.calibration.bits import check_bits, fits, measured, told
 from mllm_edge.calibration.half import KEY, keep_in_range
 from mllm_edge.calibration.linears import find_layers
 from mllm_edge.calibration.recipes import Recipe, is_quantized, part_of, recipe
+from mllm_edge.compare.cases import Case
 from mllm_edge.errors import ExportError
 from mllm_edge.export.checkpoint.files import local_path
 from mllm_edge.export.checkpoint.safetensors import Weights
@@ -27,7 +28,7 @@ from mllm_edge.export.decoders.build import build_decoder
 from mllm_edge.export.judge import Allowance, asked, judged, loss_of
 from mllm_edge.export.loss import turns_of
 from mllm_edge.export.plan import Plan
-from mllm_edge.export.source_model import Reference, Scope, VerifyCase
+from mllm_edge.export.source_model import Reference, Scope
 from mllm_edge.export.targets import Form
 from mllm_edge.export.trace import lower, trace
 from mllm_edge.export.verify import verify
@@ -35,15 +36,28 @@ from mllm_edge.graph.builder import save_model, tensor_specs
 from mllm_edge.graph.datafile import DataFile, DataSink, DryFile
 from mllm_edge.graph.decoder_spec import DecoderSpec
 from mllm_edge.graph.precision import Precision
+from mllm_edge.graph.ranges import decoder_ranges
 from mllm_edge.json_form import to_json
 from mllm_edge.loss import Loss
 from mllm_edge.progress import Progress
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
-from mllm_edge.spec import SCHEMA_VERSION, Component, FileEntry, Manifest, ModelSpec, PositionSpec, Variant
+from mllm_edge.spec import (
+    SCHEMA_VERSION,
+    Component,
+    EmbeddingSpec,
+    FileEntry,
+    Manifest,
+    ModelSpec,
+    PositionSpec,
+    SymbolRange,
+    Variant,
+)
 
 __all__ = ["ExportJob"]
 
 _PROBE_LAYERS = 2
+# Parameters of a model whose float32 graphs are written whole beside a quantized bundle.
+_FLOAT_LIMIT = 500_000_000
 _FIXED = "leave out --most-bits, or use mllm-edge quantize with questions of your own"
 _EVENED = 0.5  # of what rounding costs, evened out columns and searched scales leave on trained decoders
 _POSITION_TABLE = "position_table.npy"
@@ -191,20 +205,45 @@ class ExportJob:
         return self._loaded
 
     def verify(
-        self, folder: Path, manifest: Manifest, whole: bool, cases: Sequence[VerifyCase], allowance: Allowance
+        self, folder: Path, manifest: Manifest, whole: bool, cases: Sequence[Case], allowance: Allowance
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Compare with the source model; a part of the decoder stands for it when the model is large. The errors and,
         of a quantized recipe, the loss: those of the first form, and under `targets` those of the others."""
+        proof = self._prove(folder, manifest, whole, cases) if is_quantized(self._recipe) else {}
         self._progress.stage("comparing with the source model")
         if whole:
             write_manifest(folder, manifest)
-            return self._verify(folder, Scope(None), cases, allowance)
-        short = replace(self._plan.decoder, stack=self._plan.decoder.stack[:_PROBE_LAYERS])
-        with self._beside(folder, manifest, self._forms, self._recipe, short) as probe:
-            return self._verify(probe, Scope(_PROBE_LAYERS), cases, allowance)
+            results, accuracy = self._verify(folder, Scope(None), cases, allowance)
+        else:
+            with self._beside(folder, manifest, self._forms, self._recipe, self._short()) as probe:
+                results, accuracy = self._verify(probe, Scope(_PROBE_LAYERS), cases, allowance)
+        return results | proof, accuracy
+
+    def _prove(self, folder: Path, manifest: Manifest, whole: bool, cases: Sequence[Case]) -> dict[str, Any]:
+        """Compare the graphs of the first form, written in float32, with the source: what their arithmetic is, apart
+        from what rounding the weights costs. Of all but small models a part of the decoder, as float32 takes much room.
+        """
+        self._progress.stage("comparing the graphs in float32 with the source model")
+        first = self._forms[0]
+        form = Form(first.target if first.target != "cuda" else "cpu", ir.DataType.FLOAT)
+        for component in self._plan.traced:
+            if (component.name, form.float_type) not in self._traces:
+                self._traces[component.name, form.float_type] = trace(component, form.float_type)
+        small = whole and self._plan.model.parameters <= _FLOAT_LIMIT
+        decoder, scope = (self._plan.decoder, Scope(None)) if small else (self._short(), Scope(_PROBE_LAYERS))
+        floats = self._beside(folder, manifest, [form], recipe("fp32"), decoder, self._components)
+        # A part of a source that is wanted whole, too, is not kept.
+        reference = self._reference(scope) if small or not whole else Reference(self._source, scope)
+        with floats as probe:
+            (parity,) = verify(reference, probe, "fp32", [form.target], cases)
+        return {"float32": to_json(parity)}
+
+    def _short(self) -> DecoderSpec:
+        """The first layers, and the head."""
+        return replace(self._plan.decoder, stack=self._plan.decoder.stack[:_PROBE_LAYERS])
 
     def _verify(
-        self, folder: Path, scope: Scope, cases: Sequence[VerifyCase], allowance: Allowance
+        self, folder: Path, scope: Scope, cases: Sequence[Case], allowance: Allowance
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         targets, reference = [form.target for form in self._forms], self._reference(scope)
         first, *others = verify(reference, folder, self._recipe.name, targets, cases)
@@ -218,23 +257,37 @@ class ExportJob:
 
     @contextmanager
     def _beside(
-        self, folder: Path, manifest: Manifest, forms: Sequence[Form], chosen: Recipe, decoder: DecoderSpec
+        self,
+        folder: Path,
+        manifest: Manifest,
+        forms: Sequence[Form],
+        chosen: Recipe,
+        decoder: DecoderSpec,
+        names: Sequence[str] = ("decoder",),
     ) -> Iterator[Path]:
-        """Within, a bundle in `folder` beside the real one, with another decoder; the other files are links."""
+        """Within, a bundle in `folder` beside the real one, with another decoder, or other forms of `names`; other
+        files are links. Of a whole one in float32 the embeddings are not rounded either."""
         probe = folder / "probe"
         probe.mkdir()
         try:
             for file in folder.iterdir():
-                if file.is_file() and not file.name.startswith("decoder.") and file.name != MANIFEST:
+                if file.is_file() and file.name.partition(".")[0] not in names and file.name != MANIFEST:
                     (probe / file.name).hardlink_to(file)
-            variants = tuple(self._write_form(probe, "decoder", form, decoder, chosen) for form in forms)
-            components = {**manifest.components, "decoder": Component(variants)}
-            model = replace(manifest.model, cache=decoder.cache_spec())
+            written = {
+                name: Component(tuple(self._write_form(probe, name, form, decoder, chosen) for form in forms))
+                for name in names
+            }
+            components, embedding = {**manifest.components, **written}, manifest.model.embedding
+            if chosen.name == "fp32" and len(names) > 1 and not self._exact(embedding):
+                (probe / embedding.file).unlink()
+                embedding = self._write_embeddings(probe, chosen).embedding
+            model = replace(manifest.model, cache=decoder.cache_spec(), embedding=embedding)
             files = file_entries(probe, self._hashes)
             write_manifest(probe, replace(manifest, model=model, components=components, files=files))
             yield probe
         finally:
             shutil.rmtree(probe)
+            self._hashes = {path: entry for path, entry in self._hashes.items() if path.parent != probe}
 
     def _build(
         self, name: str, form: Form, sink: DataSink, decoder: DecoderSpec, chosen: Recipe | None = None
@@ -243,10 +296,17 @@ class ExportJob:
             return build_decoder(decoder, self._weights, chosen or self._recipe, sink, form.dialect, form.float_type)
         component = next(c for c in self._plan.traced if c.name == name)
         traced = self._traces[name, form.float_type]
-        return lower(component, traced, self._weights, self._precision(name), sink, form.dialect, form.float_type)
+        precision = self._precision(name, chosen)
+        return lower(component, traced, self._weights, precision, sink, form.dialect, form.float_type)
 
-    def _precision(self, name: str) -> Precision:
-        return part_of(self._recipe, self._plan.model.role(name))
+    def _ranges(self, name: str, form: Form) -> Mapping[str, SymbolRange]:
+        if name == "decoder":
+            return decoder_ranges(form.kv_mode)
+        return next(c for c in self._plan.traced if c.name == name).all_ranges
+
+    def _precision(self, name: str, chosen: Recipe | None = None) -> Precision:
+        of = chosen or self._recipe
+        return part_of(of, self._plan.model.role(name))
 
     def _write_form(
         self, folder: Path, name: str, form: Form, decoder: DecoderSpec, chosen: Recipe | None = None
@@ -262,24 +322,28 @@ class ExportJob:
             raise ExportError(f"recipe {self._recipe.name}: {e}", "use --recipe fp32 or int8") from e
         self._hashes[data.path] = data.entry
         save_model(model, folder / f"{stem}.onnx")
-        precision = self._precision(name)
+        precision, inputs = self._precision(name, chosen), tensor_specs(model.graph.inputs)
         return Variant(
             target=form.target,
             dialect=form.dialect,
             precision=precision.kind if precision.kind != "blocks" else f"int{precision.bits}_blocks",
             file=f"{stem}.onnx",
-            inputs=tensor_specs(model.graph.inputs),
+            inputs=inputs,
             outputs=tensor_specs(model.graph.outputs),
             kv_mode=form.kv_mode if name == "decoder" else None,
             minimum=form.minimum(decoder if name == "decoder" else None),
+            ranges=form.ranges(inputs, self._ranges(name, form)),
         )
 
-    def _write_embeddings(self, folder: Path) -> ModelSpec:
+    def _exact(self, embedding: EmbeddingSpec) -> bool:
+        return embedding.dtype == "float32" or self._fits_half(self._plan.embedding, exactly=True)
+
+    def _write_embeddings(self, folder: Path, chosen: Recipe | None = None) -> ModelSpec:
         """Half precision, unless the float32 recipe or a large value asks for all bits."""
         embedding, name = self._plan.model.embedding, self._plan.embedding
         shape = self._weights.shape(name)
         self._progress.stage("writing embeddings", shape[0])
-        half = self._fits_half(name, exactly=self._recipe.name == "fp32")
+        half = self._fits_half(name, exactly=(chosen or self._recipe).name == "fp32")
         dtype: Literal["float16", "float32"] = "float16" if half else "float32"
         # Written in pieces: a mapped file would count as memory of this process.
         with (folder / embedding.file).open("wb") as f:

@@ -12,12 +12,13 @@ import numpy as np
 
 from mllm_edge.bundle import CHAT_TEMPLATE, Bundle
 from mllm_edge.calibration.sensitivity import Asked, Turn
+from mllm_edge.compare.cases import Case
 from mllm_edge.errors import AccuracyError, MllmEdgeError
 from mllm_edge.export.answers import Answered, References, compared
 from mllm_edge.export.checkpoint.quiet import quiet_transformers
 from mllm_edge.export.loss_questions import QUESTIONS
 from mllm_edge.export.reference import greedy_answers, scores
-from mllm_edge.export.source_model import Reference, VerifyCase
+from mllm_edge.export.source_model import Reference
 from mllm_edge.loss import WARN_KL, Loss
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.decode.encoded import Encoded
@@ -33,7 +34,7 @@ _FEWEST = 2  # tokens of an answer
 _BY_HAND = "compare answers of your own: mllm-edge compare MODEL BUNDLE --prompt TEXT"
 
 
-def ask(reference: Reference, folder: Path, picture: VerifyCase | None = None) -> References:
+def ask(reference: Reference, folder: Path, picture: Case | None = None) -> References:
     """The source's answers to the built-in questions, their ids made by the bundle in `folder`, and to `picture`.
 
     Raises AccuracyError where they cannot be asked: no chat template or tokenizer for them, too short a context.
@@ -133,7 +134,7 @@ def _survives(question: str, decoded: str) -> bool:
     return 2 * sum(word in decoded.casefold() for word in spelled) >= len(spelled)
 
 
-def _about_picture(reference: Reference, processor: Processor, case: VerifyCase, stops: frozenset[int]) -> Answered:
+def _about_picture(reference: Reference, processor: Processor, case: Case, stops: frozenset[int]) -> Answered:
     """What the comparison has computed already: fewer tokens, and no further run of the tower."""
     prompt = processor.process(case.prompt, case.images)
     found = reference.run(case.prompt, case.images, prompt.text)

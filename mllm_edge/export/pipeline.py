@@ -9,6 +9,7 @@ from typing import Any, Literal
 from mllm_edge.bundle import write_manifest
 from mllm_edge.calibration.half import KEY, Float32Operators, keep_in_range
 from mllm_edge.calibration.recipes import Recipe, at_most, is_quantized, recipe
+from mllm_edge.compare.cases import Case
 from mllm_edge.errors import OptionError, WeightsError
 from mllm_edge.export.checkpoint.safetensors import Weights
 from mllm_edge.export.checkpoint.source import Source, open_source
@@ -18,7 +19,6 @@ from mllm_edge.export.export_job import ExportJob
 from mllm_edge.export.family import family_for, open_weights, reading, understand
 from mllm_edge.export.judge import Allowance, remedy, unmeasured
 from mllm_edge.export.plan import Plan
-from mllm_edge.export.source_model import VerifyCase
 from mllm_edge.export.targets import TARGETS, Form, forms
 from mllm_edge.export.workspace import check_space, reserved, workspace
 from mllm_edge.json_form import to_json
@@ -74,7 +74,7 @@ def export(
     dry_run: bool = False,
     revision: str | None = None,
     adapters: Sequence[str | Path] = (),
-    verify_cases: Sequence[VerifyCase] = (),
+    verify_cases: Sequence[Case] = (),
     most_bits: float | None = None,
     max_kl: float = MAX_KL,
     allow_loss: bool = False,
@@ -127,7 +127,7 @@ def _export(
     dry_run: bool,
     revision: str | None,
     adapters: Sequence[str | Path],
-    verify_cases: Sequence[VerifyCase],
+    verify_cases: Sequence[Case],
     allowance: Allowance,
     progress: Progress,
 ) -> ExportReport:

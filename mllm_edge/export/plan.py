@@ -8,7 +8,8 @@ import numpy as np
 
 from mllm_edge.export.checkpoint.texts import Texts
 from mllm_edge.graph.decoder_spec import DecoderSpec
-from mllm_edge.spec import GridRope, ImageSpec, ModelSpec, Stage, Table, TensorSpec
+from mllm_edge.graph.ranges import TILES, TOKENS, symbols
+from mllm_edge.spec import GridRope, ImageSpec, ModelSpec, ResizeToPixels, Stage, SymbolRange, Table, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -21,8 +22,8 @@ class TracedComponent:
     """A component made from a thin torch module, traced without weights.
 
     A parameter `p` of the module is read from the checkpoint tensor `prefix + p`, unless `derived` computes it.
-    Dimensions that are words may have any size, the same word the same one. Inputs of dtype float32 take the graph's
-    float type, others (int64) their own.
+    Dimensions that are words may have any size, the same word the same one: one of its `ranges`, else one for each
+    token of a prompt. Inputs of dtype float32 take the graph's float type, others (int64) their own.
     """
 
     stage: Stage
@@ -31,6 +32,12 @@ class TracedComponent:
     outputs: tuple[TensorSpec, ...]
     prefix: str
     derived: Mapping[str, Callable[[], np.ndarray]] = field(default_factory=dict)
+    ranges: Mapping[str, SymbolRange] = field(default_factory=dict)
+
+    @property
+    def all_ranges(self) -> dict[str, SymbolRange]:
+        """Of every symbol of the inputs."""
+        return {symbol: self.ranges.get(symbol, TOKENS) for symbol in symbols(self.inputs)}
 
     @property
     def name(self) -> str:
@@ -53,8 +60,18 @@ def tile_components(
     shown = TensorSpec("pixel_values", "float32", ("tiles", *pixels))
     found = TensorSpec("image_features", "float32", ("tiles", *features))
     return (
-        TracedComponent(Stage("vision_encoder", "vision", "slice"), encoder, (shown,), (seen,), prefixes[0], derived),
-        TracedComponent(Stage("connector", "connector", "slice"), connector, (seen,), (found,), prefixes[1]),
+        TracedComponent(
+            Stage("vision_encoder", "vision", "slice"),
+            encoder,
+            (shown,),
+            (seen,),
+            prefixes[0],
+            derived,
+            {"tiles": TILES},
+        ),
+        TracedComponent(
+            Stage("connector", "connector", "slice"), connector, (seen,), (found,), prefixes[1], ranges={"tiles": TILES}
+        ),
     )
 
 
@@ -73,11 +90,25 @@ def cell_components(
     seen = TensorSpec("vision_hidden", "float32", ("cells", patches.merge**2, sizes[0]))
     shown = TensorSpec("pixel_values", "float32", ("cells", *image.shape))
     found = TensorSpec("image_features", "float32", ("cells", sizes[1]))
+    ranges = _cell_ranges(image)
     inputs = (shown, *(spec for table in image.tables for spec in table_specs(table, patches.merge)))
     return (
-        TracedComponent(Stage("vision_encoder", "vision", "image"), encoder, inputs, (seen,), prefixes[0], derived),
-        TracedComponent(Stage("connector", "connector", "image"), connector, (seen,), (found,), prefixes[1]),
+        TracedComponent(
+            Stage("vision_encoder", "vision", "image"), encoder, inputs, (seen,), prefixes[0], derived, ranges
+        ),
+        TracedComponent(
+            Stage("connector", "connector", "image"), connector, (seen,), (found,), prefixes[1], ranges=ranges
+        ),
     )
+
+
+def _cell_ranges(image: ImageSpec) -> dict[str, SymbolRange]:
+    """Of the cells and windows of one image: as many as its transforms make, and the context takes."""
+    areas = [t.max_pixels // t.multiple**2 for t in image.transforms if isinstance(t, ResizeToPixels)]
+    most = min(areas, default=None)
+    usual = 256 if most is None else min(256, most)
+    # No image has more windows than cells.
+    return dict.fromkeys(("cells", "windows"), SymbolRange(usual=usual, most=most, limit="max_seq"))
 
 
 def table_specs(table: Table, merge: int) -> tuple[TensorSpec, ...]:

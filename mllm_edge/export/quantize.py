@@ -33,12 +33,12 @@ from mllm_edge.calibration.recipes import (
     check_rules,
 )
 from mllm_edge.checksums import file_entry
+from mllm_edge.compare.cases import Case
 from mllm_edge.errors import AccuracyError, BundleError, MllmEdgeError
 from mllm_edge.export.checkpoint.files import local_path
 from mllm_edge.export.early import check_source
 from mllm_edge.export.judge import remedy
 from mllm_edge.export.pipeline import Verify, export
-from mllm_edge.export.source_model import VerifyCase
 from mllm_edge.export.workspace import check_space, full_disk, reserved, workspace
 from mllm_edge.json_form import to_json
 from mllm_edge.loss import MAX_KL, Loss, headline, warning
@@ -57,7 +57,7 @@ class FromCheckpoint:
     verify_mode: Verify = "auto"
     revision: str | None = None
     adapters: tuple[str, ...] = ()
-    verify_cases: tuple[VerifyCase, ...] = ()
+    verify_cases: tuple[Case, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,14 @@
 """The source model that a bundle is compared with, as transformers loads it from the checkpoint's folder."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from mllm_edge.bundle import Bundle
+from mllm_edge.compare.cases import synthetic_cases
+from mllm_edge.compare.outputs import Outputs, named_outputs
 from mllm_edge.export.answers import References
 from mllm_edge.export.checkpoint.quiet import quiet_transformers
 from mllm_edge.export.checkpoint.source import Source
@@ -13,7 +16,7 @@ from mllm_edge.export.family import family_for
 from mllm_edge.export.reference import adapted, cache_name, forget_prompts
 from mllm_edge.runtime.decode.encoded import Encoded
 
-__all__ = ["Reference", "Scope", "VerifyCase", "source_runner"]
+__all__ = ["Reference", "Scope", "source_outputs"]
 
 _STEPS = 16
 _SEED = 0
@@ -26,38 +29,13 @@ class Scope:
     decoder_layers: int | None
 
 
-@dataclass(frozen=True)
-class VerifyCase:
-    """A question, and images as paths or as Pillow images."""
-
-    prompt: str
-    images: tuple[Any, ...] = ()
-
-
-def _cases() -> list[VerifyCase]:
-    """A text-only prompt, one image, and two images of unequal, odd sizes."""
-    from PIL import Image
-
-    random = np.random.default_rng(_SEED)
-
-    def image(height: int, width: int) -> Any:
-        coarse = random.integers(0, 256, (5, 7, 3), dtype=np.uint8)
-        return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-
-    return [
-        VerifyCase("Name three colours.", ()),
-        VerifyCase("What is in the picture?", (image(240, 320),)),
-        VerifyCase("Compare the two pictures.", (image(97, 131), image(180, 77))),
-    ]
-
-
 class Reference:
     """The source model in float32 and its processor, as transformers loads them from the folder."""
 
     def __init__(self, source: Source, scope: Scope):
         import torch
 
-        self.scope, self.cases = scope, tuple(_cases())
+        self.scope, self.cases = scope, tuple(synthetic_cases(True))
         self.references: References | None = None  # what it answers to the built-in questions, see `judge.py`
         self.encoded: dict[tuple[Any, ...], Encoded] = {}  # see `loss.encoded_once`
         self._runs: dict[tuple[Any, ...], tuple[tuple[Any, ...], dict[str, Any]]] = {}
@@ -153,8 +131,7 @@ def _opened(image: Any) -> Any:
     return load_image(image) if opened.mode.startswith(("I", "F")) else opened
 
 
-def source_runner(source: Source) -> Callable[[str, tuple[Any, ...], str], dict[str, Any]]:
-    """Load the source model, whole. The function returned takes a question, its images and our own rendered prompt, and
-    gives `text`, `input_ids` [S], `logits` [steps, V] and greedy `tokens` [steps], with images `vision_hidden` and
-    `image_features`, too."""
-    return Reference(source, Scope(None)).run
+def source_outputs(bundle: Bundle, result: Mapping[str, Any]) -> Outputs:
+    """What `Reference.run` gave, named as the components of `bundle`."""
+    tensors = {name: value for name, value in result.items() if isinstance(value, np.ndarray)}
+    return Outputs(result["input_ids"], result["logits"], result["tokens"], named_outputs(bundle, tensors))

@@ -1,6 +1,6 @@
 """Targets of an export: which forms every component gets."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +9,8 @@ import onnx_ir as ir
 from mllm_edge.errors import ExportError
 from mllm_edge.graph.decoder_spec import DecoderSpec
 from mllm_edge.graph.dialects.known import DIALECTS
+from mllm_edge.graph.ranges import used_ranges
+from mllm_edge.spec import SymbolRange, TensorSpec
 
 __all__ = ["TARGETS", "Form", "forms"]
 
@@ -42,6 +44,10 @@ class Form:
     def minimum(self, decoder: DecoderSpec | None = None) -> Mapping[str, str]:
         """Module name of a runtime → its lowest version that executes this form of a `decoder`, or of another graph."""
         return DIALECTS[self.dialect].minimum(decoder)
+
+    def ranges(self, inputs: Iterable[TensorSpec], known: Mapping[str, SymbolRange]) -> Mapping[str, SymbolRange]:
+        """Of the symbols of `inputs`, where engines are built of this form; else none."""
+        return used_ranges(inputs, known) if self.dialect != "contrib" else {}
 
     def stem(self, component: str) -> str:
         """The component's file name without extensions; the fallback's files carry no target."""

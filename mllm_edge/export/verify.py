@@ -2,32 +2,30 @@
 
 Both sides start from the same question and images. Compared are the rendered prompt, its ids and the pixel values; then
 vision encoder and connector outputs, prefill logits, the logits of every step along the reference's greedy tokens, and
-the greedy tokens themselves. The reference is what transformers itself loads from the folder. The logits of quantized
-recipes have no limit here: they are judged by their loss (`loss.py`).
+the greedy tokens themselves. The reference is what transformers itself loads from the folder. Quantized bundles have no
+limits here: their graphs are compared in float32, and they are judged by their loss (`loss.py`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mllm_edge.compare.cases import Case
+from mllm_edge.compare.outputs import LOGITS, bundle_outputs, errors_of, in_order
 from mllm_edge.errors import ParityError, PromptError
 from mllm_edge.export.loss import encoded_once
-from mllm_edge.export.source_model import Reference, VerifyCase
+from mllm_edge.export.source_model import Reference, source_outputs
+from mllm_edge.runtime.decode.encoded import Encoded
+from mllm_edge.runtime.prompt.processor import Prompt
 
-__all__ = ["LIMITS", "Parity", "VerifyCase", "verify"]
+__all__ = ["Parity", "limits_of", "verify"]
 
-_ERRORS = ("vision_encoder", "connector", "prefill_logits", "decode_logits")
-# Relative errors a correct export stays under. float32 differs by rounding of sums only; half and quantized weights by
-# their own rounding, which the recipe accepts, while a wrong graph gives errors near 1.
-LIMITS: Mapping[str, Mapping[str, float]] = {
-    "fp32": {"vision_encoder": 1e-4, "connector": 1e-4, "prefill_logits": 1e-3, "decode_logits": 1e-3},
-    "fp16": {"vision_encoder": 2e-2, "connector": 2e-2, "prefill_logits": 2e-2, "decode_logits": 2e-2},
-    "int8": {"vision_encoder": 0.25, "connector": 0.25},
-    "int4": {"vision_encoder": 0.25, "connector": 0.25},
-}
+# Relative errors that a correct export stays under: float32 differs by rounding of sums only, half precision by that of
+# values. What quantized weights cost is no error of the graph, which is compared in float32, too.
+_COMPONENT, _LOGITS = {"fp32": 1e-4, "fp16": 2e-2}, {"fp32": 1e-3, "fp16": 2e-2}
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ def verify(
     folder: Path,
     recipe: str,
     targets: Sequence[str] = ("cpu",),
-    cases: Sequence[VerifyCase] = (),
+    cases: Sequence[Case] = (),
 ) -> tuple[Parity, ...]:
     """Compare the bundle in `folder` with its source, for each target on ONNX Runtime's CPU provider; on questions
     about made-up pictures, and on `cases` of the user's own.
@@ -65,10 +63,11 @@ def verify(
     return tuple(_verify_target(reference, folder, recipe, target, asked) for target in targets)
 
 
-def _verify_target(reference: Reference, folder: Path, recipe: str, target: str, cases: Sequence[VerifyCase]) -> Parity:
+def _verify_target(reference: Reference, folder: Path, recipe: str, target: str, cases: Sequence[Case]) -> Parity:
     scope, results = reference.scope, [_compare(reference, folder, case, target) for case in cases]
     # A NaN stays one.
-    errors = {name: float(np.max([r.errors[name] for r in results if name in r.errors])) for name in _ERRORS}
+    names = dict.fromkeys(name for r in results for name in r.errors)
+    errors = in_order({name: float(np.max([r.errors[name] for r in results if name in r.errors])) for name in names})
     agreed, total = sum(r.agreed for r in results), sum(r.total for r in results)
     pixels = max(r.pixels for r in results)
     parity = Parity(
@@ -76,7 +75,7 @@ def _verify_target(reference: Reference, folder: Path, recipe: str, target: str,
         samples=len(results),
         pixel_values=pixels,
         errors=errors,
-        limits=LIMITS[recipe],
+        limits=limits_of(recipe, errors),
         greedy_tokens=total,
         greedy_agreement=agreed / total,
         notes=tuple(reference.notes),
@@ -84,6 +83,12 @@ def _verify_target(reference: Reference, folder: Path, recipe: str, target: str,
     )
     _check(parity, recipe)
     return parity
+
+
+def limits_of(recipe: str, errors: Iterable[str]) -> dict[str, float]:
+    """The largest each error may be; quantized recipes have no such limits."""
+    known = {name: (_LOGITS if name in LOGITS else _COMPONENT).get(recipe) for name in errors}
+    return {name: limit for name, limit in known.items() if limit is not None}
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ class _Outcome:
     total: int
 
 
-def _compare(reference: Reference, folder: Path, case: VerifyCase, target: str) -> _Outcome:
+def _compare(reference: Reference, folder: Path, case: Case, target: str) -> _Outcome:
     from mllm_edge.bundle import Bundle
     from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
     from mllm_edge.runtime.vlm import VLM
@@ -104,21 +109,17 @@ def _compare(reference: Reference, folder: Path, case: VerifyCase, target: str) 
         prompt = vlm.processor.process(case.prompt, case.images)
         expected = reference.run(case.prompt, case.images, prompt.text)
         _require_same_prompt(prompt, expected, case.prompt)
-        errors, pixels = {}, 0.0
+        pixels = 0.0
         if prompt.pixel_values is not None:
             pixels = _grey_levels(vlm, prompt.pixel_values, expected["pixel_values"])
-            hidden = next(iter(vlm.stage_outputs(prompt).values()))["vision_hidden"]
-            errors["vision_encoder"] = _relative(hidden, expected["vision_hidden"])
-        encoded = encoded_once(vlm, prompt, case.images, reference.encoded)
-        if prompt.pixel_values is not None:
-            features = encoded.embeds[prompt.image_positions]
-            errors["connector"] = _relative(features, expected["image_features"])
-        logits = vlm.steps(encoded, expected["tokens"])
-    spread = np.ptp(expected["logits"])
-    difference = np.abs(logits - expected["logits"]).max(axis=1) / spread
-    errors["prefill_logits"], errors["decode_logits"] = float(difference[0]), float(difference[1:].max())
-    agreed = int((logits.argmax(axis=1) == expected["tokens"]).sum())
-    return _Outcome(errors, pixels, agreed, len(logits))
+
+        def encode(prompt: Prompt) -> Encoded:
+            return encoded_once(vlm, prompt, case.images, reference.encoded)
+
+        source = source_outputs(vlm.bundle, expected)
+        found = bundle_outputs(vlm, case, source.tokens, encode)
+    same = found.tokens == source.tokens
+    return _Outcome(errors_of(source, found), pixels, int(same.sum()), len(same))
 
 
 def _require_plain(spelled: Sequence[str], question: str) -> None:
@@ -152,10 +153,6 @@ def _grey_levels(vlm: Any, ours: np.ndarray, expected: np.ndarray) -> float:
         raise ParityError(f"pixel_values {list(ours.shape)}, but {list(expected.shape)} from the source's processor")
     scale = 255 * float(np.mean(_std(vlm)))
     return float(np.abs(ours - expected.reshape(ours.shape)).max()) * scale
-
-
-def _relative(value: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(value - expected) / max(float(np.linalg.norm(expected)), 1e-12))
 
 
 def _std(vlm: Any) -> tuple[float, ...]:

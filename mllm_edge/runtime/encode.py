@@ -10,9 +10,9 @@ from mllm_edge.runtime.prompt.tables import table_inputs
 from mllm_edge.runtime.trace import Trace
 from mllm_edge.spec import ImageSpec, ModelSpec, Stage
 
-__all__ = ["Components", "encoded", "stage_runs"]
+__all__ = ["FEATURES", "Components", "encoded", "stage_runs"]
 
-_FEATURES = "image_features"
+FEATURES = "image_features"
 _DEEPSTACK = "deepstack."
 Arrays = dict[str, np.ndarray]
 
@@ -70,14 +70,14 @@ def encoded(
     for run in stage_runs(components, prompt, trace):
         for outputs in run.values():
             for name, array in outputs.items():
-                if name == _FEATURES or name.startswith(_DEEPSTACK):
+                if name == FEATURES or name.startswith(_DEEPSTACK):
                     rows = array.reshape(-1, array.shape[-1]).astype(np.float32, copy=False)
                     parts.setdefault(name, []).append(rows)
     with trace.span("embed"):
         embeds = embed(prompt.token_ids)
         rows_of = {name: _tokens(prompt, np.concatenate(rows), arrays) for name, rows in parts.items()}
-        if _FEATURES in rows_of:
-            embeds[prompt.image_positions] = rows_of.pop(_FEATURES)
+        if FEATURES in rows_of:
+            embeds[prompt.image_positions] = rows_of.pop(FEATURES)
         per_token = {name: _placed(rows, prompt) for name, rows in rows_of.items()}
         return Encoded(embeds, prompt.positions, per_token=per_token)
 

@@ -42,6 +42,7 @@ from mllm_edge.spec.model import (
     ModelSpec,
     Role,
     Stage,
+    SymbolRange,
     TensorSpec,
     Variant,
 )
@@ -86,6 +87,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "SelectTiles",
     "SplitTiles",
+    "SymbolRange",
     "TensorSpec",
     "Transform",
     "Variant",

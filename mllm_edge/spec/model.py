@@ -20,6 +20,7 @@ __all__ = [
     "Manifest",
     "ModelSpec",
     "SCHEMA_VERSION",
+    "SymbolRange",
     "TensorSpec",
     "Variant",
 ]
@@ -120,8 +121,28 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class SymbolRange:
+    """Sizes of a symbolic dimension that an engine takes: from `least` to `most`, fastest at `usual`.
+
+    `limit` names what the build of an engine bounds `most` by; None for `most`: by that alone, for `least`: always as
+    large as `most`. `usual` is at least the part `share` of `most`. `sum_of`, in place of all these: the symbols whose
+    sizes it adds up. Limits: `max_seq`, tokens of prompt and answer; `max_past`, one less; `max_new`, tokens of one run
+    of a decoder; `max_images`, images or tiles in one run; `max_batch`, sequences; `max_rows`, tokens whose logits are
+    wanted.
+    """
+
+    least: int | None = 1
+    usual: int = 1
+    most: int | None = None
+    limit: Literal["max_seq", "max_past", "max_new", "max_images", "max_batch", "max_rows"] | None = None
+    share: float = 0.0
+    sum_of: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Variant:
-    """One form of a component for one target. `minimum` maps a runtime's module name to its lowest version."""
+    """One form of a component for one target. `minimum` maps a runtime's module name to its lowest version; `ranges` a
+    symbol of the inputs to its sizes, for targets that build engines."""
 
     target: str
     dialect: Literal["contrib", "opset24", "opset17"]
@@ -131,6 +152,7 @@ class Variant:
     outputs: tuple[TensorSpec, ...]
     kv_mode: Literal["in_place", "append"] | None = None
     minimum: Mapping[str, str] = field(default_factory=dict)
+    ranges: Mapping[str, SymbolRange] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,12 @@ from click.testing import Result
 
 from mllm_edge.bundle import Bundle, write_manifest
 from mllm_edge.checksums import file_entry
+from mllm_edge.compare.cases import synthetic_cases
+from mllm_edge.compare.compare import TOLERANCES, summarize
+from mllm_edge.compare.outputs import LOGITS, Outputs
 from mllm_edge.export.pipeline import export
-from mllm_edge.export.verify import LIMITS
+from mllm_edge.export.verify import limits_of
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
-from mllm_edge.runtime.compare import TOLERANCES, Outputs, summarize, synthetic_cases
 from tests.tiny_families import FLOAT32_TARGETS
 
 Cli = Callable[..., Result]
@@ -67,9 +69,13 @@ def test_a_target_that_the_bundle_lacks(cli: Cli, tiny_bundle: Path) -> None:
 
 def test_tolerances_are_the_exporters_limits() -> None:
     """Of the recipes that have such a limit: those that quantize are judged by their loss."""
-    limits = {name: limits["decode_logits"] for name, limits in LIMITS.items() if "decode_logits" in limits}
-    assert limits == {"fp32": TOLERANCES["fp32"], "fp16": TOLERANCES["fp16"]}
-    assert set(LIMITS) == set(TOLERANCES)
+    limits = {name: limits_of(name, ("connector", *LOGITS)) for name in TOLERANCES}
+    assert {name: found.pop("connector", None) for name, found in limits.items() if found} == {
+        "fp32": 1e-4,
+        "fp16": 2e-2,
+    }
+    whole = {name: dict.fromkeys(LOGITS, TOLERANCES[name]) for name in ("fp32", "fp16")}
+    assert limits == {**whole, "int8": {}, "int4": {}}
 
 
 def test_the_same_files_have_no_error(cli: Cli, tiny_bundle: Path) -> None:
@@ -166,8 +172,9 @@ def test_two_checkpoints_and_none(cli: Cli, tiny_checkpoint: Path, tmp_path: Pat
 def test_arithmetic() -> None:
     case = synthetic_cases(False)
     ids, hidden = np.array([1, 2]), np.array([3.0, 4.0])
-    a = Outputs(ids, np.array([[0.0, 1.0], [0.0, 2.0]]), np.array([1, 1]), hidden, hidden)
-    b = Outputs(ids, np.array([[0.0, 1.0], [2.0, 1.0]]), np.array([1, 0]), hidden + np.array([0.0, 0.5]), hidden)
+    right, off = {"vision_encoder": hidden, "connector": hidden}, hidden + np.array([0.0, 0.5])
+    a = Outputs(ids, np.array([[0.0, 1.0], [0.0, 2.0]]), np.array([1, 1]), right)
+    b = Outputs(ids, np.array([[0.0, 1.0], [2.0, 1.0]]), np.array([1, 0]), {**right, "vision_encoder": off})
     found = summarize("a", "b", case, [a], [b], 0.5)
     assert found.errors == pytest.approx(
         {"vision_encoder": 0.1, "connector": 0, "prefill_logits": 0, "decode_logits": 1}
@@ -175,5 +182,5 @@ def test_arithmetic() -> None:
     assert (found.greedy_agreement, found.within) == (0.5, False)
     p, q = np.exp([0.0, 2.0]) / np.exp([0.0, 2.0]).sum(), np.exp([2.0, 1.0]) / np.exp([2.0, 1.0]).sum()
     assert found.kl == pytest.approx(float((p * np.log(p / q)).sum()) / 2)
-    broken = Outputs(ids, np.full((2, 2), np.nan), np.array([0, 0]), hidden, hidden)
+    broken = Outputs(ids, np.full((2, 2), np.nan), np.array([0, 0]), right)
     assert not summarize("a", "b", case, [a], [broken], 1e9).within

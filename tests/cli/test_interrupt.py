@@ -38,7 +38,7 @@ CASES = [
     (("chat", "BUNDLE"), "onnxruntime"),
     (("inspect", "BUNDLE"), "mllm_edge.bundle"),
     (("profile", "BUNDLE"), "onnxruntime"),
-    (("compare", "BUNDLE", "BUNDLE"), "mllm_edge.runtime.compare"),
+    (("compare", "BUNDLE", "BUNDLE"), "mllm_edge.compare.compare"),
     (("compare", "BUNDLE", "CHECKPOINT"), "transformers"),
     (("build", "BUNDLE"), "mllm_edge.runtime.build"),
     (("doctor",), "mllm_edge.runtime.doctor"),

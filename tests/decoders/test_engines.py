@@ -18,11 +18,12 @@ from mllm_edge.calibration.recipes import RECIPES
 from mllm_edge.errors import ExportError
 from mllm_edge.export.checkpoint.safetensors import Weights, open_weights
 from mllm_edge.export.decoders.build import build_cross_kv, build_decoder, build_text_encoder
-from mllm_edge.graph.builder import save_model, tensor_specs
+from mllm_edge.graph.builder import save_model
 from mllm_edge.graph.datafile import DataFile, DryFile
 from mllm_edge.graph.decoder_spec import DecoderSpec
-from mllm_edge.runtime.backends.tensorrt_build import build, check_network, shape_ranges
+from mllm_edge.runtime.backends.tensorrt_build import build
 from tests.decoders import test_cross_attention as cross
+from tests.decoders.engines import engine_inputs
 from tests.decoders.models import (
     CAPACITY,
     CONFIGS,
@@ -38,7 +39,6 @@ STANDARD = ("opset24", "opset17")
 HALF, WIDE, BRAIN = ir.DataType.FLOAT16, ir.DataType.FLOAT, ir.DataType.BFLOAT16
 CAPABILITIES = ["SM75", "SM86", "SM89", "SM120"]
 AMPERE_ON = ["SM80", "SM86", "SM89", "SM120"]
-FEATURES = (4, 6, 8)
 IDS = [3, 14, 15, 92, 65, 35, 89, 79, 32]
 # Ropes differ on the host only: one of the Llamas stands for all.
 SAME_GRAPH = ("linear", "dynamic", "llama3", "yarn", "longrope", "internlm2", "qwen2_moe_renormalized")
@@ -56,24 +56,22 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return replace(spec, deepstack=2) if request.param == "qwen3_vl" else spec, weights
 
 
-def build_engine(model: ir.Model, folder: Path, updates: int, capabilities: list[str] = CAPABILITIES) -> int:
+def build_engine(
+    model: ir.Model, folder: Path, updates: int, dialect: str, capabilities: list[str] = CAPABILITIES
+) -> int:
     """Bytes of the engine of a graph whose weights are in `folder` already; the parsed network is checked first."""
     path = folder / f"{model.graph.name}.onnx"
     save_model(model, path)
-    check_network(path, updates)
-    inputs = tensor_specs(model.graph.inputs)
-    profiles = [
-        shape_ranges(inputs, (1, 8, 16), (1, 16, 48), FEATURES),
-        shape_ranges(inputs, (1, 1, 8), (1, 16, 56), FEATURES),
-    ]
-    return build(path, profiles, capabilities).nbytes
+    profiles, options = engine_inputs(model.graph, path, dialect, CAPACITY)
+    assert options.cache_updates == updates
+    return build(path, profiles, capabilities, options=options).nbytes
 
 
 @pytest.mark.parametrize("dialect", STANDARD)
 def test_engines_build(source: tuple[DecoderSpec, Weights], dialect: str, tmp_path: Path) -> None:
     with DataFile(tmp_path / "d.data") as data:
-        graph = build_decoder(*source, RECIPES["fp16"], data, dialect, HALF, CAPACITY)
-    assert build_engine(graph, tmp_path, 2 * source[0].cached if dialect == "opset24" else 0) > 10_000
+        graph = build_decoder(*source, RECIPES["fp16"], data, dialect, HALF)
+    assert build_engine(graph, tmp_path, 2 * source[0].cached if dialect == "opset24" else 0, dialect) > 10_000
 
 
 @pytest.mark.parametrize("recipe", ["fp16", "int8", "int4"])
@@ -147,9 +145,9 @@ def test_rounded_experts_build(name: str, recipe: str, dialect: str, tmp_path: P
     weights = open_weights(tmp_path)
     spec = decoder_spec(model.config, weights)
     with DataFile(tmp_path / "d.data") as data:
-        graph = build_decoder(spec, weights, RECIPES[recipe], data, dialect, HALF, CAPACITY)
+        graph = build_decoder(spec, weights, RECIPES[recipe], data, dialect, HALF)
     updates = 2 * spec.cached if dialect == "opset24" else 0
-    assert build_engine(graph, tmp_path, updates, AMPERE_ON) > 10_000
+    assert build_engine(graph, tmp_path, updates, dialect, AMPERE_ON) > 10_000
 
 
 @pytest.mark.parametrize("dialect", STANDARD)
@@ -165,8 +163,8 @@ def test_bfloat16_and_wide_residuals_build(name: str, dialect: str, tmp_path: Pa
         folder = tmp_path / f"{kind.name}-{residual}"
         folder.mkdir()
         with DataFile(folder / "d.data") as data:
-            graph = build_decoder(spec, weights, RECIPES["fp16"], data, dialect, kind, CAPACITY, residual)
-        assert build_engine(graph, folder, updates, AMPERE_ON) > 10_000
+            graph = build_decoder(spec, weights, RECIPES["fp16"], data, dialect, kind, None, residual)
+        assert build_engine(graph, folder, updates, dialect, AMPERE_ON) > 10_000
 
 
 @pytest.mark.parametrize("dialect", STANDARD)
@@ -178,7 +176,7 @@ def test_encoder_decoder_engines_build(name: str, dialect: str, tmp_path: Path) 
     encoder, spec = specs(cross.ConfigReader("config.json", config.to_dict(), {}), weights)
     with DataFile(tmp_path / "e.data") as data:
         graph = build_text_encoder(encoder, weights, RECIPES["fp16"], data, dialect, HALF)
-    build_engine(graph, tmp_path, 0)
+    build_engine(graph, tmp_path, 0, dialect)
     build_cross_attention(spec, weights, dialect, tmp_path)
 
 
@@ -203,7 +201,7 @@ def build_cross_attention(
     capabilities = CAPABILITIES if recipe == "fp16" else AMPERE_ON
     with DataFile(folder / "c.data") as data:
         graph = build_cross_kv(spec, weights, RECIPES[recipe], data, dialect, HALF)
-    build_engine(graph, folder, 0, capabilities)
+    build_engine(graph, folder, 0, dialect, capabilities)
     with DataFile(folder / "d.data") as data:
-        graph = build_decoder(spec, weights, RECIPES[recipe], data, dialect, HALF, CAPACITY)
-    build_engine(graph, folder, 2 * spec.cached if dialect == "opset24" else 0, capabilities)
+        graph = build_decoder(spec, weights, RECIPES[recipe], data, dialect, HALF)
+    build_engine(graph, folder, 2 * spec.cached if dialect == "opset24" else 0, dialect, capabilities)

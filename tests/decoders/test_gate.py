@@ -18,12 +18,13 @@ from mllm_edge.export.checkpoint.safetensors import Weights, open_weights
 from mllm_edge.export.decoders import llama
 from mllm_edge.export.decoders.build import build_decoder
 from mllm_edge.export.decoders.place import Place
-from mllm_edge.graph.builder import save_model, tensor_specs
+from mllm_edge.graph.builder import save_model
 from mllm_edge.graph.datafile import DataFile, DryFile
 from mllm_edge.graph.decoder_spec import DecoderSpec
 from mllm_edge.graph.dialects.known import DIALECTS
 from mllm_edge.graph.gate import check_cuda_graph, check_graph, tensorrt_10_3_operators
-from mllm_edge.runtime.backends.tensorrt_build import Range, Sizes, build, check_network, inspect_network, shape_ranges
+from mllm_edge.runtime.backends.tensorrt_build import build, check_network, inspect_network
+from tests.decoders.engines import engine_inputs
 
 LAYERS, CAPACITY = 2, 256
 HALF = ir.DataType.FLOAT16
@@ -60,11 +61,6 @@ def write(folder: Path, source: tuple[DecoderSpec, Weights], dialect: str, recip
     return path
 
 
-def ranges(path: Path, sequence: Sizes) -> dict[str, Range]:
-    """Shapes for `sequence` new tokens behind 1, 64 and the most past positions."""
-    return shape_ranges(tensor_specs(ir.load(path).graph.inputs), sequence, (1, 64, CAPACITY - sequence[2]))
-
-
 @pytest.mark.parametrize("recipe", ["fp16", "int8", "int4"])
 @pytest.mark.parametrize("dialect", STANDARD)
 def test_graphs_parse_and_build_for_every_generation(
@@ -74,19 +70,19 @@ def test_graphs_parse_and_build_for_every_generation(
     report = check_network(path, 2 * LAYERS if dialect == "opset24" else 0)
     assert report.layers.get("ATTENTION_INPUT", 0) == (LAYERS if dialect == "opset24" else 0)
     oldest = "SM80" if recipe == "int4" else "SM75"  # int4 weights need Ampere
-    profiles = [ranges(path, (1, 32, 64)), ranges(path, (1, 1, 8))]
-    engine = build(path, profiles, [oldest, "SM86", "SM89", "SM120"])
+    profiles, options = engine_inputs(ir.load(path).graph, path, dialect, CAPACITY)
+    engine = build(path, profiles, [oldest, "SM86", "SM89", "SM120"], options=options)
     assert engine.nbytes > 10_000
 
 
 def test_profile_that_lacks_an_input_is_named(source: tuple[DecoderSpec, Weights], tmp_path: Path) -> None:
     path = write(tmp_path, source, "opset17", "fp16")
-    profile = ranges(path, (1, 1, 8))
+    (whole, profile), _ = engine_inputs(ir.load(path).graph, path, "opset17", CAPACITY)
     profile.pop("cos")
     with pytest.raises(BackendError, match="lacks a range for input cos"):
         build(path, [profile], ["SM86"])
     with pytest.raises(BackendError, match="does not build for SM90"):
-        build(path, [ranges(path, (1, 1, 8))], ["SM90"])
+        build(path, [whole], ["SM90"])
 
 
 def attention_model(folder: Path, inputs: list[str], **attributes: Any) -> Path:

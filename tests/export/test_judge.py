@@ -145,9 +145,14 @@ def _offset(spec: DecoderSpec) -> DecoderSpec:
     return replace(spec, norm=replace(spec.norm, offset=1.0))
 
 
-def _build_wrong(monkeypatch: pytest.MonkeyPatch, change: Callable[[DecoderSpec], DecoderSpec]) -> None:
+def _build_wrong(monkeypatch: pytest.MonkeyPatch, change: Callable[[DecoderSpec], DecoderSpec], *wrong: str) -> None:
+    """Of the decoder, by all recipes that `wrong` names."""
     build = export_job.build_decoder
-    monkeypatch.setattr(export_job, "build_decoder", lambda spec, *rest: build(change(spec), *rest))
+
+    def built(spec: DecoderSpec, weights: Any, recipe: Any, *rest: Any) -> Any:
+        return build(change(spec) if recipe.name in wrong else spec, weights, recipe, *rest)
+
+    monkeypatch.setattr(export_job, "build_decoder", built)
 
 
 @pytest.mark.parametrize("recipe", ["int4", "int8"])
@@ -159,10 +164,31 @@ def test_a_wrong_graph_is_no_loss(
     """Whatever may be lost, and when only the first layers of a large model are compared, too."""
     save_tiny_idefics3(tmp_path / "model", text={"num_hidden_layers": 3})
     monkeypatch.setattr(pipeline, "WHOLE_LIMIT", limit)
-    _build_wrong(monkeypatch, change)
+    _build_wrong(monkeypatch, change, recipe)
     with pytest.raises(ParityError, match=r"disagree with the source model: KL .* costs KL"):
         export(str(tmp_path / "model"), tmp_path / "out", recipe_name=recipe, allow_loss=True)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    _build_wrong(monkeypatch, change, "fp32")
+    with pytest.raises(ParityError, match=r"cpu disagree with the source model: prefill_logits .* > 0\.001; decode"):
+        export(str(tmp_path / "model"), tmp_path / "out", recipe_name=recipe, allow_loss=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_quantized_graphs_are_proven_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool) -> None:
+    """By the first form, its first layers where all would take much room; nothing of that stays in the bundle."""
+    save_tiny_idefics3(tmp_path / "model", text={"num_hidden_layers": 3})
+    monkeypatch.setattr(export_job, "_FLOAT_LIMIT", export_job._FLOAT_LIMIT if whole else 1000)
+    export(str(tmp_path / "model"), tmp_path / "out", targets=["tensorrt"], fallback=False, recipe_name="int4")
+    bundle = Bundle.load(tmp_path / "out")
+    proof = bundle.manifest.parity["float32"]
+    limits = {"vision_encoder": 1e-4, "connector": 1e-4, "prefill_logits": 1e-3, "decode_logits": 1e-3}
+    assert proof["limits"] == limits
+    assert all(0 < proof["errors"][name] <= limit for name, limit in limits.items())
+    assert (proof["target"], proof["greedy_agreement"]) == ("tensorrt", 1.0)
+    assert proof["scope"] == ("whole" if whole else "decoder: first 2 layers and head")
+    assert bundle.manifest.parity["limits"] == {}
+    assert not (tmp_path / "out" / "probe").exists()
 
 
 def test_a_large_model_says_that_its_loss_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

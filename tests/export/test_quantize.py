@@ -22,9 +22,9 @@ from mllm_edge.export.quantize import FIGURE, FromCheckpoint, Gate, quantize
 from mllm_edge.export.targets import TARGETS
 from mllm_edge.graph.precision import FLOAT16, Precision
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
-from mllm_edge.runtime.backends.tensorrt_build import Options, build, check_network, shape_ranges
+from mllm_edge.runtime.backends.tensorrt_build import build
+from mllm_edge.runtime.backends.tensorrt_engines import Limits, build_inputs
 from mllm_edge.runtime.vlm import VLM
-from tests.export.test_targets import shapes
 from tests.tiny import save_tiny_idefics3, save_tiny_llava, save_tiny_qwen2_vl
 from tests.tiny_families import FLOAT32_TARGETS
 
@@ -116,17 +116,10 @@ def test_tensorrt_builds_what_was_quantized(quantized: Any, component: str) -> N
 def engine_bytes(bundle: Bundle, component: str, target: str, capabilities: list[str]) -> int:
     """The size of a component's engine, built after a check of what TensorRT made of the graph."""
     variant = bundle.variant(component, target)
-    path, in_place = bundle.listed(variant.file), variant.kv_mode == "in_place"
-    if component != "decoder":
-        check_network(path, 0)
-        return build(path, [shapes(variant)], capabilities).nbytes
-    inputs = [replace(t, shape=tuple(64 if n == "capacity" else n for n in t.shape)) for t in variant.inputs]
-    options = Options(
-        sizes={"capacity": 64} if in_place else None,
-        cache_updates=2 * bundle.manifest.model.cache.layers if in_place else 0,
-    )
-    profiles = [shape_ranges(inputs, (1, 8, 16), (1, 16, 48)), shape_ranges(inputs, (1, 1, 8), (1, 16, 56))]
-    return build(path, profiles, capabilities, options=options).nbytes
+    profiles, options = build_inputs(variant, Limits(64))
+    in_place = variant.kv_mode == "in_place"
+    assert options.cache_updates == (2 * bundle.manifest.model.cache.layers if in_place else 0)
+    return build(bundle.listed(variant.file), profiles, capabilities, options=options).nbytes
 
 
 def test_int8_graphs_hold_what_each_side_demands(float_bundle: Path, tmp_path: Path) -> None:

@@ -12,12 +12,12 @@ from safetensors.numpy import save_file
 
 from benchmarks.reading import read_all
 from benchmarks.reading_folders import FAMILIES
+from mllm_edge.compare.cases import Case
 from mllm_edge.errors import ConfigError, ParityError, PromptError, SourceError
 from mllm_edge.export.checkpoint.source import open_source
 from mllm_edge.export.diagnosis import diagnose_checkpoint
 from mllm_edge.export.family import open_weights, understand
 from mllm_edge.export.pipeline import export
-from mllm_edge.export.source_model import VerifyCase
 from mllm_edge.runtime.vlm import VLM
 from tests import tiny
 from tests.tiny_internvl import save_tiny_internvl_chat
@@ -134,7 +134,7 @@ def test_own_picture_and_prompt(folder: Path, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     make_image(60, 90, 3).save(tmp_path / "photo.jpg", exif=exif)
-    case = VerifyCase("What <is> it?", (str(tmp_path / "photo.jpg"),))
+    case = Case("What <is> it?", (str(tmp_path / "photo.jpg"),))
     done = export(str(folder), tmp_path / "out", recipe_name="fp32", verify_cases=[case])
     assert done.parity["samples"] == 4
     assert done.parity["greedy_agreement"] == 1.0
@@ -144,14 +144,14 @@ def test_a_picture_of_16_bits(folder: Path, tmp_path: Path) -> None:
     """Pillow alone would call all but its darkest levels white."""
     grey = np.linspace(0, 65535, 60 * 90).reshape(60, 90).astype(np.uint16)
     Image.fromarray(grey).save(tmp_path / "depth.png")
-    case = VerifyCase("What is it?", (str(tmp_path / "depth.png"),))
+    case = Case("What is it?", (str(tmp_path / "depth.png"),))
     assert export(str(folder), tmp_path / "out", recipe_name="fp32", verify_cases=[case]).parity["samples"] == 4
 
 
 @pytest.mark.parametrize("prompt", ["What is <image>?", "Go on.<end_of_utterance>"])
 def test_a_question_that_spells_a_control_token(folder: Path, tmp_path: Path, prompt: str) -> None:
     with pytest.raises(PromptError, match=r"spells '<.*stays text here") as caught:
-        export(str(folder), tmp_path / "out", recipe_name="fp32", verify_cases=[VerifyCase(prompt)])
+        export(str(folder), tmp_path / "out", recipe_name="fp32", verify_cases=[Case(prompt)])
     assert "--verify-prompt" in caught.value.fix
     assert not (tmp_path / "out").exists()
 

@@ -11,9 +11,9 @@ from mllm_edge.errors import BundleError, ExportError
 from mllm_edge.export.pipeline import export
 from mllm_edge.export.targets import TARGETS, forms
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
-from mllm_edge.runtime.backends.tensorrt_build import Range, build, check_network
+from mllm_edge.runtime.backends.tensorrt_build import build
+from mllm_edge.runtime.backends.tensorrt_engines import Limits, build_inputs
 from mllm_edge.runtime.vlm import VLM
-from mllm_edge.spec import TensorSpec, Variant
 from tests.tiny import save_tiny_idefics3, save_tiny_llava, save_tiny_qwen2_vl
 from tests.tiny_internvl import save_tiny_internvl, save_tiny_internvl_chat
 
@@ -26,9 +26,6 @@ SAVE = {
     "llava": save_tiny_llava,
     "qwen2_vl": save_tiny_qwen2_vl,
 }
-# Least, usual and most of an axis, where these are not a few tiles: cells of 2 × 2, of 4 × 6, and as many as the tiny
-# model's largest image has.
-RANGES = {"cells": (4, 24, 64)}
 
 
 @pytest.fixture(scope="module", params=SAVE)
@@ -50,7 +47,10 @@ def test_every_form_agrees_with_the_source(exported: Any) -> None:
     assert report.targets == ("cpu", *STANDARD)
     results = [bundle.manifest.parity, *bundle.manifest.parity["targets"].values()]
     assert [parity["target"] for parity in results] == ["cpu", *STANDARD]
-    for parity in results:
+    proof = bundle.manifest.parity.get("float32")
+    assert (proof is None) == (report.recipe == "fp16")
+    for parity in [*results, proof] if proof else results:
+        assert parity["limits"] or proof
         assert all(0 < parity["errors"][name] <= limit for name, limit in parity["limits"].items())
 
 
@@ -67,6 +67,7 @@ def test_variants_state_what_they_are(exported: Any) -> None:
                 None if name != "decoder" else "in_place" if variant.target == "tensorrt" else "append"
             )
             assert "tensorrt" in variant.minimum
+            assert set(variant.ranges) == {n for t in variant.inputs for n in t.shape if isinstance(n, str)}
     assert set(report.components) >= {"decoder", "decoder.tensorrt", "decoder.tensorrt-10.3"}
 
 
@@ -75,19 +76,9 @@ def test_variants_state_what_they_are(exported: Any) -> None:
 def test_tensorrt_builds_the_vision_side(exported: Any, component: str, target: str) -> None:
     _, bundle = exported
     variant = bundle.variant(component, target)
-    path = bundle.listed(variant.file)
-    check_network(path, 0)
-    engine = build(path, [shapes(variant)], ["SM80", "SM86", "SM89", "SM120"])
+    profiles, options = build_inputs(variant, Limits(64))
+    engine = build(bundle.listed(variant.file), profiles, ["SM80", "SM86", "SM89", "SM120"], options=options)
     assert engine.nbytes > 0
-
-
-def shapes(variant: Variant) -> dict[str, Range]:
-    """The smallest, usual and largest shape of each input of a part of the vision side."""
-
-    def shape(tensor: TensorSpec, which: int) -> tuple[int, ...]:
-        return tuple(n if isinstance(n, int) else RANGES.get(n, (1, 2, 4))[which] for n in tensor.shape)
-
-    return {tensor.name: (shape(tensor, 0), shape(tensor, 1), shape(tensor, 2)) for tensor in variant.inputs}
 
 
 def test_without_the_fallback_only_the_target_is_there(checkpoint: Path, tmp_path: Path) -> None:

@@ -14,9 +14,7 @@ from mllm_edge.files import write_whole
 from mllm_edge.install import install_hint
 from mllm_edge.runtime.backends.installed import engines, version_numbers
 from mllm_edge.runtime.backends.tensorrt_best import add_best
-from mllm_edge.runtime.limits import MOST_ROWS
 from mllm_edge.runtime.onnx_file.dimensions import fix_dimensions
-from mllm_edge.spec import TensorSpec
 
 __all__ = [
     "Engine",
@@ -30,7 +28,6 @@ __all__ = [
     "inspect_network",
     "logger",
     "modules",
-    "shape_ranges",
 ]
 
 _TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT for RTX"}
@@ -143,25 +140,6 @@ def _check(path: Path, report: NetworkReport, cache_updates: int) -> NetworkRepo
     if problems:
         raise BackendError(f"{path}: TensorRT misreads the graph: {'; '.join(problems)}", "please report this")
     return report
-
-
-def shape_ranges(
-    inputs: Sequence[TensorSpec], sequence: Sizes, past: Sizes, features: Sizes = (1, 1, 1)
-) -> dict[str, Range]:
-    """The smallest, usual and largest shape of each input of a decoder, text encoder or cross_kv graph.
-
-    `sequence`: new tokens; `past`: positions before them; `features`: what cross-attention looks at. One sequence.
-    Logits are wanted of as many as there are, `MOST_ROWS` at most.
-    """
-    length = tuple(new + old for new, old in zip(sequence, past, strict=True))
-    rows = (1, 1, min(MOST_ROWS, sequence[2]))
-    sizes = {"batch": (1, 1, 1), "rows": rows, "sequence": sequence, "past": past, "length": length}
-    sizes["features"] = features
-
-    def shape(tensor: TensorSpec, which: int) -> tuple[int, ...]:
-        return tuple(size if isinstance(size, int) else sizes[size][which] for size in tensor.shape)
-
-    return {tensor.name: (shape(tensor, 0), shape(tensor, 1), shape(tensor, 2)) for tensor in inputs}
 
 
 def _is_causal(trt: Any, layer: Any) -> bool:

@@ -23,7 +23,7 @@ from mllm_edge.runtime.backends.installed import MINIMUM
 from mllm_edge.runtime.backends.tensorrt_build import Module, Options, Range, Sizes, build, modules
 from mllm_edge.runtime.backends.tensorrt_segments import Segment, divisions, whole
 from mllm_edge.runtime.limits import MOST_ROWS, PREFILL_CHUNK
-from mllm_edge.spec import ImageSpec, Variant
+from mllm_edge.spec import SymbolRange, Variant
 
 __all__ = [
     "FOLDER",
@@ -71,11 +71,20 @@ class Limits:
         return all(mine >= its for mine, its in zip(asdict(self).values(), asdict(other).values(), strict=True))
 
     def sizes(self, variant: Variant) -> dict[str, int]:
-        """Symbol → the largest size that a caller may use."""
-        if variant.kv_mode is None:
-            return {"tiles": self.max_images}
-        batch = 1 if variant.kv_mode == "append" else self.max_batch
-        return {"batch": batch, "sequence": _prefill(self), "capacity": self.max_seq, "rows": self.max_rows}
+        """Symbol → the largest size that a caller may use. A decoder's caches have a `capacity`, its graph's or not."""
+        found = {symbol: sizes[2] for symbol, sizes in self.ranges(variant).items()}
+        return found if variant.kv_mode is None else found | {"capacity": self.max_seq}
+
+    def ranges(self, variant: Variant, decode: bool = False) -> dict[str, Sizes]:
+        """Symbol → its least, usual and largest size, in a decoder's prefill or decode steps."""
+        new, ranges = _DECODE if decode else PREFILL_CHUNK, variant.ranges
+        bounds = asdict(self) | {"max_past": self.max_seq - 1, "max_new": min(new, self.max_seq)}
+        found = {symbol: _sizes(r, bounds, decode) for symbol, r in ranges.items() if not r.sum_of}
+        sums = {symbol: [found[part] for part in r.sum_of] for symbol, r in ranges.items() if r.sum_of}
+        for symbol, parts in sums.items():
+            least, usual, most = (sum(sizes) for sizes in zip(*parts, strict=True))
+            found[symbol] = least, usual, most
+        return found
 
 
 @dataclass(frozen=True)
@@ -193,7 +202,7 @@ def find_engine(
         return None
 
 
-def build_inputs(bundle: Bundle, variant: Variant, limits: Limits) -> tuple[list[dict[str, Range]], Options]:
+def build_inputs(variant: Variant, limits: Limits) -> tuple[list[dict[str, Range]], Options]:
     """Profiles, and what has to be known about caches and logits, to `build` the engine of a variant with."""
     caches = sum(t.name.startswith("past_key_values.") for t in variant.inputs)
     best = variant.kv_mode is not None and any(t.name == "logits" for t in variant.outputs)
@@ -201,7 +210,7 @@ def build_inputs(bundle: Bundle, variant: Variant, limits: Limits) -> tuple[list
         options = Options({"capacity": limits.max_seq}, caches, best=best)
     else:
         options = Options(cache_updates=0, best=best)
-    return _profiles(variant, limits, bundle.manifest.model.image), options
+    return _profiles(variant, limits), options
 
 
 def make_engines(
@@ -250,7 +259,7 @@ def make_engine(
     path = _path(bundle, segment, module, device)
     with _writing(path.parent):
         path.parent.mkdir(exist_ok=True)
-    profiles, sizes = build_inputs(bundle, segment.variant, limits)
+    profiles, sizes = build_inputs(segment.variant, limits)
     timings = None if module.builds_ahead else path.parent / f"timings-{_engine_of(module)}-{device}.cache"
     more = segment.count + 1 if variant.kv_mode is not None else 0
     options = replace(sizes, workspace=workspace, timing_cache=timings, progress=progress)
@@ -268,53 +277,31 @@ def make_engine(
     return StoredEngine(path, limits, segment, time.perf_counter() - start)
 
 
-def _profiles(variant: Variant, limits: Limits, image: ImageSpec | None) -> list[dict[str, Range]]:
+def _profiles(variant: Variant, limits: Limits) -> list[dict[str, Range]]:
     """Prefill and decode for a decoder, one for all else: the shapes of every input."""
-    if variant.kv_mode is None:
-        most, cells = limits.max_images, _most_cells(limits, image)
-        return [_ranges(variant, {"tiles": (1, min(most, 2), most), "cells": (1, min(cells, 256), cells)})]
-    longest, most = limits.max_seq, _prefill(limits)
-    usual, half = min(256, most), max(1, longest // 2)
-    append = variant.kv_mode == "append"
-    batch = 1 if append else limits.max_batch
-    found = []
-    for sequence in ((1, usual, most), (1, 1, min(_DECODE, most))):
-        # Every number of new tokens may stand behind every past, as far as `max_seq`.
-        past = (0, half - 1, longest - 1)
-        spanned = tuple(old + new for old, new in zip(past, sequence, strict=True))
-        length = (1, max(half, usual), longest) if not append else spanned
-        symbols: dict[str, Sizes] = {
-            "batch": (1, 1, batch),
-            "rows": (1, 1, limits.max_rows),
-            "sequence": sequence,
-            "past": past,
-            "length": (length[0], length[1], length[2]),
-            "capacity": (longest, longest, longest),
-        }
-        found.append(_ranges(variant, symbols))
-    return found
+    kinds = (False,) if variant.kv_mode is None else (False, True)
+    return [_shapes(variant, limits.ranges(variant, decode)) for decode in kinds]
 
 
-def _most_cells(limits: Limits, image: ImageSpec | None) -> int:
-    """Cells of the largest image that its transforms make and the context takes, for each of them is a token."""
-    areas = [t.max_pixels // t.multiple**2 for t in image.transforms if t.op == "resize_to_pixels"] if image else []
-    return min([limits.max_seq, *areas])
-
-
-def _ranges(variant: Variant, symbols: Mapping[str, Sizes]) -> dict[str, Range]:
-    unknown = {s for t in variant.inputs for s in t.shape if isinstance(s, str)} - set(symbols)
+def _shapes(variant: Variant, ranges: Mapping[str, Sizes]) -> dict[str, Range]:
+    unknown = {s for t in variant.inputs for s in t.shape if isinstance(s, str)} - set(ranges)
     if unknown:
         what = f"{variant.file}: no range is known for the dimension {sorted(unknown)[0]!r}"
         raise BackendError(what, "use --backend cpu for this bundle, and please report this")
 
     def shape(which: int, dims: tuple[int | str, ...]) -> tuple[int, ...]:
-        return tuple(d if isinstance(d, int) else symbols[d][which] for d in dims)
+        return tuple(d if isinstance(d, int) else ranges[d][which] for d in dims)
 
     return {t.name: (shape(0, t.shape), shape(1, t.shape), shape(2, t.shape)) for t in variant.inputs}
 
 
-def _prefill(limits: Limits) -> int:
-    return min(PREFILL_CHUNK, limits.max_seq)
+def _sizes(symbol: SymbolRange, bounds: Mapping[str, int], decode: bool) -> Sizes:
+    """Least, usual and most; a decode step has as few new tokens as there can be."""
+    allowed = [size for size in (symbol.most, bounds.get(symbol.limit or "")) if size is not None]
+    most = min(allowed)
+    least = most if symbol.least is None else min(symbol.least, most)
+    usual = least if decode and symbol.limit == "max_new" else max(least, symbol.usual, int(symbol.share * most))
+    return least, min(usual, most), most
 
 
 def _identity(bundle: Bundle, segment: Segment, module: Module, device: str) -> dict[str, str]:

@@ -1,0 +1,41 @@
+"""What both sides of a comparison are asked."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+__all__ = ["Case", "synthetic_cases"]
+
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """A question and its images, as paths or as Pillow images; `description`: the words for it in a report."""
+
+    prompt: str
+    images: tuple[Any, ...] = ()
+    description: str = ""
+
+
+def synthetic_cases(takes_images: bool) -> list[Case]:
+    """A question without images and, for models that take them, one with an image and one with two of unequal size."""
+    random = np.random.default_rng(_SEED)
+
+    def case(prompt: str, *sizes: tuple[int, int]) -> Case:
+        images = tuple(_smooth(random, height, width) for height, width in sizes)
+        shown = "".join(f", {width} x {height} px" for height, width in sizes)
+        return Case(prompt, images, f"{prompt!r}{shown}")
+
+    cases = [case("Name three colours.")]
+    if takes_images:
+        cases.append(case("What is in the picture?", (240, 320)))
+        cases.append(case("Compare the two pictures.", (97, 131), (180, 77)))
+    return cases
+
+
+def _smooth(random: np.random.Generator, height: int, width: int) -> Image.Image:
+    coarse = random.integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)

@@ -1,0 +1,43 @@
+"""Which sizes the symbolic dimensions of each kind of graph may have, for engines that are built for a range."""
+
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+from mllm_edge.spec import SymbolRange, TensorSpec
+
+__all__ = ["CROSS_KV", "TEXT_ENCODER", "TILES", "TOKENS", "decoder_ranges", "symbols", "used_ranges"]
+
+_BATCH = SymbolRange(limit="max_batch")
+# As many as a prompt has tokens.
+TOKENS = SymbolRange(usual=256, limit="max_seq")
+TILES = SymbolRange(usual=2, limit="max_images")
+TEXT_ENCODER: Mapping[str, SymbolRange] = {"batch": _BATCH, "sequence": TOKENS}
+CROSS_KV: Mapping[str, SymbolRange] = {"batch": _BATCH, "features": TOKENS}
+
+
+def decoder_ranges(kv_mode: Literal["in_place", "append"]) -> dict[str, SymbolRange]:
+    """Of a decoder. Every number of new tokens may stand behind every past; which of them there is room for is the
+    caller's concern in `append`, where the mask is as long as both."""
+    append = kv_mode == "append"
+    spanned = SymbolRange(sum_of=("past", "sequence")) if append else SymbolRange(1, 256, None, "max_seq", share=0.5)
+    return {
+        "batch": SymbolRange(most=1) if append else _BATCH,
+        "rows": SymbolRange(limit="max_rows"),
+        "sequence": SymbolRange(usual=256, limit="max_new"),
+        "past": SymbolRange(0, 0, None, "max_past", share=0.5),
+        "length": spanned,
+        "capacity": SymbolRange(None, limit="max_seq"),
+        "features": TOKENS,
+    }
+
+
+def used_ranges(inputs: Iterable[TensorSpec], known: Mapping[str, SymbolRange]) -> dict[str, SymbolRange]:
+    """The ranges that the symbols of `inputs` need, from `known`; raises KeyError for a symbol without one."""
+    wanted = symbols(inputs)
+    parts = [part for symbol in wanted for part in known[symbol].sum_of]
+    return {symbol: known[symbol] for symbol in dict.fromkeys([*wanted, *parts])}
+
+
+def symbols(tensors: Iterable[TensorSpec]) -> list[str]:
+    """The symbolic dimensions, each once."""
+    return list(dict.fromkeys(size for tensor in tensors for size in tensor.shape if isinstance(size, str)))
