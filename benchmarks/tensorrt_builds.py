@@ -132,6 +132,7 @@ def _build_one(name: str, dialect: str, recipe: str, folder: str, count: str) ->
     from mllm_edge.graph.builder import tensor_specs
     from mllm_edge.runtime.backends.tensorrt_build import Options, shape_ranges
     from mllm_edge.runtime.onnx_file.split import partitions
+    from mllm_edge.spec import is_state
 
     path, model = _write_graph(GEOMETRIES[name], dialect, recipe, Path(folder))
     specs, found = tensor_specs(model.graph.inputs), []
@@ -139,7 +140,7 @@ def _build_one(name: str, dialect: str, recipe: str, folder: str, count: str) ->
         inputs = [tensor for tensor in specs if tensor.name in piece.inputs]
         inputs += [piece.enters] if piece.enters else []
         profiles = [shape_ranges(inputs, new, (1, 512, CAPACITY - new[2])) for new in PROFILES]
-        caches = sum(tensor.name.startswith("past_key_values.") for tensor in inputs)
+        caches = sum(is_state(tensor.name, "growing") for tensor in inputs)
         options = Options(cache_updates=caches if dialect == "opset24" else 0, graph=piece.model)
         found.append(_build(path, profiles, options, recipe))
     return {"dialect": dialect, **_together(found)}

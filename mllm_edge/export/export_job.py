@@ -229,7 +229,7 @@ class ExportJob:
                     (probe / file.name).hardlink_to(file)
             variants = tuple(self._write_form(probe, "decoder", form, decoder, chosen) for form in forms)
             components = {**manifest.components, "decoder": Component(variants)}
-            model = replace(manifest.model, cache=decoder.cache_spec())
+            model = replace(manifest.model, state=decoder.state_specs())
             files = file_entries(probe, self._hashes)
             write_manifest(probe, replace(manifest, model=model, components=components, files=files))
             yield probe

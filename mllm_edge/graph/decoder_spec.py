@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from mllm_edge.spec import CacheSpec, PositionSpec, RopeSpec
+from mllm_edge.spec import PositionSpec, RopeSpec, StateSpec
 
 __all__ = [
     "PRE_NORM",
@@ -203,9 +203,10 @@ class DecoderSpec:
         """Size of the bias's head axis: relative distances score differently in each head."""
         return self.attention.heads if self.table is not None and self.table.kind == "relative_bias" else 1
 
-    def cache_spec(self) -> CacheSpec:
-        """The self-attention caches, for the manifest."""
-        return CacheSpec(self.cached, self.attention.kv_heads, self.attention.head_dim)
+    def state_specs(self) -> tuple[StateSpec, ...]:
+        """What the layers remember, for the manifest."""
+        attention = self.attention
+        return (StateSpec("growing", tuple(range(self.cached)), (attention.kv_heads, attention.head_dim)),)
 
     def position_spec(self, file: str = "") -> PositionSpec:
         """Positions and masks, for the manifest; `file` is where the bundle keeps `table`."""

@@ -285,7 +285,7 @@ def describe(spec: DecoderSpec) -> ModelSpec:
         parameters=0,
         embedding=EmbeddingSpec("", spec.vocab_size),
         positions=spec.position_spec("position_table.npy"),
-        cache=spec.cache_spec(),
+        state=spec.state_specs(),
         image=None,
     )
 

@@ -123,7 +123,7 @@ def engine_bytes(bundle: Bundle, component: str, target: str, capabilities: list
     inputs = [replace(t, shape=tuple(64 if n == "capacity" else n for n in t.shape)) for t in variant.inputs]
     options = Options(
         sizes={"capacity": 64} if in_place else None,
-        cache_updates=2 * bundle.manifest.model.cache.layers if in_place else 0,
+        cache_updates=2 * len(bundle.manifest.model.state[0].layers) if in_place else 0,
     )
     profiles = [shape_ranges(inputs, (1, 8, 16), (1, 16, 48)), shape_ranges(inputs, (1, 1, 8), (1, 16, 56))]
     return build(path, profiles, capabilities, options=options).nbytes
