@@ -72,7 +72,7 @@ def _model_spec(geometry: Geometry, spec: "DecoderSpec") -> ModelSpec:
         parameters=0,
         embedding=EmbeddingSpec(_EMBEDDINGS, spec.vocab_size),
         positions=spec.position_spec(),
-        cache=spec.cache_spec(),
+        state=spec.state_specs(),
         image=None,
     )
 

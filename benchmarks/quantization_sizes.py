@@ -19,6 +19,7 @@ from mllm_edge.export.quantize import quantize
 from mllm_edge.graph.precision import FLOAT16, Precision
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.vlm import VLM
+from mllm_edge.spec import is_state
 
 __all__ = ["add_cost", "add_large", "add_vision"]
 
@@ -97,11 +98,12 @@ def _calibrate_layers(source: Path, folder: Path, method: Any) -> None:
     bundle = Bundle.load(source)
     variant = bundle.variant("decoder", "cpu")
     feeds, model = Feeds(folder / "feeds"), bundle.manifest.model
-    half = model.cache.head_dim // 2
+    ((heads, head_dim),) = (spec.shape for spec in model.state)
+    half = head_dim // 2
     for i in range(_LARGE_SAMPLES):
         random = np.random.default_rng(i)
         angles = np.outer(np.arange(_LARGE_TOKENS), 1e4 ** -(np.arange(half) / half)).astype(np.float32)
-        cache = np.zeros((1, model.cache.heads, _LARGE_TOKENS, model.cache.head_dim), np.float32)
+        cache = np.zeros((1, heads, _LARGE_TOKENS, head_dim), np.float32)
         feeds.add(
             {
                 "inputs_embeds": random.standard_normal((1, _LARGE_TOKENS, model.hidden_size), np.float32) * 0.02,
@@ -110,7 +112,7 @@ def _calibrate_layers(source: Path, folder: Path, method: Any) -> None:
                 "total_sequence_length": np.array([_LARGE_TOKENS], np.int32),
                 "cos": np.cos(angles),
                 "sin": np.sin(angles),
-                **{t.name: cache for t in variant.inputs if t.name.startswith("past_key_values.")},
+                **{t.name: cache for t in variant.inputs if is_state(t.name)},
             }
         )
     part = Precision("blocks", 4, method=method)

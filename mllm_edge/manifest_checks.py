@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
+from typing import get_args
 
 from mllm_edge.errors import BundleError
 from mllm_edge.spec import (
@@ -16,10 +17,13 @@ from mllm_edge.spec import (
     ModelSpec,
     PositionSpec,
     RopeSpec,
+    StateKind,
+    StateSpec,
     Table,
     TensorSpec,
     Transform,
     Variant,
+    is_state,
 )
 
 __all__ = ["check_manifest"]
@@ -37,7 +41,6 @@ _DIGITS = 16  # of a block's checksum
 _TRAINED = ("dynamic", "llama3", "yarn", "longrope")
 _TABLE_INPUTS = {"grid_rope": 2, "grid_windows": 3}
 _MAY_BE_ZERO = {"min_pixels"}  # of the sizes of transforms
-_MOST_LAYERS = 10_000
 
 
 def check_manifest(manifest: Manifest) -> None:
@@ -76,8 +79,7 @@ def _entry(entry: FileEntry) -> Iterator[str]:
 def _model(model: ModelSpec) -> Iterator[str]:
     for name in ("hidden_size", "vocab_size", "context_length"):
         yield from _positive(f"model.{name}", getattr(model, name))
-    for name in ("layers", "heads", "head_dim"):
-        yield from _positive(f"model.cache.{name}", getattr(model.cache, name))
+    yield from _state(model.state)
     yield from _positive("model.embedding.rows", model.embedding.rows)
     if model.parameters < 0:
         yield f"model.parameters is {model.parameters}"
@@ -88,6 +90,18 @@ def _model(model: ModelSpec) -> Iterator[str]:
     yield from _positions(model.positions, model)
     if model.image is not None:
         yield from _image(model.image, model)
+
+
+def _state(state: Sequence[StateSpec]) -> Iterator[str]:
+    for k, spec in enumerate(state):
+        if len(spec.shape) != 2:
+            yield f"model.state[{k}].shape has {len(spec.shape)} sizes"
+        for size in spec.shape:
+            yield from _positive(f"model.state[{k}].shape", size)
+    for kind in get_args(StateKind):
+        layers = sorted(layer for spec in state if spec.kind == kind for layer in spec.layers)
+        if layers != list(range(len(layers))):
+            yield f"model.state: its layers of kind {kind} are {layers}"
 
 
 def _positions(spec: PositionSpec, model: ModelSpec) -> Iterator[str]:
@@ -103,8 +117,9 @@ def _positions(spec: PositionSpec, model: ModelSpec) -> Iterator[str]:
         yield "positions follow the grid of images, and a rope has no sections"
     if spec.images == "grid" and (model.image is None or model.image.patches is None):
         yield "positions follow the grid of images, and images are not cut into cells"
+    head_dim = max((state.shape[1] for state in model.state if state.kind == "growing"), default=0)
     for k, rope in enumerate(spec.ropes):
-        yield from (f"model.positions.ropes[{k}]: {what}" for what in _rope(rope, model.cache.head_dim))
+        yield from (f"model.positions.ropes[{k}]: {what}" for what in _rope(rope, head_dim))
 
 
 def _rope(rope: RopeSpec, head_dim: int) -> Iterator[str]:
@@ -265,23 +280,23 @@ def _tensors(kind: str, tensors: Sequence[TensorSpec]) -> Iterator[str]:
 def _decoder(model: ModelSpec, variant: Variant) -> Iterator[str]:
     inputs = {tensor.name: tensor for tensor in variant.inputs}
     outputs = {tensor.name: tensor for tensor in variant.outputs}
-    cache = model.cache
     ropes = [f"{table}.{k}" if k else table for k in range(len(model.positions.ropes)) for table in ("cos", "sin")]
-    layers = min(cache.layers, _MOST_LAYERS)
-    past = [f"past_key_values.{i}.{part}" for i in range(layers) for part in ("key", "value")]
+    past = {name: spec for spec in model.state for name in spec.inputs}
+    present = [name for spec in model.state for name in spec.outputs]
     wanted = ["inputs_embeds", "logits_indices", *_PLACES[variant.dialect], *ropes, *past]
     yield from _lacks("input", wanted, inputs)
-    yield from _lacks("output", ["logits", *(n.replace("past_key_values", "present") for n in past)], outputs)
-    extra = [n for n in inputs if n.startswith(("past_key_values.", "cos", "sin")) and n not in wanted]
-    extra += [n for n in outputs if n.startswith("present.") and n.replace("present", "past_key_values", 1) not in past]
+    yield from _lacks("output", ["logits", *present], outputs)
+    extra = [n for n in inputs if (is_state(n) or n.startswith(("cos", "sin"))) and n not in wanted]
+    extra += [n for n in outputs if is_state(n) and n not in present]
     for name in extra:
-        yield f"{name} does not fit {cache.layers} layers and {len(model.positions.ropes)} ropes"
+        layers = sum(len(spec.layers) for spec in model.state)
+        yield f"{name} does not fit {layers} layers and {len(model.positions.ropes)} ropes"
     biases = {f"attention_bias.{k}" if k else "attention_bias" for k in range(len(model.positions.windows))}
     for name in inputs:
         if name.startswith("attention_bias") and name not in biases:
             yield f"input {name} for {len(biases)} windows"
     sizes = {"inputs_embeds": model.hidden_size, "logits": model.vocab_size}
-    sizes |= dict.fromkeys(past, cache.head_dim)
+    sizes |= {name: spec.shape[1] for name, spec in past.items()}
     for k, rope in enumerate(model.positions.ropes):
         sizes |= {(f"{table}.{k}" if k else table): rope.dim // 2 for table in ("cos", "sin")}
     for name, size in sizes.items():
@@ -289,11 +304,16 @@ def _decoder(model: ModelSpec, variant: Variant) -> Iterator[str]:
         last = tensor.shape[-1] if tensor is not None and tensor.shape else None
         if last != size and not isinstance(last, str):
             yield f"{name} ends with {last}, the model says {size}"
-    heads_axis = 1 if variant.kv_mode == "in_place" else 2
-    for name in past:
-        shape = inputs[name].shape
-        if len(shape) != 4 or (isinstance(shape[heads_axis], int) and shape[heads_axis] != cache.heads):
-            yield f"{name} has the shape {list(shape)}, the model says {cache.heads} heads"
+    for name, spec in past.items():
+        yield from (f"{name} has {what}" for what in _state_shape(spec, inputs[name].shape, variant.kv_mode))
+
+
+def _state_shape(spec: StateSpec, shape: Sequence[int | str], kv_mode: str | None) -> Iterator[str]:
+    growing = spec.kind == "growing"
+    axis = 1 if kv_mode == "in_place" or not growing else 2
+    if len(shape) != (4 if growing else 3) or (isinstance(shape[axis], int) and shape[axis] != spec.shape[0]):
+        what = f"{spec.shape[0]} heads" if growing else f"a width of {spec.shape[0]}"
+        yield f"the shape {list(shape)}, the model says {what}"
 
 
 def _stages(manifest: Manifest) -> Iterator[str]:

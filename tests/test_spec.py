@@ -8,7 +8,6 @@ import pytest
 from mllm_edge.errors import BundleError
 from mllm_edge.json_form import from_json, to_json
 from mllm_edge.spec import (
-    CacheSpec,
     EmbeddingSpec,
     ImagePrompt,
     ImageSpec,
@@ -19,6 +18,7 @@ from mllm_edge.spec import (
     ResizeLongestEdge,
     RopeSpec,
     Stage,
+    StateSpec,
     TensorSpec,
 )
 
@@ -31,7 +31,11 @@ MODEL = ModelSpec(
     parameters=11,
     embedding=EmbeddingSpec("e.npy", 9),
     positions=PositionSpec("rope", (RopeSpec(1e4, 8),)),
-    cache=CacheSpec(2, 1, 8),
+    state=(
+        StateSpec("growing", (0, 2), (1, 8)),
+        StateSpec("growing", (1,), (2, 4)),
+        StateSpec("recurrent", (0,), (2, 8)),
+    ),
     image=ImageSpec(
         (ResizeLongestEdge(4, "lanczos", 8), Resize(4, 4, "bilinear"), Normalize((0.5,), (0.25,))),
         ImagePrompt("<image>", 3, "{image}"),
@@ -76,7 +80,8 @@ def test_dimensions_are_numbers_or_symbols() -> None:
         (("image", "transforms"), {}, ["manifest.image.transforms"]),
         (("positions", "ropes", 0, "dim"), 1.5, ["manifest.positions.ropes[0].dim"]),
         (("extra",), 1, ["unknown field 'extra'", "ModelSpec"]),
-        (("cache",), {"layers": 2, "heads": 1}, ["manifest.cache", "missing field 'head_dim'"]),
+        (("state", 0), {"kind": "growing", "layers": [0]}, ["manifest.state[0]", "missing field 'shape'"]),
+        (("state", 2, "kind"), "kv", ["manifest.state[2].kind", "kv"]),
     ],
 )
 def test_wrong_values_are_named(path: tuple[Any, ...], value: Any, words: list[str]) -> None:

@@ -24,7 +24,7 @@ from mllm_edge.errors import DataError
 from mllm_edge.files import sync, write_whole
 from mllm_edge.graph.precision import Precision
 from mllm_edge.runtime.backends.base import Backend
-from mllm_edge.spec import Variant
+from mllm_edge.spec import Variant, is_state
 
 __all__ = ["calibrate", "held_apart", "row_weights"]
 
@@ -88,7 +88,7 @@ def calibrate(
 def _caches(graph: ir.Graph, segment: Segment) -> list[str]:
     """The new keys and values that a piece makes."""
     made = {v.name for node in list(graph)[segment.start : segment.stop] for v in node.outputs}
-    return [v.name for v in graph.outputs if v.name and v.name in made and v.name.startswith("present.")]
+    return [v.name for v in graph.outputs if v.name and v.name in made and is_state(v.name, "growing")]
 
 
 def row_weights(inputs: Mapping[str, np.ndarray], value: np.ndarray) -> np.ndarray | None:

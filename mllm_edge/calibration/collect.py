@@ -17,14 +17,14 @@ from mllm_edge.files import sync, write_whole
 from mllm_edge.runtime.backends.base import Backend, Buffer, Session
 from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.vlm import VLM
-from mllm_edge.spec import Variant
+from mllm_edge.spec import Variant, is_state
 
 __all__ = ["Feeds", "answer_tokens", "answered_together", "is_recorded", "mark_recorded", "record"]
 
 _ANSWER_TOKENS = 64
 _TOGETHER = 8  # samples that are asked before what they were fed is written
 _CACHE_BYTES = 128 << 20  # of the decoder, while it answers several
-_CACHE = "past_key_values."
+_SHAPES = "state"  # of a decoder's state, in a file of what it was fed
 _KEPT_BYTES = 64 << 20  # of what a component was fed
 
 
@@ -41,11 +41,11 @@ class Feeds:
         return len(list(self.folder.glob("*.npz")))
 
     def add(self, feeds: Mapping[str, np.ndarray]) -> None:
-        """Keep one run's inputs; of empty caches only the shape."""
-        kept = {name: array for name, array in feeds.items() if not name.startswith(_CACHE)}
-        shapes = {name: (array.dtype.name, array.shape) for name, array in feeds.items() if name.startswith(_CACHE)}
+        """Keep one run's inputs; of state, which is empty, only the shape."""
+        kept = {name: array for name, array in feeds.items() if not is_state(name)}
+        shapes = {name: (array.dtype.name, array.shape) for name, array in feeds.items() if is_state(name)}
         # In one entry: a file of a hundred takes milliseconds to open.
-        kept[_CACHE] = np.array(json.dumps(shapes))
+        kept[_SHAPES] = np.array(json.dumps(shapes))
         save_arrays(self.folder / f"{len(self):06d}.npz", kept, durable=False)
 
     def read(self, i: int, names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -164,9 +164,8 @@ def answered_together(vlm: VLM, prompts: Sequence[Encoded], most: int) -> dict[i
 
 def _batch(vlm: VLM, tokens: int) -> int:
     """How many sequences of up to `tokens` tokens the decoder holds at once."""
-    cache = vlm.spec.cache
-    row = 2 * cache.layers * cache.heads * cache.head_dim * np.dtype(np.float32).itemsize
-    return max(1, _CACHE_BYTES // (row * tokens))
+    row = np.dtype(np.float32).itemsize * sum(spec.values(tokens) for spec in vlm.spec.state)
+    return max(1, _CACHE_BYTES // max(1, row))
 
 
 def _write(vlm: VLM, asked: _Asked, answer: np.ndarray) -> None:
@@ -237,7 +236,7 @@ def _array(value: Any) -> np.ndarray:
 
 
 def _chosen(kept: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, np.ndarray]:
-    """The arrays called `names`, caches as zeros."""
-    shapes = json.loads(str(kept[_CACHE])) if any(name.startswith(_CACHE) for name in names) else {}
+    """The arrays called `names`, state as zeros."""
+    shapes = json.loads(str(kept[_SHAPES])) if any(map(is_state, names)) else {}
     zeros = {n: np.zeros(shapes[n][1], shapes[n][0]) for n in names if n in shapes}
     return {n: zeros[n] if n in zeros else kept[n] for n in names if n in zeros or n in kept}

@@ -8,13 +8,12 @@ import onnx_ir as ir
 from mllm_edge.calibration.findings import Findings
 from mllm_edge.errors import RecipeError
 from mllm_edge.graph.scales import smallest
-from mllm_edge.spec import Variant
+from mllm_edge.spec import Variant, is_state, state_input, state_names, state_output
 
 __all__ = ["MINIMUM", "check_cache", "largest", "quantize_cache", "rotated"]
 
 # Lowest version of ONNX Runtime whose GroupQueryAttention was seen to keep int8 on the CPU.
 MINIMUM = {"onnxruntime": "1.31"}
-_PARTS = ("key", "value")
 # Ranges over what calibration saw: what goes beyond is clipped, which costs more than the steps getting wider by this.
 _HEADROOM = 1.5
 _K_SCALE, _INPUTS = 12, 14  # of GroupQueryAttention
@@ -55,17 +54,17 @@ def largest(rows: np.ndarray, widths: Collection[int] = ()) -> np.ndarray:
 def quantize_cache(graph: ir.Graph, dialect: str, findings: Findings) -> None:
     """Let a decoder graph, changed in place, keep its cache as int8 over the ranges in `findings`; without any it stays
     as it is."""
-    past = next((v for v in graph.inputs if (v.name or "").startswith("past_key_values.")), None)
+    past = next((v for v in graph.inputs if is_state(v.name or "", "growing")), None)
     kind = _HALF if past is not None and past.dtype == _HALF else _FLOAT
     scales = {name: _scale(peaks, kind.numpy()) for name, peaks in findings.cache().items()}
     write = _group_query_attention if dialect == "contrib" else _appended
     if not scales:
         return
     for layer in sorted({int(name.split(".")[1]) for name in scales}):
-        write(graph, layer, {part: scales[f"present.{layer}.{part}"] for part in _PARTS})
-    caches = [v for v in (*graph.inputs, *graph.outputs) if (v.name or "").startswith(("past_key_values.", "present."))]
-    for value in caches:
-        value.type = ir.TensorType(_INT8)
+        write(graph, {name: scales[state_output("growing", name)] for name in state_names("growing", layer)})
+    for value in (*graph.inputs, *graph.outputs):
+        if is_state(value.name or "", "growing"):
+            value.type = ir.TensorType(_INT8)
 
 
 def _scale(peaks: np.ndarray, kind: np.dtype) -> np.ndarray:
@@ -74,33 +73,33 @@ def _scale(peaks: np.ndarray, kind: np.dtype) -> np.ndarray:
     return np.where(peaks > 0, np.maximum(_HEADROOM * peaks / 127, smallest(kind)), 1.0).astype(np.float32)
 
 
-def _group_query_attention(graph: ir.Graph, layer: int, scales: Mapping[str, np.ndarray]) -> None:
-    """The operator keeps int8 itself."""
-    present = next(v for v in graph.outputs if v.name == f"present.{layer}.key")
+def _group_query_attention(graph: ir.Graph, scales: Mapping[str, np.ndarray]) -> None:
+    """The operator keeps int8 itself; `scales`: of a layer's keys, then of its values."""
+    present = next(v for v in graph.outputs if v.name == state_output("growing", next(iter(scales))))
     node = present.producer()
     assert node is not None
     node.resize_inputs(_INPUTS)
-    for i, part in enumerate(_PARTS):
-        scale = _constant(graph, f"present.{layer}.{part}.scale", scales[part][None, :, None, :])
+    for i, (name, found) in enumerate(scales.items()):
+        scale = _constant(graph, f"{state_output('growing', name)}.scale", found[None, :, None, :])
         node.replace_input_with(_K_SCALE + i, scale)
-        node.attributes[f"{part[0]}_quant_type"] = ir.AttrString(f"{part[0]}_quant_type", "PER_CHANNEL")
+        node.attributes[f"{'kv'[i]}_quant_type"] = ir.AttrString(f"{'kv'[i]}_quant_type", "PER_CHANNEL")
     node.attributes["kv_cache_bit_width"] = ir.AttrInt64("kv_cache_bit_width", 8)
 
 
-def _appended(graph: ir.Graph, layer: int, scales: Mapping[str, np.ndarray]) -> None:
+def _appended(graph: ir.Graph, scales: Mapping[str, np.ndarray]) -> None:
     """The past is dequantized where it is read; new rows are used as they are, and quantized for the cache.
 
     Channels are scaled by factors around one quantization of scale 1: TensorRT takes activations with one scale.
     """
-    for part in _PARTS:
-        past = next(v for v in graph.inputs if v.name == f"past_key_values.{layer}.{part}")
-        present = next(v for v in graph.outputs if v.name == f"present.{layer}.{part}")
+    for name, found in scales.items():
+        past = next(v for v in graph.inputs if v.name == state_input("growing", name))
+        present = next(v for v in graph.outputs if v.name == state_output("growing", name))
         kind = _HALF if past.dtype == _HALF else _FLOAT
         numpy_type = kind.numpy()
         one = _constant(graph, f"cache.one.{kind.name.lower()}", np.array(1, numpy_type))
         zero = _constant(graph, "cache.zero", np.array(0, np.int8))
-        scale = _constant(graph, f"present.{layer}.{part}.scale", scales[part].astype(numpy_type))
-        inverse = _constant(graph, f"present.{layer}.{part}.inverse", (1 / scales[part]).astype(numpy_type))
+        scale = _constant(graph, f"{present.name}.scale", found.astype(numpy_type))
+        inverse = _constant(graph, f"{present.name}.inverse", (1 / found).astype(numpy_type))
         _read(graph, past, [one, zero, scale])
         _write(graph, present, [one, zero, inverse])
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -14,7 +14,7 @@ from mllm_edge.cli.proof import layers_table
 if TYPE_CHECKING:
     from mllm_edge.bundle import Bundle
     from mllm_edge.runtime.budget import ImageCost, Memory
-    from mllm_edge.spec import TensorSpec, Variant
+    from mllm_edge.spec import StateSpec, TensorSpec, Variant
 
 __all__ = ["command"]
 
@@ -116,15 +116,20 @@ def _tiles(cost: "ImageCost") -> str:
 
 def _model(bundle: "Bundle") -> str:
     model = bundle.manifest.model
-    cache = model.cache
     facts = {
         "bundle": f"{bundle.path}, {bytes_text(bundle.nbytes)}",
         "model": f"{model.model_type} (family {model.family}), {model.parameters / 1e6:.1f} M parameters",
         "text": f"hidden size {model.hidden_size}, vocabulary {model.vocab_size}, context {model.context_length}",
-        "cache": f"{cache.layers} layers x {cache.heads} heads x {cache.head_dim}, {cache.kind}",
+        "state": ", ".join(map(_state, model.state)),
         "image": _image(bundle),
     }
     return _facts(facts)
+
+
+def _state(spec: "StateSpec") -> str:
+    layers, sizes = len(spec.layers), " x ".join(map(str, spec.shape))
+    what = f"{spec.shape[0]} heads x {spec.shape[1]}, keys and values" if spec.kind == "growing" else sizes
+    return f"{layers} layer{'s' if layers > 1 else ''} x {what} ({spec.kind})"
 
 
 def _image(bundle: "Bundle") -> str:
@@ -160,13 +165,16 @@ def _variant(bundle: "Bundle", component: str, variant: "Variant") -> str:
 
 
 def _tensors(variant: "Variant") -> list[tuple[str, str]]:
-    """Inputs and outputs as text; the cache's many tensors as one line each way."""
+    """Inputs and outputs as text; the many tensors of each kind of state as one line each way."""
+    from mllm_edge.spec import StateKind, is_state
+
     lines = []
     for arrow, tensors in (("in ", variant.inputs), ("out", variant.outputs)):
-        cached = [t for t in tensors if t.name.startswith(("past_key_values.", "present."))]
-        lines += [(arrow, _tensor(t.name, t)) for t in tensors if t not in cached]
-        if cached:
-            lines.append((arrow, _tensor(f"{cached[0].name} … {cached[-1].name} ({len(cached)})", cached[0])))
+        lines += [(arrow, _tensor(t.name, t)) for t in tensors if not is_state(t.name)]
+        for kind in get_args(StateKind):
+            held = [t for t in tensors if is_state(t.name, kind)]
+            if held:
+                lines.append((arrow, _tensor(f"{held[0].name} … {held[-1].name} ({len(held)})", held[0])))
     return lines
 
 

@@ -173,7 +173,7 @@ def _claim(component: TracedComponent, weights: Weights) -> tuple[int, int]:
 
 
 def _cost(plan: Plan, weights: Weights, name: str, vision: Sequence[tuple[int, int]]) -> Cost:
-    chosen, embedding, cache = recipe(name), plan.model.embedding, plan.model.cache
+    chosen, embedding, model = recipe(name), plan.model.embedding, plan.model
     decoder, floats = (_decoder_bytes(plan, weights, r) for r in (chosen, recipe("fp32")))
     roles = [part_of(chosen, plan.model.role(c.name)) for c in plan.traced]
     # What is in no linear layer keeps its type: norms, biases, positions, the convolution of patches.
@@ -185,7 +185,7 @@ def _cost(plan: Plan, weights: Weights, name: str, vision: Sequence[tuple[int, i
     weights.use(plan.embedding, shape)
     return Cost(
         bundle=decoder + towers + 2 * math.prod(shape),
-        run=decoder + towers + 2 * cache.layers * cache.heads * cache.head_dim * plan.model.context_length * 4,
+        run=decoder + towers + 4 * sum(spec.values(model.context_length) for spec in model.state),
         token=decoder,
         bits=round(32 * decoder / floats, 1),
     )

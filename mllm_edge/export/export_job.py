@@ -281,7 +281,7 @@ class ExportJob:
             if chosen.name == "fp32" and len(names) > 1 and not self._exact(embedding):
                 (probe / embedding.file).unlink()
                 embedding = self._write_embeddings(probe, chosen).embedding
-            model = replace(manifest.model, cache=decoder.cache_spec(), embedding=embedding)
+            model = replace(manifest.model, state=decoder.state_specs(), embedding=embedding)
             files = file_entries(probe, self._hashes)
             write_manifest(probe, replace(manifest, model=model, components=components, files=files))
             yield probe

@@ -223,7 +223,7 @@ def understand(source: Source, weights: Weights) -> Plan:
         parameters=weights.parameters,
         embedding=EmbeddingSpec("embed_tokens.npy", weights.shape(embedding)[0], scale=decoder.embedding_scale),
         positions=replace(decoder.position_spec(), images=parts.images),
-        cache=decoder.cache_spec(),
+        state=decoder.state_specs(),
         image=image,
         stages=tuple(component.stage for component in parts.traced),
     )

@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from mllm_edge.spec import CacheSpec, PositionSpec, RopeSpec
+from mllm_edge.spec import PositionSpec, RopeSpec, StateSpec
 
 __all__ = [
     "PRE_NORM",
     "Activation",
     "AttentionSpec",
     "Branch",
+    "ConvSpec",
     "CrossSpec",
     "DecoderSpec",
     "EncoderSpec",
@@ -80,6 +81,17 @@ class CrossSpec:
 
 
 @dataclass(frozen=True)
+class ConvSpec:
+    """A gated short convolution (LFM2): out(c · conv(b · x)), where b, c and x are projections of the input.
+
+    `width`: a token and the width − 1 ≥ 1 before it, each channel by itself. `bias`: all parts have one.
+    """
+
+    width: int
+    bias: bool = False
+
+
+@dataclass(frozen=True)
 class MlpSpec:
     """down(act(gate(x)) · up(x)) when `gated`, else down(act(up(x))); `inner` is the width between."""
 
@@ -114,7 +126,7 @@ class Branch:
     multiplied by `cross_attention_rows`.
     """
 
-    kind: Literal["attention", "cross_attention", "mlp", "moe"]
+    kind: Literal["attention", "cross_attention", "conv", "mlp", "moe"]
     pre: str | None = None
     post: str | None = None
     after: str | None = None
@@ -176,6 +188,7 @@ class DecoderSpec:
     spans: bool = False
     cross: CrossSpec | None = None
     moe: MoeSpec | None = None
+    conv: ConvSpec | None = None
     deepstack: int = 0
     embedding_scale: float = 1.0
     head_scale: float = 1.0
@@ -194,6 +207,11 @@ class DecoderSpec:
         return sum(layer.has("attention") for layer in self.stack)
 
     @property
+    def convolved(self) -> int:
+        """Number of layers with a short convolution, and so with a recurrent state."""
+        return sum(layer.has("conv") for layer in self.stack)
+
+    @property
     def crossed(self) -> int:
         """Number of layers with cross-attention."""
         return sum(layer.has("cross_attention") for layer in self.stack)
@@ -203,9 +221,14 @@ class DecoderSpec:
         """Size of the bias's head axis: relative distances score differently in each head."""
         return self.attention.heads if self.table is not None and self.table.kind == "relative_bias" else 1
 
-    def cache_spec(self) -> CacheSpec:
-        """The self-attention caches, for the manifest."""
-        return CacheSpec(self.cached, self.attention.kv_heads, self.attention.head_dim)
+    def state_specs(self) -> tuple[StateSpec, ...]:
+        """What the layers remember, for the manifest."""
+        heads = (self.attention.kv_heads, self.attention.head_dim)
+        found = [StateSpec("growing", tuple(range(self.cached)), heads)] if self.cached else []
+        if self.conv is not None and self.convolved:
+            inputs = (self.conv.width - 1, self.hidden_size)
+            found.append(StateSpec("recurrent", tuple(range(self.convolved)), inputs))
+        return tuple(found)
 
     def position_spec(self, file: str = "") -> PositionSpec:
         """Positions and masks, for the manifest; `file` is where the bundle keeps `table`."""

@@ -14,6 +14,7 @@ from importlib.resources import files
 import onnx_ir as ir
 
 from mllm_edge.errors import ExportError
+from mllm_edge.spec import is_state
 
 __all__ = ["check_cuda_graph", "check_graph", "tensorrt_10_3_operators"]
 
@@ -69,7 +70,7 @@ def _no_kernel(node: ir.Node, what: str) -> ExportError:
 
 def check_graph(model: ir.Model, dialect: str) -> None:
     """Raise ExportError when a graph of a standard dialect holds what its TensorRT would refuse or misread."""
-    cached = any((value.name or "").startswith("past_key_values.") for value in model.graph.inputs)
+    cached = any(is_state(value.name or "") for value in model.graph.inputs)
     known = tensorrt_10_3_operators() | (_OPSET24 if dialect == "opset24" else frozenset())
     for node in model.graph:
         if node.domain or node.op_type not in known:

@@ -17,6 +17,7 @@ __all__ = [
     "pick_rows",
     "reshape",
     "rms_normed",
+    "rows_between",
     "shared",
     "simple_activation",
     "softcap",
@@ -75,6 +76,14 @@ def pick_rows(graph: GraphBuilder, name: str, x: ir.Value, indices: ir.Value) ->
     """x [B, S, H] at `indices` [B, K] → [B, K, H]."""
     index = unsqueeze(graph, f"{name}.index", indices, -1)
     return graph.node("GatherND", [x, index], name, batch_dims=1)
+
+
+def rows_between(graph: GraphBuilder, name: str, x: ir.Value, start: int, end: int | None) -> ir.Value:
+    """x[:, start:end] of [B, S, H]; negative numbers count from the end, None is the end."""
+    ends = np.iinfo(np.int64).max if end is None else end
+    parts = (("start", start), ("end", ends), ("axis", 1))
+    given = [graph.constant(f"rows.{part}.{n}", np.array([n], np.int64)) for part, n in parts]
+    return graph.node("Slice", [x, *given], name)
 
 
 def softcap(graph: GraphBuilder, name: str, x: ir.Value, cap: float, dtype: ir.DataType) -> ir.Value:

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 from PIL import Image
 
 from mllm_edge.bundle import CHAT_TEMPLATE, Bundle
@@ -12,6 +11,7 @@ from mllm_edge.errors import ContextError, ImageError
 from mllm_edge.runtime.prompt.image import ImageSource, load_image
 from mllm_edge.runtime.prompt.processor import Processor
 from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
+from mllm_edge.spec import state_bytes
 
 __all__ = ["ImageCost", "Memory", "image_cost", "memory"]
 
@@ -66,11 +66,9 @@ def memory(bundle: Bundle, context: int) -> list[Memory]:
         for name, variant in variants.items():
             data = bundle.manifest.files.get(f"{variant.file}.data")
             sizes[name] += data.nbytes if data else 0
-        past = next(t for t in variants["decoder"].inputs if t.name.startswith("past_key_values."))
-        cache = model.cache
-        values = 2 * cache.layers * cache.heads * cache.head_dim * context
+        held = state_bytes(model.state, {t.name: t.dtype for t in variants["decoder"].inputs}, context)
         mapped = bundle.manifest.files[model.embedding.file].nbytes
-        found.append(Memory(target, context, sizes, values * np.dtype(past.dtype).itemsize, mapped))
+        found.append(Memory(target, context, sizes, held, mapped))
     return found
 
 

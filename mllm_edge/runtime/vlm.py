@@ -333,7 +333,7 @@ class VLM:
         return self.processor.process_text(prompt, images)
 
     def _check_speculation(self, count: int) -> None:
-        check_speculation(count)
+        check_speculation(count, self.decoder.rewindable)
         rows = self.decoder.rows
         if count >= rows:
             raise BackendError(

@@ -47,9 +47,28 @@ from mllm_edge.spec.model import (
     Variant,
 )
 from mllm_edge.spec.positions import PositionSpec, RopeSpec
-from mllm_edge.spec.state import CacheSpec
+from mllm_edge.spec.state import (
+    StateKind,
+    StateSpec,
+    input_of,
+    is_state,
+    rewindable,
+    state_bytes,
+    state_input,
+    state_names,
+    state_output,
+)
 
 __all__ = [
+    "StateKind",
+    "StateSpec",
+    "input_of",
+    "is_state",
+    "rewindable",
+    "state_bytes",
+    "state_input",
+    "state_names",
+    "state_output",
     "DECODER",
     "Role",
     "Stage",
@@ -60,7 +79,6 @@ __all__ = [
     "RowEnd",
     "Pack",
     "GridWindows",
-    "CacheSpec",
     "CenterCrop",
     "Component",
     "EmbeddingSpec",

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from mllm_edge.spec.images import ImageSpec
 from mllm_edge.spec.positions import PositionSpec
-from mllm_edge.spec.state import CacheSpec
+from mllm_edge.spec.state import StateSpec
 
 __all__ = [
     "DECODER",
@@ -71,7 +71,7 @@ class ModelSpec:
     parameters: int
     embedding: EmbeddingSpec
     positions: PositionSpec
-    cache: CacheSpec
+    state: tuple[StateSpec, ...]
     image: ImageSpec | None
     stages: tuple[Stage, ...] = ()
 

@@ -15,6 +15,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    Lfm2Config,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -100,6 +101,7 @@ def qwen_vl(config_class: Any, **text: Any) -> Any:
 
 INTERNLM2 = 159  # marks the configuration whose checkpoint is rewritten in InternLM2's layout
 GEMMA = {**SIZES, "head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 24}
+LFM2 = {**SIZES, "num_hidden_layers": 4}
 MOE = {"num_experts_per_tok": 2, "attention_bias": False}
 CONFIGS: dict[str, Any] = {
     "llama": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
@@ -166,6 +168,16 @@ CONFIGS: dict[str, Any] = {
         moe_intermediate_size=32,
         shared_expert_intermediate_size=32,
         norm_topk_prob=True,
+    ),
+    "lfm2": Lfm2Config(**LFM2, layer_types=["conv", "full_attention", "conv", "conv"]),
+    "lfm2_biased": Lfm2Config(
+        **LFM2,
+        full_attn_idxs=[0, 2],
+        conv_bias=True,
+        conv_L_cache=5,
+        block_multiple_of=48,
+        block_ffn_dim_multiplier=1.5,
+        tie_word_embeddings=False,
     ),
     "chameleon": ChameleonConfig(
         **SIZES,
@@ -285,7 +297,7 @@ def describe(spec: DecoderSpec) -> ModelSpec:
         parameters=0,
         embedding=EmbeddingSpec("", spec.vocab_size),
         positions=spec.position_spec("position_table.npy"),
-        cache=spec.cache_spec(),
+        state=spec.state_specs(),
         image=None,
     )
 

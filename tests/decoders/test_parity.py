@@ -109,8 +109,17 @@ def test_prefill_chunk_decode_and_truncate(case: Case) -> None:
     pieces = [IDS[:5], IDS[5:LIMIT], *([token] for token in IDS[LIMIT:])]
     for piece, expected in zip(pieces, case.reference(pieces), strict=True):
         assert_close(case.steps([piece]), expected)
-    assert case.decoder.cache is not None
-    case.decoder.cache.truncate(7)
+    cache = case.decoder.cache
+    assert cache is not None
+    if case.decoder.rewindable:
+        cache.truncate(7)
+    else:
+        with pytest.raises(ValueError, match=r"of length 12 to 7: .* recurrent state has no way back"):
+            cache.truncate(7)
+        cache.truncate(12)
+        assert_close(case.steps([[100]]), case.reference([IDS, [100]])[-1])
+        cache.truncate(0)
+        case.steps([IDS[:7]])
     other = [[100, 101], [102], [103]]
     assert_close(case.steps(other), case.reference([IDS[:7], *other])[-1])
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mllm_edge.errors import OptionError
 from mllm_edge.export.checkpoint.safetensors import open_weights
 from mllm_edge.export.decoders.build import DIALECTS
 from mllm_edge.runtime.decode.encoded import Encoded
@@ -36,6 +37,12 @@ def test_guesses_change_no_token(name: str, tmp_path: Path) -> None:
         folder = tmp_path / dialect
         folder.mkdir()
         decoder = open_decoder(spec, weights, dialect, folder)
+        if not decoder.rewindable:
+            setting = (Sampler(SamplingParams()), (), TOKENS, Trace())
+            decoder.reset(CAPACITY)
+            with pytest.raises(OptionError, match="recurrent state, from which a token that was guessed wrong"):
+                next(generate(decoder, embed, Encoded(embed(IDS)), *setting, guesser=Known([1, 2], 6, 0.0)))
+            continue
 
         def run(guesser: Known | None, trace: Trace) -> tuple[list[int], Snapshot]:
             cache = decoder.reset(CAPACITY)  # noqa: B023

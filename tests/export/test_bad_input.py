@@ -275,5 +275,5 @@ def test_large_model_is_compared_by_its_first_layers(tmp_path: Path, monkeypatch
     assert report.parity["errors"]["decode_logits"] < 1e-4
     bundle = Bundle.load(tmp_path / "out")
     bundle.verify()
-    assert bundle.manifest.model.cache.layers == 4
+    assert len(bundle.manifest.model.state[0].layers) == 4
     assert not any("probe" in name for name in bundle.manifest.files)

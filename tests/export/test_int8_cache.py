@@ -87,7 +87,7 @@ def test_little_of_a_longer_text_is_clipped(bundles: tuple[Bundle, Bundle], targ
 def test_keys_that_are_turned_together_share_a_scale(bundles: tuple[Bundle, Bundle]) -> None:
     graph = onnx.load(bundles[1].path / bundles[1].variant("decoder", "cpu").file).graph
     scales = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer if t.name.endswith(".scale")}
-    for layer in range(bundles[1].manifest.model.cache.layers):
+    for layer in bundles[1].manifest.model.state[0].layers:
         first, second = np.split(scales[f"present.{layer}.key.scale"], 2, axis=-1)
         np.testing.assert_array_equal(first, second)
         first, second = np.split(scales[f"present.{layer}.value.scale"], 2, axis=-1)
@@ -104,7 +104,7 @@ def test_cache_takes_a_part_of_the_bytes(bundles: tuple[Bundle, Bundle], target:
     variant = bundles[1].variant("decoder", target)
     caches = [t for t in (*variant.inputs, *variant.outputs) if t.name.startswith(("past_key_values.", "present."))]
     assert {t.dtype for t in caches} == {"int8"}
-    assert len(caches) == 4 * bundles[1].manifest.model.cache.layers
+    assert len(caches) == 4 * len(bundles[1].manifest.model.state[0].layers)
     if target == "cpu":
         assert variant.minimum["onnxruntime"] == MINIMUM["onnxruntime"]
 

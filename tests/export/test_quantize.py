@@ -118,7 +118,7 @@ def engine_bytes(bundle: Bundle, component: str, target: str, capabilities: list
     variant = bundle.variant(component, target)
     profiles, options = build_inputs(variant, Limits(64))
     in_place = variant.kv_mode == "in_place"
-    assert options.cache_updates == (2 * bundle.manifest.model.cache.layers if in_place else 0)
+    assert options.cache_updates == (2 * len(bundle.manifest.model.state[0].layers) if in_place else 0)
     return build(bundle.listed(variant.file), profiles, capabilities, options=options).nbytes
 
 

@@ -127,7 +127,7 @@ def model_spec(image: spec.ImageSpec | None) -> spec.ModelSpec:
         parameters=0,
         embedding=spec.EmbeddingSpec("embed_tokens.npy", 700),
         positions=spec.PositionSpec("none"),
-        cache=spec.CacheSpec(1, 1, 8),
+        state=(spec.StateSpec("growing", (0,), (1, 8)),),
         image=image,
     )
 

@@ -231,7 +231,7 @@ def test_tensorrt_for_rtx_builds_them(recipe: str, tmp_path: Path) -> None:
     export(str(tmp_path / "checkpoint"), tmp_path / "bundle", targets=TARGETS, recipe_name=recipe, verify_mode="off")
     bundle = Bundle.load(tmp_path / "bundle")
     (module,) = modules({"tensorrt_rtx": "1.0"})
-    vocabulary, layers = bundle.manifest.model.vocab_size, bundle.manifest.model.cache.layers
+    vocabulary, layers = bundle.manifest.model.vocab_size, len(bundle.manifest.model.state[0].layers)
     for target in TARGETS:
         variant = bundle.variant("decoder", target)
         path, batch = bundle.listed(variant.file), 2 if target == "tensorrt" else 1

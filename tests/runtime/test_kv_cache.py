@@ -13,11 +13,11 @@ from mllm_edge.runtime.backends.choose import open_backend
 from mllm_edge.runtime.decode import generate
 from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.decode.sampling import Sampler, SamplingParams
-from mllm_edge.runtime.decode.state import KVCache
+from mllm_edge.runtime.decode.state import Cache
 from mllm_edge.runtime.trace import Trace
-from mllm_edge.spec import CacheSpec
+from mllm_edge.spec import StateSpec
 
-SPEC = CacheSpec(layers=2, heads=3, head_dim=8)
+SPEC = (StateSpec("growing", (0, 1), (3, 8)),)
 MODES: list[Any] = ["in_place", "append"]
 
 
@@ -42,8 +42,8 @@ def session() -> RecordingSession:
     return RecordingSession()
 
 
-def new_cache(capacity: int = 16, mode: Any = "in_place") -> KVCache:
-    return KVCache(SPEC, open_backend("cpu"), capacity, mode)
+def new_cache(capacity: int = 16, mode: Any = "in_place") -> Cache:
+    return Cache(SPEC, open_backend("cpu"), capacity, mode)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -77,7 +77,7 @@ def test_append_binds_a_prefix_and_the_rows_behind_it(session: RecordingSession)
 
 
 def test_append_advances_one_of_several_sequences(session: RecordingSession) -> None:
-    cache = KVCache(SPEC, open_backend("cpu"), 16, "append", batch=2)
+    cache = Cache(SPEC, open_backend("cpu"), 16, "append", batch=2)
     with pytest.raises(ValueError, match="one sequence at a time"):
         cache.advance([1, 1], session)
     cache.advance(3, session, row=1)
@@ -92,7 +92,7 @@ def test_append_advances_one_of_several_sequences(session: RecordingSession) -> 
 
 
 def test_in_place_binds_all_sequences_or_one(session: RecordingSession) -> None:
-    cache = KVCache(SPEC, open_backend("cpu"), 16, batch=2)
+    cache = Cache(SPEC, open_backend("cpu"), 16, batch=2)
     cache.advance([3, 1], session)
     assert session.inputs["past_key_values.1.key"] is cache.buffer(1, "key")
     cache.advance(2, session, row=1)
@@ -104,7 +104,7 @@ def test_in_place_binds_all_sequences_or_one(session: RecordingSession) -> None:
 
 
 def test_lengths_of_several_sequences(session: RecordingSession) -> None:
-    cache = KVCache(SPEC, open_backend("cpu"), 8, batch=2)
+    cache = Cache(SPEC, open_backend("cpu"), 8, batch=2)
     cache.advance([5, 2], session)
     snapshot = cache.snapshot()
     assert (snapshot.lengths, snapshot.length) == ((5, 2), 5)

@@ -97,8 +97,9 @@ def test_what_a_decode_step_reads_and_computes(tiny_bundle: Path) -> None:
     bundle = Bundle.load(tiny_bundle)
     roofs = roofline(bundle, variants(bundle), SECONDS, WORK, MachineLimits(1e9, {"float32": 1e9}))
     decode, prefill = roofs[-1], roofs[-2]
-    cache = bundle.manifest.model.cache
-    token = 2 * 4 * cache.layers * cache.heads * cache.head_dim
+    (state,) = bundle.manifest.model.state
+    layers, (heads_of_keys, head_dim) = len(state.layers), state.shape
+    token = 2 * 4 * layers * heads_of_keys * head_dim
     weights = graph_cost(read_graph(tiny_bundle / "decoder.onnx"), {}, 1, 0).weight_bytes
     assert decode.bytes == weights + 50 * token  # in the middle of the 20 new ones
     assert prefill.bytes == weights + 40 * token
@@ -106,7 +107,7 @@ def test_what_a_decode_step_reads_and_computes(tiny_bundle: Path) -> None:
     graph = onnx.load(tiny_bundle / "decoder.onnx", load_external_data=False).graph
     matrices = sum(int(np.prod(i.dims)) for i in graph.initializer if len(i.dims) == 2)
     heads = next(a.i for n in graph.node for a in n.attribute if a.name == "num_heads")
-    assert decode.flops == 2 * matrices + cache.layers * 4 * heads * cache.head_dim * 50
+    assert decode.flops == 2 * matrices + layers * 4 * heads * head_dim * 50
 
 
 MEMORY, ARITHMETIC = MachineLimits(1.0, {"float32": 1e30}), MachineLimits(1e30, {"float32": 1.0})

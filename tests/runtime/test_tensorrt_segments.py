@@ -88,7 +88,7 @@ def test_answers_are_those_of_onnxruntime(
 def test_layers_of_all_segments_are_told(machine: StandIn, bundle: Bundle) -> None:
     build(bundle, "tensorrt", 3)
     found = profile_operators(bundle.path, "What?", new_tokens=3, target="tensorrt")
-    layers = set(range(bundle.manifest.model.cache.layers))
+    layers = set(bundle.manifest.model.state[0].layers)
     for stage in ("prefill", "decode"):
         told = [operator for operator in found if operator.stage == stage]
         assert {operator.layer for operator in told} - {None} == layers

@@ -64,6 +64,10 @@ def build_decoder(
     if spec.logits_cap is not None:
         logits = operators.softcap(graph, "logits.capped", logits, spec.logits_cap, _FLOAT)
     ops.decoder_outputs(logits)
+    for state in spec.state_specs():
+        if state.kind == "recurrent":
+            for value, name in zip(layers.recurrent, state.outputs, strict=True):
+                graph.output(value, name, float_type, ("batch", *state.shape))
     return _finish(ops, dialect)
 
 
@@ -122,6 +126,9 @@ def _optional_inputs(ops: Dialect, spec: DecoderSpec) -> dict[str, ir.Value]:
         shapes["cross_attention_bias"] = ("batch", 1, "sequence", "features")
         if spec.cross.rows:
             shapes["cross_attention_rows"] = ("batch", "sequence", 1)
+    for state in spec.state_specs():
+        if state.kind == "recurrent":
+            shapes |= dict.fromkeys(state.inputs, ("batch", *state.shape))
     shapes |= {f"deepstack.{k}": ("batch", "sequence", spec.hidden_size) for k in range(spec.deepstack)}
     return {name: ops.graph.input(name, ops.graph.float_type, shape) for name, shape in shapes.items()}
 

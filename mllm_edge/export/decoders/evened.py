@@ -75,6 +75,10 @@ class EvenedWeights:
             self._behind_norm(i, norm, layers, scale)
             if spec.mlp.gated:
                 self._products(self._name(i, "up_proj"), self._name(i, "down_proj"), spec.mlp.inner, scale)
+        elif branch.kind == "conv":
+            self._behind_norm(i, norm, {self._name(i, f"conv_{part}_proj"): (width, width) for part in "bcx"}, scale)
+            # What the gate c is multiplied with is in the state, c itself is not.
+            self._products(self._name(i, "conv_c_proj"), self._name(i, "conv_out_proj"), width, scale)
         elif branch.kind == "moe":
             self._experts(i, scale)
 

@@ -9,8 +9,10 @@ from mllm_edge.export.checkpoint.safetensors import Weights
 __all__ = ["cut_groups", "cut_rows"]
 
 
-def cut_rows(weights: Weights, source: str, parts: Mapping[str, int], row: int) -> None:
-    """Consecutive rows of `source` [Σ rows, row]: `parts` maps each new name to its number of rows, in order."""
+def cut_rows(weights: Weights, source: str, parts: Mapping[str, int], row: int | None) -> None:
+    """Consecutive rows of `source` [Σ rows, row]: `parts` maps each new name to its number of rows, in order. `row`
+    None: `source` is a bias, without columns."""
+    columns = () if row is None else (row,)
     start = 0
     for name, rows in parts.items():
         end = start + rows
@@ -18,7 +20,7 @@ def cut_rows(weights: Weights, source: str, parts: Mapping[str, int], row: int) 
         def cut(fused: np.ndarray, start: int = start, end: int = end) -> np.ndarray:
             return fused[start:end]
 
-        weights.derive(name, source, (rows, row), cut)
+        weights.derive(name, source, (rows, *columns), cut)
         start = end
 
 

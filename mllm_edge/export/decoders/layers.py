@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -16,6 +17,7 @@ from mllm_edge.graph.dialects import base
 from mllm_edge.graph.dialects.base import Dialect, Norm, SelfAttention
 from mllm_edge.graph.linear import Linear, by_weights, linear, to_float
 from mllm_edge.graph.precision import FLOAT32
+from mllm_edge.spec import state_input
 
 __all__ = ["Layers", "Stream"]
 
@@ -53,6 +55,7 @@ class Layers:
         evened = recipe.decoder.method == "evened"
         self._weights: Weights | EvenedWeights = EvenedWeights(weights, spec) if evened else weights
         self._cached = self._crossed = 0
+        self.recurrent: list[ir.Value] = []  # what the recurrent state becomes, layer by layer
 
     def branch(self, stream: Stream, i: int, layer: LayerSpec, branch: Branch, inputs: "dict[str, ir.Value]") -> None:
         """Append one residual branch of layer i; `inputs` are the graph's, by name."""
@@ -125,6 +128,8 @@ class Layers:
             return self._mlp(i, x, factor)
         if branch.kind == "moe":
             return self._moe(i, x)
+        if branch.kind == "conv":
+            return self._convolution(i, x, inputs)
         if branch.kind == "cross_attention":
             return self._cross_attention(i, x, inputs, factor)
         return self._self_attention(i, layer, x, inputs)
@@ -176,6 +181,37 @@ class Layers:
         attended = self._ops.attention(name, spec, query, key, value, inputs["cross_attention_bias"])
         out = self._name(i, "cross_o_proj")
         return self._to_hidden(attended, f"layers.{i}.cross_o_proj", out, rows, spec.output_bias, factor)
+
+    def _convolution(self, i: int, x: ir.Value, inputs: "dict[str, ir.Value]") -> ir.Value:
+        """Each channel's last values, those of the state before the new ones, as a sum of shifted products: operators
+        that every runtime has in every type."""
+        spec = self._spec.conv if isinstance(self._spec, DecoderSpec) else None
+        assert spec is not None
+        graph, name, width = self._ops.graph, f"layers.{i}.conv", self._spec.hidden_size
+        before, after, values = (
+            self._project(x, f"{name}_{part}_proj", [self._name(i, f"conv_{part}_proj")], [width], width, spec.bias)
+            for part in "bcx"
+        )
+        new = graph.node("Mul", [before, values], f"{name}.new")
+        past = inputs[state_input("recurrent", str(len(self.recurrent)))]
+        joined = graph.node("Concat", [past, new], f"{name}.joined", axis=1)
+        self.recurrent.append(operators.rows_between(graph, f"{name}.last", joined, 1 - spec.width, None))
+        source, kind = self._name(i, "conv"), graph.float_type
+        read = self._weights.use(f"{source}.weight", (width, 1, spec.width))
+        products = []
+        for k in range(spec.width):
+            tap = graph.weight(f"{source}.weight.{k}", kind, (width,), partial(_tap, source, read, k, kind))
+            behind = k + 1 - spec.width
+            rows = operators.rows_between(graph, f"{name}.rows.{k}", joined, k, behind) if behind else new
+            products.append(graph.node("Mul", [rows, tap], f"{name}.product.{k}"))
+        total = products[0]
+        for k, product in enumerate(products[1:], 1):
+            total = graph.node("Add", [total, product], f"{name}.sum.{k}")
+        if spec.bias:
+            bias = self._vector(f"{source}.bias", (width,), kind, lambda b: b)
+            total = graph.node("Add", [total, bias], f"{name}.biased")
+        gated = graph.node("Mul", [after, total], f"{name}.gated")
+        return self._to_hidden(gated, f"{name}_out_proj", self._name(i, "conv_out_proj"), width, spec.bias)
 
     def _mlp(self, i: int, x: ir.Value, factor: float) -> ir.Value:
         spec = self._spec.mlp
@@ -278,6 +314,11 @@ class Layers:
 
     def _name(self, i: int, part: str) -> str:
         return self._spec.names.layer[part].format(i=i)
+
+
+def _tap(name: str, read: Callable[[], np.ndarray], k: int, kind: ir.DataType) -> np.ndarray:
+    """Column k of a depthwise convolution's weight [H, 1, width]."""
+    return to_float(name, np.ascontiguousarray(read()[:, 0, k]), kind)
 
 
 def _times(array: np.ndarray, factor: float) -> np.ndarray:

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from mllm_edge.graph import operators
 from mllm_edge.graph.builder import GraphBuilder
 from mllm_edge.graph.decoder_spec import Activation, AttentionSpec, DecoderSpec, NormSpec
+from mllm_edge.spec import state_input, state_names, state_output
 
 __all__ = [
     "Dialect",
@@ -74,7 +75,7 @@ class Dialect(Protocol):
 
     @property
     def kv_mode(self) -> Literal["in_place", "append"]:
-        """How the graph keeps its cache; see `KVCache`."""
+        """How the graph keeps its cache; see `Cache`."""
         ...
 
     def decoder_inputs(self, spec: DecoderSpec, capacity: int | None) -> None:
@@ -157,14 +158,12 @@ def bias_inputs(graph: GraphBuilder, spec: DecoderSpec, dtype: ir.DataType, batc
 def cache_inputs(
     graph: GraphBuilder, spec: DecoderSpec, dtype: ir.DataType, shape: Sequence[int | str]
 ) -> list[tuple[ir.Value, ir.Value]]:
-    """past_key_values.N.key and .value for every layer with self-attention."""
-    return [
-        (
-            graph.input(f"past_key_values.{i}.key", dtype, shape),
-            graph.input(f"past_key_values.{i}.value", dtype, shape),
-        )
-        for i in range(spec.cached)
-    ]
+    """Keys and values that were before, for every layer with self-attention."""
+    found = []
+    for i in range(spec.cached):
+        key, value = (graph.input(state_input("growing", name), dtype, shape) for name in state_names("growing", i))
+        found.append((key, value))
+    return found
 
 
 def cache_outputs(
@@ -173,10 +172,10 @@ def cache_outputs(
     dtype: ir.DataType,
     shape: Sequence[int | str],
 ) -> None:
-    """present.N.key and .value for every layer with self-attention."""
-    for i, (key, value) in enumerate(present):
-        graph.output(key, f"present.{i}.key", dtype, shape)
-        graph.output(value, f"present.{i}.value", dtype, shape)
+    """Keys and values that are behind it, for every layer with self-attention."""
+    for i, pair in enumerate(present):
+        for value, name in zip(pair, state_names("growing", i), strict=True):
+            graph.output(value, state_output("growing", name), dtype, shape)
 
 
 def logits_output(graph: GraphBuilder, spec: DecoderSpec, logits: ir.Value) -> None:

@@ -32,7 +32,7 @@ from mllm_edge.runtime.backends.tensorrt_engines import (
 from mllm_edge.runtime.backends.tensorrt_layers import LayerTimes, Runs, layer_profiler
 from mllm_edge.runtime.backends.tensorrt_segments import Segment, SegmentedSession
 from mllm_edge.runtime.machine.hardware import read_machine
-from mllm_edge.spec import TensorSpec, Variant
+from mllm_edge.spec import TensorSpec, Variant, input_of, is_state
 
 __all__ = ["GRAPHS", "TensorRT"]
 
@@ -193,8 +193,8 @@ class _Engine:
             if self.engine.get_tensor_location(name) != self.trt.TensorLocation.DEVICE:
                 raise BackendError(f"the engine of {variant.file} wants {name} in host memory", "please report this")
         if variant.kv_mode == "in_place" and hasattr(self.engine, "get_aliased_input_tensor"):
-            for name in (t.name for t in variant.outputs if t.name.startswith("present.")):
-                past = name.replace("present.", "past_key_values.", 1)
+            for name in (t.name for t in variant.outputs if is_state(t.name, "growing")):
+                past = input_of(name)
                 if self.engine.get_aliased_input_tensor(name) != past:
                     raise BackendError(f"the engine of {variant.file} does not update {past} in place")
 

@@ -23,7 +23,7 @@ from mllm_edge.runtime.backends.installed import MINIMUM
 from mllm_edge.runtime.backends.tensorrt_build import Module, Options, Range, Sizes, build, modules
 from mllm_edge.runtime.backends.tensorrt_segments import Segment, divisions, whole
 from mllm_edge.runtime.limits import MOST_ROWS, PREFILL_CHUNK
-from mllm_edge.spec import SymbolRange, Variant
+from mllm_edge.spec import SymbolRange, Variant, is_state
 
 __all__ = [
     "FOLDER",
@@ -204,7 +204,7 @@ def find_engine(
 
 def build_inputs(variant: Variant, limits: Limits) -> tuple[list[dict[str, Range]], Options]:
     """Profiles, and what has to be known about caches and logits, to `build` the engine of a variant with."""
-    caches = sum(t.name.startswith("past_key_values.") for t in variant.inputs)
+    caches = sum(is_state(t.name, "growing") for t in variant.inputs)
     best = variant.kv_mode is not None and any(t.name == "logits" for t in variant.outputs)
     if variant.kv_mode == "in_place":
         options = Options({"capacity": limits.max_seq}, caches, best=best)

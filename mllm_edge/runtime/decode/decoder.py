@@ -11,10 +11,10 @@ from mllm_edge.runtime.backends.top_logits import TopLogits
 from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.decode.logits import Logits
 from mllm_edge.runtime.decode.positions import check_positions, inverse_frequencies
-from mllm_edge.runtime.decode.state import KVCache, Snapshot
+from mllm_edge.runtime.decode.state import Cache, Snapshot
 from mllm_edge.runtime.decode.step_inputs import Step, contract_for
 from mllm_edge.runtime.limits import MOST_ROWS
-from mllm_edge.spec import ModelSpec, Variant
+from mllm_edge.spec import ModelSpec, Variant, rewindable
 
 __all__ = ["Decoder", "DecoderSnapshot"]
 
@@ -23,10 +23,13 @@ Tokens = Encoded | np.ndarray  # an array: the embeddings [S, H] of text
 
 @dataclass(frozen=True, eq=False)
 class DecoderSnapshot:
-    """What the cache holds, and how the sequences go on; see `Decoder.snapshot`."""
+    """What the cache holds, and how the sequences go on; see `Decoder.snapshot`. The rest as in `Decoder`."""
 
     cache: Snapshot
     shifts: np.ndarray | None
+    crossed: bool | None
+    cross: Mapping[str, np.ndarray] | None
+    last: Mapping[str, np.ndarray]
 
 
 class Decoder:
@@ -45,8 +48,8 @@ class Decoder:
         self._learned = table if learned else None
         self._contract = contract_for(variant, model, None if learned else table)
         self._dtype = np.dtype(next(t.dtype for t in variant.inputs if t.name == "inputs_embeds"))
-        caches = [t.dtype for t in variant.inputs if t.name.startswith("past_key_values.")]
-        self._cache_dtype = caches[0] if caches else self._dtype.name
+        self._types = {t.name: t.dtype for t in variant.inputs}
+        self.rewindable = rewindable(model.state)  # whether tokens can be forgotten again, and so be guessed
         self._token = np.zeros((1, 1, model.hidden_size), self._dtype)
         self._last = np.zeros((1, 1), np.int64)
         self._bound_token = False
@@ -55,11 +58,12 @@ class Decoder:
         # than of places; None: nowhere.
         self._shifts: np.ndarray | None = None
         self._crossed: bool | None = None  # whether cross-attention sees anything; None: nobody has said yet
+        self._cross: Mapping[str, np.ndarray] | None = None  # what it sees
         self.top = self._logits.top
         self.rows = min(MOST_ROWS, session.limits.get("rows", MOST_ROWS))
-        self.cache: KVCache | None = None
+        self.cache: Cache | None = None
 
-    def start(self, prompt: Encoded, room: int = 0) -> KVCache:
+    def start(self, prompt: Encoded, room: int = 0) -> Cache:
         """Start an empty sequence that holds `prompt` and `room` tokens behind it, with what its cross-attention sees;
         the prompt is not run yet. Raises as `reset`."""
         cache = self.reset(len(prompt) + room)
@@ -67,7 +71,7 @@ class Decoder:
             self.set_cross(prompt.cross or None)
         return cache
 
-    def reset(self, capacity: int, batch: int = 1) -> KVCache:
+    def reset(self, capacity: int, batch: int = 1) -> Cache:
         """Start `batch` empty sequences of up to `capacity` tokens; a cache that is large enough is used again.
 
         Raises ContextError when the session was made for shorter ones.
@@ -81,7 +85,7 @@ class Decoder:
         capacity = fixed
         if self.cache is None or self.cache.capacity < capacity or self.cache.batch != batch:
             mode = self._variant.kv_mode or "in_place"
-            self.cache = KVCache(self._model.cache, self._backend, capacity, mode, batch, self._cache_dtype)
+            self.cache = Cache(self._model.state, self._backend, capacity, mode, batch, self._types)
             self._contract.reset(capacity)
             self._bound_token = False
         self.cache.truncate(0)
@@ -95,20 +99,26 @@ class Decoder:
         self._bound_token, self.cache, self._shifts = False, None, None
 
     def snapshot(self) -> DecoderSnapshot:
-        """Copy what the cache holds, and where positions go on."""
-        return DecoderSnapshot(self._opened().snapshot(), None if self._shifts is None else self._shifts.copy())
+        """Copy what the cache holds, and how the tokens to come go on: their positions, what their cross-attention
+        sees, and the inputs that repeat."""
+        shifts = None if self._shifts is None else self._shifts.copy()
+        return DecoderSnapshot(self._opened().snapshot(), shifts, self._crossed, self._cross, dict(self._contract.last))
 
     def restore(self, snapshot: DecoderSnapshot) -> None:
-        """Go back to a snapshot; raises as `KVCache.restore`."""
+        """Go back to a snapshot; raises as `Cache.restore`."""
         self._opened().restore(snapshot.cache)
         self._shifts = None if snapshot.shifts is None else snapshot.shifts.copy()
+        if snapshot.crossed is not None:
+            self.set_cross(snapshot.cross)
+        self._crossed = snapshot.crossed
+        self._contract.begin(snapshot.last)
 
     def set_cross(self, cross_kv: Mapping[str, np.ndarray] | None) -> None:
         """What cross-attention layers look at, as in `Encoded.cross`. None: nothing, and the layers stay silent."""
         inputs = self._contract.cross(cross_kv)
         if inputs:
             self._session.bind(inputs, {})
-        self._crossed = cross_kv is not None
+        self._crossed, self._cross = cross_kv is not None, cross_kv
 
     def forward(self, tokens: Tokens, length: int | None = None, *, project: Sequence[int] | None = None) -> np.ndarray:
         """Append tokens to the only sequence; logits of the last one, [V] float32.
@@ -148,6 +158,8 @@ class Decoder:
         """Whether the next `counts` [B] tokens of all sequences, at the places that follow, can be one run."""
         cache = self._opened()
         plain = cache.mode == "in_place" and self._shifts is None
+        # The padding behind a shorter sequence's tokens would go into its recurrent state.
+        plain = plain and (self.rewindable or len(set(counts)) == 1)
         return plain and self._contract.takes_batch(cache, np.array(counts))
 
     def forward_batch(self, tokens: Sequence[Tokens]) -> np.ndarray:
@@ -177,17 +189,22 @@ class Decoder:
         if first.positions is not None:
             check_positions(self._model.positions.ropes, first.positions, counts[0])
         self._contract.check(first.per_token)
+        shifts, last = self._shifts, self._contract.last
         cache.advance(counts, self._session, sequence)
-        positions = self._follow(first.positions, sequence or 0, counts[0])
-        step = Step(pasts, max(counts), np.array(counts), positions, length, first.spans)
-        feeds = self._contract.feeds(step, first.per_token)
-        feeds |= self._tokens(pieces, step, project)
-        self._logits.place(len(pieces), 1 if project is None else len(project), top)
         try:
+            positions = self._follow(first.positions, sequence or 0, counts[0])
+            step = Step(pasts, max(counts), np.array(counts), positions, length, first.spans)
+            feeds = self._contract.feeds(step, first.per_token)
+            feeds |= self._tokens(pieces, step, project)
+            self._logits.place(len(pieces), 1 if project is None else len(project), top)
             self._session.run(feeds)
         except BaseException:
             cache.lengths[slice(None) if sequence is None else slice(sequence, sequence + 1)] = pasts
+            self._shifts, self._bound_token = shifts, False
+            self._contract.begin(last)
             raise
+        if not self.rewindable:
+            cache.turn(sequence)
         return self._logits.array
 
     def _follow(self, positions: np.ndarray | None, sequence: int, tokens: int) -> np.ndarray | None:
@@ -195,11 +212,12 @@ class Decoder:
         if positions is None and self._shifts is None:
             return None
         cache = self._opened()
-        if self._shifts is None:
-            self._shifts = np.zeros(cache.batch, np.int64)
         end = int(cache.lengths[sequence])
         if positions is None:
+            assert self._shifts is not None
             return np.arange(end - tokens, end) + self._shifts[sequence]
+        # A new array: a run that fails leaves the old one.
+        self._shifts = np.zeros(cache.batch, np.int64) if self._shifts is None else self._shifts.copy()
         self._shifts[sequence] = int(positions.max()) + 1 - end
         return positions
 
@@ -221,7 +239,7 @@ class Decoder:
         """Embeddings [S, H] with their learned positions, where the model has such."""
         return embeds if self._learned is None else embeds + self._learned[past : past + len(embeds)]
 
-    def _opened(self) -> KVCache:
+    def _opened(self) -> Cache:
         assert self.cache is not None, "reset() comes first"
         return self.cache
 

@@ -8,7 +8,7 @@ from mllm_edge.runtime.backends.top_logits import TopLogits
 from mllm_edge.runtime.decode.decoder import Decoder
 from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.decode.sampling import Sampler
-from mllm_edge.runtime.decode.speculation import Guesser
+from mllm_edge.runtime.decode.speculation import Guesser, check_speculation
 from mllm_edge.runtime.limits import PREFILL_CHUNK
 from mllm_edge.runtime.prompt.embedder import Embedder
 from mllm_edge.runtime.trace import Trace
@@ -54,8 +54,10 @@ def generate(
 
     `guesser`: a step also runs what it guesses, and tokens that come as guessed take no step of their own. The sampler
     sees the same rows of logits in the same order (but for rounding, which may differ with a step's width), so the
-    tokens are the same. Counts: `guessed` tokens, and those `accepted`.
+    tokens are the same. Counts: `guessed` tokens, and those `accepted`. Raises OptionError where the decoder's state
+    cannot be taken back.
     """
+    check_speculation(int(guesser is not None), decoder.rewindable)
     rows: Sequence[np.ndarray | TopLogits] | np.ndarray = []
     with trace.span("prefill"):
         cache = decoder.cache

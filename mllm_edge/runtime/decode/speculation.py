@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from mllm_edge.errors import OptionError
 from mllm_edge.runtime.limits import MOST_ROWS
 from mllm_edge.runtime.numbers import whole
 
@@ -95,6 +96,11 @@ class PromptLookup:
         self._guessed = []
 
 
-def check_speculation(count: int) -> None:
-    """Raise OptionError unless so many tokens can be guessed at once."""
-    whole("speculation", count, 0, MOST_GUESSED)
+def check_speculation(count: int, rewindable: bool = True) -> None:
+    """Raise OptionError unless so many tokens can be guessed at once, by a decoder that is `rewindable` or not."""
+    if whole("speculation", count, 0, MOST_GUESSED) and not rewindable:
+        raise OptionError(
+            "speculation: this model has layers with a recurrent state, from which a token that was guessed wrong "
+            "cannot be taken back",
+            "leave speculation out",
+        )

@@ -1,6 +1,6 @@
-"""The decoder's memory: buffers for keys and values, allocated once, addressed by length."""
+"""The decoder's memory: buffers for each kind of state, allocated once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,19 +8,23 @@ import numpy as np
 
 from mllm_edge.errors import ContextError
 from mllm_edge.runtime.backends.base import Backend, Buffer, Session
-from mllm_edge.spec import CacheSpec
+from mllm_edge.spec import StateKind, StateSpec, rewindable, state_input, state_names, state_output
 
-__all__ = ["KVCache", "KVMode", "Snapshot"]
+__all__ = ["Cache", "CacheMode", "Snapshot"]
 
-KVMode = Literal["in_place", "append"]
+CacheMode = Literal["in_place", "append"]
+_GROWING: StateKind = "growing"
+_RECURRENT: StateKind = "recurrent"
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The cache's contents up to each sequence's length; restores into any cache of the same model, mode and batch."""
+    """The cache's contents: growing state up to each sequence's length, recurrent state whole. Restores into any cache
+    of the same model, mode and batch."""
 
     lengths: tuple[int, ...]
     rows: tuple[np.ndarray, ...]
+    recurrent: tuple[np.ndarray, ...] = ()
 
     @property
     def length(self) -> int:
@@ -28,34 +32,48 @@ class Snapshot:
         return max(self.lengths)
 
 
-class KVCache:
-    """Keys and values of all layers, allocated once for `batch` sequences of up to `capacity` positions.
+class Cache:
+    """What a decoder remembers of `batch` sequences of up to `capacity` tokens, allocated once.
 
-    `in_place`: past and present are one buffer [batch, heads, capacity, head_dim], which the graph updates. `append`:
-    the graph reads a prefix of a buffer [batch, capacity, heads, head_dim], one sequence at a time, and its new rows
-    land behind that prefix. In neither is a cache copied. `lengths` [batch] count the positions that hold tokens; what
-    lies behind is never read, so truncating is free.
+    Growing state, `in_place`: past and present are one buffer [batch, heads, capacity, head_dim], which the graph
+    updates. `append`: the graph reads a prefix of a buffer [batch, capacity, heads, head_dim], one sequence at a time,
+    and its new rows land behind that prefix. In neither is anything copied. `lengths` [batch] count the positions that
+    hold tokens; what lies behind is never read, so truncating is free.
+
+    Recurrent state: two buffers [batch, width, channels], of which a run reads one and writes the other. They change
+    roles when the run has succeeded (`turn`), so one that failed has changed nothing. `rewindable`: there is none of
+    this, and any number of tokens can be forgotten.
     """
 
     def __init__(
         self,
-        spec: CacheSpec,
+        state: Sequence[StateSpec],
         backend: Backend,
         capacity: int,
-        mode: KVMode = "in_place",
+        mode: CacheMode = "in_place",
         batch: int = 1,
-        dtype: str = "float32",
+        dtypes: Mapping[str, str] | None = None,
     ):
+        """`dtypes`: those of the graph's inputs, by name; float32 where nothing is said."""
         self.capacity, self.mode, self.batch = capacity, mode, batch
         self.lengths = np.zeros(batch, np.int64)
-        in_place = mode == "in_place"
-        self._axis = 2 if in_place else 1
-        places = (spec.heads, capacity) if in_place else (capacity, spec.heads)
-        self._buffers = {
-            f"{layer}.{part}": backend.allocate((batch, *places, spec.head_dim), dtype)
-            for layer in range(spec.layers)
-            for part in ("key", "value")
-        }
+        self.rewindable = rewindable(state)
+        self._axis = 2 if mode == "in_place" else 1
+        self._buffers: dict[str, Buffer] = {}
+        self._pairs: dict[str, tuple[Buffer, Buffer]] = {}
+        self._zeros: dict[str, np.ndarray] = {}
+        for spec in state:
+            for name, tensor in zip(spec.names, spec.inputs, strict=True):
+                dtype = (dtypes or {}).get(tensor, "float32")
+                if spec.kind == _GROWING:
+                    heads, size = spec.shape
+                    places = (heads, capacity) if mode == "in_place" else (capacity, heads)
+                    self._buffers[name] = backend.allocate((batch, *places, size), dtype)
+                else:
+                    shape = (batch, *spec.shape)
+                    self._pairs[name] = (backend.allocate(shape, dtype), backend.allocate(shape, dtype))
+                    self._zeros[name] = np.zeros((1, *spec.shape), dtype)
+        self._turns = np.zeros(batch, np.int64)  # which buffer of a pair holds a sequence's state
         self._bound: tuple[Session, int | None] | None = None
 
     @property
@@ -66,14 +84,15 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(buffer.nbytes for buffer in self._buffers.values())
+        pairs = (buffer for pair in self._pairs.values() for buffer in pair)
+        return sum(buffer.nbytes for buffer in (*self._buffers.values(), *pairs))
 
     def buffer(self, layer: int, part: Literal["key", "value"]) -> Buffer:
-        """The memory of one layer, for tests and inspection."""
-        return self._buffers[f"{layer}.{part}"]
+        """The memory of one layer's keys or values, for tests and inspection."""
+        return self._buffers[dict(zip(("key", "value"), state_names(_GROWING, layer), strict=True))[part]]
 
     def advance(self, tokens: int | Sequence[int], session: Session, row: int | None = None) -> None:
-        """Make room for new positions and bind them to the session's cache inputs and outputs.
+        """Make room for new positions and bind them to the session's state inputs and outputs; `turn` ends the run.
 
         `tokens`: how many, in each sequence or in all alike. `row`: only this sequence is advanced and bound, as a
         batch of one; an `append` cache of several sequences always wants it. Raises ContextError, before anything is
@@ -93,28 +112,45 @@ class KVCache:
             self._bind_prefix(session, row or 0, int(self.lengths[row or 0]), int(lengths[0]))
         elif self._bound != (session, row):
             self._bind_whole(session, row)
+        if self._pairs:
+            self._bind_pairs(session, row)
         self._bound = (session, row)
         self.lengths[chosen] = lengths
 
+    def turn(self, row: int | None = None) -> None:
+        """A run behind `advance` has succeeded: what it wrote is the recurrent state now."""
+        self._turns[slice(None) if row is None else row] ^= 1
+
     def truncate(self, length: int | Sequence[int]) -> None:
         """Forget all positions from `length` on (one for all sequences, or one for each); raises ValueError when it
-        lies beyond the end."""
+        lies beyond the end, or within a sequence that has recurrent state."""
         wanted = np.broadcast_to(np.asarray(length), self.lengths.shape)
         if (wanted < 0).any() or (wanted > self.lengths).any():
             raise ValueError(f"cannot truncate a cache of length {_plain(self.lengths)} to {_plain(wanted)}")
+        if not self.rewindable and ((wanted > 0) & (wanted < self.lengths)).any():
+            raise ValueError(
+                f"cannot truncate a cache of length {_plain(self.lengths)} to {_plain(wanted)}: the model's recurrent "
+                "state has no way back, only to the start; take a snapshot before"
+            )
         self.lengths[:] = wanted
+        if self._pairs:
+            self._clear(np.flatnonzero(wanted == 0))
 
     def extend(self, tokens: int) -> None:
         """Count `tokens` positions behind the end of each sequence again, which `truncate` left out and nothing has
-        overwritten since; raises ValueError when they lie beyond the capacity."""
+        overwritten since; raises ValueError when they lie beyond the capacity, or there is recurrent state."""
+        if not self.rewindable and tokens:
+            raise ValueError("cannot extend a cache with recurrent state: what was forgotten is gone")
         if tokens < 0 or self.length + tokens > self.capacity:
             raise ValueError(f"cannot extend a cache of length {_plain(self.lengths)} by {tokens} of {self.capacity}")
         self.lengths += tokens
 
     def snapshot(self) -> Snapshot:
         """Copy what the cache holds."""
-        lengths, longest = tuple(self.lengths.tolist()), self.length
-        return Snapshot(lengths, tuple(b.read(self._axis, longest) for b in self._buffers.values()))
+        self._align()
+        rows = tuple(b.read(self._axis, self.length) for b in self._buffers.values())
+        recurrent = tuple(first.read(0, self.batch) for first, _ in self._pairs.values())
+        return Snapshot(tuple(self.lengths.tolist()), rows, recurrent)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot; raises ContextError when it is longer than the capacity, ValueError when it holds
@@ -125,6 +161,9 @@ class KVCache:
             raise ContextError(f"a snapshot of {snapshot.length} tokens exceeds the capacity of {self.capacity}")
         for buffer, rows in zip(self._buffers.values(), snapshot.rows, strict=True):
             buffer.write(self._axis, rows)
+        for (first, _), values in zip(self._pairs.values(), snapshot.recurrent, strict=True):
+            first.write(0, values)
+        self._turns[:] = 0
         self.lengths[:] = snapshot.lengths
 
     def _bind_whole(self, session: Session, row: int | None) -> None:
@@ -144,9 +183,36 @@ class KVCache:
     @staticmethod
     def _bind(session: Session, past: dict[str, Buffer], present: dict[str, Buffer]) -> None:
         session.bind(
-            {f"past_key_values.{name}": buffer for name, buffer in past.items()},
-            {f"present.{name}": buffer for name, buffer in present.items()},
+            {state_input(_GROWING, name): buffer for name, buffer in past.items()},
+            {state_output(_GROWING, name): buffer for name, buffer in present.items()},
         )
+
+    def _bind_pairs(self, session: Session, row: int | None) -> None:
+        """One buffer of each pair is read, the other written."""
+        if row is None and (self._turns != self._turns[0]).any():
+            self._align()
+        read = int(self._turns[row or 0])
+        past, present = (
+            {n: p[i] if row is None else p[i].part(0, row, row + 1) for n, p in self._pairs.items()}
+            for i in (read, 1 - read)
+        )
+        session.bind(
+            {state_input(_RECURRENT, name): buffer for name, buffer in past.items()},
+            {state_output(_RECURRENT, name): buffer for name, buffer in present.items()},
+        )
+
+    def _align(self) -> None:
+        """All sequences' state into the first buffer of each pair."""
+        for first, second in self._pairs.values():
+            for row in np.flatnonzero(self._turns).tolist():
+                first.part(0, row, row + 1).write(0, second.part(0, row, row + 1).read(0, 1))
+        self._turns[:] = 0
+
+    def _clear(self, rows: np.ndarray) -> None:
+        """Zeros, as before the first token."""
+        for name, pair in self._pairs.items():
+            for row in rows.tolist():
+                pair[self._turns[row]].part(0, row, row + 1).write(0, self._zeros[name])
 
 
 def _plain(lengths: np.ndarray) -> int | list[int]:

@@ -9,7 +9,7 @@ import numpy as np
 from mllm_edge.runtime.decode.encoded import REPEATED
 from mllm_edge.runtime.decode.masks import RelativeBias, attention_bias
 from mllm_edge.runtime.decode.positions import RotaryTable
-from mllm_edge.runtime.decode.state import KVCache
+from mllm_edge.runtime.decode.state import Cache
 from mllm_edge.spec import ModelSpec, TensorSpec, Variant
 
 __all__ = ["Contract", "Step", "contract_for"]
@@ -37,7 +37,7 @@ class Contract(Protocol):
         """The cache has another capacity from now on; nothing is bound any more."""
         ...
 
-    def takes_batch(self, cache: KVCache, counts: np.ndarray) -> bool:
+    def takes_batch(self, cache: Cache, counts: np.ndarray) -> bool:
         """Whether the next `counts` [B] tokens of all sequences can be one run."""
         ...
 
@@ -45,8 +45,10 @@ class Contract(Protocol):
         """Inputs for cross-attention; see `Decoder.set_cross`."""
         ...
 
-    def begin(self) -> None:
-        """New sequences begin."""
+    last: Mapping[str, np.ndarray]  # of the inputs in REPEATED, for the tokens to come
+
+    def begin(self, last: Mapping[str, np.ndarray] | None = None) -> None:
+        """New sequences begin, or those go on whose `last` this was."""
         ...
 
     def check(self, per_token: Mapping[str, np.ndarray]) -> None:
@@ -74,7 +76,7 @@ class _Shared:
         self._relative = None if table is None else RelativeBias(table, positions.max_distance)
         self._ropes: list[RotaryTable] = []
         self._features, self._silent = 1, True
-        self._last: dict[str, np.ndarray] = {}  # of the inputs in REPEATED, for the tokens to come
+        self.last: Mapping[str, np.ndarray] = {}
         self._defaults: tuple[tuple[int, int], dict[str, np.ndarray]] = ((0, 0), {})
 
     def reset(self, capacity: int) -> None:
@@ -112,8 +114,8 @@ class _Shared:
                 feeds[name] = bias.astype(self._dtype, copy=False)
         return feeds
 
-    def begin(self) -> None:
-        self._last = {}
+    def begin(self, last: Mapping[str, np.ndarray] | None = None) -> None:
+        self.last = last or {}
         self._defaults = ((0, 0), {})
 
     def check(self, per_token: Mapping[str, np.ndarray]) -> None:
@@ -126,7 +128,7 @@ class _Shared:
         given = {name: self._in_shape(name, rows) for name, rows in per_token.items()}
         repeated = {name: given[name][..., -1:, :] for name in REPEATED if name in given}
         if repeated:
-            self._last, self._defaults = {**self._last, **repeated}, ((0, 0), {})
+            self.last, self._defaults = {**self.last, **repeated}, ((0, 0), {})
         key = (len(step.pasts), step.tokens)
         if self._defaults[0] != key:
             self._defaults = (key, self._neutral(*key))
@@ -146,7 +148,7 @@ class _Shared:
             feeds[_CROSS_BIAS] = np.zeros((batch, 1, tokens, self._features), self._dtype)
         if _CROSS_ROWS in self._inputs:
             feeds[_CROSS_ROWS] = np.full((batch, tokens, 1), 0 if self._silent else 1, self._dtype)
-        return feeds | {name: np.repeat(row, tokens, axis=-2) for name, row in self._last.items()}
+        return feeds | {name: np.repeat(row, tokens, axis=-2) for name, row in self.last.items()}
 
     def _same_rows_for_all(self) -> bool:
         return not any(spec.depends_on_length for spec in self._specs)
@@ -167,7 +169,7 @@ class _Contrib(_Shared):
         super().reset(capacity)
         self._seqlens = np.zeros(0, np.int32)
 
-    def takes_batch(self, cache: KVCache, counts: np.ndarray) -> bool:
+    def takes_batch(self, cache: Cache, counts: np.ndarray) -> bool:
         """GroupQueryAttention takes several tokens of several sequences only when all begin."""
         begins, single = not cache.lengths.any(), bool((counts == 1).all())
         return self._same_rows_for_all() and (begins or single)
@@ -193,7 +195,7 @@ class _Standard(_Shared):
         super().__init__(variant, model, table)
         self._writes = "write_indices" in self._inputs
 
-    def takes_batch(self, cache: KVCache, counts: np.ndarray) -> bool:
+    def takes_batch(self, cache: Cache, counts: np.ndarray) -> bool:
         """Padding is written behind a shorter sequence's tokens: there must be room for it."""
         return self._same_rows_for_all() and cache.length + int(counts.max()) <= cache.capacity
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from mllm_edge.runtime.onnx_file.cost import GraphCost, graph_cost, read_graph
 from mllm_edge.runtime.onnx_file.protobuf import encode_bytes, encode_number
 from mllm_edge.runtime.profiling.shapes import image_runs
 from mllm_edge.runtime.prompt.layout import Layout
-from mllm_edge.spec import Variant
+from mllm_edge.spec import Variant, state_bytes
 
 __all__ = ["MachineLimits", "StageRoof", "Workload", "limits_file", "machine_limits", "product_graph", "roofline"]
 
@@ -202,20 +203,18 @@ def _costs(
     for stage in model.stages:
         if stage.component in stages & set(variants) and images and stage.per != "prompt":
             found.append((stage.component, _stage(bundle, variants[stage.component], images), 0))
-    past = [t for t in variants["decoder"].inputs if t.name.startswith("past_key_values.")]
-    cache = model.cache
-    token = 2 * cache.layers * cache.heads * cache.head_dim * (np.dtype(past[0].dtype).itemsize if past else 0)
+    held = partial(state_bytes, model.state, {t.name: t.dtype for t in variants["decoder"].inputs})
     graph = read_graph(bundle.listed(variants["decoder"].file))
     tokens = work.prompt_tokens
     if "prefill" in stages:
         pairs = tokens * (tokens + 1) / 2
         cost = graph_cost(graph, {"batch": 1, "sequence": tokens, "rows": 1}, tokens, pairs)
         runs = math.ceil(tokens / PREFILL_CHUNK)
-        found.append(("prefill", GraphCost(runs * cost.weight_bytes, cost.flops), tokens * token))
+        found.append(("prefill", GraphCost(runs * cost.weight_bytes, cost.flops), held(tokens)))
     if "decode" in stages:
         context, width = tokens + work.new_tokens // 2, work.step_tokens
         cost = graph_cost(graph, {"batch": 1, "sequence": width, "rows": width}, width, width * context)
-        found.append(("decode", cost, context * token))
+        found.append(("decode", cost, held(context)))
     return found
 
 
