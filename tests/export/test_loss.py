@@ -132,6 +132,5 @@ def test_files_that_see_alike_run_once(asked: tuple[Any, Path, References], monk
     references = ask(reference, folder, reference.cases[1])
     assert references.answered[-1].images
     first = measure(references, folder)
-    monkeypatch.setattr(VLM, "stage_outputs", None)
-    monkeypatch.setattr(VLM, "_encode", None)  # would fail
+    monkeypatch.setattr("mllm_edge.runtime.encode._image_inputs", None)  # would fail
     assert measure(references, folder) == first
