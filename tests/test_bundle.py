@@ -14,7 +14,9 @@ from mllm_edge import VLM
 from mllm_edge.bundle import Bundle
 from mllm_edge.checksums import file_entry
 from mllm_edge.errors import BundleError
-from mllm_edge.json_form import to_json
+from mllm_edge.json_form import from_json, to_json
+from mllm_edge.manifest_checks import check_manifest
+from mllm_edge.spec import SCHEMA_VERSION, Manifest
 
 
 @pytest.fixture
@@ -64,6 +66,25 @@ def test_newer_and_older_schema(bundle: Path) -> None:
     edit(bundle, lambda m: m.update(schema=0))
     with pytest.raises(BundleError, match="mllm-edge export"):
         Bundle.load(bundle)
+
+
+FIXTURES = Path(__file__).with_name("fixtures")
+
+
+def test_every_schema_there_was_is_read_or_names_what_to_do(tmp_path: Path) -> None:
+    """`manifest-N.json` is what a version with schema N wrote; a new schema needs a new file."""
+    assert {path.stem for path in FIXTURES.glob("manifest-*.json")} == {
+        f"manifest-{n}" for n in range(1, SCHEMA_VERSION + 1)
+    }
+    for n in range(1, SCHEMA_VERSION):
+        (tmp_path / "manifest.json").write_bytes((FIXTURES / f"manifest-{n}.json").read_bytes())
+        with pytest.raises(BundleError, match=f"schema version {n}, this mllm-edge reads {SCHEMA_VERSION}") as error:
+            Bundle.load(tmp_path)
+        assert "mllm-edge export MODEL OUT --force" in error.value.fix
+    present = FIXTURES / f"manifest-{SCHEMA_VERSION}.json"
+    manifest = from_json(Manifest, json.loads(present.read_text(encoding="utf-8")))
+    check_manifest(manifest)
+    assert [stage.component for stage in manifest.model.stages] == ["vision_encoder", "connector"]
 
 
 def test_missing_and_truncated_files(bundle: Path) -> None:
