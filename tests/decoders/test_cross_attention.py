@@ -328,6 +328,35 @@ def test_tokens_behind_the_prompt_look_where_its_last_one_did(mllama: Mllama) ->
         np.testing.assert_array_equal(along.steps(mllama.decoder, embed, plain, np.array(IDS[7:9])), blind)
 
 
+def test_a_snapshot_keeps_what_is_seen(mllama: Mllama) -> None:
+    """Features, which of them, and where the last token looked; prompts with others and with none come between."""
+    embeddings, decoder = mllama.model.get_input_embeddings().weight.detach().numpy(), mllama.decoder
+    bias, rows = np.zeros((6, 6), np.float32), np.ones((6, 1), np.float32)
+    bias[2:, 4:], rows[:2] = -30000.0, 0
+    per_token = {"cross_attention_bias": bias, "cross_attention_rows": rows}
+    seeing = Encoded(embeddings[IDS[:6]], per_token=per_token, cross=mllama.cross_kv)
+    other = Encoded(embeddings[IDS[2:8]], cross={name: array[:, :, :3] for name, array in mllama.cross_kv.items()})
+    blind = Encoded(embeddings[IDS[1:5]])
+    assert mllama.cross_kv, "there is something to see"
+
+    def following() -> np.ndarray:
+        return np.stack([decoder.forward(embeddings[[token]]).copy() for token in IDS[6:9]])
+
+    found = []
+    for prompt in (seeing, blind):
+        decoder.start(prompt, 8)
+        decoder.forward(prompt)
+        snapshot = decoder.snapshot()
+        expected = following()
+        found.append(expected)
+        for between in (other, blind, seeing):
+            decoder.start(between, 8)
+            decoder.forward(between)
+            decoder.restore(snapshot)
+            np.testing.assert_array_equal(following(), expected)
+    assert np.abs(found[0] - found[1]).max() > 0.01
+
+
 def test_a_first_prompt_with_nothing_to_see(mllama_checkpoint: Any, tmp_path: Path) -> None:
     model, folder = mllama_checkpoint
     weights = open_weights(folder)
