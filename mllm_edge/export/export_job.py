@@ -314,7 +314,8 @@ class ExportJob:
         """Graph and weights of a component for one target, by another recipe where one is `chosen`."""
         dry, stem = DryFile(), form.stem(name)
         self._build(name, form, dry, decoder, chosen)
-        self._progress.stage(f"writing {stem}", dry.nbytes)
+        again = "" if chosen is None or chosen == self._recipe else f" as {chosen.name}, for a while"
+        self._progress.stage(f"writing {stem}{again}", dry.nbytes)
         try:
             with DataFile(folder / f"{stem}.onnx.data", self._progress.advance) as data:
                 model = self._build(name, form, data, decoder, chosen)
