@@ -212,7 +212,7 @@ def _write_graph(geometry: Geometry, dialect: str, recipe: str, folder: Path) ->
     spec = decoder_for(geometry.model_type, reader, weights, Place(tied=True), "model_type")
     path = folder / f"{dialect}-{recipe}.onnx"
     with DataFile(folder / f"{path.name}.data") as data:
-        model = build_decoder(spec, weights, BY_NAME[recipe], data, dialect, ir.DataType.FLOAT16, CAPACITY)
+        model = build_decoder(spec, weights, BY_NAME[recipe], data, dialect, ir.DataType.FLOAT16)
     save_model(model, path)
     return path, model
 

@@ -31,6 +31,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
+from mllm_edge.calibration.overflow import widen
 from mllm_edge.calibration.recipes import RECIPES, Recipe
 from mllm_edge.export.checkpoint.config import ConfigReader
 from mllm_edge.export.checkpoint.safetensors import Weights
@@ -60,6 +61,7 @@ __all__ = [
     "random_weights",
     "save_checkpoint",
     "text_config",
+    "widen_sums",
 ]
 
 TOLERANCE = 1e-3
@@ -308,21 +310,29 @@ def open_decoder(
     dialect: str,
     folder: Path,
     float_type: ir.DataType = ir.DataType.FLOAT,
-    residual_type: ir.DataType | None = None,
+    wide: bool = False,
     recipe_name: str = "",
     recipe: Recipe | None = None,
 ) -> Decoder:
     """Write the decoder's graph into `folder` and open it; weights are of `float_type` unless a recipe is named, or
-    given."""
+    given. `wide`: the sums between layers are float32 in a half-precision graph."""
     recipe = recipe or RECIPES[recipe_name or ("fp32" if float_type == ir.DataType.FLOAT else "fp16")]
     folder.mkdir(exist_ok=True)
     with DataFile(folder / "decoder.onnx.data") as data:
-        graph = build_decoder(spec, weights, recipe, data, dialect, float_type, residual_type=residual_type)
+        graph = build_decoder(spec, weights, recipe, data, dialect, float_type)
+    if wide:
+        widen_sums(graph)
     opened = open_graph(graph, folder / "decoder.onnx", dialect, DIALECTS[dialect].kv_mode)
     table = None if spec.table is None else weights.read(spec.table.tensor)[spec.table.skip :]
     decoder = Decoder(opened.session, opened.variant, describe(spec), open_backend("cpu"), table)
     decoder.reset(CAPACITY)
     return decoder
+
+
+def widen_sums(model: ir.Model) -> None:
+    """Let the sums between layers of a half-precision graph be float32, as where they overflow half precision."""
+    names = [value.name or "" for node in model.graph for value in node.outputs]
+    widen(model, {name: 1e6 for name in names if name.endswith("norm.sum")})
 
 
 def assert_close(ours: np.ndarray, reference: np.ndarray, tolerance: float = TOLERANCE) -> None:

@@ -24,6 +24,7 @@ from mllm_edge.graph.decoder_spec import DecoderSpec
 from mllm_edge.graph.dialects.known import DIALECTS
 from mllm_edge.graph.gate import check_cuda_graph, check_graph, tensorrt_10_3_operators
 from mllm_edge.runtime.backends.tensorrt_build import build, check_network, inspect_network
+from mllm_edge.runtime.onnx_file.dimensions import fix_dimensions
 from tests.decoders.engines import engine_inputs
 
 LAYERS, CAPACITY = 2, 256
@@ -56,8 +57,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[DecoderSpec, Weigh
 def write(folder: Path, source: tuple[DecoderSpec, Weights], dialect: str, recipe: str) -> Path:
     path = folder / f"{dialect}-{recipe}.onnx"
     with DataFile(folder / f"{path.name}.data") as data:
-        model = build_decoder(*source, RECIPES[recipe], data, dialect, HALF, CAPACITY)
+        model = build_decoder(*source, RECIPES[recipe], data, dialect, HALF)
     save_model(model, path)
+    path.write_bytes(fix_dimensions(path.read_bytes(), {"capacity": CAPACITY}))  # TensorRT wants a number
     return path
 
 
@@ -152,8 +154,6 @@ def test_opset17_imports_19_and_21_for_int4(source: tuple[DecoderSpec, Weights])
 def test_contrib_refuses_what_no_provider_has(source: tuple[DecoderSpec, Weights]) -> None:
     with pytest.raises(ExportError, match="BFLOAT16"):
         build_decoder(*source, RECIPES["fp16"], DryFile(), "contrib", ir.DataType.BFLOAT16)
-    with pytest.raises(ExportError, match="their sums in FLOAT\n"):
-        build_decoder(*source, RECIPES["fp16"], DryFile(), "contrib", HALF, residual_type=ir.DataType.FLOAT)
 
 
 def test_spans_need_a_newer_onnx_runtime(source: tuple[DecoderSpec, Weights]) -> None:

@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -21,7 +20,7 @@ from mllm_edge.graph.datafile import DataFile
 from mllm_edge.graph.decoder_spec import DecoderSpec
 from mllm_edge.runtime.onnx_file.split import Piece, partitions
 from tests.decoders import test_cross_attention as cross
-from tests.decoders.models import CAPACITY, CONFIGS, decoder_spec, random_model, save_checkpoint
+from tests.decoders.models import CAPACITY, CONFIGS, decoder_spec, random_model, save_checkpoint, widen_sums
 from tests.decoders.test_engines import HALF, NAMES, STANDARD, WIDE
 
 Arrays = Mapping[str, np.ndarray]
@@ -50,12 +49,13 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def _write(
-    source: tuple[DecoderSpec, Weights], folder: Path, dialect: str, recipe: str = "fp32", *types: Any
+    source: tuple[DecoderSpec, Weights], folder: Path, dialect: str, recipe: str = "fp32", wide: bool = False
 ) -> tuple[Path, dict[str, np.ndarray]]:
-    """The graph's file, and an array for each input."""
+    """The graph's file, and an array for each input. `wide`: in half precision, with float32 sums between layers."""
     with DataFile(folder / "decoder.onnx.data") as data:
-        options = (types[0] if types else WIDE, None, *types[1:])
-        graph = build_decoder(*source, RECIPES[recipe], data, dialect, *options)
+        graph = build_decoder(*source, RECIPES[recipe], data, dialect, HALF if wide else WIDE)
+    if wide:
+        widen_sums(graph)
     save_model(graph, folder / "decoder.onnx")
     batch = 2 if dialect == "opset24" else 1
     sizes = {"batch": batch, "sequence": 5, "rows": 2, "past": 3, "length": 8, "capacity": CAPACITY, "features": 6}
@@ -127,7 +127,7 @@ def test_pieces_are_the_whole(source: tuple[DecoderSpec, Weights], dialect: str,
 
 @pytest.mark.parametrize("dialect", STANDARD)
 def test_a_wider_stream_passes_as_it_is(dialect: str, tmp_path: Path) -> None:
-    path, feeds = _write(_decoder("llama", tmp_path), tmp_path, dialect, "fp16", HALF, WIDE)
+    path, feeds = _write(_decoder("llama", tmp_path), tmp_path, dialect, "fp16", wide=True)
     expected = _run(path.read_bytes(), tmp_path, feeds)
     _, pieces = itertools.islice(partitions(path), 2)
     assert pieces[0].leaves == pieces[1].enters

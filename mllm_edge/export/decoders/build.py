@@ -11,7 +11,6 @@ from mllm_edge.export.decoders.layers import Layers, Stream
 from mllm_edge.graph import operators
 from mllm_edge.graph.datafile import DataSink
 from mllm_edge.graph.decoder_spec import CrossSpec, DecoderSpec, EncoderSpec
-from mllm_edge.graph.dialects import base
 from mllm_edge.graph.dialects.base import Dialect
 from mllm_edge.graph.dialects.known import DIALECTS
 from mllm_edge.graph.gate import check_cuda_graph, check_graph
@@ -31,20 +30,17 @@ def build_decoder(
     data: DataSink,
     dialect: str = "contrib",
     float_type: ir.DataType = _FLOAT,
-    capacity: int | None = None,
-    residual_type: ir.DataType | None = None,
 ) -> ir.Model:
     """Write the decoder's weights to `data`, one tensor at a time, and return its graph in `dialect`.
 
-    `float_type` is that of hidden states and caches; `residual_type` (default: the same) that of the sums between
-    layers: float32 where half precision would overflow. `capacity` fixes the length of in-place caches. Raises
-    ExportError for a float type that the dialect has no kernels for, or a spec that it cannot express.
+    `float_type` is that of hidden states and caches. Raises ExportError for a float type that the dialect has no
+    kernels for, or a spec that it cannot express.
     """
-    ops: Dialect = DIALECTS[dialect]("decoder", data, float_type, residual_type)
+    ops: Dialect = DIALECTS[dialect]("decoder", data, float_type)
     graph, layers = ops.graph, Layers(ops, spec, weights, recipe)
     stream = Stream(ops, graph.input("inputs_embeds", float_type, ("batch", "sequence", spec.hidden_size)))
     indices = graph.input("logits_indices", _INT64, ("batch", "rows"))
-    ops.decoder_inputs(spec, capacity)
+    ops.decoder_inputs(spec)
     inputs = _optional_inputs(ops, spec)
     if spec.names.input_norm is not None:
         stream.pending, _ = stream.normed("input_norm", layers.stream_norm(spec.names.input_norm))
@@ -78,10 +74,9 @@ def build_text_encoder(
     data: DataSink,
     dialect: str = "contrib",
     float_type: ir.DataType = _FLOAT,
-    residual_type: ir.DataType | None = None,
 ) -> ir.Model:
     """inputs_embeds [B, S, H] T and attention_bias [B, 1 or heads, S, S] T → encoder_hidden_states [B, S, H] T."""
-    ops: Dialect = DIALECTS[dialect]("text_encoder", data, float_type, residual_type)
+    ops: Dialect = DIALECTS[dialect]("text_encoder", data, float_type)
     graph, layers = ops.graph, Layers(ops, spec, weights, recipe)
     stream = Stream(ops, graph.input("inputs_embeds", float_type, ("batch", "sequence", spec.hidden_size)))
     shape = ("batch", spec.heads_in_bias, "sequence", "sequence")
@@ -143,7 +138,7 @@ def _last_hidden(layers: Layers, stream: Stream, ops: Dialect, spec: DecoderSpec
     if spec.names.final_norm is not None:
         return stream.normed("final_norm", layers.stream_norm(spec.names.final_norm, factor))[0]
     assert factor == 1, "a scale is folded into the last norm"
-    return base.narrowed(ops, "hidden.last", stream.total("hidden.last"))
+    return stream.total("hidden.last")
 
 
 def _head_bias(spec: DecoderSpec, weights: Weights) -> Callable[[], np.ndarray] | None:

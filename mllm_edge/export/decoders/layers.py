@@ -32,7 +32,7 @@ class Stream:
         self._ops, self.pending, self.residual = ops, hidden, None  # type: Dialect, ir.Value, ir.Value | None
 
     def total(self, name: str) -> ir.Value:
-        """The stream itself, in the residual type."""
+        """The stream itself."""
         return self._ops.add(name, self.pending, self.residual)
 
     def normed(self, name: str, norm: Norm) -> tuple[ir.Value, ir.Value]:
@@ -63,8 +63,7 @@ class Layers:
         if branch.pre is not None:
             x, total = stream.normed(f"layers.{i}.{branch.pre}", self.norm(i, branch.pre))
         else:
-            total = stream.total(f"{name}.input")
-            x = base.narrowed(ops, f"{name}.input", total)
+            x = total = stream.total(f"{name}.input")
         out = self._output(i, layer, branch, x, inputs)
         if branch.silenced:
             out = ops.graph.node("Mul", [out, inputs["cross_attention_rows"]], f"{name}.silenced")
@@ -80,8 +79,8 @@ class Layers:
         return self.stream_norm(self._name(i, part))
 
     def stream_norm(self, name: str, factor: float = 1.0) -> Norm:
-        """A norm of the residual stream, its weights in that stream's type; `factor` multiplies what it returns."""
-        return self._norm(name, self._spec.norm, (self._spec.hidden_size,), self._ops.residual_type, factor)
+        """A norm of the residual stream; `factor` multiplies what it returns."""
+        return self._norm(name, self._spec.norm, (self._spec.hidden_size,), factor)
 
     def cross_kv(self, i: int, features: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Keys and values [B, Hkv, N, D] of layer i's cross-attention over features [B, N, features]."""
@@ -96,7 +95,7 @@ class Layers:
         key = operators.reshape(graph, f"{name}.key.heads", key, (0, 0, -1, spec.head_dim))
         value = operators.reshape(graph, f"{name}.value.heads", value, (0, 0, -1, spec.head_dim))
         if spec.qk_norm is not None:
-            norm = self._norm(self._name(i, "cross_k_norm"), spec.qk_norm, (spec.head_dim,), graph.float_type)
+            norm = self._norm(self._name(i, "cross_k_norm"), spec.qk_norm, (spec.head_dim,))
             key = base.normed_heads(self._ops, f"{name}.k_norm", norm, key)
         return tuple(operators.heads_first(graph, f"{name}.{p}", x) for p, x in (("key", key), ("value", value)))  # type: ignore[return-value]
 
@@ -172,7 +171,7 @@ class Layers:
         source = [self._name(i, "cross_q_proj")]
         query = self._project(x, f"layers.{i}.cross_q_proj", source, [rows], self._spec.hidden_size, spec.qkv_bias)
         if spec.qk_norm is not None:
-            norm = self._norm(self._name(i, "cross_q_norm"), spec.qk_norm, (spec.head_dim,), graph.float_type)
+            norm = self._norm(self._name(i, "cross_q_norm"), spec.qk_norm, (spec.head_dim,))
             heads = operators.reshape(graph, f"{name}.q_norm.heads", query, (0, 0, -1, spec.head_dim))
             query = operators.merge_heads(
                 graph, f"{name}.q_norm.merged", base.normed_heads(self._ops, f"{name}.q_norm", norm, heads)
@@ -208,7 +207,7 @@ class Layers:
         for k, product in enumerate(products[1:], 1):
             total = graph.node("Add", [total, product], f"{name}.sum.{k}")
         if spec.bias:
-            bias = self._vector(f"{source}.bias", (width,), kind, lambda b: b)
+            bias = self._vector(f"{source}.bias", (width,), lambda b: b)
             total = graph.node("Add", [total, bias], f"{name}.biased")
         gated = graph.node("Mul", [after, total], f"{name}.gated")
         return self._to_hidden(gated, f"{name}_out_proj", self._name(i, "conv_out_proj"), width, spec.bias)
@@ -282,22 +281,19 @@ class Layers:
                 self._name(i, part),
                 spec.qk_norm,
                 (heads, spec.head_dim) if spec.qk_norm.per_head else (spec.head_dim,),
-                self._ops.graph.float_type,
             )
             for part, heads in (("q_norm", spec.heads), ("k_norm", spec.kv_heads))
         )
         return query, key
 
-    def _norm(self, name: str, spec: NormSpec, shape: tuple[int, ...], kind: ir.DataType, factor: float = 1.0) -> Norm:
-        """A norm's scale and bias in type `kind`."""
-        bias = self._vector(f"{name}.bias", shape, kind, lambda b: _times(b, factor)) if spec.bias else None
-        scale = self._vector(f"{name}.weight", shape, kind, lambda w: _times(w + np.float32(spec.offset), factor))
+    def _norm(self, name: str, spec: NormSpec, shape: tuple[int, ...], factor: float = 1.0) -> Norm:
+        """A norm with its scale and bias."""
+        bias = self._vector(f"{name}.bias", shape, lambda b: _times(b, factor)) if spec.bias else None
+        scale = self._vector(f"{name}.weight", shape, lambda w: _times(w + np.float32(spec.offset), factor))
         return Norm(spec, scale, bias)
 
-    def _vector(
-        self, name: str, shape: tuple[int, ...], kind: ir.DataType, change: Callable[[np.ndarray], np.ndarray]
-    ) -> ir.Value:
-        read = self._weights.use(name, shape)
+    def _vector(self, name: str, shape: tuple[int, ...], change: Callable[[np.ndarray], np.ndarray]) -> ir.Value:
+        read, kind = self._weights.use(name, shape), self._ops.graph.float_type
         return self._ops.graph.weight(name, kind, shape, lambda: to_float(name, change(read()), kind))
 
     def _to_hidden(self, x: ir.Value, name: str, source: str, row: int, bias: bool, factor: float = 1.0) -> ir.Value:

@@ -20,10 +20,8 @@ __all__ = [
     "cache_inputs",
     "cache_outputs",
     "logits_output",
-    "narrowed",
     "normed_heads",
     "numbered",
-    "residual_sum",
     "rope_inputs",
     "split_heads",
 ]
@@ -56,11 +54,10 @@ class SelfAttention:
 
 
 class Dialect(Protocol):
-    """Builds into `graph`, whose float type is T. Hidden states are [B, S, H] in T, the residual stream in
-    `residual_type`; see each dialect for its contract."""
+    """Builds into `graph`, whose float type is T. Hidden states are [B, S, H] in T; see each dialect for its
+    contract."""
 
     graph: GraphBuilder
-    residual_type: ir.DataType
 
     @property
     def name(self) -> str:
@@ -78,8 +75,8 @@ class Dialect(Protocol):
         """How the graph keeps its cache; see `Cache`."""
         ...
 
-    def decoder_inputs(self, spec: DecoderSpec, capacity: int | None) -> None:
-        """Declare what tells a decoder where its tokens stand, and the caches (of `capacity` places, if given).
+    def decoder_inputs(self, spec: DecoderSpec) -> None:
+        """Declare what tells a decoder where its tokens stand, and the caches.
 
         Raises ExportError for a spec that this dialect cannot express.
         """
@@ -90,7 +87,7 @@ class Dialect(Protocol):
         ...
 
     def add(self, name: str, hidden: ir.Value, residual: ir.Value | None) -> ir.Value:
-        """hidden + residual, in the residual stream's type."""
+        """hidden + residual."""
         ...
 
     def head_norm(self, name: str, norm: Norm, x: ir.Value) -> ir.Value:
@@ -203,21 +200,6 @@ def rope_inputs(graph: GraphBuilder, spec: DecoderSpec, dtype: ir.DataType) -> l
     ]
 
 
-def residual_sum(ops: Dialect, name: str, hidden: ir.Value, residual: ir.Value | None) -> ir.Value:
-    """hidden (T) + residual, in the residual stream's type."""
-    graph = ops.graph
-    if ops.residual_type != graph.float_type:
-        hidden = graph.node("Cast", [hidden], f"{name}.wide.hidden", to=ops.residual_type)
-    return hidden if residual is None else graph.node("Add", [hidden, residual], f"{name}.sum")
-
-
 def split_heads(graph: GraphBuilder, name: str, x: ir.Value, heads: int) -> ir.Value:
     """[N, S, D] → [N, heads, S, D/heads]."""
     return operators.heads_first(graph, f"{name}.heads", operators.reshape(graph, name, x, (0, 0, heads, -1)))
-
-
-def narrowed(ops: Dialect, name: str, x: ir.Value) -> ir.Value:
-    """x of the residual stream's type, in the graph's."""
-    if ops.residual_type == ops.graph.float_type:
-        return x
-    return ops.graph.node("Cast", [x], f"{name}.narrowed", to=ops.graph.float_type)

@@ -40,20 +40,16 @@ class Contrib:
     def minimum(spec: DecoderSpec | None) -> Mapping[str, str]:
         return _MINIMUM_SPANS if spec is not None and spec.spans else _MINIMUM
 
-    def __init__(
-        self, name: str, data: DataSink, float_type: ir.DataType = _FLOAT, residual_type: ir.DataType | None = None
-    ):
-        if float_type not in (_FLOAT, _HALF) or residual_type not in (None, float_type):
-            sums = (residual_type or float_type).name
+    def __init__(self, name: str, data: DataSink, float_type: ir.DataType = _FLOAT):
+        if float_type not in (_FLOAT, _HALF):
             raise ExportError(
-                f"dialect contrib: hidden states in {float_type.name} and their sums in {sums}",
-                "both are float32 here, or both float16 for CUDA; or use dialect opset24 or opset17",
+                f"dialect contrib: hidden states in {float_type.name}",
+                "they are float32 here, or float16 for CUDA; or use dialect opset24 or opset17",
             )
         self.graph = GraphBuilder(name, 17, data, float_type, contrib=True)
-        self.residual_type = float_type
         self._present: list[tuple[ir.Value, ir.Value]] = []
 
-    def decoder_inputs(self, spec: DecoderSpec, capacity: int | None) -> None:
+    def decoder_inputs(self, spec: DecoderSpec) -> None:
         _check(spec)
         self._spec, graph, kind = spec, self.graph, self.graph.float_type
         self._seqlens = graph.input("seqlens_k", _INT32, ("batch",))
@@ -64,7 +60,7 @@ class Contrib:
         ]
         from_host = spec.spans or spec.heads_in_bias > 1
         self._biases = base.bias_inputs(graph, spec, kind, "batch") if from_host else []
-        self._cache = ("batch", spec.attention.kv_heads, capacity or "capacity", spec.attention.head_dim)
+        self._cache = ("batch", spec.attention.kv_heads, "capacity", spec.attention.head_dim)
         self._past = base.cache_inputs(graph, spec, kind, self._cache)
 
     def norm(self, name: str, norm: Norm, hidden: ir.Value, residual: ir.Value | None) -> tuple[ir.Value, ir.Value]:

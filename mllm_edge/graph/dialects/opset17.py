@@ -41,14 +41,11 @@ class Opset17:
     def minimum(spec: DecoderSpec | None) -> Mapping[str, str]:
         return _MINIMUM
 
-    def __init__(
-        self, name: str, data: DataSink, dtype: ir.DataType = _FLOAT, residual_type: ir.DataType | None = None
-    ):
+    def __init__(self, name: str, data: DataSink, dtype: ir.DataType = _FLOAT):
         self.graph, self._dtype = GraphBuilder(name, _OPSET, data, dtype), dtype
-        self.residual_type = residual_type or dtype
         self._present: list[tuple[ir.Value, ir.Value]] = []
 
-    def decoder_inputs(self, spec: DecoderSpec, capacity: int | None) -> None:
+    def decoder_inputs(self, spec: DecoderSpec) -> None:
         attention, graph = spec.attention, self.graph
         if spec.heads_in_bias > 1 and attention.heads != attention.kv_heads:
             raise ExportError(
@@ -66,14 +63,14 @@ class Opset17:
         self._past = base.cache_inputs(graph, spec, self._dtype, (1, "past", attention.kv_heads, attention.head_dim))
 
     def norm(self, name: str, norm: Norm, hidden: ir.Value, residual: ir.Value | None) -> tuple[ir.Value, ir.Value]:
-        total = base.residual_sum(self, name, hidden, residual)
-        return self._norm(name, norm, total, self.residual_type), total
+        total = self.add(name, hidden, residual)
+        return self._norm(name, norm, total), total
 
     def add(self, name: str, hidden: ir.Value, residual: ir.Value | None) -> ir.Value:
-        return base.residual_sum(self, name, hidden, residual)
+        return hidden if residual is None else self.graph.node("Add", [hidden, residual], f"{name}.sum")
 
     def head_norm(self, name: str, norm: Norm, x: ir.Value) -> ir.Value:
-        return self._norm(name, norm, x, self._dtype)
+        return self._norm(name, norm, x)
 
     def self_attention(self, layer: SelfAttention, query_key: ir.Value, value: ir.Value) -> ir.Value:
         name, graph, attention = layer.name, self.graph, self._spec.attention
@@ -147,22 +144,18 @@ class Opset17:
         shape = (1, "sequence", attention.kv_heads, attention.head_dim)
         base.cache_outputs(self.graph, self._present, self._dtype, shape)
 
-    def _norm(self, name: str, norm: Norm, x: ir.Value, kind: ir.DataType) -> ir.Value:
-        """x of type `kind`, normalized, in the graph's type."""
+    def _norm(self, name: str, norm: Norm, x: ir.Value) -> ir.Value:
         if norm.spec.kind == "rms":
-            return self._rms(name, norm, x, kind)
-        normed = self.graph.node("LayerNormalization", [x, *norm.weights], name, epsilon=norm.spec.eps, axis=-1)
-        return normed if kind == self._dtype else base.narrowed(self, name, normed)
+            return self._rms(name, norm, x)
+        return self.graph.node("LayerNormalization", [x, *norm.weights], name, epsilon=norm.spec.eps, axis=-1)
 
-    def _rms(self, name: str, norm: Norm, x: ir.Value, kind: ir.DataType) -> ir.Value:
+    def _rms(self, name: str, norm: Norm, x: ir.Value) -> ir.Value:
         """x / √(mean(x²) + eps) · scale; the mean in float32, where half precision would overflow."""
         graph = self.graph
-        wide = x if kind == _FLOAT else graph.node("Cast", [x], f"{name}.wide", to=_FLOAT)
+        half = self._dtype != _FLOAT
+        wide = graph.node("Cast", [x], f"{name}.wide", to=_FLOAT) if half else x
         normed = operators.rms_normed(graph, name, wide, norm.spec.eps)
-        if kind == _FLOAT:
-            scaled = graph.node("Mul", [normed, norm.scale], name)
-            return scaled if self._dtype == _FLOAT else base.narrowed(self, name, scaled)
-        narrow = graph.node("Cast", [normed], f"{name}.narrow", to=self._dtype)
+        narrow = graph.node("Cast", [normed], f"{name}.narrow", to=self._dtype) if half else normed
         return graph.node("Mul", [narrow, norm.scale], name)
 
     def _heads(self, name: str, x: ir.Value) -> ir.Value:

@@ -9,7 +9,7 @@ outputs  logits [B, K, V] f32; present.N.key / .value [B, Hkv, Smax, D], the sam
 
 Attention gets no `is_causal` and no `nonpad_kv_seqlen`: TensorRT's parser drops or misreads both without an error.
 All masking is the additive bias. TensorRT refuses Attention's `softcap`: such a decoder's attention is written out. It
-also wants Smax to be a number: give `capacity` to fix it.
+also wants Smax to be a number, which an engine gets when it is built (`onnx_file/dimensions.py`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,28 +41,25 @@ class Opset24:
     def minimum(spec: DecoderSpec | None) -> Mapping[str, str]:
         return _MINIMUM
 
-    def __init__(
-        self, name: str, data: DataSink, dtype: ir.DataType = _FLOAT, residual_type: ir.DataType | None = None
-    ):
+    def __init__(self, name: str, data: DataSink, dtype: ir.DataType = _FLOAT):
         self.graph, self._dtype = GraphBuilder(name, 24, data, dtype), dtype
-        self.residual_type = residual_type or dtype
         self._present: list[tuple[ir.Value, ir.Value]] = []
 
-    def decoder_inputs(self, spec: DecoderSpec, capacity: int | None) -> None:
+    def decoder_inputs(self, spec: DecoderSpec) -> None:
         self._spec, graph, dtype = spec, self.graph, self._dtype
         self._write = graph.input("write_indices", _INT64, ("batch",))
         self._biases = base.bias_inputs(graph, spec, dtype, "batch")
         self._ropes = base.rope_inputs(graph, spec, dtype)
-        self._cache = ("batch", spec.attention.kv_heads, capacity or "capacity", spec.attention.head_dim)
+        self._cache = ("batch", spec.attention.kv_heads, "capacity", spec.attention.head_dim)
         self._past = base.cache_inputs(graph, spec, dtype, self._cache)
         self._length = graph.node("Shape", [self._biases[0]], "length", start=-1)
 
     def norm(self, name: str, norm: Norm, hidden: ir.Value, residual: ir.Value | None) -> tuple[ir.Value, ir.Value]:
-        total = base.residual_sum(self, name, hidden, residual)
-        return base.narrowed(self, name, self._norm(name, norm, total)), total
+        total = self.add(name, hidden, residual)
+        return self._norm(name, norm, total), total
 
     def add(self, name: str, hidden: ir.Value, residual: ir.Value | None) -> ir.Value:
-        return base.residual_sum(self, name, hidden, residual)
+        return hidden if residual is None else self.graph.node("Add", [hidden, residual], f"{name}.sum")
 
     def head_norm(self, name: str, norm: Norm, x: ir.Value) -> ir.Value:
         return self._norm(name, norm, x)
