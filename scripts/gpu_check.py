@@ -28,7 +28,7 @@ from mllm_edge import __version__
 from mllm_edge.bundle import Bundle
 from mllm_edge.compare.cases import synthetic_cases
 from mllm_edge.compare.compare import summarize
-from mllm_edge.compare.outputs import Outputs, bundle_outputs
+from mllm_edge.compare.outputs import LOGITS, Outputs, bundle_outputs
 from mllm_edge.errors import MllmEdgeError
 from mllm_edge.runtime.backends.base import Backend
 from mllm_edge.runtime.backends.choose import open_backend
@@ -122,7 +122,7 @@ def _measured(vlm: VLM, line: Line) -> Line:
     calls = [vlm.generate("Describe this.", images, **options).metrics for _ in range(WARMUP + CALLS)][WARMUP:]
     return replace(
         line,
-        milliseconds={stage: 1e3 * float(np.median([getattr(call, stage) for call in calls])) for stage in STAGES},
+        milliseconds={stage: 1e3 * float(np.median([call.as_dict()[stage] for call in calls])) for stage in STAGES},
         tokens_per_second=float(np.median([call.tokens_per_second for call in calls])),
     )
 
@@ -142,8 +142,8 @@ def _sample(folder: Path, recipe: str) -> Path:
 def _table(lines: list[Line]) -> str:
     rows = [["engine", "target", "verdict", "features", "logits", "tokens", *(f"{s} ms" for s in STAGES), "tokens/s"]]
     for line in lines:
-        features = [line.errors[name] for name in ("vision_encoder", "connector") if name in line.errors]
-        logits = [line.errors[name] for name in ("prefill_logits", "decode_logits") if name in line.errors]
+        features = [error for name, error in line.errors.items() if name not in LOGITS]
+        logits = [line.errors[name] for name in LOGITS if name in line.errors]
         times = [f"{line.milliseconds[s]:.1f}" if line.milliseconds else "" for s in STAGES]
         rate = f"{line.tokens_per_second:.1f}" if line.tokens_per_second else ""
         worst = [f"{max(errors):.1e}" if errors else "" for errors in (features, logits)]

@@ -6,6 +6,7 @@ import logging
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from mllm_edge.runtime.arguments import (
     named,
     stop_strings,
 )
-from mllm_edge.runtime.backends.base import Backend
+from mllm_edge.runtime.backends.base import Backend, Session
 from mllm_edge.runtime.backends.choose import open_backend
 from mllm_edge.runtime.backends.components import open_component
 from mllm_edge.runtime.decode import along
@@ -86,7 +87,9 @@ class VLM:
         self.context_length = min(wanted, longest)
         limits = [session.limits.get("tiles", TILES_PER_RUN) for session in self._sessions.values()]
         inputs = {name: tuple(types) for name, types in self._types.items()}
-        self._components = Components(self.spec, inputs, self._component, min(TILES_PER_RUN, *limits))
+        self._components = Components(
+            self.spec, inputs, partial(_run, self._types, self._sessions), min(TILES_PER_RUN, *limits)
+        )
         self._arrays = {name: bundle.array(name) for name in self.spec.image.arrays} if self.spec.image else {}
         table = bundle.array(self.spec.positions.table) if self.spec.positions.table else None
         decoder = opened["decoder"]
@@ -260,7 +263,7 @@ class VLM:
         not, or an array that cannot be made of a value.
         """
         with self._turns.turn():
-            return self._component(name, feeds)
+            return _run(self._types, self._sessions, name, feeds)
 
     def image_features(self, prompt: Prompt, trace: Trace | None = None) -> np.ndarray:
         """The stages before the decoder: the images of a prompt that has some → the rows [tokens, hidden] float32 that
@@ -312,11 +315,6 @@ class VLM:
         ends = self.stop_ids if stop_ids is None else stop_ids
         with self._turns.turn():
             return along.greedy(self.decoder, self.embed, prompts, most, ends)
-
-    def _component(self, name: str, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        types = named(self._types, name, "component")
-        inputs = {key: graph_input(key, value, named(types, key, f"input of {name}")) for key, value in feeds.items()}
-        return self._sessions[name].run(inputs)
 
     def _require_images(self, prompt: Prompt) -> None:
         if self.spec.image is None or prompt.pixel_values is None:
@@ -394,6 +392,15 @@ class VLM:
             if self._decoder is not None:
                 self._decoder.forget()
             raise
+
+
+def _run(
+    types: Mapping[str, Mapping[str, str]], sessions: Mapping[str, Session], component: str, feeds: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """One component by itself, its inputs cast to the graph's `types`. No method: what holds it must not hold a VLM."""
+    known = named(types, component, "component")
+    inputs = {key: graph_input(key, value, named(known, key, f"input of {component}")) for key, value in feeds.items()}
+    return sessions[component].run(inputs)
 
 
 def _log(result: Result | None) -> None:
