@@ -24,8 +24,9 @@ def questions() -> dict[str, list[tuple[str, str]]]:
 
 def latencies(metrics: Metrics) -> str:
     """The stages up to the first token, and the rate behind it."""
+    seconds = {**metrics.stages, "ttft": metrics.ttft}
     stages = ("preprocess", "vision_encoder", "connector", "prefill", "ttft")
-    parts = [f"{name} {1000 * getattr(metrics, name):.1f}" for name in stages]
+    parts = [f"{name} {1000 * seconds[name]:.1f}" for name in stages]
     rate = f"   {metrics.tokens_per_second:.0f} tok/s" if metrics.token_seconds else ""
     return f"ms: {'  '.join(parts)}{rate}"
 
