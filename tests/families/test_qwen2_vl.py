@@ -133,10 +133,10 @@ def test_prompt_of_a_checkpoint_without_a_template(tmp_path: Path) -> None:
 
 
 def test_own_template_renders_as_the_checkpoints(plain: Exported, tmp_path: Path) -> None:
-    from mllm_edge.export.families.qwen2_vl import _TEMPLATE
+    from mllm_edge.export.families.qwen_images import TEMPLATE
     from mllm_edge.runtime.prompt.tokenizer import ChatTemplate
 
-    own, stored = (ChatTemplate(template, {}) for template in (_TEMPLATE, QWEN_TEMPLATE))
+    own, stored = (ChatTemplate(template, {}) for template in (TEMPLATE, QWEN_TEMPLATE))
     for messages, _ in CONVERSATIONS.values():
         for prompt in (messages, [{"role": "user", "content": "Hello."}]):
             for opens in (True, False):
