@@ -37,6 +37,9 @@ __all__ = [
     "Names",
     "make_tokenizer",
     "qwen_tokenizer",
+    "save_state_dict",
+    "save_qwen",
+    "qwen_config",
     "random_model",
     "save_tiny_idefics3",
     "save_tiny_llava",
@@ -206,7 +209,7 @@ def save_tiny_llava(
     )
     processor.save_pretrained(folder)
     if names == "state_dict":
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+        save_state_dict(folder, model)
     elif names == "hub":
         _as_on_the_hub(folder, processor)
     return model
@@ -284,30 +287,42 @@ def save_tiny_qwen2_vl(
     model = random_model(
         Qwen2VLForConditionalGeneration, _qwen2_vl_config(tokenizer, text, vision, config), tokenizer, seed
     )
-    model.save_pretrained(folder, max_shard_size=shard_size)
-    tower = model.config.vision_config
-    sides = {"patch_size": tower.patch_size, "merge_size": tower.spatial_merge_size}
-    frames = {"temporal_patch_size": tower.temporal_patch_size}
-    bounds = {"min_pixels": 4 * 16**2, "max_pixels": 64 * 16**2}
-    processor = for_images(Qwen2VLProcessor)(
-        Qwen2VLImageProcessorPil(**{**sides, **frames, **bounds, **(image_settings or {})}),
-        tokenizer,
-        chat_template=template,
-    )
-    processor.save_pretrained(folder)
+    processor = save_qwen(folder, model, Qwen2VLProcessor, tokenizer, image_settings, template, shard_size)
     if names == "state_dict":
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+        save_state_dict(folder, model)
     elif names == "hub":
         _qwen2_vl_as_on_the_hub(folder, processor)
     return model
 
 
-def _qwen2_vl_config(
+def save_qwen(
+    folder: Path,
+    model: Any,
+    processor_class: Any,
     tokenizer: PreTrainedTokenizerFast,
-    text: Mapping[str, Any] | None,
-    vision: Mapping[str, Any] | None,
-    config: Mapping[str, Any] | None,
-) -> Qwen2VLConfig:
+    image_settings: Mapping[str, Any] | None,
+    template: str | None,
+    shard_size: str,
+) -> Any:
+    """Save a model of Qwen's with a processor of that class, which is returned: up to 64 cells of 2 × 2 patches."""
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    tower = model.config.vision_config
+    sides = {"patch_size": tower.patch_size, "merge_size": tower.spatial_merge_size}
+    frames = {"temporal_patch_size": tower.temporal_patch_size}
+    bounds = {"min_pixels": 4 * 16**2, "max_pixels": 64 * 16**2}
+    images = Qwen2VLImageProcessorPil(**{**sides, **frames, **bounds, **(image_settings or {})})
+    processor = for_images(processor_class)(images, tokenizer, chat_template=template)
+    processor.save_pretrained(folder)
+    return processor
+
+
+def save_state_dict(folder: Path, model: Any) -> None:
+    """Write the weights again, under the names that the model itself has for them."""
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+
+
+def qwen_config(tokenizer: PreTrainedTokenizerFast, text: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What Qwen2-VL and its successors have in common: the placeholders' ids and a `text_config`."""
     ids = {
         f"{name}_token_id": tokenizer.convert_tokens_to_ids(token)
         for name, token in (
@@ -329,10 +344,19 @@ def _qwen2_vl_config(
         "bos_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
+    return {**ids, "text_config": {**decoder, **(text or {})}}
+
+
+def _qwen2_vl_config(
+    tokenizer: PreTrainedTokenizerFast,
+    text: Mapping[str, Any] | None,
+    vision: Mapping[str, Any] | None,
+    config: Mapping[str, Any] | None,
+) -> Qwen2VLConfig:
+    shared = qwen_config(tokenizer, text)
     tower = {"depth": 2, "embed_dim": 48, "num_heads": 4, "mlp_ratio": 2, "patch_size": 8}
-    decoder = {**decoder, **(text or {})}
-    tower = {**tower, "hidden_size": decoder["hidden_size"], **(vision or {})}
-    return Qwen2VLConfig(text_config=decoder, vision_config=tower, **{**ids, **(config or {})})
+    tower = {**tower, "hidden_size": shared["text_config"]["hidden_size"], **(vision or {})}
+    return Qwen2VLConfig(vision_config=tower, **{**shared, **(config or {})})
 
 
 def _qwen2_vl_as_on_the_hub(folder: Path, processor: Qwen2VLProcessor) -> None:

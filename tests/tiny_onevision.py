@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from transformers import (
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
@@ -14,7 +13,7 @@ from transformers import (
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 from mllm_edge.export.checkpoint.processing import for_images
-from tests.tiny import Names, make_tokenizer, random_model
+from tests.tiny import Names, make_tokenizer, random_model, save_state_dict
 
 __all__ = ["ONEVISION_TEMPLATE", "save_tiny_onevision"]
 
@@ -61,7 +60,7 @@ def save_tiny_onevision(
     )
     processor.save_pretrained(folder)
     if names == "state_dict":
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+        save_state_dict(folder, model)
     return model
 
 

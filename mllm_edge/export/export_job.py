@@ -87,7 +87,8 @@ class ExportJob:
         self._hashes: dict[Path, FileEntry] = {}  # of the data files, which are hashed while they are written
 
     def plan_sizes(self) -> dict[str, int]:
-        """Bytes of weights per component, computed without reading a weight; claims every weight on the way."""
+        """Bytes of weights per component, computed without reading more than the small arrays of images; claims every
+        weight on the way."""
         sizes = {}
         for form in self._forms:
             for name in self._components:

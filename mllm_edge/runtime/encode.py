@@ -8,7 +8,7 @@ from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.prompt.processor import Prompt
 from mllm_edge.runtime.prompt.tables import table_inputs
 from mllm_edge.runtime.trace import Trace
-from mllm_edge.spec import ImageSpec, ModelSpec, Stage
+from mllm_edge.spec import ImageSpec, ModelSpec
 
 __all__ = ["FEATURES", "Components", "encoded", "stage_runs"]
 
@@ -26,14 +26,10 @@ class Components:
         """`slices`: how many of an image's slices a run takes at most, where they are independent."""
         self.model, self.slices, self._inputs, self._run = model, slices, inputs, run
 
-    def stages(self, per_prompt: bool) -> list[Stage]:
-        """Those that run once for a prompt, or those that run for its images."""
-        return [stage for stage in self.model.stages if (stage.per == "prompt") == per_prompt]
-
-    def run(self, stages: Sequence[Stage], given: Mapping[str, np.ndarray], trace: Trace) -> dict[str, Arrays]:
-        """The outputs of some stages, by component, when the first are `given` these."""
+    def run(self, given: Mapping[str, np.ndarray], trace: Trace) -> dict[str, Arrays]:
+        """The outputs of all stages, by component, when the first are `given` these."""
         known, found = dict(given), dict[str, Arrays]()
-        for stage in stages:
+        for stage in self.model.stages:
             with trace.span(stage.component):
                 outputs = self._run(stage.component, {name: known[name] for name in self._inputs[stage.component]})
             known |= outputs
@@ -42,19 +38,12 @@ class Components:
 
 
 def stage_runs(components: Components, prompt: Prompt, trace: Trace) -> Iterator[dict[str, Arrays]]:
-    """Of each run that the images of a prompt take, and at last of what is run once: the outputs by component."""
-    image, sequences = components.model.image, dict[str, list[np.ndarray]]()
+    """The outputs of each run that the images of a prompt take, by component."""
+    image = components.model.image
     if image is None or prompt.pixel_values is None:
         return
-    once = components.stages(per_prompt=True)
     for given in _image_inputs(components, image, prompt):
-        found = components.run(components.stages(per_prompt=False), given, trace)
-        for outputs in found.values() if once else ():
-            for name, array in outputs.items():
-                sequences.setdefault(name, []).append(array.reshape(1, -1, array.shape[-1]))
-        yield found
-    if once:
-        yield components.run(once, {name: np.concatenate(parts, axis=1) for name, parts in sequences.items()}, trace)
+        yield components.run(given, trace)
 
 
 def encoded(
@@ -86,7 +75,7 @@ def _image_inputs(components: Components, image: ImageSpec, prompt: Prompt) -> I
     """The inputs of each run: some slices of all images, or those of one image with its tables."""
     pixel_values = prompt.pixel_values
     assert pixel_values is not None
-    if all(stage.per == "slice" for stage in components.stages(per_prompt=False)):
+    if all(stage.per == "slice" for stage in components.model.stages):
         for start in range(0, len(pixel_values), components.slices):
             yield {"pixel_values": pixel_values[start : start + components.slices]}
         return

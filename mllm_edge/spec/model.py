@@ -47,15 +47,15 @@ class Stage:
 
     Tensors go by their names. An input is `pixel_values`, a table of the images, or an output of an earlier stage.
     Outputs: `image_features` [.., H] take the places of the image tokens; `deepstack.{k}` [.., H] are added there
-    behind layer k; `cross.{l}.key` and `.value` are what cross-attention looks at; others are for later stages.
+    behind layer k; others are for later stages.
 
-    `role` decides about precision. `per`: slice (any number of an image's slices together), image (its slices in one
-    run), prompt (what the stages before made of all images, as one sequence [1, n, H]).
+    `role` decides about precision. What a run takes, `per`: slice (any number of slices, of any images), image (all
+    slices of one, with its tables).
     """
 
     component: str
     role: Role
-    per: Literal["slice", "image", "prompt"]
+    per: Literal["slice", "image"]
 
 
 @dataclass(frozen=True)

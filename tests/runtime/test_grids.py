@@ -13,7 +13,7 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionCon
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel, Qwen2VLVisionRotaryEmbedding
 from transformers.vision_utils import get_vision_position_ids
 
-from mllm_edge.runtime.encode import Components, stage_runs
+from mllm_edge.runtime.encode import Components, encoded, stage_runs
 from mllm_edge.runtime.prompt.layout import Layout, grid_positions
 from mllm_edge.runtime.prompt.processor import Prompt
 from mllm_edge.runtime.prompt.tables import grid_rope
@@ -113,6 +113,30 @@ def test_one_run_per_image_of_cells() -> None:
     np.testing.assert_array_equal(runs[1]["pixel_values"], pixel_values[6:])
     np.testing.assert_array_equal(runs[1]["cos"], grid_rope(GridRope(1e4, 8), 1, 4, 2)[0])
     np.testing.assert_array_equal(runs[1]["s"], grid_rope(GridRope(5.0, 4), 1, 4, 2)[1])
+
+
+def test_features_take_the_places_of_image_tokens() -> None:
+    """And what is added behind a layer stands there too, zeros elsewhere."""
+    image = ImageSpec((Patchify(4, 2, 1),), PROMPT, 8, 8, 1)
+    stages = (Stage("encoder", "vision", "image"), Stage("connector", "connector", "image"))
+    pixel_values = np.arange(3 * 4 * 48, dtype=np.float32).reshape(3, 4, 48)
+
+    def run(component: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if component == "encoder":
+            return {"vision_hidden": inputs["pixel_values"] + 1}
+        features = inputs["vision_hidden"][:, 0, :5]
+        return {"image_features": features, "deepstack.0": -features}
+
+    model = replace(model_spec(image), stages=stages)
+    names = {"encoder": ["pixel_values"], "connector": ["vision_hidden"]}
+    ids, places = np.array([7, IMAGE, IMAGE, 7, IMAGE]), np.array([1, 2, 4])
+    prompt = Prompt("", ids, pixel_values, places, (of_cells(1, 2), of_cells(1, 1)))
+    found = encoded(Components(model, names, run, 4), prompt, lambda ids: np.full((len(ids), 5), 0.5), {}, Trace())
+    expected = pixel_values[:, 0, :5] + 1
+    np.testing.assert_array_equal(found.embeds[places], expected)
+    np.testing.assert_array_equal(found.embeds[[0, 3]], 0.5)
+    np.testing.assert_array_equal(found.per_token["deepstack.0"][places], -expected)
+    np.testing.assert_array_equal(found.per_token["deepstack.0"][[0, 3]], 0)
 
 
 def test_some_tiles_per_run() -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from mllm_edge.export.vision.modules import Linear, RmsNorm, activate, packed_attention, packed_linear
+from mllm_edge.export.vision.modules import Linear, Mlp, RmsNorm, activate, packed_attention, packed_linear
 from mllm_edge.export.vision.siglip import Taps, run_layers
 
 __all__ = ["InternVit", "InternVitConfig", "ShuffleConnector"]
@@ -81,7 +81,7 @@ class _Layer(nn.Module):
         super().__init__()
         self.layernorm_before, self.layernorm_after = _norm(config), _norm(config)
         self.attention = _Attention(config)
-        self.mlp = _Mlp(config)
+        self.mlp = Mlp(config.hidden_size, config.intermediate_size, config.activation)
         self.lambda_1, self.lambda_2 = (nn.Parameter(torch.empty(config.hidden_size)) for _ in range(2))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -112,17 +112,6 @@ class _Attention(nn.Module):
         else:
             qkv = torch.cat([self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x)), self.v_proj(x)], dim=-1)
         return self.projection_layer(packed_attention(qkv, self.heads))
-
-
-class _Mlp(nn.Module):
-    def __init__(self, config: InternVitConfig):
-        super().__init__()
-        self.activation = config.activation
-        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(activate(self.activation, self.fc1(x)))
 
 
 class ShuffleConnector(nn.Module):

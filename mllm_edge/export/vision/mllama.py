@@ -15,7 +15,7 @@ from torch import nn
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.config import OWN_CONFIG, ConfigReader
 from mllm_edge.export.checkpoint.safetensors import Weights
-from mllm_edge.export.vision.modules import ACTIVATIONS, Linear, activate, attention
+from mllm_edge.export.vision.modules import ACTIVATIONS, Linear, Mlp, attention
 from mllm_edge.runtime.backends.base import HIDDEN
 
 __all__ = ["MllamaConfig", "MllamaTower", "mllama_derived"]
@@ -172,7 +172,7 @@ class _Layer(nn.Module):
             nn.LayerNorm(config.hidden_size, eps=config.norm_eps) for _ in range(2)
         )
         self.self_attn = _Attention(config)
-        self.mlp = _Mlp(config)
+        self.mlp = Mlp(config.hidden_size, config.intermediate_size, config.activation)
 
     def forward(self, hidden: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), bias)
@@ -189,17 +189,6 @@ class _Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         return self.o_proj(attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, bias))
-
-
-class _Mlp(nn.Module):
-    def __init__(self, config: MllamaConfig):
-        super().__init__()
-        self.activation = config.activation
-        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(activate(self.activation, self.fc1(x)))
 
 
 # ---------------------------------------------------------------- parameters that no checkpoint has as they are

@@ -10,7 +10,17 @@ from functools import partial
 import torch
 from torch import nn
 
-__all__ = ["ACTIVATIONS", "DOMAIN", "Linear", "RmsNorm", "activate", "attention", "packed_attention", "packed_linear"]
+__all__ = [
+    "ACTIVATIONS",
+    "DOMAIN",
+    "Linear",
+    "Mlp",
+    "RmsNorm",
+    "activate",
+    "attention",
+    "packed_attention",
+    "packed_linear",
+]
 
 DOMAIN = "mllm_edge"
 
@@ -49,6 +59,18 @@ class RmsNorm(nn.Module):
         return torch.onnx.ops.symbolic(
             f"{DOMAIN}::RmsNorm", (x, self.weight), {"epsilon": self.eps}, dtype=x.dtype, shape=x.shape, version=1
         )
+
+
+class Mlp(nn.Module):
+    """x [..., size] → [..., size]: two layers with `inner` values and an activation, one of ACTIVATIONS, between."""
+
+    def __init__(self, size: int, inner: int, activation: str):
+        super().__init__()
+        self.activation = activation
+        self.fc1, self.fc2 = Linear(size, inner), Linear(inner, size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(activate(self.activation, self.fc1(x)))
 
 
 def activate(name: str, x: torch.Tensor) -> torch.Tensor:

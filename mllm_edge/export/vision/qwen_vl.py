@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mllm_edge.export.vision.modules import Linear, activate, attention
+from mllm_edge.export.vision.modules import Linear, Mlp, activate, attention
 
 __all__ = ["PatchMerger", "QwenVlAttention", "QwenVlConfig", "QwenVlTower"]
 
@@ -55,7 +55,7 @@ class _Block(nn.Module):
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.attn = QwenVlAttention(config)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = _Mlp(config)
+        self.mlp = Mlp(config.hidden_size, config.intermediate_size, config.activation)
 
     def forward(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         hidden = hidden + self.attn(self.norm1(hidden), cos, sin)
@@ -81,17 +81,6 @@ class QwenVlAttention(nn.Module):
         turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
         query, key, value = (part.flatten(2) for part in (turned[:, :, 0], turned[:, :, 1], qkv[:, :, 2]))
         return self.proj(attention(query, key, value, self.heads, bias))
-
-
-class _Mlp(nn.Module):
-    def __init__(self, config: QwenVlConfig):
-        super().__init__()
-        self.activation = config.activation
-        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(activate(self.activation, self.fc1(x)))
 
 
 class PatchMerger(nn.Module):

@@ -11,7 +11,7 @@ from torch import nn
 
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.config import ConfigReader
-from mllm_edge.export.vision.modules import ACTIVATIONS, Linear, activate, packed_attention, packed_linear
+from mllm_edge.export.vision.modules import ACTIVATIONS, Linear, Mlp, packed_attention, packed_linear
 
 __all__ = [
     "PixelShuffleConnector",
@@ -147,7 +147,7 @@ class SiglipLayer(nn.Module):
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.self_attn = _Attention(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = _Mlp(config)
+        self.mlp = Mlp(config.hidden_size, config.intermediate_size, config.activation)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         hidden = hidden + self.self_attn(self.layer_norm1(hidden))
@@ -165,17 +165,6 @@ class _Attention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         qkv = packed_linear(x, [self.q_proj, self.k_proj, self.v_proj])
         return self.out_proj(packed_attention(qkv, self.heads))
-
-
-class _Mlp(nn.Module):
-    def __init__(self, config: SiglipConfig):
-        super().__init__()
-        self.activation = config.activation
-        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(activate(self.activation, self.fc1(x)))
 
 
 class PixelShuffleConnector(nn.Module):

@@ -201,7 +201,7 @@ def _costs(
     model = bundle.manifest.model
     images, found = image_runs(model, variants, work.images), list[tuple[str, GraphCost, int]]()
     for stage in model.stages:
-        if stage.component in stages & set(variants) and images and stage.per != "prompt":
+        if stage.component in stages & set(variants) and images:
             found.append((stage.component, _stage(bundle, variants[stage.component], images), 0))
     held = partial(state_bytes, model.state, {t.name: t.dtype for t in variants["decoder"].inputs})
     graph = read_graph(bundle.listed(variants["decoder"].file))

@@ -20,11 +20,10 @@ def image_runs(
 ) -> list[tuple[dict[str, int], int]]:
     """The dimensions of each run that images of these layouts take, by symbol, and the sequences that see themselves
     in it; `variants`: the graph that each component runs."""
-    stages = [stage for stage in model.stages if stage.per != "prompt"]
-    if model.image is None or not stages or not layouts:
+    if model.image is None or not layouts:
         return []
-    inputs = {t.name: t.shape for stage in stages for t in variants[stage.component].inputs}
-    if all(stage.per == "slice" for stage in stages):
+    inputs = {t.name: t.shape for stage in model.stages for t in variants[stage.component].inputs}
+    if all(stage.per == "slice" for stage in model.stages):
         slices = sum(layout.slices for layout in layouts)
         counts = [min(TILES_PER_RUN, slices - start) for start in range(0, slices, TILES_PER_RUN)]
         return [(_symbols(inputs, {"pixel_values": (count, *model.image.shape)}), count) for count in counts]
