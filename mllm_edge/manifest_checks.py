@@ -9,6 +9,7 @@ from typing import get_args
 from mllm_edge.errors import BundleError
 from mllm_edge.spec import (
     DECODER,
+    MOST_PIXELS,
     Component,
     FileEntry,
     GridWindows,
@@ -17,6 +18,8 @@ from mllm_edge.spec import (
     ModelSpec,
     PositionSpec,
     RopeSpec,
+    SelectResolution,
+    Shrink,
     StateKind,
     StateSpec,
     Table,
@@ -40,6 +43,7 @@ _DIGITS = 16  # of a block's checksum
 # Kinds of ropes that are made from the length they were trained for.
 _TRAINED = ("dynamic", "llama3", "yarn", "longrope")
 _TABLE_INPUTS = {"grid_rope": 2, "grid_windows": 3}
+_LARGEST_WINDOW = 64  # patches along a side: the bias of a window is that to the fourth power
 _MAY_BE_ZERO = {"min_pixels"}  # of the sizes of transforms
 
 
@@ -178,6 +182,9 @@ def _image(image: ImageSpec, model: ModelSpec) -> Iterator[str]:
         yield from _order(image.several)
     if image.patches is not None and (image.height, image.width) != (image.patches.patch * image.patches.merge,) * 2:
         yield f"cells of {image.height} x {image.width} px from patches of {image.patches.patch} px"
+    for step in image.pack:
+        if isinstance(step, Shrink):
+            yield from _positive("model.image.pack.most", step.most)
     if image.pack and (image.patches is not None or math.isqrt(image.features) ** 2 != image.features):
         yield f"features are packed, and {image.features} of a tile are no square"
     names = [name for table in image.tables for name in table.names]
@@ -198,17 +205,30 @@ def _order(transforms: Sequence[Transform]) -> Iterator[str]:
             yield f"{t.min_tiles} to {t.max_tiles} tiles"
         if t.op == "resize_to_pixels" and t.min_pixels > t.max_pixels:
             yield f"{t.min_pixels} to {t.max_pixels} pixels"
+        if t.op == "select_resolution":
+            yield from _resolutions(t)
+
+
+def _resolutions(transform: SelectResolution) -> Iterator[str]:
+    if not transform.resolutions:
+        yield "images are fitted into one of no resolutions"
+    for resolution in transform.resolutions:
+        whole = len(resolution) == 2 and all(side > 0 and side % transform.size == 0 for side in resolution)
+        if not whole or math.prod(resolution) > MOST_PIXELS:
+            yield f"a resolution of {list(resolution)} px for tiles of {transform.size} px"
 
 
 def _table(table: Table, image: ImageSpec) -> Iterator[str]:
+    if isinstance(table, GridWindows):
+        patches = table.side * (image.patches.merge if image.patches is not None else 1)
+        if table.side < 1 or patches > _LARGEST_WINDOW:
+            yield f"windows of {table.side} cells along a side"
+    elif table.dim < 4 or table.dim % 4 or not math.isfinite(table.theta) or table.theta <= 0:
+        yield f"a rope of dim {table.dim} and theta {table.theta} for images"
     if image.patches is None:
         yield f"images that are not cut into cells have the table {table.op}, which follows their grid"
     if len(table.names) != _TABLE_INPUTS[table.op]:
         yield f"{table.op} makes {_TABLE_INPUTS[table.op]} inputs, and {len(table.names)} have names"
-    if isinstance(table, GridWindows):
-        yield from _positive("model.image.tables.side", table.side)
-    elif table.dim < 4 or table.dim % 4 or not math.isfinite(table.theta) or table.theta <= 0:
-        yield f"a rope of dim {table.dim} and theta {table.theta} for images"
 
 
 def _component(manifest: Manifest, name: str, component: Component) -> Iterator[str]:

@@ -129,6 +129,16 @@ def drop(tensors: list[dict[str, Any]], name: str) -> None:
     tensors[:] = [tensor for tensor in tensors if tensor["name"] != name]
 
 
+def several(m: dict[str, Any], resolutions: list[list[int]]) -> None:
+    """Other transforms for several images."""
+    fitted = {"op": "select_resolution", "resolutions": resolutions, "size": 64, "resample": "bicubic"}
+    m["model"]["image"]["several"] = [fitted, *m["model"]["image"]["transforms"][-2:]]
+
+
+def windows(side: int) -> dict[str, Any]:
+    return {"op": "grid_windows", "side": side, "names": ["a", "b", "c"]}
+
+
 CONTRADICTIONS: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     ("there is no decoder", lambda m: m["components"].pop("decoder")),
     ("there is no vision_encoder", lambda m: m["components"].pop("vision_encoder")),
@@ -145,6 +155,13 @@ CONTRADICTIONS: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
         lambda m: m["components"]["connector"]["variants"][0]["outputs"][0].update(name="x"),
     ),
     (r"image\.features is 0", lambda m: m["model"]["image"].update(features=0)),
+    ("images are fitted into one of no resolutions", lambda m: several(m, resolutions=[])),
+    (r"a resolution of \[64, 65\] px", lambda m: several(m, resolutions=[[64, 65]])),
+    (r"a resolution of \[640000, 640000\] px", lambda m: several(m, resolutions=[[640000, 640000]])),
+    (r"a resolution of \[64\] px", lambda m: several(m, resolutions=[[64]])),
+    (r"pack\.most is 0", lambda m: m["model"]["image"].update(pack=[{"op": "shrink", "most": 0}])),
+    ("windows of 0 cells", lambda m: m["model"]["image"].update(tables=[windows(0)])),
+    ("windows of 1000 cells", lambda m: m["model"]["image"].update(tables=[windows(1000)])),
     ("features are packed, and 3 of a tile", lambda m: m["model"]["image"].update(features=3, pack=[{"op": "unpad"}])),
     (
         "newline.npy is not in the manifest",

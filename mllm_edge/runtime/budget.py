@@ -11,11 +11,9 @@ from mllm_edge.errors import ContextError, ImageError
 from mllm_edge.runtime.prompt.image import ImageSource, load_image
 from mllm_edge.runtime.prompt.processor import Processor
 from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
-from mllm_edge.spec import state_bytes
+from mllm_edge.spec import MOST_PIXELS, state_bytes
 
 __all__ = ["ImageCost", "Memory", "image_cost", "memory"]
-
-_MOST_PIXELS = 178_956_970  # as Pillow refuses larger files
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def image_cost(bundle: Bundle, image: ImageSource | tuple[int, int]) -> ImageCos
     """The cost of an image, or of any image of that (height, width); raises ImageError, PromptError."""
     if isinstance(image, tuple):
         height, width = image
-        if not 0 < math.prod(image) <= _MOST_PIXELS:
+        if not 0 < math.prod(image) <= MOST_PIXELS:
             raise ImageError(f"an image of {height}x{width} px cannot be processed", "give a smaller size")
         picture = Image.new("RGB", (width, height))
     else:

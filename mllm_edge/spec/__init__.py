@@ -5,6 +5,7 @@ that the bundle was made by a newer version. Only numpy-free standard library is
 """
 
 from mllm_edge.spec.images import (
+    MOST_PIXELS,
     CenterCrop,
     GridRope,
     GridWindows,
@@ -60,6 +61,7 @@ from mllm_edge.spec.state import (
 )
 
 __all__ = [
+    "MOST_PIXELS",
     "StateKind",
     "StateSpec",
     "input_of",

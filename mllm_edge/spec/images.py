@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 __all__ = [
+    "MOST_PIXELS",
     "CenterCrop",
     "GridRope",
     "GridWindows",
@@ -29,6 +30,8 @@ __all__ = [
     "Transform",
     "Unpad",
 ]
+
+MOST_PIXELS = 178_956_970  # of an image at any time; Pillow refuses larger files, too
 
 Resample = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 

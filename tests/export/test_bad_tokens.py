@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.pipeline import export
+from tests.families.row import rows
 from tests.tiny_families import FAMILY_NAMES, SAVE
 
 # As transformers writes a token that is more than its text.
 ADDED = {"__type": "AddedToken", "content": "<mask>", **dict.fromkeys(("lstrip", "rstrip", "single_word"), False)}
-PLACEHOLDERS = {"internvl": "<IMG_CONTEXT>", "qwen2_vl": "<|image_pad|>"}
 
 
 @pytest.fixture(params=FAMILY_NAMES)
@@ -48,7 +48,7 @@ def assert_refused(checkpoint: Path, *words: str) -> None:
 
 def test_placeholder_missing_from_the_vocabulary(checkpoint: Path) -> None:
     path = checkpoint / "tokenizer.json"
-    token = PLACEHOLDERS.get(checkpoint.name, "<image>")
+    token = rows()[checkpoint.name].placeholder
     path.write_text(path.read_text().replace(f'"{token}"', '"<picture>"'))
     assert_refused(checkpoint, "tokenizer.json", f"special token {token} is missing")
 

@@ -29,7 +29,7 @@ class Row:
     """`save` (folder, **config) writes a tiny random checkpoint and returns its model in float32; `configs` are what it
     is called with, those with `shard_size` or `shards` in several files; `cases` what is asked: a question and sizes of
     images (height, width). `compared`: the configs whose export is compared with the source in every recipe;
-    `probed`: those that are compared by their first layers."""
+    `probed`: those that are compared by their first layers. `placeholder`: what stands for an image in a text."""
 
     family: str
     save: Callable[..., Any]
@@ -38,6 +38,7 @@ class Row:
     compared: tuple[str, ...] = ()
     probed: tuple[str, ...] = ()
     bad: tuple[Bad, ...] = ()
+    placeholder: str = "<image>"
 
 
 @cache

@@ -3,12 +3,14 @@
 Parameter names follow transformers, so that weights stream in by name.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from mllm_edge.export.checkpoint.config import ConfigReader
+from mllm_edge.errors import ConfigError
+from mllm_edge.export.checkpoint.config import OWN_CONFIG, ConfigReader
 from mllm_edge.export.vision.modules import ACTIVATIONS, Linear, activate
 from mllm_edge.export.vision.siglip import SiglipConfig, SiglipLayer
 
@@ -19,7 +21,9 @@ def read_siglip2(vision: ConfigReader) -> SiglipConfig:
     """A tower's settings; `grid` is the side of the learned positions, `tile` that of an image which fills them. Raises
     ConfigError."""
     patch, places = vision.side("patch_size"), vision.positive("num_patches")
-    grid = int(places**0.5)
+    grid = math.isqrt(places)
+    if grid**2 != places:
+        raise ConfigError(f"vision_config: num_patches {places} is no square of positions", OWN_CONFIG)
     hidden, heads = vision.heads()
     vision.take("vision_use_head")  # its output is not used
     return SiglipConfig(

@@ -65,5 +65,6 @@ ROW = Row(
     CONFIGS,
     CASES,
     compared=("qwen2_untied", "rms_norm_qk_norm", "chat_internlm2", "chat_qwen2_tied"),
+    placeholder="<IMG_CONTEXT>",
     probed=("qwen3", "chat_internlm2", "chat_qwen2"),
 )

@@ -33,6 +33,7 @@ ROW = Row(
     CASES,
     compared=("windows_and_one_full_layer",),
     probed=("windows_and_one_full_layer",),
+    placeholder="<|image_pad|>",
     bad=(
         Bad("out_hidden_size 48", lambda c: c["vision_config"].update(out_hidden_size=48)),
         Bad("window_size 8 is smaller", lambda c: c["vision_config"].update(window_size=8)),

@@ -36,4 +36,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "windowed": {"text": {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}},
 }
 
-ROW = Row("qwen2_vl", save_tiny_qwen2_vl, CONFIGS, compared=("grouped_query",), probed=("grouped_query",))
+ROW = Row(
+    "qwen2_vl",
+    save_tiny_qwen2_vl,
+    CONFIGS,
+    compared=("grouped_query",),
+    probed=("grouped_query",),
+    placeholder="<|image_pad|>",
+)

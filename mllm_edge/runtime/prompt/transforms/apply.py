@@ -12,13 +12,11 @@ from mllm_edge.runtime.prompt.transforms.patches import patches_cut, patchified
 from mllm_edge.runtime.prompt.transforms.resize import RESIZES
 from mllm_edge.runtime.prompt.transforms.tiles import TILES
 from mllm_edge.runtime.prompt.transforms.values import VALUES, look_up
-from mllm_edge.spec import Patchify, Transform
+from mllm_edge.spec import MOST_PIXELS, Patchify, Transform
 
 __all__ = ["apply_transforms", "cut_of", "first_size"]
 
 _OF_PIXELS = {**RESIZES, **TILES}
-# A strip that is scaled by its shorter side grows along the other; Pillow refuses files of more pixels, too.
-_MOST_PIXELS = 178_956_970
 
 
 def cut_of(height: int, width: int, transforms: Sequence[Transform]) -> Cut:
@@ -82,7 +80,7 @@ def _cut_after(cut: Cut, transform: Transform) -> Cut:
         after = patches_cut(cut, transform)
     else:
         after = _OF_PIXELS[type(transform)].cut(cut, transform)
-    if after.height < 1 or after.width < 1 or after.height * after.width > _MOST_PIXELS:
+    if after.height < 1 or after.width < 1 or after.height * after.width > MOST_PIXELS:
         raise ImageError(
             f"{transform.op} turns {cut.height}×{cut.width} px into {after.height}×{after.width} px",
             "crop the image to a less extreme aspect ratio",
