@@ -1,6 +1,8 @@
 """Fixtures shared by all tests: one tiny checkpoint and one bundle of it, made once."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +25,30 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     out = tmp_path_factory.mktemp("bundle") / "tiny"
     export(str(tiny_checkpoint), out, recipe_name="fp32")
     return out
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once() -> Iterator[None]:
+    """Towers of the same settings, which many tests export, are traced once in a process: nothing writes to a trace."""
+    from mllm_edge.export import export_job
+
+    plain, kept = export_job.trace, dict[str, Any]()
+
+    def trace(component: Any, *types: Any) -> Any:
+        made = component.module
+        settings = [cell.cell_contents for cell in made.__closure__ or ()]
+        key = repr(
+            (made.__module__, made.__code__.co_firstlineno, settings, component.inputs, component.outputs, types)
+        )
+        if " at 0x" in key:  # of something whose settings it does not tell
+            return plain(component, *types)
+        if key not in kept:
+            kept[key] = plain(component, *types)
+        return kept[key]
+
+    export_job.trace = trace
+    yield
+    export_job.trace = plain
 
 
 @pytest.fixture
