@@ -74,7 +74,7 @@ def test_progress_can_end_the_work() -> None:
             progress.stage("first")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full, which Linux has")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full, which is always full")
 @pytest.mark.parametrize(
     "verb", [["inspect"], ["inspect", "--json"], ["run", "Hi", "--max-new-tokens", "2", "--quiet"]]
 )

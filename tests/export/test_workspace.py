@@ -54,7 +54,7 @@ def test_a_new_and_a_replaced_bundle(tmp_path: Path, way: str) -> None:
 def test_the_exchange_is_one_step(tmp_path: Path) -> None:
     a, b = bundle(tmp_path / "a", "a"), bundle(tmp_path / "b", "b")
     if not module._exchange(a, b):
-        pytest.skip("this file system cannot exchange two names in one step (renameat2, renamex_np)")
+        pytest.skip("this file system cannot exchange two names in one step (renameat2)")
     assert (read(a), read(b)) == ("b", "a")
 
 
