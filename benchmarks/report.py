@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mllm_edge.runtime.machine.cpu import physical_cores, processor_name
+from mllm_edge.runtime.machine.cpu import cpu_name, physical_cores
 
 __all__ = ["Check", "Report"]
 
@@ -45,7 +45,7 @@ class Report:
 
     def print(self) -> None:
         """The rows as a table, then the checks."""
-        print(f"{self.title} — {processor_name()}, {physical_cores()} cores")
+        print(f"{self.title} — {cpu_name()}, {physical_cores()} cores")
         if self.rows:
             print(_table(self.rows))
         for check in self.checks:
@@ -53,7 +53,7 @@ class Report:
 
     def write(self, path: Path) -> None:
         """machine, rows and checks as JSON."""
-        machine = {"processor": processor_name(), "cores": physical_cores()}
+        machine = {"processor": cpu_name(), "cores": physical_cores()}
         data = {"machine": machine, "rows": self.rows, "checks": [asdict(check) for check in self.checks]}
         path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""Does the GPU give what the processor gives? One command on any machine with an NVIDIA GPU:
+"""Does the GPU give what the CPU gives? One command on any machine with an NVIDIA GPU:
 
 python scripts/gpu_check.py [BUNDLE] [--recipe fp16] [--json F]
 
@@ -56,7 +56,7 @@ LINES = (
 @dataclass(frozen=True)
 class Line:
     """`verdict`: agrees, disagrees, failed (while running) or not executed; `why` for all but the first. `errors` as in
-    `Comparison`; `tokens`: how many of the processor's greedy ones are the likeliest here too; `milliseconds`: medians
+    `Comparison`; `tokens`: how many of the CPU's greedy ones are the likeliest here too; `milliseconds`: medians
     of stages."""
 
     engine: str

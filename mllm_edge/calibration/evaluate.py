@@ -86,10 +86,12 @@ def prove(
         return tally.proof(a.bundle.nbytes, b.bundle.nbytes)
 
 
-def led_tokens(vlm: VLM, samples: Sequence[Sample], prompts: Sequence[Encoded]) -> list[np.ndarray]:
+def led_tokens(
+    vlm: VLM, samples: Sequence[Sample], prompts: Sequence[Encoded], known: Sequence[np.ndarray] | None = None
+) -> list[np.ndarray]:
     """The tokens [n] along which bundles are compared: each sample's answer or, where it has none, the greedy one of
-    the float bundle opened as `vlm`."""
-    answers = [answer_tokens(vlm, sample) for sample in samples]
+    the float bundle opened as `vlm`; `known` are all of them, if they are."""
+    answers = [answer_tokens(vlm, sample) for sample in samples] if known is None else known
     asked = [i for i, answer in enumerate(answers) if answer is None]
     together = answered_together(vlm, [prompts[i] for i in asked], _TOKENS)
     greedy = {asked[n]: answer for n, answer in together.items()}

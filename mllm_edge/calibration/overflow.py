@@ -82,7 +82,7 @@ class InFloat32:
         return _Widening(self._backend.open(twin, variant))
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Any:
-        """As the processor's own backend."""
+        """As the CPU's own backend."""
         return self._backend.allocate(shape, dtype)
 
 

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from mllm_edge.bundle import Bundle, file_entries, write_manifest
 from mllm_edge.calibration.bits import fits, measured, told
 from mllm_edge.calibration.calibrate import calibrate
-from mllm_edge.calibration.collect import Feeds, is_recorded, mark_recorded, record
+from mllm_edge.calibration.collect import Feeds, is_recorded, mark_recorded, record, recorded_answers
 from mllm_edge.calibration.data import Sample
 from mllm_edge.calibration.evaluate import Proof, prove
 from mllm_edge.calibration.findings import Findings
@@ -42,7 +42,8 @@ from mllm_edge.json_form import to_json
 from mllm_edge.loss import WARN_KL, Loss, calibration_costs
 from mllm_edge.progress import Progress
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
-from mllm_edge.runtime.machine.cpu import give_back_memory
+from mllm_edge.runtime.machine.cpu import give_back_memory, physical_cores
+from mllm_edge.runtime.machine.threads import Threads
 from mllm_edge.spec import Component, FileEntry, Manifest, Variant
 
 __all__ = ["FIGURE", "Gate", "QuantizeJob", "layers_of"]
@@ -94,7 +95,8 @@ class QuantizeJob:
         self._loss_left, self._threads = 0.0, threads
         self._work, self._progress = work, progress
         target = next(iter(source.manifest.components.values())).variants[0].target
-        self._backend = OnnxRuntimeCpu(threads, target)
+        # Asked for: of graphs with few weights, such as pieces of a decoder, a run of many tokens is long all the same.
+        self._backend = OnnxRuntimeCpu(Threads.of(threads or physical_cores()), target)
 
     def choose_bits(self, gate: Gate) -> None:
         """Where plain rounding costs so much that calibration will not make up for it, or takes too much room, let
@@ -149,8 +151,9 @@ class QuantizeJob:
             return findings, None
         self._progress.stage("comparing with plain rounding")
         folder, layers = self._work / "against_rounding", layers_of(self._source, "decoder")
+        answers = recorded_answers(self._work / "feeds")
         losses = against_rounding(
-            self._source, self._backend, self._samples, self._recipe, layers, findings["decoder"], folder
+            self._source, self._backend, self._samples, answers, self._recipe, layers, findings["decoder"], folder
         )
         if losses is not None and calibration_costs(losses):
             findings = {**findings, "decoder": Findings(findings["decoder"].folder, ignored=True)}

@@ -60,14 +60,15 @@ def affordable(units: int, parameters: float, most: int = _MOST_SAMPLES) -> int:
     return min(most, int(_MOST_WORK / max(units * parameters, 1.0)))
 
 
-def answered(samples: Sequence[Sample]) -> Asked:
-    """The samples and their answers; the model's own greedy ones where they have none. Empty ones are left out."""
+def answered(samples: Sequence[Sample], answers: Sequence[np.ndarray] | None = None) -> Asked:
+    """The samples and their `answers`, where those are known; else their own, or the model's greedy ones. Empty ones
+    are left out."""
 
     def turns(vlm: VLM) -> list[Turn]:
         prompts = [vlm.processor.process(sample.prompt, sample.images) for sample in samples]
         encoded = [vlm.encode(prompt) for prompt in prompts]
-        answers = led_tokens(vlm, samples, encoded)
-        return [Turn(*found) for found in zip(prompts, encoded, answers, strict=True) if len(found[2])]
+        led = led_tokens(vlm, samples, encoded, answers)
+        return [Turn(*found) for found in zip(prompts, encoded, led, strict=True) if len(found[2])]
 
     return turns
 

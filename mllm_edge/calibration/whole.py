@@ -29,6 +29,7 @@ def against_rounding(
     bundle: Bundle,
     backend: Backend,
     samples: Sequence[Sample],
+    answers: Sequence[np.ndarray],
     recipe: Recipe,
     layers: Sequence[Layer],
     findings: Findings,
@@ -36,14 +37,14 @@ def against_rounding(
 ) -> Losses | None:
     """Divergence in nats from the float `bundle`'s next token, over up to 32 of the samples that calibration held
     apart: with the weights of the decoder's `layers` that were found, with those rounded to nearest, and the standard
-    error of the difference.
+    error of the difference. `answers` [n] are the ids that each sample was recorded with.
 
     None where there is nothing to compare: recipes that raise layers afterwards or give inputs a range, models too
     large to run a few times, no samples held apart, or none that leaves room for an answer.
     """
     names = tuple(findings.errors())
     precisions = {name: precision_of(recipe, "decoder", name) for name in names}
-    held = [sample for i, sample in enumerate(samples) if held_apart(i, len(samples))]
+    held = [i for i in range(len(samples)) if held_apart(i, len(samples))]
     count = affordable(_WAYS, sum(math.prod(layer.shape) for layer in layers), _JUDGES)
     if not names or not held or not count or recipe.raised is not None:
         return None
@@ -61,7 +62,8 @@ def against_rounding(
         return shipped(stored[name].read_weight(), precisions[name])
 
     ways = {"found": found, "rounded": rounded}
-    losses = measure_ways(bundle, backend, answered(held[:count]), Unit("decoder", names), ways, folder)
+    asked = answered([samples[i] for i in held[:count]], [answers[i] for i in held[:count]])
+    losses = measure_ways(bundle, backend, asked, Unit("decoder", names), ways, folder)
     one, other = losses["found"][0], losses["rounded"][0]
     if not len(one):
         return None

@@ -86,7 +86,7 @@ def _machine(report: dict[str, Any]) -> dict[str, str]:
     return {
         "mllm-edge": f"{report['mllm_edge']}, Python {report['python']}",
         "board": m["board"] + (f", L4T {m['l4t']}, JetPack {m['jetpack'] or '?'}" if m["l4t"] else ""),
-        "processor": f"{m['cpu'] or m['architecture']}{cores}",
+        "CPU": f"{m['cpu'] or m['architecture']}{cores}",
         "features": ", ".join(m["features"]),
         "memory": _memory(m),
         "disk": f"{bytes_text(m['disk_free'])} free",

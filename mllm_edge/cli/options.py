@@ -78,7 +78,7 @@ _RUNTIME = (
         show_default=True,
         help="Whether threads wait awake: auto between two steps, on behind the last one as well, off never.",
     ),
-    click.option("--affinity", metavar="CPUS", help="Processors that the threads run on, such as 4-7."),
+    click.option("--affinity", metavar="CPUS", help="CPUs that the threads run on, such as 4-7."),
     click.option("--max-context", type=POSITIVE, help="Most tokens of prompt and answer together."),
     click.option("--fast-jpeg", is_flag=True, help="Decode large JPEGs at a smaller scale; pixels differ a little."),
     click.option("--backend", type=click.Choice(["auto", *TARGETS]), default="auto", show_default=True),

@@ -52,8 +52,8 @@ class _Profile(click.Command):
 )
 @click.option("--iterations", type=POSITIVE, default=10, show_default=True, help="Calls that are counted, in all runs.")
 @click.option("--sweep", "sweeps", multiple=True, metavar="KEY=A,B", help="Measure for each value; repeatable.")
-@click.option("--no-roofline", is_flag=True, help="Leave out what the stages reach of the processor's limits.")
-@click.option("--ops", "operators", is_flag=True, help="Show the longest operators, on the processor or TensorRT.")
+@click.option("--no-roofline", is_flag=True, help="Leave out what the stages reach of the CPU's limits.")
+@click.option("--ops", "operators", is_flag=True, help="Show the longest operators, on the CPU or TensorRT.")
 @click.option("--power", is_flag=True, help="Measure watts, joules and heat, where this machine has sensors.")
 @speculation_option
 @runtime_options

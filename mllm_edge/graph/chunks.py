@@ -1,4 +1,4 @@
-"""Work on large arrays piece by piece, on all processors: numpy lets go of the interpreter inside its loops."""
+"""Work on large arrays piece by piece, on all CPUs: numpy lets go of the interpreter inside its loops."""
 
 import os
 from collections.abc import Callable
@@ -19,7 +19,7 @@ def for_each_chunk(rows: int, row: int, work: Callable[[int, int], None]) -> Non
     """
     step = max(1, _CHUNK // max(1, row))
     starts = range(0, rows, step)
-    threads = min(len(starts), _processors())
+    threads = min(len(starts), _cpus())
     if threads <= 1:
         for start in starts:
             work(start, min(start + step, rows))
@@ -29,6 +29,6 @@ def for_each_chunk(rows: int, row: int, work: Callable[[int, int], None]) -> Non
             pass
 
 
-def _processors() -> int:
+def _cpus() -> int:
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(available, _MOST_THREADS)

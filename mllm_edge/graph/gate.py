@@ -3,7 +3,7 @@
 TensorRT's ONNX parser accepts two things that it then gets wrong without an error (seen in TensorRT for RTX 1.7): it
 drops `nonpad_kv_seqlen`, and it reads `is_causal` as aligned to the upper left, which is not what a cache needs. Such a
 graph builds, runs and is wrong. Others it refuses on the device, after minutes. Both are found here, by reading. ONNX
-Runtime moves a node without a CUDA kernel to the processor without a word, with copies of its inputs and outputs at
+Runtime moves a node without a CUDA kernel to the CPU without a word, with copies of its inputs and outputs at
 each run: that is found here, too.
 """
 

@@ -119,14 +119,14 @@ class VLM:
         `backend`: auto, cpu, cuda, tensorrt or tensorrt-10.3; auto takes the GPU where the bundle and this machine are
         made for it. `threads`: inside one operator, default physical cores. `spin`: whether the threads stay awake
         between two steps (auto: for a moment, so that they are asleep behind an answer's last one; on: for long; off:
-        never). `affinity`: the numbers of the processors that they run on, such as "4-7" or [4, 5, 6, 7]; the thread
-        that calls works too, and stays where it is. These three are for work on the processor. `max_context`: a lower
+        never). `affinity`: the numbers of the CPUs that they run on, such as "4-7" or [4, 5, 6, 7]; the thread
+        that calls works too, and stays where it is. These three are for work on the CPU. `max_context`: a lower
         bound on memory than the model's own context length. `fast_jpeg`: decode JPEG files at a smaller scale where the
         model's picture is at most half as large: 2 to 4 times as fast for one of 12 megapixels, but pixels then differ
         from those of the whole by some grey levels (2 or 3 at most for photographs, 5 for noise).
         `verify`: compare every file with its SHA-256 first; without, what is read is compared with faster checksums.
 
-        `notice` is told when engines have to be built first, and when a component runs on the processor because
+        `notice` is told when engines have to be built first, and when a component runs on the CPU because
         the GPU's engine refuses it. `trace` gets the spans backend (the engine is chosen and imported) and
         open. Raises BundleError, BackendError, OptionError.
         """

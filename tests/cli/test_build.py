@@ -184,7 +184,7 @@ def test_run_says_that_it_builds_and_what_it_does_without(cli: Cli, bundle: Path
     result = cli("run", bundle, "Hello.", "--max-new-tokens", 4)
     assert result.exit_code == 0, result.stderr
     assert "building the engine of decoder.tensorrt.onnx for sm87 with TensorRT 10.16.1, once" in result.stderr
-    assert "vision_encoder runs on the processor instead of tensorrt: " in result.stderr
+    assert "vision_encoder runs on the CPU instead of tensorrt: " in result.stderr
     assert "no kernel" in result.stderr
 
 

@@ -211,7 +211,7 @@ def test_affinity_that_is_none(tiny_bundle: Path, affinity: Any) -> None:
 
 
 def test_threads_and_spin_that_fit_nothing(tiny_bundle: Path) -> None:
-    with pytest.raises(OptionError, match="threads=2 are more than the processors of affinity, 0"):
+    with pytest.raises(OptionError, match="threads=2 are more than the CPUs of affinity, 0"):
         VLM.load(tiny_bundle, threads=2, affinity="0")
     for spin in ("yes", True, None, ["auto"]):
         with pytest.raises(OptionError, match="spin must be auto, on or off"):

@@ -107,7 +107,7 @@ def test_without_the_provider() -> None:
 
 @pytest.fixture
 def _unusable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ONNX Runtime with the provider, which falls back to the processor when it finds no GPU."""
+    """ONNX Runtime with the provider, which falls back to the CPU when it finds no GPU."""
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
@@ -125,7 +125,7 @@ def test_a_gpu_that_cannot_be_used(single: Path) -> None:
     with VLM.load(single, backend="cuda", notice=notices.append) as vlm:
         found = answers(vlm)
     assert len(notices) == 3
-    assert all("runs on the processor instead of cuda" in n and "cannot use it here" in n for n in notices)
+    assert all("runs on the CPU instead of cuda" in n and "cannot use it here" in n for n in notices)
     with VLM.load(single, backend="cpu") as vlm:
         assert answers(vlm) == found
 

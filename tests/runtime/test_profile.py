@@ -416,7 +416,7 @@ def test_operators_are_not_told_by_every_backend(tiny_bundle: Path, monkeypatch)
         return vlm
 
     monkeypatch.setattr(VLM, "load", load_elsewhere)
-    with pytest.raises(BackendError, match="told by the processor and TensorRT, not by cuda"):
+    with pytest.raises(BackendError, match="told by the CPU and TensorRT, not by cuda"):
         profile(tiny_bundle, "Hi", operators=True)
 
 

@@ -404,7 +404,7 @@ def test_an_engine_that_tensorrt_does_not_open_is_built_again(machine: StandIn, 
     machine.trouble["deserialize"] = 2
     vlm, notices = load(bundle, "tensorrt")
     vlm.close()
-    assert any("vision_encoder runs on the processor" in n and "does not open the engine" in n for n in notices)
+    assert any("vision_encoder runs on the CPU" in n and "does not open the engine" in n for n in notices)
 
 
 def test_engines_of_others_are_not_taken(
@@ -446,9 +446,9 @@ def test_a_component_that_is_refused_runs_on_the_processor(machine: StandIn, bun
     vlm, notices = load(bundle, "tensorrt")
     with vlm:
         found = answers(vlm)
-    told = [notice for notice in notices if "runs on the processor" in notice]
+    told = [notice for notice in notices if "runs on the CPU" in notice]
     assert len(told) == 1
-    assert told[0].startswith(f"{component} runs on the processor instead of tensorrt: ")
+    assert told[0].startswith(f"{component} runs on the CPU instead of tensorrt: ")
     assert "no kernel for this layer" in told[0]
     with VLM.load(bundle, backend="cpu") as plain:
         expected = answers(plain)

@@ -20,7 +20,7 @@ def open_backend(
     notice: Callable[[str], None] = lambda text: None,
 ) -> Backend:
     """The backend called `name`; `auto` takes TensorRT where this machine and the decoder of `bundle` are made for it,
-    else ONNX Runtime's CUDA provider likewise, else the processor, which always works. That one executes the graphs
+    else ONNX Runtime's CUDA provider likewise, else the CPU, which always works. That one executes the graphs
     made for `target`: other targets' serve comparisons.
 
     `max_seq`: tokens that a sequence must be able to have. `notice` is told about what takes long. Raises BackendError

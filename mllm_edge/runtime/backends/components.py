@@ -1,4 +1,4 @@
-"""A bundle's components, each opened by the backend that is wanted or, where that fails, on the processor."""
+"""A bundle's components, each opened by the backend that is wanted or, where that fails, on the CPU."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Opened:
 def open_component(
     bundle: Bundle, name: str, backend: Backend, threads: int | Threads | None, notice: Callable[[str], None]
 ) -> Opened:
-    """Open a component. When the backend refuses it, the processor takes it and `notice` is told why.
+    """Open a component. When the backend refuses it, the CPU takes it and `notice` is told why.
 
     Raises BundleError when the bundle has no variant for the backend or its files are damaged, BackendError when no
     backend takes it.
@@ -38,7 +38,7 @@ def open_component(
         if backend.name == "cpu" or "cpu" not in targets:
             raise
         fix = f" ({e.fix})" if e.fix else ""
-        notice(f"{name} runs on the processor instead of {backend.name}: {e.message}{fix}")
+        notice(f"{name} runs on the CPU instead of {backend.name}: {e.message}{fix}")
     return _open(bundle, bundle.variant(name, "cpu"), open_backend("cpu", threads))
 
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the processor: the backend that always works."""
+"""ONNX Runtime on the CPU: the backend that always works."""
 
 import contextlib
 from collections.abc import Collection, Mapping, Sequence

@@ -58,7 +58,7 @@ class OnnxRuntimeCuda:
         options = _OPTIONS if self._provider == _PROVIDER else {}
         graph = open_graph(self._ort, path, variant, self._ort.SessionOptions(), [(self._provider, options)])
         if self._provider not in graph.get_providers():
-            # ONNX Runtime says so on standard error only, and takes the processor.
+            # ONNX Runtime says so on standard error only, and takes the CPU.
             raise BackendError(f"{path}: ONNX Runtime has {self._provider}, but cannot use it here", _INSTALL)
         return _Session(self._ort, graph, self._device)
 

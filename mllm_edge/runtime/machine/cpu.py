@@ -1,11 +1,11 @@
-"""What the machine offers: processor cores and memory."""
+"""What the machine offers: CPU cores and memory."""
 
 import ctypes
 import os
 import sys
 from pathlib import Path
 
-__all__ = ["give_back_memory", "peak_rss", "physical_cores", "processor_name"]
+__all__ = ["give_back_memory", "peak_rss", "physical_cores", "cpu_name"]
 
 _STATUS = Path("/proc/self/status")
 
@@ -21,8 +21,8 @@ def physical_cores() -> int:
     return max(1, min(len(siblings), _quota() or len(siblings)))
 
 
-def processor_name() -> str:
-    """The processor's model name, or its architecture where the system does not tell."""
+def cpu_name() -> str:
+    """The CPU's model name, or its architecture where the system does not tell."""
     path = Path("/proc/cpuinfo")
     if path.is_file():
         for line in path.read_text(errors="replace").splitlines():
@@ -56,7 +56,7 @@ def give_back_memory() -> None:
 
 
 def _quota() -> int:
-    """Whole processors granted by the control group (version 2), 0 when there is no limit."""
+    """Whole CPUs granted by the control group (version 2), 0 when there is no limit."""
     path = Path("/sys/fs/cgroup/cpu.max")
     if not path.is_file():
         return 0

@@ -1,4 +1,4 @@
-"""What hardware this is, from files below a root: processor, memory, board, NVIDIA GPUs."""
+"""What hardware this is, from files below a root: CPU, memory, board, NVIDIA GPUs."""
 
 import csv
 import json
@@ -48,7 +48,7 @@ class PowerMode:
 @dataclass(frozen=True)
 class Machine:
     """Sizes in bytes, 0 and "" for what the system does not tell. `jetpack`: the major version, on a Jetson. `unified`:
-    the GPU uses the processor's memory. `tensorrt`: the version of the system's own TensorRT, and `tensorrt_python` the
+    the GPU uses the CPU's memory. `tensorrt`: the version of the system's own TensorRT, and `tensorrt_python` the
     versions of Python that see it."""
 
     architecture: str

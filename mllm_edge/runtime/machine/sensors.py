@@ -58,7 +58,7 @@ def find_sensors(
     sensors = Sensors()
     _board(root, sensors)
     board = bool(sensors.rails)
-    _processor(root, architecture or platform.machine(), sensors)
+    _cpu(root, architecture or platform.machine(), sensors)
     _gpus(nvml, board, sensors)
     _heat(root, sensors)
     _throttling(root, sensors)
@@ -106,8 +106,8 @@ def _iio_rails(root: Path) -> Iterator[tuple[str, Path, Callable[[], float]]]:
                 yield _text(file), power, _scaled(power, 1e-3)
 
 
-def _processor(root: Path, architecture: str, sensors: Sensors) -> None:
-    """Energy counters of x86 processors (RAPL). The memory's counter is not part of the package's."""
+def _cpu(root: Path, architecture: str, sensors: Sensors) -> None:
+    """Energy counters of x86 CPUs (RAPL). The memory's counter is not part of the package's."""
     if architecture.lower() not in ("x86_64", "amd64", "i686"):
         sensors.absent.append(f"RAPL: not an x86 processor ({architecture})")
         return
@@ -170,7 +170,7 @@ def _heat(root: Path, sensors: Sensors) -> None:
 
 
 def _throttling(root: Path, sensors: Sensors) -> None:
-    """Alerts of the Jetson's firmware, its over-current events, and the counters of Intel processors."""
+    """Alerts of the Jetson's firmware, its over-current events, and the counters of Intel CPUs."""
     system = root / "sys"
     for device in _numbered(system / "class/thermal", "cooling_device*"):
         alert, state = _text(device / "type"), device / "cur_state"
@@ -182,12 +182,12 @@ def _throttling(root: Path, sensors: Sensors) -> None:
         for chip in chips
         for file in sorted(chip.glob("oc*_event_cnt"))
     }
-    for name, file in {**counters, **_processor_counters(system / "devices/system/cpu")}.items():
+    for name, file in {**counters, **_cpu_counters(system / "devices/system/cpu")}.items():
         if _text(file).isdigit():
             sensors.throttles[name] = _reaches(_scaled(file), int(_text(file)) + 1)
 
 
-def _processor_counters(folder: Path) -> dict[str, Path]:
+def _cpu_counters(folder: Path) -> dict[str, Path]:
     """One counter of each package and of each core: every CPU in them shows the same."""
     found: dict[str, Path] = {}
     for cpu in _numbered(folder, "cpu[0-9]*"):

@@ -1,4 +1,4 @@
-"""The threads that work inside one operator on the processor: how many, where, and how long they wait awake."""
+"""The threads that work inside one operator on the CPU: how many, where, and how long they wait awake."""
 
 import os
 import re
@@ -28,7 +28,7 @@ _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
 @dataclass(frozen=True)
 class Threads:
-    """`count` threads, the caller's among them; `affinity`: the processors that the others run on (empty: all).
+    """`count` threads, the caller's among them; `affinity`: the CPUs that the others run on (empty: all).
     `chosen`: the count is the caller's wish, not this machine's cores."""
 
     count: int
@@ -40,17 +40,17 @@ class Threads:
     def of(
         cls, count: int | None = None, spin: Spin = "auto", affinity: str | Iterable[int] | None = None
     ) -> "Threads":
-        """Checked. By default as many as there are physical cores, or processors in `affinity`. Raises OptionError."""
+        """Checked. By default as many as there are physical cores, or CPUs in `affinity`. Raises OptionError."""
         if not isinstance(spin, str) or spin not in get_args(Spin):
             raise OptionError(f"spin must be auto, on or off, not {spin!r:.60}", "leave it out: auto suits most")
-        places = () if affinity is None else _processors(affinity)
+        places = () if affinity is None else _cpus(affinity)
         if count is None:
             return cls(len(places) or physical_cores(), spin, places)
         count = whole("threads", count, 1, _MOST)
         if places and count > len(places):
             raise OptionError(
-                f"threads={count} are more than the processors of affinity, {_text(places)}",
-                f"use {len(places)} threads, or name more processors",
+                f"threads={count} are more than the CPUs of affinity, {_text(places)}",
+                f"use {len(places)} threads, or name more CPUs",
             )
         return cls(count, spin, places, chosen=True)
 
@@ -64,7 +64,7 @@ class Threads:
         """Session options of ONNX Runtime `version` by name. `stepping`: the graph runs again and again, a step at a
         time, with little between; it is the only one for which it pays to be awake when the next run comes."""
         found = {}
-        if self.affinity and self.count > 1:  # one entry for each thread but the caller's; the first processor is 1
+        if self.affinity and self.count > 1:  # one entry for each thread but the caller's; the first CPU is 1
             places = ",".join(str(place + 1) for place in self.affinity)
             found["session.intra_op_thread_affinities"] = ";".join([places] * (self.count - 1))
         if self.spin == "off":
@@ -77,7 +77,7 @@ class Threads:
         return found
 
 
-def _processors(affinity: Any) -> tuple[int, ...]:
+def _cpus(affinity: Any) -> tuple[int, ...]:
     if isinstance(affinity, str):
         affinity = _parsed(affinity)
     try:
@@ -85,7 +85,7 @@ def _processors(affinity: Any) -> tuple[int, ...]:
     except TypeError:
         raise _refused(affinity) from None
     most = os.cpu_count() or 1
-    places = sorted({whole("a processor of affinity", place, 0, most - 1) for place in given})
+    places = sorted({whole("a CPU of affinity", place, 0, most - 1) for place in given})
     if not places:
         raise _refused(affinity)
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(most))
@@ -113,7 +113,7 @@ def _parsed(text: str) -> list[int]:
 
 def _refused(affinity: Any) -> OptionError:
     return OptionError(
-        f"affinity must be numbers of processors, not {affinity!r:.60}", "write them as 0,4-7 or [0, 4, 5, 6, 7]"
+        f"affinity must be numbers of CPUs, not {affinity!r:.60}", "write them as 0,4-7 or [0, 4, 5, 6, 7]"
     )
 
 

@@ -22,7 +22,7 @@ _AGAIN = "write it with `mllm-edge profile BUNDLE --json FILE`"
 # What makes two profiles incomparable when it differs, as section, field and words.
 _SAME = (
     ("machine", "processor", "processor"),
-    ("machine", "affinity", "processors that may be used"),
+    ("machine", "affinity", "CPUs that may be used"),
     ("machine", "memory", "memory"),
     ("machine", "gpus", "GPUs"),
     ("setting", "backend", "backend"),

@@ -1,4 +1,4 @@
-"""What a measurement depends on beside the bundle: the processor and its clocks, its load, versions."""
+"""What a measurement depends on beside the bundle: the CPU and its clocks, its load, versions."""
 
 import os
 import platform
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import mllm_edge
-from mllm_edge.runtime.machine.cpu import physical_cores, processor_name
+from mllm_edge.runtime.machine.cpu import cpu_name, physical_cores
 from mllm_edge.runtime.machine.hardware import read_machine
 
 __all__ = ["Clock", "Environment", "read_clocks", "read_environment", "versions"]
@@ -25,7 +25,7 @@ _ENGINES: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Clock:
-    """A frequency policy of the processor: the `cpus` that share it, its governor, frequencies in Hz (None: not told).
+    """A frequency policy of the CPU: the `cpus` that share it, its governor, frequencies in Hz (None: not told).
 
     `current_hz` is what it was before the measurement.
     """
@@ -41,7 +41,7 @@ class Clock:
 class Environment:
     """The machine before a measurement; None and "" for what the system does not tell, sizes in bytes.
 
-    `cores`: physical ones that this process may use. `affinity`: the processors it may use. `load_average`: over 1, 5
+    `cores`: physical ones that this process may use. `affinity`: the CPUs it may use. `load_average`: over 1, 5
     and 15 minutes. `clocks` is empty where the system has no frequency policies, as in most virtual machines.
     """
 
@@ -61,7 +61,7 @@ def read_environment(root: Path = Path("/")) -> Environment:
     """The machine as it is now; its files are read below `root`."""
     machine = read_machine(root)
     return Environment(
-        processor=processor_name(),
+        processor=cpu_name(),
         architecture=machine.architecture,
         system=f"{platform.system()} {platform.release()}",
         cores=physical_cores(),

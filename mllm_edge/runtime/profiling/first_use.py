@@ -1,7 +1,7 @@
 """What the libraries take when they are used for the first time: pages of their code, pools of threads and memory.
 
 That is the same for every bundle, and once a process has it, it cannot be told from what the bundle takes. So a process
-of its own measures it: it imports what the runtime does on the processor, then runs a graph of one small product, and
+of its own measures it: it imports what the runtime does on the CPU, then runs a graph of one small product, and
 uses a tokenizer and a picture.
 """
 

@@ -257,8 +257,8 @@ def profile(
     `iterations` that are counted; a run has one at least. The model's end is ignored, so that all answers have one
     length (the context can still cut them short). A model that takes images and is given none gets `synthetic_image()`.
     `threads`, `spin`, `affinity` and `max_context` as in `VLM.load`, `speculation` as in `VLM.stream`. `power`
-    measures what the counted calls draw, and `operators` where another call's time goes, on the processor or
-    TensorRT. `limits`: compare the stages with what the processor can do, which takes some seconds the first time.
+    measures what the counted calls draw, and `operators` where another call's time goes, on the CPU or
+    TensorRT. `limits`: compare the stages with what the CPU can do, which takes some seconds the first time.
     `progress(1)` is called after each call; `notice` as in `VLM.load`.
 
     Raises what `VLM.load` and `VLM.stream` raise, ImageError for an image that cannot be read, before the load,
@@ -283,7 +283,7 @@ def profile(
         loading = WatchedTrace() if watched else Trace()
         with VLM.load(path, trace=loading, **options) as vlm:
             if operators and vlm.backend.target not in ("cpu", *TENSORRT):
-                what = f"operators are told by the processor and TensorRT, not by {vlm.backend.name}"
+                what = f"operators are told by the CPU and TensorRT, not by {vlm.backend.name}"
                 raise BackendError(what, "--backend cpu")
             if not given and vlm.spec.image is not None:
                 given, sizes = [synthetic_image()], [_SIZE]
@@ -375,7 +375,7 @@ def _memory(
 
 
 def _with_roofline(found: Profile) -> Profile:
-    """The profile with the processor's limits, and what its stages reach of them."""
+    """The profile with the CPU's limits, and what its stages reach of them."""
     bundle, s = Bundle.load(found.bundle.path), found.setting
     limits = machine_limits(s.threads)
     seconds = {name: figure.median for name, figure in found.stages.items()}

@@ -56,7 +56,7 @@ def profile_operators(
     speculation: int = 0,
 ) -> tuple[Operator, ...]:
     """Every node that one warm call runs, by stage and then by time, the longest first. `target`: cpu, or one of
-    TensorRT's, whose engines are built first where there are none; what it leaves to the processor is not among them.
+    TensorRT's, whose engines are built first where there are none; what it leaves to the CPU is not among them.
     `speculation` as in `VLM.stream`.
 
     Stages: the components but the decoder, whose runs are prefill or decode. The profiler slows small operators down:

@@ -25,7 +25,7 @@ from mllm_edge.files import write_whole
 from mllm_edge.install import install_hint
 from mllm_edge.runtime.backends.onnxruntime_cpu import import_onnxruntime
 from mllm_edge.runtime.limits import PREFILL_CHUNK
-from mllm_edge.runtime.machine.cpu import processor_name
+from mllm_edge.runtime.machine.cpu import cpu_name
 from mllm_edge.runtime.machine.threads import Threads
 from mllm_edge.runtime.onnx_file.cost import GraphCost, graph_cost, read_graph
 from mllm_edge.runtime.onnx_file.protobuf import encode_bytes, encode_number
@@ -92,12 +92,12 @@ def limits_file() -> Path:
 
 
 def machine_limits(threads: int | None = None, cache: Path | None = None) -> MachineLimits:
-    """The processor's limits with so many threads (default: physical cores): measured in 2 s, or as kept in `cache`
+    """The CPU's limits with so many threads (default: physical cores): measured in 2 s, or as kept in `cache`
     (default: `limits_file()`; a folder that cannot be written to is no error). Raises BackendError without ONNX
     Runtime."""
     ort, threads = import_onnxruntime(install_hint("cpu")), Threads.of(threads).count
     place = cache or limits_file()
-    key = ", ".join((processor_name(), platform.machine(), f"onnxruntime {ort.__version__}", f"{threads} threads"))
+    key = ", ".join((cpu_name(), platform.machine(), f"onnxruntime {ort.__version__}", f"{threads} threads"))
     kept = _kept(place)
     with suppress(KeyError, TypeError, ValueError):
         rates = {name: float(rate) for name, rate in kept[key]["flops_per_second"].items()}
