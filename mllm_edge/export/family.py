@@ -104,8 +104,8 @@ class Family:
     or SourceError that names what does not fit. For the comparison with the source model there are `load_processor`,
     the reference's own processor without torchvision, `load_model` (the source; how many layers of the decoder, None:
     all) in float32, and `image_features` (model, inputs): its tensors that answer to the components' outputs
-    `vision_hidden` and `image_features`. `pixel_values` (model, inputs) are its processor's in the bundle's order, where
-    the two differ by more than their shape; `note`: what every comparison says of the reference.
+    `vision_hidden` and `image_features`. `pixel_values` (model, inputs): those of its processor, where they differ from
+    the bundle's by more than their shape; `note`: what every comparison says of the reference.
 
     A layout that transformers does not know has `own_layouts`, its model types; `renames`, from its names to
     transformers', by regular expressions that are applied in order; and `translated`, the source with its configuration

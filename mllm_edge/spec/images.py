@@ -175,15 +175,17 @@ class SplitLarge:
     """Stretch to whole cells of `cell` × `cell` px, `min_cells` to `max_cells` of them, near the aspect ratio: as
     ResizeToPixels does, but a side is one cell at least. An image that takes more all the same is refused.
 
-    Where the sides, rounded to cells, make more than `large` times `max_cells`, the image is stretched to a grid of
-    `size` × `size` px tiles instead, as SelectTiles chooses it, and cut; with `overview`, the image stretched to cells
-    stands behind the tiles, in its own size. `max_tiles` 1: no image is cut.
+    Where the sides, rounded to cells (but to `thinnest` px at least), have an area of more than `large` times
+    `max_cells`, the image is stretched to a grid of `size` × `size` px tiles instead, as SelectTiles chooses it, and
+    cut; with `overview`, the image stretched to cells stands behind the tiles, in its own size. `max_tiles` 1: no image
+    is cut.
     """
 
     cell: int
     min_cells: int
     max_cells: int
     large: float
+    thinnest: int
     size: int
     min_tiles: int
     max_tiles: int

@@ -4,6 +4,7 @@ Each tile, and the whole image behind them, is a grid of its own. transformers' 
 alone, which no export needs: the one that the reference gets here is ours, from the same settings.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from types import SimpleNamespace
@@ -142,14 +143,17 @@ def _transforms(source: Source, settings: Any) -> tuple[Transform, ...]:
         bounds = f"{settings.min_image_tokens} to {settings.max_image_tokens}"
         raise ConfigError(f"{source.folder}: the image processor makes {bounds} tokens of an image", OWN_PROCESSOR)
     resample, tolerance = resample_name(settings.resample), settings.max_pixels_tolerance
-    if resample not in ("bilinear", "bicubic", "lanczos") or not 0 < tolerance:
-        said = f"resample {resample}, max_pixels_tolerance {tolerance}"
-        raise ConfigError(f"{source.folder}: the image processor's {said}", OWN_PROCESSOR)
+    if resample != "bilinear":  # torchvision's other filters differ from Pillow's by many levels
+        raise ConfigError(f"{source.folder}: the image processor's resample is {resample}", "supported: 2, bilinear")
+    if not isinstance(tolerance, (int, float)) or not 0 < tolerance < math.inf:
+        said = f"max_pixels_tolerance is {tolerance!r}"
+        raise ConfigError(f"{source.folder}: the image processor's {said}", "expected a positive number")
     split = SplitLarge(
         cell=cell,
         min_cells=settings.min_image_tokens,
         max_cells=settings.max_image_tokens,
         large=float(tolerance),
+        thinnest=patches.patch,
         size=settings.tile_size,
         min_tiles=least,
         max_tiles=most,
@@ -186,11 +190,11 @@ def _image_processor(settings: SimpleNamespace, transforms: tuple[Transform, ...
     from transformers.image_utils import make_flat_list_of_images
 
     class Images(BaseImageProcessor):
-        valid_kwargs = None  # its options are the settings
-        model_input_names = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+        valid_kwargs: Any = None  # its options are the settings
 
-        def __call__(self, images: Any, **options: Any) -> dict[str, Any]:
-            return _model_inputs([load_image(image) for image in make_flat_list_of_images(images)], transforms)
+        def __call__(self, images: Any, *_: Any, **options: Any) -> Any:
+            flat: Any = make_flat_list_of_images(images)
+            return _model_inputs([load_image(image) for image in flat], transforms)
 
     return Images(**vars(settings))
 

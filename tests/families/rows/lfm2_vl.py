@@ -15,7 +15,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "seed": 2,
     },
     "without_the_whole": {
-        "image_settings": {"use_thumbnail": False, "resample": 3, "image_std": [0.3, 0.4, 0.5]},
+        "image_settings": {"use_thumbnail": False, "image_std": [0.3, 0.4, 0.5]},
         "config": {"projector_use_layernorm": False},
         "template": None,
     },
@@ -64,7 +64,8 @@ ROW = Row(
         Bad("tiles of 65 px and cells of 16 px", lambda c: c.update(tile_size=65), _IMAGES),
         Bad("makes 17 to 16 tokens", lambda c: c.update(min_image_tokens=17), _IMAGES),
         Bad("max_image_tokens is '16'", lambda c: c.update(max_image_tokens="16"), _IMAGES),
-        Bad("resample nearest", lambda c: c.update(resample=0), _IMAGES),
+        Bad("max_pixels_tolerance is 0", lambda c: c.update(max_pixels_tolerance=0), _IMAGES),
+        Bad("resample is bicubic", lambda c: c.update(resample=3), _IMAGES),
         Bad("do_pad is false", lambda c: c.update(do_pad=False), _IMAGES),
         Bad("do_rescale", lambda c: c.update(do_rescale=False), _IMAGES),
         Bad(

@@ -115,13 +115,13 @@ def _split_large_cut(cut: Cut, transform: SplitLarge) -> Cut:
     if cut.slices > 1:
         raise BundleError("split_large comes after another split", "export the bundle again")
     cell, size, most = transform.cell, transform.size, transform.max_cells
-    cells = math.prod(max(1, round(side / cell)) for side in (cut.height, cut.width))
-    large = transform.max_tiles > 1 and cells > transform.large * most
+    area = math.prod(max(transform.thinnest, round(side / cell) * cell) for side in (cut.height, cut.width))
+    large = transform.max_tiles > 1 and area > transform.large * most * cell**2
     grid = _nearest_grid(cut.height, cut.width, transform) if large else (1, 1)
     if large and not transform.overview:
         return Cut(size, size, *grid, math.prod(grid))
-    area = (transform.min_cells * cell**2, most * cell**2)
-    rows, cols = whole_sides(cut.height, cut.width, cell, area, least=1)
+    pixels = (transform.min_cells * cell**2, most * cell**2)
+    rows, cols = whole_sides(cut.height, cut.width, cell, pixels, least=1)
     if rows * cols > max(most, (size // cell) ** 2 if transform.max_tiles > 1 else 0):
         raise ImageError(
             f"an image of {cut.height}×{cut.width} px takes {rows}×{cols} cells, and the model {most} at most",
