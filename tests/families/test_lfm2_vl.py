@@ -133,7 +133,7 @@ def test_layouts_are_those_of_transformers(compared: Path, name: str) -> None:
         whole = (high // image.height, wide // image.width)
         tiles = rows * cols if rows * cols > 1 else 0
         grids = [(tile, tile)] * tiles + [whole] * (whole_behind or not tiles)
-        if max(a * b for a, b in grids) * patches.merge**2 > most:  # transformers' model fails on these
+        if max(a * b for a, b in grids) * patches.merge**2 > most:  # its own mask has no places for them
             with pytest.raises(ImageError, match="less extreme aspect ratio"):
                 layout_of(image, height, width)
             refused += 1
