@@ -14,6 +14,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --retries 10 --timeout 60
 TORCH_STAMP := $(VENV)/.torch-$(TORCH)
 INSTALLED := $(VENV)/.installed
+# For one test, in a process of its own: transformers takes a torchvision that it finds for every image.
+TORCHVISION := build/torchvision/.installed
 
 .PHONY: help demo test lint install clean
 
@@ -28,7 +30,7 @@ demo: $(INSTALLED)
 	$(BIN)/mllm-edge export examples/sample_vlm/model demo-bundle --recipe int4 --force
 	$(BIN)/python examples/demo.py demo-bundle
 
-test: $(INSTALLED)
+test: $(INSTALLED) $(TORCHVISION)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadgroup
 
 lint: $(INSTALLED)
@@ -54,4 +56,8 @@ $(TORCH_STAMP): | $(BIN)/python
 
 $(INSTALLED): pyproject.toml $(TORCH_STAMP)
 	$(PIP) install -e ".[export,cpu,rtx,test]"
+	touch $@
+
+$(TORCHVISION): $(INSTALLED)
+	$(PIP) install --no-deps --upgrade --target $(@D) torchvision==0.28.0 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	touch $@

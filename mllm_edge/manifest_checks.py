@@ -14,6 +14,7 @@ from mllm_edge.spec import (
     FileEntry,
     GridWindows,
     ImageSpec,
+    LearnedPositions,
     Manifest,
     ModelSpec,
     PositionSpec,
@@ -42,7 +43,7 @@ _PLACES = {"contrib": ("seqlens_k", "total_sequence_length"), "opset24": ("write
 _DIGITS = 16  # of a block's checksum
 # Kinds of ropes that are made from the length they were trained for.
 _TRAINED = ("dynamic", "llama3", "yarn", "longrope")
-_TABLE_INPUTS = {"grid_rope": 2, "grid_windows": 3}
+_TABLE_INPUTS = {"grid_rope": 2, "grid_windows": 3, "learned_positions": 1}
 _LARGEST_WINDOW = 64  # patches along a side: the bias of a window is that to the fourth power
 _MAY_BE_ZERO = {"min_pixels"}  # of the sizes of transforms
 
@@ -201,8 +202,12 @@ def _order(transforms: Sequence[Transform]) -> Iterator[str]:
     if order != sorted(order) or any(order.count(rank) > 1 for rank in (1, 2, 3)):
         yield f"the transforms {', '.join(t.op for t in transforms)} are not in an order that can be"
     for t in transforms:
-        if t.op == "select_tiles" and t.min_tiles > t.max_tiles:
+        if t.op in ("select_tiles", "split_large") and t.min_tiles > t.max_tiles:
             yield f"{t.min_tiles} to {t.max_tiles} tiles"
+        if t.op == "split_large" and t.min_cells > t.max_cells:
+            yield f"{t.min_cells} to {t.max_cells} cells"
+        if t.op == "split_large" and t.max_tiles > 1 and (t.min_tiles < 2 or t.size % t.cell):
+            yield f"large images are cut into {t.min_tiles} tiles of {t.size} px and cells of {t.cell} px"
         if t.op == "resize_to_pixels" and t.min_pixels > t.max_pixels:
             yield f"{t.min_pixels} to {t.max_pixels} pixels"
         if t.op == "select_resolution":
@@ -223,6 +228,9 @@ def _table(table: Table, image: ImageSpec) -> Iterator[str]:
         patches = table.side * (image.patches.merge if image.patches is not None else 1)
         if table.side < 1 or patches > _LARGEST_WINDOW:
             yield f"windows of {table.side} cells along a side"
+    elif isinstance(table, LearnedPositions):
+        yield from _positive("learned positions' side", table.side)
+        yield from _positive("learned positions' dim", table.dim)
     elif table.dim < 4 or table.dim % 4 or not math.isfinite(table.theta) or table.theta <= 0:
         yield f"a rope of dim {table.dim} and theta {table.theta} for images"
     if image.patches is None:

@@ -139,6 +139,18 @@ def windows(side: int) -> dict[str, Any]:
     return {"op": "grid_windows", "side": side, "names": ["a", "b", "c"]}
 
 
+def split_large(m: dict[str, Any], **changes: Any) -> None:
+    """Large images in tiles of two by two cells."""
+    sizes = {"cell": 16, "min_cells": 1, "max_cells": 9, "large": 2.0, "thinnest": 8, "size": 32}
+    tiles = {"min_tiles": 2, "max_tiles": 4, "overview": True, "resample": "bilinear"}
+    split = {"op": "split_large", **sizes, **tiles, **changes}
+    m["model"]["image"]["transforms"] = [split, *m["model"]["image"]["transforms"][-2:]]
+
+
+def learned(side: int, dim: int) -> dict[str, Any]:
+    return {"op": "learned_positions", "file": "tokenizer.json", "side": side, "dim": dim, "names": ["a"]}
+
+
 CONTRADICTIONS: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     ("there is no decoder", lambda m: m["components"].pop("decoder")),
     ("there is no vision_encoder", lambda m: m["components"].pop("vision_encoder")),
@@ -166,6 +178,17 @@ CONTRADICTIONS: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     (
         "newline.npy is not in the manifest",
         lambda m: m["model"]["image"].update(pack=[{"op": "row_end", "file": "newline.npy"}]),
+    ),
+    (r"transforms\[0\]\.large is 0", lambda m: split_large(m, large=0.0)),
+    ("5 to 4 tiles", lambda m: split_large(m, min_tiles=5)),
+    ("10 to 9 cells", lambda m: split_large(m, min_cells=10)),
+    ("cut into 1 tiles of 32 px and cells of 16 px", lambda m: split_large(m, min_tiles=1)),
+    ("cut into 2 tiles of 33 px and cells of 16 px", lambda m: split_large(m, size=33)),
+    ("learned positions' side is 0", lambda m: m["model"]["image"].update(tables=[learned(0, 4)])),
+    ("learned positions' dim is -4", lambda m: m["model"]["image"].update(tables=[learned(3, -4)])),
+    (
+        "places.npy is not in the manifest",
+        lambda m: m["model"]["image"].update(tables=[{**learned(3, 4), "file": "places.npy"}]),
     ),
     ("decoder has no variants", lambda m: m["components"]["decoder"].update(variants=[])),
     ("decoder has several variants for cpu", lambda m: m["components"]["decoder"]["variants"].append(decoder(m))),

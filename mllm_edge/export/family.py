@@ -87,6 +87,10 @@ def _plain_texts(checkpoint: Checkpoint) -> Texts:
     return read_texts(checkpoint.source, checkpoint.processor, checkpoint.config.text_config.to_dict())
 
 
+def _given_pixels(model: Any, inputs: Mapping[str, Any]) -> Any:
+    return inputs["pixel_values"]
+
+
 def _stated_decoder(config: Any, weights: Weights) -> str:
     return str(config.text_config.model_type)
 
@@ -100,7 +104,8 @@ class Family:
     or SourceError that names what does not fit. For the comparison with the source model there are `load_processor`,
     the reference's own processor without torchvision, `load_model` (the source; how many layers of the decoder, None:
     all) in float32, and `image_features` (model, inputs): its tensors that answer to the components' outputs
-    `vision_hidden` and `image_features`.
+    `vision_hidden` and `image_features`. `pixel_values` (model, inputs): those of its processor, where they differ from
+    the bundle's by more than their shape; `note`: what every comparison says of the reference.
 
     A layout that transformers does not know has `own_layouts`, its model types; `renames`, from its names to
     transformers', by regular expressions that are applied in order; and `translated`, the source with its configuration
@@ -114,6 +119,8 @@ class Family:
     describe: Callable[[Checkpoint], Parts]
     load_processor: Callable[[Source], Any]
     image_features: Callable[[Any, Mapping[str, Any]], tuple[Any, Any]]
+    pixel_values: Callable[[Any, Mapping[str, Any]], Any] = _given_pixels
+    note: str = ""
     text: str = "model.language_model"
     image_token: str = "image_token_id"
     load_model: Callable[[Source, int | None], Any] = load_reference

@@ -9,7 +9,18 @@ import numpy as np
 from mllm_edge.export.checkpoint.texts import Texts
 from mllm_edge.graph.decoder_spec import DecoderSpec
 from mllm_edge.graph.ranges import TILES, TOKENS, symbols
-from mllm_edge.spec import GridRope, ImageSpec, ModelSpec, ResizeToPixels, Stage, SymbolRange, Table, TensorSpec
+from mllm_edge.spec import (
+    GridRope,
+    ImageSpec,
+    LearnedPositions,
+    ModelSpec,
+    ResizeToPixels,
+    SplitLarge,
+    Stage,
+    SymbolRange,
+    Table,
+    TensorSpec,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +94,7 @@ def cell_components(
     prefixes: tuple[str, str],
     derived: Mapping[str, Callable[[], np.ndarray]],
 ) -> tuple[TracedComponent, TracedComponent]:
-    """Vision encoder and connector of images as cells of patches, one image a run: pixel_values [cells, merge², values]
+    """Vision encoder and connector of images as cells of patches, one grid a run: pixel_values [cells, merge², values]
     and the image's tables → vision_hidden [cells, merge², D] → image_features [cells, H]. `sizes` are D and H."""
     patches = image.patches
     assert patches is not None
@@ -103,8 +114,9 @@ def cell_components(
 
 
 def _cell_ranges(image: ImageSpec) -> dict[str, SymbolRange]:
-    """Of the cells and windows of one image: as many as its transforms make, and the context takes."""
+    """Of the cells and windows of one grid: as many as its transforms make, and the context takes."""
     areas = [t.max_pixels // t.multiple**2 for t in image.transforms if isinstance(t, ResizeToPixels)]
+    areas += [max(t.max_cells, (t.size // t.cell) ** 2) for t in image.transforms if isinstance(t, SplitLarge)]
     most = min(areas, default=None)
     usual = 256 if most is None else min(256, most)
     # No image has more windows than cells.
@@ -115,6 +127,8 @@ def table_specs(table: Table, merge: int) -> tuple[TensorSpec, ...]:
     """The inputs that a table of images becomes."""
     if isinstance(table, GridRope):
         return tuple(TensorSpec(name, "float32", ("cells", merge**2, table.dim // 2)) for name in table.names)
+    if isinstance(table, LearnedPositions):
+        return (TensorSpec(table.names[0], "float32", ("cells", merge**2, table.dim)),)
     index, bias, back = table.names
     window = table.side**2 * merge**2
     return (

@@ -47,6 +47,8 @@ class Reference:
         self.model, self.notes = model, list(notes)
         if source.model_type in self.family.own_layouts:
             self._note("transformers has no class for this checkpoint: its reading is our own on both sides")
+        if self.family.note:
+            self._note(self.family.note)
 
     def run(self, prompt: str, images: tuple[Any, ...], rendered: str) -> dict[str, Any]:
         """The prompt's text, the inputs, vision outputs, greedy tokens and the logits they came from. `rendered`: our
@@ -63,7 +65,7 @@ class Reference:
         found: dict[str, Any] = {"text": text, "input_ids": inputs["input_ids"][0].numpy()}
         with torch.no_grad():
             if images:
-                found["pixel_values"] = inputs["pixel_values"].numpy()
+                found["pixel_values"] = self.family.pixel_values(self.model, inputs).numpy()
                 hidden, features = self.family.image_features(self.model, inputs)
                 found["vision_hidden"], found["image_features"] = hidden.numpy(), features.numpy()
             found.update(self._greedy(inputs))

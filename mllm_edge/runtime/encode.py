@@ -1,6 +1,7 @@
 """From a prompt to what the decoder gets of it: the stages before the decoder, in the order that the bundle states."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 
@@ -37,12 +38,14 @@ class Components:
         return found
 
 
-def stage_runs(components: Components, prompt: Prompt, trace: Trace) -> Iterator[dict[str, Arrays]]:
-    """The outputs of each run that the images of a prompt take, by component."""
+def stage_runs(
+    components: Components, prompt: Prompt, arrays: Mapping[str, np.ndarray], trace: Trace
+) -> Iterator[dict[str, Arrays]]:
+    """The outputs of each run that the images of a prompt take, by component; `arrays` as for `encoded`."""
     image = components.model.image
     if image is None or prompt.pixel_values is None:
         return
-    for given in _image_inputs(components, image, prompt):
+    for given in _image_inputs(components, image, prompt, arrays):
         yield components.run(given, trace)
 
 
@@ -56,7 +59,7 @@ def encoded(
     """All that a prompt is to the decoder. `embed`: ids [S] → rows [S, H]; `arrays`: the bundle's that
     `ImageSpec.arrays` names."""
     parts: dict[str, list[np.ndarray]] = {}
-    for run in stage_runs(components, prompt, trace):
+    for run in stage_runs(components, prompt, arrays, trace):
         for outputs in run.values():
             for name, array in outputs.items():
                 if name == FEATURES or name.startswith(_DEEPSTACK):
@@ -71,8 +74,10 @@ def encoded(
         return Encoded(embeds, prompt.positions, per_token=per_token)
 
 
-def _image_inputs(components: Components, image: ImageSpec, prompt: Prompt) -> Iterator[Arrays]:
-    """The inputs of each run: some slices of all images, or those of one image with its tables."""
+def _image_inputs(
+    components: Components, image: ImageSpec, prompt: Prompt, arrays: Mapping[str, np.ndarray]
+) -> Iterator[Arrays]:
+    """The inputs of each run: some slices of all images, or those of one image or grid with its tables."""
     pixel_values = prompt.pixel_values
     assert pixel_values is not None
     if all(stage.per == "slice" for stage in components.model.stages):
@@ -80,10 +85,10 @@ def _image_inputs(components: Components, image: ImageSpec, prompt: Prompt) -> I
             yield {"pixel_values": pixel_values[start : start + components.slices]}
         return
     start = 0
-    for layout in prompt.layouts:
-        tables = table_inputs(image, layout.rows, layout.cols)
-        yield {"pixel_values": pixel_values[start : start + layout.slices], **tables}
-        start += layout.slices
+    for slices, rows, cols in chain.from_iterable(layout.runs for layout in prompt.layouts):
+        tables = table_inputs(image, rows, cols, arrays)
+        yield {"pixel_values": pixel_values[start : start + slices], **tables}
+        start += slices
 
 
 def _tokens(prompt: Prompt, rows: np.ndarray, arrays: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -282,7 +282,7 @@ class VLM:
         self._require_images(prompt)
         parts: dict[str, dict[str, list[np.ndarray]]] = {}
         with self._turns.turn():
-            for run in stage_runs(self._components, prompt, trace or Trace()):
+            for run in stage_runs(self._components, prompt, self._arrays, trace or Trace()):
                 for component, outputs in run.items():
                     for name, array in outputs.items():
                         parts.setdefault(component, {}).setdefault(name, []).append(array)

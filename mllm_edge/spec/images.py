@@ -10,6 +10,7 @@ __all__ = [
     "GridWindows",
     "ImagePrompt",
     "ImageSpec",
+    "LearnedPositions",
     "Normalize",
     "Pack",
     "PadToSquare",
@@ -25,6 +26,7 @@ __all__ = [
     "SelectResolution",
     "SelectTiles",
     "Shrink",
+    "SplitLarge",
     "SplitTiles",
     "Table",
     "Transform",
@@ -169,9 +171,33 @@ class ResizeToPixels:
 
 
 @dataclass(frozen=True)
+class SplitLarge:
+    """Stretch to whole cells of `cell` × `cell` px, `min_cells` to `max_cells` of them, near the aspect ratio: as
+    ResizeToPixels does, but a side is one cell at least. An image that takes more all the same is refused.
+
+    Where the sides, rounded to cells (but to `thinnest` px at least), have an area of more than `large` times
+    `max_cells`, the image is stretched to a grid of `size` × `size` px tiles instead, as SelectTiles chooses it, and
+    cut; with `overview`, the image stretched to cells stands behind the tiles, in its own size. `max_tiles` 1: no image
+    is cut.
+    """
+
+    cell: int
+    min_cells: int
+    max_cells: int
+    large: float
+    thinnest: int
+    size: int
+    min_tiles: int
+    max_tiles: int
+    overview: bool
+    resample: Resample
+    op: Literal["split_large"] = "split_large"
+
+
+@dataclass(frozen=True)
 class Patchify:
     """Cut into square patches of `patch` px and gather them in cells of `merge` × `merge` neighbours, cell by cell, row
-    by row; the grid is that of the cells. The last of the transforms.
+    by row; the grid is that of the cells. The last of the transforms. Tiles become a grid each, one behind the other.
 
     A patch is [channels, frames, patch, patch], flattened: one place in `frames` equal frames of a video.
     """
@@ -195,6 +221,7 @@ Transform = (
     | Rescale
     | Normalize
     | ResizeToPixels
+    | SplitLarge
     | Patchify
 )
 
@@ -244,7 +271,19 @@ class GridWindows:
     op: Literal["grid_windows"] = "grid_windows"
 
 
-Table = GridRope | GridWindows
+@dataclass(frozen=True)
+class LearnedPositions:
+    """An input [cells, merge², dim] float32: the bundle's array `file` [side², dim], which holds what was learned for
+    side × side patches row by row, brought to the image's grid of patches, bilinearly with antialiasing."""
+
+    file: str
+    side: int
+    dim: int
+    names: tuple[str, ...] = ("position_embeds",)
+    op: Literal["learned_positions"] = "learned_positions"
+
+
+Table = GridRope | GridWindows | LearnedPositions
 
 
 # ---------------------------------------------------------------- from features to tokens
@@ -282,7 +321,7 @@ class ImageSpec:
     An image becomes slices: tiles of one size, `pixel_values` [tiles, channels, height, width], or, where the last
     transform is Patchify, cells of patches, [cells, merge², channels · frames · patch²], as many as the image's size
     asks for; `height` and `width` are then a cell's. The connector makes `features` rows of each slice. `tables`:
-    further inputs of the components, made of an image's grid.
+    further inputs of the components, made of an image's grid, or of each of its grids where tiles become cells.
 
     `pack`: where it is not empty, the features of an image's tiles are a grid of rows, square in each tile, which it
     changes in its order; the overview's come before them, untouched. `several`: the transforms for a prompt with more
@@ -320,4 +359,5 @@ class ImageSpec:
     @property
     def arrays(self) -> tuple[str, ...]:
         """The bundle's arrays that images need."""
-        return tuple(step.file for step in self.pack if isinstance(step, RowEnd))
+        steps = tuple(step.file for step in self.pack if isinstance(step, RowEnd))
+        return steps + tuple(table.file for table in self.tables if isinstance(table, LearnedPositions))

@@ -50,7 +50,7 @@ class Stage:
     behind layer k; others are for later stages.
 
     `role` decides about precision. What a run takes, `per`: slice (any number of slices, of any images), image (all
-    slices of one, with its tables).
+    slices of one, with its tables; of an image that is several grids of cells, those of one grid).
     """
 
     component: str

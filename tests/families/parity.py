@@ -106,7 +106,7 @@ def check_messages(
         assert ours.token_ids.tolist() == inputs["input_ids"][0].tolist()
         assert vlm.count_tokens(asked, sizes) == len(ours.token_ids)
         if features is not None:
-            _check_vision(vlm, features, ours, inputs)
+            _check_vision(vlm, features, ours, family.pixel_values(model, inputs).numpy())
         _check_steps(vlm, ours, *steps)
         _check_text(vlm, processor.tokenizer, vlm.generate(asked, images, max_new_tokens=GREEDY), steps[0])
 
@@ -120,11 +120,10 @@ def _check_text(vlm: VLM, tokenizer: Any, result: Any, tokens: list[int]) -> Non
     assert result.finish_reason == ("stop" if stop else "length")
 
 
-def _check_vision(vlm: VLM, reference: tuple[Any, Any], prompt: Prompt, inputs: Any) -> None:
+def _check_vision(vlm: VLM, reference: tuple[Any, Any], prompt: Prompt, expected: np.ndarray) -> None:
     pixel_values = prompt.pixel_values
     std = next(t.std for t in vlm.spec.image.transforms if t.op == "normalize")
     # The reference has a batch axis more, or none for cells; the order of the values is the same.
-    expected = inputs["pixel_values"].numpy()
     assert expected.size == pixel_values.size
     difference = np.abs(pixel_values - expected.reshape(pixel_values.shape)) * 255 * max(std)
     assert difference.max() <= 1.0

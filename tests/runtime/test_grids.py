@@ -15,10 +15,11 @@ from transformers.vision_utils import get_vision_position_ids
 
 from mllm_edge.runtime.encode import Components, encoded, stage_runs
 from mllm_edge.runtime.prompt.layout import Layout, grid_positions
+from mllm_edge.runtime.prompt.learned_grid import cell_positions
 from mllm_edge.runtime.prompt.processor import Prompt
 from mllm_edge.runtime.prompt.tables import grid_rope
 from mllm_edge.runtime.trace import Trace
-from mllm_edge.spec import GridRope, ImagePrompt, ImageSpec, Patchify, Stage
+from mllm_edge.spec import GridRope, ImagePrompt, ImageSpec, LearnedPositions, Patchify, Stage
 from tests.runtime.reference import model_spec
 
 IMAGE = 9
@@ -85,7 +86,9 @@ def test_positions_of_text() -> None:
 PROMPT = ImagePrompt("<image>", IMAGE, "{image}")
 
 
-def runs_of(image: ImageSpec, per: str, pixel_values: np.ndarray, layouts: list[Layout]) -> list[dict[str, np.ndarray]]:
+def runs_of(
+    image: ImageSpec, per: str, pixel_values: np.ndarray, layouts: list[Layout], **arrays: np.ndarray
+) -> list[dict[str, np.ndarray]]:
     """What one stage is given, run by run."""
     given: list[dict[str, np.ndarray]] = []
 
@@ -97,7 +100,7 @@ def runs_of(image: ImageSpec, per: str, pixel_values: np.ndarray, layouts: list[
     names = ["pixel_values", *(name for table in image.tables for name in table.names)]
     model = replace(model_spec(image), stages=(Stage("encoder", "vision", per),))
     prompt = Prompt("", np.zeros(0, np.int64), pixel_values, np.zeros(0, np.int64), tuple(layouts))
-    made = list(stage_runs(Components(model, {"encoder": names}, run, slices=4), prompt, Trace()))
+    made = list(stage_runs(Components(model, {"encoder": names}, run, slices=4), prompt, arrays, Trace()))
     for outputs, inputs in zip(made, given, strict=True):
         np.testing.assert_array_equal(outputs["encoder"]["vision_hidden"], inputs["pixel_values"])
     return given
@@ -113,6 +116,21 @@ def test_one_run_per_image_of_cells() -> None:
     np.testing.assert_array_equal(runs[1]["pixel_values"], pixel_values[6:])
     np.testing.assert_array_equal(runs[1]["cos"], grid_rope(GridRope(1e4, 8), 1, 4, 2)[0])
     np.testing.assert_array_equal(runs[1]["s"], grid_rope(GridRope(5.0, 4), 1, 4, 2)[1])
+
+
+def test_one_run_per_grid_of_an_image_in_tiles() -> None:
+    learned = LearnedPositions("places", 3, 5)
+    image = ImageSpec((Patchify(4, 2, 1),), PROMPT, 8, 8, 1, tables=(learned,))
+    layouts = [Layout(1, 2, 9, 3, 9, "", None, ((2, 2), (2, 2), (1, 1))), of_cells(1, 3)]
+    pixel_values = np.arange(12 * 4 * 48, dtype=np.float32).reshape(12, 4, 48)
+    places = np.random.default_rng(0).standard_normal((9, 5)).astype(np.float32)
+    runs = runs_of(image, "image", pixel_values, layouts, places=places)
+    assert [len(feeds["pixel_values"]) for feeds in runs] == [4, 4, 1, 3]
+    np.testing.assert_array_equal(np.concatenate([feeds["pixel_values"] for feeds in runs]), pixel_values)
+    for feeds, grid in zip(runs, ((2, 2), (2, 2), (1, 1), (1, 3)), strict=True):
+        expected = cell_positions(places.reshape(3, 3, 5), *grid, 2)
+        np.testing.assert_array_equal(feeds["position_embeds"], expected)
+        assert expected.shape == (grid[0] * grid[1], 4, 5)
 
 
 def test_features_take_the_places_of_image_tokens() -> None:

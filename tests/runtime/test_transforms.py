@@ -71,7 +71,7 @@ def assert_equal_to(source, size, steps):
     actual = apply_transforms(picture(*size), steps)
     assert actual.dtype == np.float32
     np.testing.assert_array_equal(actual, expected)
-    assert cut_of(*size, steps)[2:] == (1, 1, 1)
+    assert cut_of(*size, steps)[2:5] == (1, 1, 1)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -115,7 +115,7 @@ def test_strip_that_would_grow_without_bounds_is_refused():
 def test_longest_edge_over_the_limit():
     source = image_processor(32, 5000, True)
     _, rows, cols = source.get_number_of_image_patches(30, 31)
-    assert cut_of(30, 31, transforms(source))[2:] == (rows, cols, rows * cols + 1)
+    assert cut_of(30, 31, transforms(source))[2:5] == (rows, cols, rows * cols + 1)
     assert cols == 4096 // 32
 
 
@@ -125,9 +125,9 @@ def test_full_hd():
     expected, rows, cols = run_source(source, image)
     actual = apply_transforms(image, transforms(source))
     assert actual.shape == (13, 3, 512, 512)
-    assert cut_of(1080, 1920, transforms(source))[2:] == (rows, cols, 13) == (3, 4, 13)
+    assert cut_of(1080, 1920, transforms(source))[2:5] == (rows, cols, 13) == (3, 4, 13)
     np.testing.assert_array_equal(actual, expected)
-    assert cut_of(2048, 2048, transforms(source))[2:] == (4, 4, 17)
+    assert cut_of(2048, 2048, transforms(source))[2:5] == (4, 4, 17)
 
 
 @settings(max_examples=300, deadline=None)
@@ -250,7 +250,7 @@ def test_resizing_to_an_area_equals_the_source_library(height, width, bounds):
             cut_of(height, width, steps)
         return
     rows, cols = (side // multiple for side in smart_resize(height, width, multiple, least, most))
-    assert cut_of(height, width, steps)[2:] == (rows, cols, rows * cols)
+    assert cut_of(height, width, steps)[2:5] == (rows, cols, rows * cols)
 
 
 @settings(max_examples=200, deadline=None)
@@ -275,10 +275,18 @@ def test_sides_beyond_the_limit_are_refused_before_pixels_are_touched():
     assert cut_of(5800, 29, steps)  # 200 times
 
 
+def test_tiles_become_grids_of_cells():
+    steps, image = (SplitTiles(16, "bilinear"), Patchify(4, 2, 1)), picture(32, 48)
+    cut, done = cut_of(32, 48, steps), apply_transforms(image, steps)
+    assert (cut.rows, cut.cols, cut.grids) == (2, 3, ((2, 2),) * 7)
+    assert cut.slices == len(done) == 28
+    overview = image.resize((16, 16), Image.Resampling.BILINEAR)
+    for tile, place in ((image.crop((32, 16, 48, 32)), 5), (overview, 6)):
+        np.testing.assert_array_equal(done[4 * place : 4 * place + 4], apply_transforms(tile, steps[1:]))
+
+
 def test_cells_that_cannot_be_cut():
     with pytest.raises(ImageError, match=r"20×40 px .* 16×16"):
         apply_transforms(picture(20, 40), (Patchify(8, 2, 1),))
-    with pytest.raises(BundleError, match="makes tiles"):
-        cut_of(32, 32, (SplitTiles(16, "nearest"), Patchify(8, 2, 1)))
     with pytest.raises(BundleError, match=r"rescale.* comes after patchify"):
         apply_transforms(picture(16, 16), (Patchify(8, 2, 1), Rescale(1.0)))

@@ -18,6 +18,7 @@ __all__ = [
     "for_images",
     "processor_class",
     "read_image_processor",
+    "read_image_settings",
     "read_processor",
     "read_tokenizer",
     "stated_settings",
@@ -55,16 +56,8 @@ def read_image_processor(source: Source, allowed: Collection[str]) -> Any:
     Raises ConfigError when the folder has none, when it is of another class, or when its settings are wrong.
     """
     from transformers import AutoImageProcessor
-    from transformers.image_processing_base import ImageProcessingMixin
 
-    try:
-        settings, _ = ImageProcessingMixin.get_image_processor_dict(source.folder)
-    except OSError:
-        raise ConfigError(
-            f"{source.folder}: no preprocessor_config.json and no image_processor in processor_config.json",
-            "copy the image processor's configuration beside config.json",
-        ) from None
-    stated = settings.get("image_processor_type") or settings.get("feature_extractor_type")
+    _, stated = _image_settings(source)
     try:
         with quiet_transformers():
             processor = AutoImageProcessor.from_pretrained(source.folder, backend="pil")
@@ -75,6 +68,29 @@ def read_image_processor(source: Source, allowed: Collection[str]) -> Any:
         ) from None
     _require_class(source, type(processor).__name__, allowed)
     return processor
+
+
+def read_image_settings(source: Source, allowed: Collection[str]) -> dict[str, Any]:
+    """The settings that transformers would give its image processor, for one that runs on torchvision alone; raises
+    ConfigError when the folder has none, or when it names a class that is none of `allowed`."""
+    settings, stated = _image_settings(source)
+    if stated is not None:
+        _require_class(source, stated, allowed)
+    return settings
+
+
+def _image_settings(source: Source) -> tuple[dict[str, Any], Any]:
+    """The image processor's settings and the name of its class, where the files state one."""
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(source.folder)
+    except OSError:
+        raise ConfigError(
+            f"{source.folder}: no preprocessor_config.json and no image_processor in processor_config.json",
+            "copy the image processor's configuration beside config.json",
+        ) from None
+    return dict(settings), settings.get("image_processor_type") or settings.get("feature_extractor_type")
 
 
 def read_processor(source: Source, cls: Any, image_processor: Any, tokenizer: Any, **gaps: Any) -> Any:

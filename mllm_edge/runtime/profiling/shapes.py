@@ -1,11 +1,13 @@
 """What the dynamic dimensions of the stages' graphs are for given images, from their sizes alone."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
 
 from mllm_edge.runtime.limits import TILES_PER_RUN
 from mllm_edge.runtime.prompt.layout import Layout, layout_of
 from mllm_edge.runtime.prompt.tables import table_inputs
-from mllm_edge.spec import ImageSpec, ModelSpec, Variant
+from mllm_edge.spec import ImageSpec, LearnedPositions, ModelSpec, Variant
 
 __all__ = ["image_runs", "layouts_of"]
 
@@ -27,10 +29,12 @@ def image_runs(
         slices = sum(layout.slices for layout in layouts)
         counts = [min(TILES_PER_RUN, slices - start) for start in range(0, slices, TILES_PER_RUN)]
         return [(_symbols(inputs, {"pixel_values": (count, *model.image.shape)}), count) for count in counts]
+    # Learned positions are as many as the cells of pixel_values.
+    image = replace(model.image, tables=tuple(t for t in model.image.tables if not isinstance(t, LearnedPositions)))
     found = []
-    for layout in layouts:
-        shapes = {name: array.shape for name, array in table_inputs(model.image, layout.rows, layout.cols).items()}
-        found.append((_symbols(inputs, shapes | {"pixel_values": (layout.slices, *model.image.shape)}), 1))
+    for slices, rows, cols in chain.from_iterable(layout.runs for layout in layouts):
+        shapes = {name: array.shape for name, array in table_inputs(image, rows, cols, {}).items()}
+        found.append((_symbols(inputs, shapes | {"pixel_values": (slices, *image.shape)}), 1))
     return found
 
 

@@ -1,5 +1,6 @@
 """What an image becomes, from its size alone: slices, runs, tokens, prompt text, positions."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,8 @@ class Layout:
 
     `slices`: rows of `pixel_values`, a grid of `rows` × `cols` and perhaps an overview. `tokens`: its tokens in the
     prompt, as many as `text` has placeholders. `pack`: which of the features they are, None: all in their order.
-    `tiles`: how many pictures the vision encoder sees of it, 1 where it is cut into cells.
+    `tiles`: how many pictures the vision encoder sees of it. `grids`: rows and columns of cells of each, where they are
+    cut into cells; `rows` × `cols` is then the grid of cells of one alone, else that of the tiles.
     """
 
     rows: int
@@ -28,6 +30,12 @@ class Layout:
     tokens: int
     text: str
     pack: Packed | None
+    grids: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def runs(self) -> tuple[tuple[int, int, int], ...]:
+        """Slices, rows and columns of each run of a stage that takes an image."""
+        return tuple((rows * cols, rows, cols) for rows, cols in self.grids) or ((self.slices, self.rows, self.cols),)
 
 
 def layout_of(image: ImageSpec, height: int, width: int, images: int = 1) -> Layout:
@@ -38,22 +46,23 @@ def layout_of(image: ImageSpec, height: int, width: int, images: int = 1) -> Lay
     cut = cut_of(height, width, image.transforms_for(images))
     pack = packed(image, height, width, cut) if image.pack else None
     tokens = cut.slices * image.features if pack is None else len(pack)
-    whole = cut.slices == 1 or pack is not None
-    text = _whole_text(image.prompt, tokens) if whole else image_text(image.prompt, cut.rows, cut.cols, image.features)
-    tiles = cut.slices if image.patches is None else 1
-    return Layout(cut.rows, cut.cols, cut.slices, tiles, tokens, text, pack)
+    tiles = [math.prod(grid) * image.features for grid in cut.grids] or [image.features] * cut.slices
+    if len(tiles) == 1 or pack is not None:
+        text = image.prompt.single.replace("{image}", image.prompt.token * tokens)
+    else:
+        text = image_text(image.prompt, cut.rows, cut.cols, tiles[0], tiles[-1])
+    return Layout(cut.rows, cut.cols, cut.slices, len(tiles), tokens, text, pack, cut.grids)
 
 
-def image_text(prompt: ImagePrompt, rows: int, cols: int, features: int) -> str:
-    """The text that stands for an image of several slices."""
-    tokens = prompt.token * features
-    tile = prompt.tile.replace("{image}", tokens)
+def image_text(prompt: ImagePrompt, rows: int, cols: int, features: int, of_overview: int) -> str:
+    """The text that stands for an image of several tiles of so many features."""
+    tile = prompt.tile.replace("{image}", prompt.token * features)
     parts = [prompt.begin]
     for row in range(1, rows + 1):
         of_row = tile.replace("{row}", str(row))
         parts += [of_row.replace("{col}", str(col)) for col in range(1, cols + 1)]
         parts.append(prompt.row_end)
-    parts.append(prompt.overview.replace("{image}", tokens))
+    parts.append(prompt.overview.replace("{image}", prompt.token * of_overview))
     return "".join(parts)
 
 
@@ -73,7 +82,3 @@ def grid_positions(tokens: int, starts: Sequence[int], layouts: Sequence[Layout]
 def _text_positions(first: int, tokens: int) -> np.ndarray:
     """Consecutive positions, the same on all axes."""
     return np.tile(np.arange(first, first + tokens), (3, 1))
-
-
-def _whole_text(prompt: ImagePrompt, tokens: int) -> str:
-    return prompt.single.replace("{image}", prompt.token * tokens)

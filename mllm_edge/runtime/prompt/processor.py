@@ -311,7 +311,7 @@ def _control_tokens(image: ImageSpec | None, tokenizer: Tokenizer, template: Cha
 
 def _image_markers(prompt: ImagePrompt, added_tokens: Iterable[str]) -> tuple[str, ...]:
     """The added tokens of the vocabulary that the expansion of images uses, the placeholder first."""
-    texts = prompt.single + image_text(prompt, 1, 1, 1) + "\0".join((prompt.inline, *prompt.reserved))
+    texts = prompt.single + image_text(prompt, 1, 1, 1, 1) + "\0".join((prompt.inline, *prompt.reserved))
     numbered = prompt.tile.replace("{image}", "")
     for row in range(1, 17):
         texts += "".join(numbered.replace("{row}", str(row)).replace("{col}", str(col)) for col in range(1, 17))

@@ -5,19 +5,32 @@ from typing import Any
 
 import numpy as np
 
+from mllm_edge.errors import BundleError
+from mllm_edge.runtime.prompt.learned_grid import cell_positions
 from mllm_edge.runtime.prompt.windows import grid_windows
-from mllm_edge.spec import GridRope, GridWindows, ImageSpec
+from mllm_edge.spec import GridRope, GridWindows, ImageSpec, LearnedPositions
 
 __all__ = ["grid_rope", "table_inputs"]
 
 
-def table_inputs(image: ImageSpec, rows: int, cols: int) -> dict[str, np.ndarray]:
-    """All tables of an image of rows × cols cells, by the names of the inputs."""
+def table_inputs(image: ImageSpec, rows: int, cols: int, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """All tables of a grid of rows × cols cells, by the names of the inputs; `arrays`: the bundle's, by file."""
     merge = image.patches.merge if image.patches is not None else 1
     found: dict[str, np.ndarray] = {}
     for table in image.tables:
-        found |= zip(table.names, _TABLES[type(table)](table, rows, cols, merge), strict=True)
+        if isinstance(table, LearnedPositions):
+            made: tuple[np.ndarray, ...] = (_learned(table, arrays[table.file], rows, cols, merge),)
+        else:
+            made = _TABLES[type(table)](table, rows, cols, merge)
+        found |= zip(table.names, made, strict=True)
     return found
+
+
+def _learned(table: LearnedPositions, array: np.ndarray, rows: int, cols: int, merge: int) -> np.ndarray:
+    side, shape = table.side, (table.side**2, table.dim)
+    if array.shape != shape:
+        raise BundleError(f"{table.file}: {list(array.shape)}, not {list(shape)}", "export the bundle again")
+    return cell_positions(array.reshape(side, side, table.dim), rows, cols, merge)
 
 
 def grid_rope(rope: GridRope, rows: int, cols: int, merge: int) -> tuple[np.ndarray, np.ndarray]:

@@ -69,8 +69,10 @@ def apply_transforms(
         else:
             tiles = _OF_PIXELS[type(transform)].pixels(tiles, transform, after)
         cut = after
-    pixel_values = look_up(tiles, table)
-    return pixel_values if patches is None else patchified(pixel_values[0], patches, cut)
+    if patches is None:
+        return look_up(tiles, table)
+    grids = [patchified(look_up([tile], table)[0], patches) for tile in tiles]  # of several sizes
+    return grids[0] if len(grids) == 1 else np.concatenate(grids)
 
 
 def _cut_after(cut: Cut, transform: Transform) -> Cut:

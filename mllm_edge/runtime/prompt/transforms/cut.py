@@ -18,13 +18,16 @@ RESAMPLE = {
 
 
 class Cut(NamedTuple):
-    """Slices of `height` × `width` px: a grid of rows × cols, and the overview where there is one more."""
+    """Slices of `height` × `width` px: a grid of rows × cols, and the overview where there is one more, in the size
+    `overview` (height, width) where that is another. `grids`: rows and columns of cells, of each tile."""
 
     height: int
     width: int
     rows: int = 1
     cols: int = 1
     slices: int = 1
+    overview: tuple[int, int] | None = None
+    grids: tuple[tuple[int, int], ...] = ()
 
 
 def resized(tiles: list[Image.Image], transform: Any, after: Cut) -> list[Image.Image]:

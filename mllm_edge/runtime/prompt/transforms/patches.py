@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mllm_edge.errors import BundleError, ImageError
+from mllm_edge.errors import ImageError
 from mllm_edge.runtime.prompt.transforms.cut import Cut
 from mllm_edge.spec import Patchify
 
@@ -10,23 +10,26 @@ __all__ = ["patches_cut", "patchified"]
 
 
 def patches_cut(cut: Cut, transform: Patchify) -> Cut:
-    """The grid of cells; raises ImageError for a size that is none."""
+    """The grids of cells; raises ImageError for a size that makes none."""
     side = transform.patch * transform.merge
-    if cut.slices > 1:
-        raise BundleError("patchify comes after a transform that makes tiles", "export the bundle again")
-    if cut.height % side or cut.width % side:
-        raise ImageError(
-            f"{cut.height}×{cut.width} px cannot be cut into whole cells of {side}×{side} px",
-            "the bundle must resize to a multiple of the cell before it cuts: export it again",
-        )
-    rows, cols = cut.height // side, cut.width // side
-    return Cut(side, side, rows, cols, rows * cols)
+    sizes = [(cut.height, cut.width)] * cut.slices
+    if cut.overview is not None:
+        sizes[-1] = cut.overview
+    for height, width in sizes:
+        if height % side or width % side:
+            raise ImageError(
+                f"{height}×{width} px cannot be cut into whole cells of {side}×{side} px",
+                "the bundle must resize to a multiple of the cell before it cuts: export it again",
+            )
+    grids = tuple((height // side, width // side) for height, width in sizes)
+    rows, cols = grids[0] if len(grids) == 1 else (cut.rows, cut.cols)
+    return Cut(side, side, rows, cols, sum(rows * cols for rows, cols in grids), grids=grids)
 
 
-def patchified(planes: np.ndarray, transform: Patchify, cut: Cut) -> np.ndarray:
+def patchified(planes: np.ndarray, transform: Patchify) -> np.ndarray:
     """planes [C, height, width] → cells [cells, merge², C · frames · patch²]."""
-    channels, merge, patch = len(planes), transform.merge, transform.patch
-    split = planes.reshape(channels, cut.rows, merge, patch, cut.cols, merge, patch)
+    (channels, height, width), merge, patch = planes.shape, transform.merge, transform.patch
+    split = planes.reshape(channels, height // (merge * patch), merge, patch, width // (merge * patch), merge, patch)
     places = split.transpose(1, 4, 2, 5, 0, 3, 6)[:, :, :, :, :, None]
     frames = np.broadcast_to(places, (*places.shape[:5], transform.frames, patch, patch))
-    return frames.reshape(cut.slices, merge**2, -1)
+    return frames.reshape(split.shape[1] * split.shape[4], merge**2, -1)

@@ -17,7 +17,7 @@ from mllm_edge.spec import (
     ResizeToPixels,
 )
 
-__all__ = ["RESIZES"]
+__all__ = ["RESIZES", "whole_sides"]
 
 
 def _resize_longest_edge_cut(cut: Cut, transform: ResizeLongestEdge) -> Cut:
@@ -75,15 +75,22 @@ def _resize_to_pixels_cut(cut: Cut, transform: ResizeToPixels) -> Cut:
             f"an image of {height}×{width} px: one side is more than {transform.max_ratio:g} times the other",
             "crop the image to a less extreme aspect ratio",
         )
-    rows, cols = round(height / multiple), round(width / multiple)
-    area = rows * cols * multiple**2
-    if area > transform.max_pixels:
-        shrink = math.sqrt(height * width / transform.max_pixels)
-        rows, cols = (max(1, math.floor(side / shrink / multiple)) for side in (height, width))
-    elif area < transform.min_pixels:
-        grow = math.sqrt(transform.min_pixels / (height * width))
-        rows, cols = (math.ceil(side * grow / multiple) for side in (height, width))
+    rows, cols = whole_sides(height, width, multiple, (transform.min_pixels, transform.max_pixels), least=0)
     return cut._replace(height=rows * multiple, width=cols * multiple)
+
+
+def whole_sides(height: int, width: int, multiple: int, pixels: tuple[int, int], least: int) -> tuple[int, int]:
+    """The sides in multiples, each rounded (to `least` at least), then scaled where they make fewer or more `pixels`
+    than the two bounds."""
+    rows, cols = (max(least, round(side / multiple)) for side in (height, width))
+    area = rows * cols * multiple**2
+    if area > pixels[1]:
+        shrink = math.sqrt(height * width / pixels[1])
+        rows, cols = (max(1, math.floor(side / shrink / multiple)) for side in (height, width))
+    elif area < pixels[0]:
+        grow = math.sqrt(pixels[0] / (height * width))
+        rows, cols = (math.ceil(side * grow / multiple) for side in (height, width))
+    return rows, cols
 
 
 def _crop(tiles: list[Image.Image], transform: CenterCrop, after: Cut) -> list[Image.Image]:

@@ -7,7 +7,8 @@ from PIL import Image
 
 from mllm_edge.errors import BundleError, ImageError
 from mllm_edge.runtime.prompt.transforms.cut import RESAMPLE, Cut, How, resized
-from mllm_edge.spec import SelectResolution, SelectTiles, SplitTiles
+from mllm_edge.runtime.prompt.transforms.resize import whole_sides
+from mllm_edge.spec import SelectResolution, SelectTiles, SplitLarge, SplitTiles
 
 __all__ = ["TILES", "fitted", "nearest_resolution"]
 
@@ -35,7 +36,7 @@ def _select_tiles_cut(cut: Cut, transform: SelectTiles) -> Cut:
     return Cut(size, size, rows, cols, rows * cols + int(transform.overview))
 
 
-def _nearest_grid(height: int, width: int, transform: SelectTiles) -> tuple[int, int]:
+def _nearest_grid(height: int, width: int, transform: SelectTiles | SplitLarge) -> tuple[int, int]:
     """(rows, cols) of the grid that SelectTiles describes."""
     least, most = transform.min_tiles, transform.max_tiles
     grids = [(rows, cols) for cols in range(1, most + 1) for rows in range(-(-least // cols), most // cols + 1)]
@@ -110,8 +111,37 @@ def _select_resolution(tiles: list[Image.Image], transform: SelectResolution, af
     return [*resized(tiles, transform, after), *_tiled(whole, transform.size, after)]
 
 
+def _split_large_cut(cut: Cut, transform: SplitLarge) -> Cut:
+    if cut.slices > 1:
+        raise BundleError("split_large comes after another split", "export the bundle again")
+    cell, size, most = transform.cell, transform.size, transform.max_cells
+    area = math.prod(max(transform.thinnest, round(side / cell) * cell) for side in (cut.height, cut.width))
+    large = transform.max_tiles > 1 and area > transform.large * most * cell**2
+    grid = _nearest_grid(cut.height, cut.width, transform) if large else (1, 1)
+    if large and not transform.overview:
+        return Cut(size, size, *grid, math.prod(grid))
+    pixels = (transform.min_cells * cell**2, most * cell**2)
+    rows, cols = whole_sides(cut.height, cut.width, cell, pixels, least=1)
+    if rows * cols > max(most, (size // cell) ** 2 if transform.max_tiles > 1 else 0):
+        raise ImageError(
+            f"an image of {cut.height}×{cut.width} px takes {rows}×{cols} cells, and the model {most} at most",
+            "crop the image to a less extreme aspect ratio",
+        )
+    whole = rows * cell, cols * cell
+    return Cut(size, size, *grid, math.prod(grid) + 1, overview=whole) if large else Cut(*whole)
+
+
+def _split_large(tiles: list[Image.Image], transform: SplitLarge, after: Cut) -> list[Image.Image]:
+    if after.slices == 1:
+        return resized(tiles, transform, after)
+    canvas = Cut(after.rows * transform.size, after.cols * transform.size)
+    cut = _tiled(resized(tiles, transform, canvas)[0], transform.size, after)
+    return cut if after.overview is None else [*cut, *resized(tiles, transform, Cut(*after.overview))]
+
+
 TILES: Mapping[type, How] = {
     SplitTiles: How(_split_tiles_cut, _split),
     SelectTiles: How(_select_tiles_cut, _select),
     SelectResolution: How(_select_resolution_cut, _select_resolution),
+    SplitLarge: How(_split_large_cut, _split_large),
 }
