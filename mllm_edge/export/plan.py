@@ -9,7 +9,17 @@ import numpy as np
 from mllm_edge.export.checkpoint.texts import Texts
 from mllm_edge.graph.decoder_spec import DecoderSpec
 from mllm_edge.graph.ranges import TILES, TOKENS, symbols
-from mllm_edge.spec import GridRope, ImageSpec, ModelSpec, ResizeToPixels, Stage, SymbolRange, Table, TensorSpec
+from mllm_edge.spec import (
+    AspectRatioId,
+    GridRope,
+    ImageSpec,
+    ModelSpec,
+    ResizeToPixels,
+    Stage,
+    SymbolRange,
+    Table,
+    TensorSpec,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -115,6 +125,8 @@ def table_specs(table: Table, merge: int) -> tuple[TensorSpec, ...]:
     """The inputs that a table of images becomes."""
     if isinstance(table, GridRope):
         return tuple(TensorSpec(name, "float32", ("cells", merge**2, table.dim // 2)) for name in table.names)
+    if isinstance(table, AspectRatioId):
+        return tuple(TensorSpec(name, "int64", (1,)) for name in table.names)
     index, bias, back = table.names
     window = table.side**2 * merge**2
     return (

@@ -16,9 +16,9 @@ __all__ = ["Layout", "grid_positions", "image_text", "layout_of"]
 class Layout:
     """An image's place in everything that follows.
 
-    `slices`: rows of `pixel_values`, a grid of `rows` × `cols` and perhaps an overview. `tokens`: its tokens in the
+    `slices`: rows of `pixel_values`, a grid of `rows` × `cols` and perhaps an overview, or tiles that it lacks. `tokens`: its tokens in the
     prompt, as many as `text` has placeholders. `pack`: which of the features they are, None: all in their order.
-    `tiles`: how many pictures the vision encoder sees of it, 1 where it is cut into cells.
+    `tiles`: how many pictures it is to the vision encoder, 1 where it is cut into cells.
     """
 
     rows: int
@@ -37,11 +37,12 @@ def layout_of(image: ImageSpec, height: int, width: int, images: int = 1) -> Lay
     """
     cut = cut_of(height, width, image.transforms_for(images))
     pack = packed(image, height, width, cut) if image.pack else None
-    tokens = cut.slices * image.features if pack is None else len(pack)
-    whole = cut.slices == 1 or pack is not None
+    crossed = image.into == "cross_attention"
+    tokens = len(pack) if pack is not None else 1 if crossed else cut.slices * image.features
+    whole = cut.slices == 1 or pack is not None or crossed
     text = _whole_text(image.prompt, tokens) if whole else image_text(image.prompt, cut.rows, cut.cols, image.features)
     tiles = cut.slices if image.patches is None else 1
-    return Layout(cut.rows, cut.cols, cut.slices, tiles, tokens, text, pack)
+    return Layout(cut.rows, cut.cols, image.tiles or cut.slices, tiles, tokens, text, pack)
 
 
 def image_text(prompt: ImagePrompt, rows: int, cols: int, features: int) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from mllm_edge.runtime.prompt.windows import grid_windows
-from mllm_edge.spec import GridRope, GridWindows, ImageSpec
+from mllm_edge.spec import AspectRatioId, GridRope, GridWindows, ImageSpec
 
 __all__ = ["grid_rope", "table_inputs"]
 
@@ -29,7 +29,13 @@ def grid_rope(rope: GridRope, rows: int, cols: int, merge: int) -> tuple[np.ndar
     return np.cos(angles), np.sin(angles)
 
 
+def _aspect_ratio_id(table: AspectRatioId, rows: int, cols: int, merge: int) -> tuple[np.ndarray]:
+    before = sum(table.max_tiles // r for r in range(1, rows))
+    return (np.array([before + cols]),)
+
+
 _TABLES: Mapping[type, Callable[[Any, int, int, int], tuple[np.ndarray, ...]]] = {
     GridRope: grid_rope,
     GridWindows: grid_windows,
+    AspectRatioId: _aspect_ratio_id,
 }
