@@ -8,10 +8,13 @@ from typing import get_args
 
 from mllm_edge.errors import BundleError
 from mllm_edge.spec import (
+    CROSS_BIAS,
     DECODER,
     MOST_PIXELS,
+    AspectRatioId,
     Component,
     FileEntry,
+    FitCanvas,
     GridWindows,
     ImageSpec,
     LearnedPositions,
@@ -27,6 +30,7 @@ from mllm_edge.spec import (
     TensorSpec,
     Transform,
     Variant,
+    is_cross,
     is_state,
 )
 
@@ -43,8 +47,9 @@ _PLACES = {"contrib": ("seqlens_k", "total_sequence_length"), "opset24": ("write
 _DIGITS = 16  # of a block's checksum
 # Kinds of ropes that are made from the length they were trained for.
 _TRAINED = ("dynamic", "llama3", "yarn", "longrope")
-_TABLE_INPUTS = {"grid_rope": 2, "grid_windows": 3, "learned_positions": 1}
+_TABLE_INPUTS = {"grid_rope": 2, "grid_windows": 3, "learned_positions": 1, "aspect_ratio_id": 1}
 _LARGEST_WINDOW = 64  # patches along a side: the bias of a window is that to the fourth power
+_MOST_TILES = 1024  # of a canvas
 _MAY_BE_ZERO = {"min_pixels"}  # of the sizes of transforms
 
 
@@ -193,6 +198,17 @@ def _image(image: ImageSpec, model: ModelSpec) -> Iterator[str]:
         yield f"several tables of images are called {names}"
     for table in image.tables:
         yield from _table(table, image)
+    yield from _canvas(image)
+
+
+def _canvas(image: ImageSpec) -> Iterator[str]:
+    """Where the number of tiles is fixed, and where features go."""
+    if image.tiles is not None:
+        most = [t.max_tiles for t in (*image.transforms, *(image.several or ())) if isinstance(t, FitCanvas)]
+        if image.patches is not None or not most or max(most) > image.tiles:
+            yield f"images have {image.tiles} tiles, and the transforms make up to {max(most, default=0)}"
+    if image.into == "cross_attention" and (image.pack or image.patches is not None):
+        yield "cross-attention looks at images, and these are packed or cut into cells"
 
 
 def _order(transforms: Sequence[Transform]) -> Iterator[str]:
@@ -212,6 +228,8 @@ def _order(transforms: Sequence[Transform]) -> Iterator[str]:
             yield f"{t.min_pixels} to {t.max_pixels} pixels"
         if t.op == "select_resolution":
             yield from _resolutions(t)
+        if t.op == "fit_canvas" and (t.max_tiles > _MOST_TILES or t.max_tiles * t.size**2 > MOST_PIXELS):
+            yield f"a canvas of up to {t.max_tiles} tiles of {t.size} px"
 
 
 def _resolutions(transform: SelectResolution) -> Iterator[str]:
@@ -224,7 +242,10 @@ def _resolutions(transform: SelectResolution) -> Iterator[str]:
 
 
 def _table(table: Table, image: ImageSpec) -> Iterator[str]:
-    if isinstance(table, GridWindows):
+    if isinstance(table, AspectRatioId):
+        if all(not isinstance(t, FitCanvas) or t.max_tiles != table.max_tiles for t in image.transforms):
+            yield f"grids of up to {table.max_tiles} tiles are numbered, and the transforms make others"
+    elif isinstance(table, GridWindows):
         patches = table.side * (image.patches.merge if image.patches is not None else 1)
         if table.side < 1 or patches > _LARGEST_WINDOW:
             yield f"windows of {table.side} cells along a side"
@@ -233,7 +254,7 @@ def _table(table: Table, image: ImageSpec) -> Iterator[str]:
         yield from _positive("learned positions' dim", table.dim)
     elif table.dim < 4 or table.dim % 4 or not math.isfinite(table.theta) or table.theta <= 0:
         yield f"a rope of dim {table.dim} and theta {table.theta} for images"
-    if image.patches is None:
+    if image.patches is None and not isinstance(table, AspectRatioId):
         yield f"images that are not cut into cells have the table {table.op}, which follows their grid"
     if len(table.names) != _TABLE_INPUTS[table.op]:
         yield f"{table.op} makes {_TABLE_INPUTS[table.op]} inputs, and {len(table.names)} have names"
@@ -358,18 +379,28 @@ def _stages(manifest: Manifest) -> Iterator[str]:
             yield f"no stage runs {name}"
     if len(set(names)) != len(names) or DECODER in names:
         yield f"the stages are {', '.join(names)}"
-    if image is None or not set(names) <= set(components):
+    whole = [stage.component for stage in stages if stage.per == "prompt"]
+    if whole != names[len(names) - len(whole) :]:
+        yield f"{', '.join(whole)} run for whole prompts, and others behind them"
+    if image is None or not {*names, DECODER} <= set(components):
         return
     tables = [name for table in image.tables for name in table.names]
     for target in dict.fromkeys(v.target for name in names for v in components[name].variants):
-        variants = {name: next((v for v in components[name].variants if v.target == target), None) for name in names}
-        yield from _chain(target, variants, image, tables, manifest.model.hidden_size)
+        found = {n: next((v for v in components[n].variants if v.target == target), None) for n in (*names, DECODER)}
+        variants = {name: found[name] for name in names}
+        yield from _chain(target, variants, image, tables, manifest.model.hidden_size, found[DECODER], whole)
 
 
 def _chain(
-    target: str, variants: Mapping[str, Variant | None], image: ImageSpec, tables: Sequence[str], hidden: int
+    target: str,
+    variants: Mapping[str, Variant | None],
+    image: ImageSpec,
+    tables: Sequence[str],
+    hidden: int,
+    decoder: Variant | None,
+    whole: Sequence[str],
 ) -> Iterator[str]:
-    """What the stages for one target are given, and what they make."""
+    """What the stages for one target are given, and what they make; those of `whole` run for whole prompts."""
     given: dict[str, int | None] = {"pixel_values": 1 + len(image.shape), **dict.fromkeys(tables)}
     made: dict[str, TensorSpec] = {}
     used: set[str] = set()
@@ -377,6 +408,8 @@ def _chain(
         if variant is None:
             continue
         where = f"{name} for {target}"
+        if name == next(iter(whole), None):
+            given = dict.fromkeys(made, 3)  # rows of all images, [1, N, F]
         for tensor in variant.inputs:
             if tensor.name not in given:
                 yield f"{where}: nothing gives its input {tensor.name}"
@@ -393,6 +426,10 @@ def _chain(
         return
     for name in (n for n in ("pixel_values", *tables) if n not in used):
         yield f"for {target}: no stage takes {name}"
+    if decoder is not None:
+        yield from (f"decoder for {target}: {what}" for what in _crossed(decoder, image, made))
+    if image.into == "cross_attention":
+        return
     features = made.get("image_features")
     if features is None:
         yield f"for {target}: no stage has the output image_features"
@@ -402,7 +439,20 @@ def _chain(
         yield f"for {target}: image_features ends with {list(last)}, the model's hidden size is {hidden}"
 
 
-def _differs(shape: Sequence[int | str], wanted: Sequence[int]) -> bool:
+def _crossed(decoder: Variant, image: ImageSpec, made: Mapping[str, TensorSpec]) -> Iterator[str]:
+    """Whether the decoder looks at what is made for it to look at."""
+    inputs = {tensor.name: tensor for tensor in decoder.inputs}
+    looked_at = [name for name in inputs if is_cross(name)]
+    if bool(looked_at) != (image.into == "cross_attention") or (looked_at and CROSS_BIAS not in inputs):
+        yield f"it looks at {', '.join(looked_at) or 'nothing'}, and features go into {image.into}"
+    for name in looked_at:
+        if name not in made:
+            yield f"nothing gives its input {name}"
+        elif len(made[name].shape) != 4 or _differs(inputs[name].shape, made[name].shape):
+            yield f"{name} has the shape {list(inputs[name].shape)}, it is given {list(made[name].shape)}"
+
+
+def _differs(shape: Sequence[int | str], wanted: Sequence[int | str]) -> bool:
     return len(shape) == len(wanted) and any(isinstance(a, int) and a != b for a, b in zip(shape, wanted, strict=True))
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "QWEN_TEMPLATE",
     "TEMPLATE",
     "Names",
+    "byte_tokenizer",
     "make_tokenizer",
     "qwen_tokenizer",
     "save_state_dict",
@@ -64,14 +65,14 @@ def make_tokenizer(rows: int = 6, cols: int = 6) -> PreTrainedTokenizerFast:
     """Byte-level BPE without merges (256 byte tokens) and the special tokens of SmolVLM."""
     tiles = [f"<row_{r}_col_{c}>" for r in range(1, rows + 1) for c in range(1, cols + 1)]
     return PreTrainedTokenizerFast(
-        tokenizer_object=_byte_tokenizer(*_SPECIAL, *tiles),
+        tokenizer_object=byte_tokenizer(*_SPECIAL, *tiles),
         bos_token="<|im_start|>",
         eos_token="<end_of_utterance>",
         pad_token="<|im_start|>",
     )
 
 
-def _byte_tokenizer(*special: str) -> Tokenizer:
+def byte_tokenizer(*special: str) -> Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -263,7 +264,7 @@ _QWEN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|
 
 def qwen_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE without merges and the special tokens of Qwen2-VL."""
-    core = _byte_tokenizer(*_QWEN_SPECIAL, "<|image_pad|>", "<|video_pad|>")
+    core = byte_tokenizer(*_QWEN_SPECIAL, "<|image_pad|>", "<|video_pad|>")
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 

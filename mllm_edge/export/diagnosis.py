@@ -13,7 +13,7 @@ from mllm_edge.errors import MllmEdgeError, SourceError
 from mllm_edge.export.checkpoint.safetensors import Weights
 from mllm_edge.export.checkpoint.source import Source, open_source
 from mllm_edge.export.checkpoint.vocabulary import check_generation
-from mllm_edge.export.decoders.build import build_decoder
+from mllm_edge.export.decoders.build import build_cross_kv, build_decoder
 from mllm_edge.export.early import check_checkpoint
 from mllm_edge.export.family import family_for, open_weights, reading, understand
 from mllm_edge.export.pipeline import WHOLE_LIMIT, require_all_used
@@ -194,6 +194,8 @@ def _cost(plan: Plan, weights: Weights, name: str, vision: Sequence[tuple[int, i
 def _decoder_bytes(plan: Plan, weights: Weights, chosen: Recipe) -> int:
     sink = DryFile()
     build_decoder(plan.decoder, weights, chosen, sink)
+    if plan.decoder.crossed:
+        build_cross_kv(plan.decoder, weights, chosen, sink)
     return sink.nbytes
 
 

@@ -24,7 +24,7 @@ from mllm_edge.errors import ExportError
 from mllm_edge.export.checkpoint.files import local_path
 from mllm_edge.export.checkpoint.safetensors import Weights
 from mllm_edge.export.checkpoint.source import Source
-from mllm_edge.export.decoders.build import build_decoder
+from mllm_edge.export.decoders.build import build_cross_kv, build_decoder
 from mllm_edge.export.judge import Allowance, asked, judged, loss_of
 from mllm_edge.export.loss import turns_of
 from mllm_edge.export.plan import Plan
@@ -36,12 +36,13 @@ from mllm_edge.graph.builder import save_model, tensor_specs
 from mllm_edge.graph.datafile import DataFile, DataSink, DryFile
 from mllm_edge.graph.decoder_spec import DecoderSpec
 from mllm_edge.graph.precision import Precision
-from mllm_edge.graph.ranges import decoder_ranges
+from mllm_edge.graph.ranges import crossed_range, decoder_ranges
 from mllm_edge.json_form import to_json
 from mllm_edge.loss import Loss
 from mllm_edge.progress import Progress
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.spec import (
+    CROSS_KV,
     SCHEMA_VERSION,
     Component,
     EmbeddingSpec,
@@ -81,7 +82,9 @@ class ExportJob:
         progress.stage("tracing the vision encoder and connector")
         types = dict.fromkeys(form.float_type for form in wanted)
         self._traces = {(c.name, dtype): trace(c, dtype) for dtype in types for c in plan.traced}
-        self._components = [*(c.name for c in plan.traced), "decoder"]
+        self._components = [*(stage.component for stage in plan.model.stages), "decoder"]
+        first = next((i for i, layer in enumerate(plan.decoder.stack) if layer.has("cross_attention")), 0)
+        self._probe_layers = max(_PROBE_LAYERS, first + 1)
         self._loaded: Reference | None = None
         self._losses: dict[str, Loss] = {}  # of the bundle as it is, by target
         self._hashes: dict[Path, FileEntry] = {}  # of the data files, which are hashed while they are written
@@ -217,7 +220,7 @@ class ExportJob:
             results, accuracy = self._verify(folder, Scope(None), cases, allowance)
         else:
             with self._beside(folder, manifest, self._forms, self._recipe, self._short()) as probe:
-                results, accuracy = self._verify(probe, Scope(_PROBE_LAYERS), cases, allowance)
+                results, accuracy = self._verify(probe, Scope(self._probe_layers), cases, allowance)
         return results | proof, accuracy
 
     def _prove(self, folder: Path, manifest: Manifest, whole: bool, cases: Sequence[Case]) -> dict[str, Any]:
@@ -231,7 +234,7 @@ class ExportJob:
             if (component.name, form.float_type) not in self._traces:
                 self._traces[component.name, form.float_type] = trace(component, form.float_type)
         small = whole and self._plan.model.parameters <= _FLOAT_LIMIT
-        decoder, scope = (self._plan.decoder, Scope(None)) if small else (self._short(), Scope(_PROBE_LAYERS))
+        decoder, scope = (self._plan.decoder, Scope(None)) if small else (self._short(), Scope(self._probe_layers))
         floats = self._beside(folder, manifest, [form], recipe("fp32"), decoder, self._components)
         # A part of a source that is wanted whole, too, is not kept.
         reference = self._reference(scope) if small or not whole else Reference(self._source, scope)
@@ -240,8 +243,8 @@ class ExportJob:
         return {"float32": to_json(parity)}
 
     def _short(self) -> DecoderSpec:
-        """The first layers, and the head."""
-        return replace(self._plan.decoder, stack=self._plan.decoder.stack[:_PROBE_LAYERS])
+        """The first layers, one that looks at images among them where there is one, and the head."""
+        return replace(self._plan.decoder, stack=self._plan.decoder.stack[: self._probe_layers])
 
     def _verify(
         self, folder: Path, scope: Scope, cases: Sequence[Case], allowance: Allowance
@@ -293,16 +296,17 @@ class ExportJob:
     def _build(
         self, name: str, form: Form, sink: DataSink, decoder: DecoderSpec, chosen: Recipe | None = None
     ) -> ir.Model:
-        if name == "decoder":
-            return build_decoder(decoder, self._weights, chosen or self._recipe, sink, form.dialect, form.float_type)
+        if name in ("decoder", CROSS_KV):
+            build = build_decoder if name == "decoder" else build_cross_kv
+            return build(decoder, self._weights, chosen or self._recipe, sink, form.dialect, form.float_type)
         component = next(c for c in self._plan.traced if c.name == name)
         traced = self._traces[name, form.float_type]
         precision = self._precision(name, chosen)
         return lower(component, traced, self._weights, precision, sink, form.dialect, form.float_type)
 
     def _ranges(self, name: str, form: Form) -> Mapping[str, SymbolRange]:
-        if name == "decoder":
-            return decoder_ranges(form.kv_mode)
+        if name in ("decoder", CROSS_KV):
+            return decoder_ranges(form.kv_mode, crossed_range(self._plan.model.image))
         return next(c for c in self._plan.traced if c.name == name).all_ranges
 
     def _precision(self, name: str, chosen: Recipe | None = None) -> Precision:

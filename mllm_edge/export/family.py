@@ -27,7 +27,7 @@ from mllm_edge.export.decoders.place import Place
 from mllm_edge.export.plan import Plan, TracedComponent
 from mllm_edge.export.reference import load_reference
 from mllm_edge.graph.decoder_spec import DecoderSpec
-from mllm_edge.spec import EmbeddingSpec, ImageSpec, ModelSpec
+from mllm_edge.spec import CROSS_KV, EmbeddingSpec, ImageSpec, ModelSpec, Stage
 
 __all__ = [
     "Checkpoint",
@@ -104,8 +104,9 @@ class Family:
     or SourceError that names what does not fit. For the comparison with the source model there are `load_processor`,
     the reference's own processor without torchvision, `load_model` (the source; how many layers of the decoder, None:
     all) in float32, and `image_features` (model, inputs): its tensors that answer to the components' outputs
-    `vision_hidden` and `image_features`. `pixel_values` (model, inputs): those of its processor, where they differ from
-    the bundle's by more than their shape; `note`: what every comparison says of the reference.
+    `vision_hidden` and `image_features` (or `encoder_hidden_states`). `pixel_values` (model, inputs): those of its
+    processor, where they differ from the bundle's by more than their shape; `note`: what every comparison says of the
+    reference.
 
     A layout that transformers does not know has `own_layouts`, its model types; `renames`, from its names to
     transformers', by regular expressions that are applied in order; and `translated`, the source with its configuration
@@ -219,8 +220,11 @@ def understand(source: Source, weights: Weights) -> Plan:
     for reader in (top, checkpoint.text, checkpoint.vision):
         reader.finish()
     image = parts.image
-    check_vocabulary(source, {image.prompt.token: image.prompt.token_id}, parts.markers, decoder.vocab_size)
     embedding = Place(family.text).embedding
+    rows = weights.shape(embedding)[0]
+    # A token that is read and never chosen may have an embedding and no logit (mllama's placeholder).
+    check_vocabulary(source, {image.prompt.token: image.prompt.token_id}, parts.markers, max(rows, decoder.vocab_size))
+    crossed = (Stage(CROSS_KV, "text", "prompt"),) if decoder.crossed else ()
     model = ModelSpec(
         family=family.name,
         model_type=source.model_type,
@@ -228,11 +232,11 @@ def understand(source: Source, weights: Weights) -> Plan:
         vocab_size=decoder.vocab_size,
         context_length=context,
         parameters=weights.parameters,
-        embedding=EmbeddingSpec("embed_tokens.npy", weights.shape(embedding)[0], scale=decoder.embedding_scale),
+        embedding=EmbeddingSpec("embed_tokens.npy", rows, scale=decoder.embedding_scale),
         positions=replace(decoder.position_spec(), images=parts.images),
         state=decoder.state_specs(),
         image=image,
-        stages=tuple(component.stage for component in parts.traced),
+        stages=(*(component.stage for component in parts.traced), *crossed),
     )
     ignored = tuple(name for name in weights if name.endswith(_TABLES) or name.startswith(parts.ignored))
     return Plan(model, decoder, parts.traced, embedding, family.texts(checkpoint), ignored, parts.arrays)

@@ -10,6 +10,7 @@ from mllm_edge.export.checkpoint.texts import Texts
 from mllm_edge.graph.decoder_spec import DecoderSpec
 from mllm_edge.graph.ranges import TILES, TOKENS, symbols
 from mllm_edge.spec import (
+    AspectRatioId,
     GridRope,
     ImageSpec,
     LearnedPositions,
@@ -129,6 +130,8 @@ def table_specs(table: Table, merge: int) -> tuple[TensorSpec, ...]:
         return tuple(TensorSpec(name, "float32", ("cells", merge**2, table.dim // 2)) for name in table.names)
     if isinstance(table, LearnedPositions):
         return (TensorSpec(table.names[0], "float32", ("cells", merge**2, table.dim)),)
+    if isinstance(table, AspectRatioId):
+        return tuple(TensorSpec(name, "int64", (1,)) for name in table.names)
     index, bias, back = table.names
     window = table.side**2 * merge**2
     return (

@@ -2,7 +2,7 @@
 
 import importlib.util
 import inspect
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from mllm_edge.graph.precision import Precision, block_size
 
 __all__ = [
     "adapted",
+    "behind",
     "cache_name",
     "forget_prompts",
     "greedy_answers",
@@ -54,6 +55,11 @@ def forget_prompts(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "rope_deltas"):
             module.rope_deltas = None
+
+
+def behind(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a prompt's inputs what a token behind it has, too, as in `generate`: it sees of images what the last one does."""
+    return {name: inputs[name][:, -1:] for name in ("cross_attention_mask",) if name in inputs}
 
 
 def cache_name(model: Any) -> str:

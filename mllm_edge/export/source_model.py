@@ -13,8 +13,9 @@ from mllm_edge.export.answers import References
 from mllm_edge.export.checkpoint.quiet import quiet_transformers
 from mllm_edge.export.checkpoint.source import Source
 from mllm_edge.export.family import family_for
-from mllm_edge.export.reference import adapted, cache_name, forget_prompts
+from mllm_edge.export.reference import adapted, behind, cache_name, forget_prompts
 from mllm_edge.runtime.decode.encoded import Encoded
+from mllm_edge.spec import ENCODED
 
 __all__ = ["Reference", "Scope", "source_outputs"]
 
@@ -67,7 +68,8 @@ class Reference:
             if images:
                 found["pixel_values"] = self.family.pixel_values(self.model, inputs).numpy()
                 hidden, features = self.family.image_features(self.model, inputs)
-                found["vision_hidden"], found["image_features"] = hidden.numpy(), features.numpy()
+                found["vision_hidden"] = hidden.numpy()
+                found["image_features"] = found[ENCODED] = features.numpy()
             found.update(self._greedy(inputs))
         return found
 
@@ -118,7 +120,7 @@ class Reference:
             logits.append(out.logits[0, -1].numpy())
             tokens.append(int(out.logits[0, -1].argmax()))
             token = self.torch.tensor([[tokens[-1]]])
-            out = self.model(input_ids=token, **{cache: out.past_key_values}, use_cache=True)
+            out = self.model(input_ids=token, **{cache: out.past_key_values}, use_cache=True, **behind(inputs))
         return {"logits": np.stack(logits), "tokens": np.array(tokens)}
 
 

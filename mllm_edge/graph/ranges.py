@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
-from mllm_edge.spec import SymbolRange, TensorSpec
+from mllm_edge.spec import ImageSpec, SymbolRange, TensorSpec
 
-__all__ = ["CROSS_KV", "TEXT_ENCODER", "TILES", "TOKENS", "decoder_ranges", "symbols", "used_ranges"]
+__all__ = ["CROSS_KV", "TEXT_ENCODER", "TILES", "TOKENS", "crossed_range", "decoder_ranges", "symbols", "used_ranges"]
 
 _BATCH = SymbolRange(limit="max_batch")
 # As many as a prompt has tokens.
@@ -15,7 +15,15 @@ TEXT_ENCODER: Mapping[str, SymbolRange] = {"batch": _BATCH, "sequence": TOKENS}
 CROSS_KV: Mapping[str, SymbolRange] = {"batch": _BATCH, "features": TOKENS}
 
 
-def decoder_ranges(kv_mode: Literal["in_place", "append"]) -> dict[str, SymbolRange]:
+def crossed_range(image: ImageSpec | None) -> SymbolRange:
+    """Of the features that cross-attention looks at: of as many images as one run may have, or of a text."""
+    if image is None or image.into != "cross_attention":
+        return TOKENS
+    rows = image.features * (image.tiles or 1)
+    return SymbolRange(usual=rows, limit="max_images", times=rows)
+
+
+def decoder_ranges(kv_mode: Literal["in_place", "append"], features: SymbolRange = TOKENS) -> dict[str, SymbolRange]:
     """Of a decoder. Every number of new tokens may stand behind every past; which of them there is room for is the
     caller's concern in `append`, where the mask is as long as both."""
     append = kv_mode == "append"
@@ -27,7 +35,7 @@ def decoder_ranges(kv_mode: Literal["in_place", "append"]) -> dict[str, SymbolRa
         "past": SymbolRange(0, 0, None, "max_past", share=0.5),
         "length": spanned,
         "capacity": SymbolRange(None, limit="max_seq"),
-        "features": TOKENS,
+        "features": features,
     }
 
 

@@ -6,10 +6,11 @@ from itertools import chain
 import numpy as np
 
 from mllm_edge.runtime.decode.encoded import Encoded
+from mllm_edge.runtime.decode.masks import cross_bias
 from mllm_edge.runtime.prompt.processor import Prompt
 from mllm_edge.runtime.prompt.tables import table_inputs
 from mllm_edge.runtime.trace import Trace
-from mllm_edge.spec import ImageSpec, ModelSpec
+from mllm_edge.spec import CROSS_BIAS, CROSS_ROWS, ImageSpec, ModelSpec, Stage, is_cross
 
 __all__ = ["FEATURES", "Components", "encoded", "stage_runs"]
 
@@ -27,10 +28,24 @@ class Components:
         """`slices`: how many of an image's slices a run takes at most, where they are independent."""
         self.model, self.slices, self._inputs, self._run = model, slices, inputs, run
 
-    def run(self, given: Mapping[str, np.ndarray], trace: Trace) -> dict[str, Arrays]:
-        """The outputs of all stages, by component, when the first are `given` these."""
+    @property
+    def for_images(self) -> tuple[Stage, ...]:
+        """The stages that run for slices or images."""
+        return tuple(stage for stage in self.model.stages if stage.per != "prompt")
+
+    @property
+    def for_prompt(self) -> tuple[Stage, ...]:
+        """Those that run once, behind the others."""
+        return tuple(stage for stage in self.model.stages if stage.per == "prompt")
+
+    def taken(self, stages: Sequence[Stage]) -> set[str]:
+        """The inputs of these stages."""
+        return {name for stage in stages for name in self._inputs[stage.component]}
+
+    def run(self, stages: Sequence[Stage], given: Mapping[str, np.ndarray], trace: Trace) -> dict[str, Arrays]:
+        """The outputs of some stages, by component, when the first are `given` these."""
         known, found = dict(given), dict[str, Arrays]()
-        for stage in self.model.stages:
+        for stage in stages:
             with trace.span(stage.component):
                 outputs = self._run(stage.component, {name: known[name] for name in self._inputs[stage.component]})
             known |= outputs
@@ -45,8 +60,15 @@ def stage_runs(
     image = components.model.image
     if image is None or prompt.pixel_values is None:
         return
+    whole, rows = components.taken(components.for_prompt), dict[str, list[np.ndarray]]()
     for given in _image_inputs(components, image, prompt, arrays):
-        yield components.run(given, trace)
+        run = components.run(components.for_images, given, trace)
+        yield run
+        for name, array in ((n, a) for outputs in run.values() for n, a in outputs.items() if n in whole):
+            rows.setdefault(name, []).append(array.reshape(1, -1, array.shape[-1]))
+    if components.for_prompt:
+        joined = {name: np.concatenate(arrays, axis=1) for name, arrays in rows.items()}
+        yield components.run(components.for_prompt, joined, trace)
 
 
 def encoded(
@@ -58,20 +80,33 @@ def encoded(
 ) -> Encoded:
     """All that a prompt is to the decoder. `embed`: ids [S] → rows [S, H]; `arrays`: the bundle's that
     `ImageSpec.arrays` names."""
-    parts: dict[str, list[np.ndarray]] = {}
+    parts, cross = dict[str, list[np.ndarray]](), Arrays()
     for run in stage_runs(components, prompt, arrays, trace):
         for outputs in run.values():
             for name, array in outputs.items():
                 if name == FEATURES or name.startswith(_DEEPSTACK):
                     rows = array.reshape(-1, array.shape[-1]).astype(np.float32, copy=False)
                     parts.setdefault(name, []).append(rows)
+                elif is_cross(name):
+                    cross[name] = array
     with trace.span("embed"):
         embeds = embed(prompt.token_ids)
         rows_of = {name: _tokens(prompt, np.concatenate(rows), arrays) for name, rows in parts.items()}
         if FEATURES in rows_of:
             embeds[prompt.image_positions] = rows_of.pop(FEATURES)
         per_token = {name: _placed(rows, prompt) for name, rows in rows_of.items()}
-        return Encoded(embeds, prompt.positions, per_token=per_token)
+        if cross:
+            per_token |= _crossed(components.model.image, prompt)
+        return Encoded(embeds, prompt.positions, per_token=per_token, cross=cross)
+
+
+def _crossed(image: ImageSpec | None, prompt: Prompt) -> Arrays:
+    """Which features cross-attention shows each token: of tiles that an image lacks none."""
+    assert image is not None
+    shown = [layout.tiles * image.features for layout in prompt.layouts]
+    features = prompt.layouts[0].slices * image.features
+    bias, rows = cross_bias(len(prompt.token_ids), prompt.image_positions.tolist(), shown, features)
+    return {CROSS_BIAS: bias, CROSS_ROWS: rows}
 
 
 def _image_inputs(
@@ -80,7 +115,7 @@ def _image_inputs(
     """The inputs of each run: some slices of all images, or those of one image or grid with its tables."""
     pixel_values = prompt.pixel_values
     assert pixel_values is not None
-    if all(stage.per == "slice" for stage in components.model.stages):
+    if all(stage.per == "slice" for stage in components.for_images):
         for start in range(0, len(pixel_values), components.slices):
             yield {"pixel_values": pixel_values[start : start + components.slices]}
         return

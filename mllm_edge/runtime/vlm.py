@@ -44,6 +44,7 @@ from mllm_edge.runtime.prompt.processor import Messages, Processor, Prompt
 from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
 from mllm_edge.runtime.trace import Trace
 from mllm_edge.runtime.turns import Turn, Turns, native
+from mllm_edge.spec import ENCODED
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -267,9 +268,12 @@ class VLM:
 
     def image_features(self, prompt: Prompt, trace: Trace | None = None) -> np.ndarray:
         """The stages before the decoder: the images of a prompt that has some → the rows [tokens, hidden] float32 that
-        take the places of its image tokens.
+        take the places of its image tokens; or the rows [N, F] that cross-attention looks at.
 
         Raises PromptError for a prompt without images."""
+        if self.spec.image is not None and self.spec.image.into == "cross_attention":
+            outputs = self.stage_outputs(prompt, trace).values()
+            return next(found[ENCODED].reshape(-1, found[ENCODED].shape[-1]) for found in outputs if ENCODED in found)
         with self._turns.turn():
             self._require_images(prompt)
             return self._encode(prompt, trace or Trace()).embeds[prompt.image_positions]

@@ -4,9 +4,12 @@ This is the closed vocabulary of the device side. Nothing here knows a model fam
 that the bundle was made by a newer version. Only numpy-free standard library is imported.
 """
 
+from mllm_edge.spec.cross import CROSS_BIAS, CROSS_KV, CROSS_ROWS, ENCODED, cross_names, is_cross
 from mllm_edge.spec.images import (
     MOST_PIXELS,
+    AspectRatioId,
     CenterCrop,
+    FitCanvas,
     GridRope,
     GridWindows,
     ImagePrompt,
@@ -63,6 +66,14 @@ from mllm_edge.spec.state import (
 )
 
 __all__ = [
+    "CROSS_BIAS",
+    "CROSS_KV",
+    "CROSS_ROWS",
+    "ENCODED",
+    "cross_names",
+    "is_cross",
+    "AspectRatioId",
+    "FitCanvas",
     "MOST_PIXELS",
     "StateKind",
     "StateSpec",

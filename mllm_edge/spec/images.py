@@ -5,7 +5,9 @@ from typing import Literal
 
 __all__ = [
     "MOST_PIXELS",
+    "AspectRatioId",
     "CenterCrop",
+    "FitCanvas",
     "GridRope",
     "GridWindows",
     "ImagePrompt",
@@ -137,6 +139,19 @@ class SelectResolution:
 
 
 @dataclass(frozen=True)
+class FitCanvas:
+    """Scale into the top left of a black canvas of at most `max_tiles` tiles of `size` × `size` px, keeping the aspect
+    ratio, and cut that row by row. The canvas is the one that enlarges the image least; where all shrink it, the one
+    that shrinks it least; of several, the one with the fewest tiles (then rows). On it the image is as large as it is,
+    but no larger than the canvas, and no smaller than a tile on the side that decides."""
+
+    size: int
+    max_tiles: int
+    resample: Resample
+    op: Literal["fit_canvas"] = "fit_canvas"
+
+
+@dataclass(frozen=True)
 class Rescale:
     """uint8 → float32, multiplied by `factor`."""
 
@@ -218,6 +233,7 @@ Transform = (
     | SplitTiles
     | SelectTiles
     | SelectResolution
+    | FitCanvas
     | Rescale
     | Normalize
     | ResizeToPixels
@@ -283,7 +299,17 @@ class LearnedPositions:
     op: Literal["learned_positions"] = "learned_positions"
 
 
-Table = GridRope | GridWindows | LearnedPositions
+@dataclass(frozen=True)
+class AspectRatioId:
+    """Input `names` [1] int64: the grid's place, from 1, among all those of at most `max_tiles` tiles, by their rows and
+    then columns."""
+
+    max_tiles: int
+    names: tuple[str, ...] = ("aspect_ratio_id",)
+    op: Literal["aspect_ratio_id"] = "aspect_ratio_id"
+
+
+Table = GridRope | GridWindows | LearnedPositions | AspectRatioId
 
 
 # ---------------------------------------------------------------- from features to tokens
@@ -326,6 +352,11 @@ class ImageSpec:
     `pack`: where it is not empty, the features of an image's tiles are a grid of rows, square in each tile, which it
     changes in its order; the overview's come before them, untouched. `several`: the transforms for a prompt with more
     than one image, where they differ.
+
+    `tiles`: an image has so many, and those that it lacks are zeros behind all transforms. `into`: where its features
+    go. `tokens`: they take the places of its tokens. `cross_attention`: that looks at all features of all images, those
+    of zeros too, from the image's token on until the next image's; of images one behind the other, at all of these.
+    Such an image is one token, which keeps its embedding.
     """
 
     transforms: tuple[Transform, ...]
@@ -337,6 +368,8 @@ class ImageSpec:
     tables: tuple[Table, ...] = ()
     pack: tuple[Pack, ...] = ()
     several: tuple[Transform, ...] | None = None
+    tiles: int | None = None
+    into: Literal["tokens", "cross_attention"] = "tokens"
 
     @property
     def patches(self) -> Patchify | None:

@@ -47,15 +47,18 @@ class Stage:
 
     Tensors go by their names. An input is `pixel_values`, a table of the images, or an output of an earlier stage.
     Outputs: `image_features` [.., H] take the places of the image tokens; `deepstack.{k}` [.., H] are added there
-    behind layer k; others are for later stages.
+    behind layer k; `cross.{l}.key` and `.value` are what the decoder's cross-attention looks at; others are for later
+    stages.
 
     `role` decides about precision. What a run takes, `per`: slice (any number of slices, of any images), image (all
-    slices of one, with its tables; of an image that is several grids of cells, those of one grid).
+    slices of one, with its tables; of an image that is several grids of cells, those of one grid), prompt (outputs of
+    earlier stages, [1, N, F]: the rows of all images one behind the other; stages of this kind come last, and run only
+    where there are images).
     """
 
     component: str
     role: Role
-    per: Literal["slice", "image"]
+    per: Literal["slice", "image", "prompt"]
 
 
 @dataclass(frozen=True)
@@ -125,8 +128,8 @@ class SymbolRange:
     """Sizes of a symbolic dimension that an engine takes: from `least` to `most`, fastest at `usual`.
 
     `limit` names what the build of an engine bounds `most` by; None for `most`: by that alone, for `least`: always as
-    large as `most`. `usual` is at least the part `share` of `most`. `sum_of`, in place of all these: the symbols whose
-    sizes it adds up. Limits: `max_seq`, tokens of prompt and answer; `max_past`, one less; `max_new`, tokens of one run
+    large as `most`. `usual` is at least the part `share` of `most`. `times`: so many for each one of the limit.
+    `sum_of`, in place of all these: the symbols whose sizes it adds up. Limits: `max_seq`, tokens of prompt and answer; `max_past`, one less; `max_new`, tokens of one run
     of a decoder; `max_images`, images or tiles in one run; `max_batch`, sequences; `max_rows`, tokens whose logits are
     wanted.
     """
@@ -136,6 +139,7 @@ class SymbolRange:
     most: int | None = None
     limit: Literal["max_seq", "max_past", "max_new", "max_images", "max_batch", "max_rows"] | None = None
     share: float = 0.0
+    times: int = 1
     sum_of: tuple[str, ...] = ()
 
 

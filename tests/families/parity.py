@@ -18,6 +18,7 @@ from mllm_edge.bundle import Bundle
 from mllm_edge.export.checkpoint.source import open_source
 from mllm_edge.export.family import family_for
 from mllm_edge.export.pipeline import export
+from mllm_edge.export.reference import behind
 from mllm_edge.export.targets import TARGETS
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.prompt.processor import Prompt
@@ -142,7 +143,8 @@ def _reference_steps(model: Any, inputs: Any) -> tuple[list[int], np.ndarray]:
     for _ in range(GREEDY):
         rows.append(out.logits[0, -1].numpy())
         tokens.append(int(rows[-1].argmax()))
-        out = model(input_ids=torch.tensor([[tokens[-1]]]), past_key_values=out.past_key_values, use_cache=True)
+        token = torch.tensor([[tokens[-1]]])
+        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True, **behind(inputs))
     return tokens, np.stack(rows)
 
 

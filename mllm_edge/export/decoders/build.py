@@ -15,6 +15,7 @@ from mllm_edge.graph.dialects.base import Dialect
 from mllm_edge.graph.dialects.known import DIALECTS
 from mllm_edge.graph.gate import check_cuda_graph, check_graph
 from mllm_edge.graph.linear import linear
+from mllm_edge.spec import CROSS_BIAS, CROSS_KV, CROSS_ROWS, ENCODED, cross_names
 
 __all__ = ["build_cross_kv", "build_decoder", "build_text_encoder"]
 
@@ -87,7 +88,7 @@ def build_text_encoder(
         for branch in layer.branches:
             layers.branch(stream, i, layer, branch, inputs)
     hidden = _last_hidden(layers, stream, ops, spec)
-    graph.output(hidden, "encoder_hidden_states", float_type, ("batch", "sequence", spec.hidden_size))
+    graph.output(hidden, ENCODED, float_type, ("batch", "sequence", spec.hidden_size))
     return _finish(ops, dialect)
 
 
@@ -102,13 +103,13 @@ def build_cross_kv(
     """encoder_hidden_states [B, N, features] T → cross.{l}.key and .value [B, Hkv, N, D] T, for every layer that has
     cross-attention. Constant while one image (or text) is talked about: it runs once."""
     assert spec.cross is not None, "this decoder has no cross-attention"
-    ops: Dialect = DIALECTS[dialect]("cross_kv", data, float_type)
+    ops: Dialect = DIALECTS[dialect](CROSS_KV, data, float_type)
     graph, layers = ops.graph, Layers(ops, spec, weights, recipe)
-    features = graph.input("encoder_hidden_states", float_type, ("batch", "features", spec.cross.features))
+    features = graph.input(ENCODED, float_type, ("batch", "features", spec.cross.features))
     numbered = [i for i, layer in enumerate(spec.stack) if layer.has("cross_attention")]
     for number, i in enumerate(numbered):
-        for part, value in zip(("key", "value"), layers.cross_kv(i, features), strict=True):
-            graph.output(value, f"cross.{number}.{part}", float_type, _cross_shape(spec.cross))
+        for name, value in zip(cross_names(number), layers.cross_kv(i, features), strict=True):
+            graph.output(value, name, float_type, _cross_shape(spec.cross))
     return _finish(ops, dialect)
 
 
@@ -116,11 +117,11 @@ def _optional_inputs(ops: Dialect, spec: DecoderSpec) -> dict[str, ir.Value]:
     """The inputs that only some decoders have."""
     shapes: dict[str, tuple[int | str, ...]] = {}
     if spec.cross is not None:
-        names = [f"cross.{n}.{part}" for n in range(spec.crossed) for part in ("key", "value")]
+        names = [name for layer in range(spec.crossed) for name in cross_names(layer)]
         shapes |= dict.fromkeys(names, _cross_shape(spec.cross))
-        shapes["cross_attention_bias"] = ("batch", 1, "sequence", "features")
+        shapes[CROSS_BIAS] = ("batch", 1, "sequence", "features")
         if spec.cross.rows:
-            shapes["cross_attention_rows"] = ("batch", "sequence", 1)
+            shapes[CROSS_ROWS] = ("batch", "sequence", 1)
     for state in spec.state_specs():
         if state.kind == "recurrent":
             shapes |= dict.fromkeys(state.inputs, ("batch", *state.shape))

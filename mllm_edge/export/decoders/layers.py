@@ -17,7 +17,7 @@ from mllm_edge.graph.dialects import base
 from mllm_edge.graph.dialects.base import Dialect, Norm, SelfAttention
 from mllm_edge.graph.linear import Linear, by_weights, linear, to_float
 from mllm_edge.graph.precision import FLOAT32
-from mllm_edge.spec import state_input
+from mllm_edge.spec import CROSS_BIAS, CROSS_ROWS, cross_names, state_input
 
 __all__ = ["Layers", "Stream"]
 
@@ -66,7 +66,7 @@ class Layers:
             x = total = stream.total(f"{name}.input")
         out = self._output(i, layer, branch, x, inputs)
         if branch.silenced:
-            out = ops.graph.node("Mul", [out, inputs["cross_attention_rows"]], f"{name}.silenced")
+            out = ops.graph.node("Mul", [out, inputs[CROSS_ROWS]], f"{name}.silenced")
         if branch.post is not None:
             out, _ = ops.norm(f"layers.{i}.{branch.post}", self.norm(i, branch.post), out, None)
         stream.pending, stream.residual = out, total
@@ -176,8 +176,8 @@ class Layers:
             query = operators.merge_heads(
                 graph, f"{name}.q_norm.merged", base.normed_heads(self._ops, f"{name}.q_norm", norm, heads)
             )
-        key, value = (inputs[f"cross.{number}.{part}"] for part in ("key", "value"))
-        attended = self._ops.attention(name, spec, query, key, value, inputs["cross_attention_bias"])
+        key, value = (inputs[tensor] for tensor in cross_names(number))
+        attended = self._ops.attention(name, spec, query, key, value, inputs[CROSS_BIAS])
         out = self._name(i, "cross_o_proj")
         return self._to_hidden(attended, f"layers.{i}.cross_o_proj", out, rows, spec.output_bias, factor)
 

@@ -297,7 +297,8 @@ def _shapes(variant: Variant, ranges: Mapping[str, Sizes]) -> dict[str, Range]:
 
 def _sizes(symbol: SymbolRange, bounds: Mapping[str, int], decode: bool) -> Sizes:
     """Least, usual and most; a decode step has as few new tokens as there can be."""
-    allowed = [size for size in (symbol.most, bounds.get(symbol.limit or "")) if size is not None]
+    bound = bounds[symbol.limit] * symbol.times if symbol.limit is not None else None
+    allowed = [size for size in (symbol.most, bound) if size is not None]
     most = min(allowed)
     least = most if symbol.least is None else min(symbol.least, most)
     usual = least if decode and symbol.limit == "max_new" else max(least, symbol.usual, int(symbol.share * most))

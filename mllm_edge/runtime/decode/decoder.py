@@ -14,11 +14,14 @@ from mllm_edge.runtime.decode.positions import check_positions, inverse_frequenc
 from mllm_edge.runtime.decode.state import Cache, Snapshot
 from mllm_edge.runtime.decode.step_inputs import Step, contract_for
 from mllm_edge.runtime.limits import MOST_ROWS
-from mllm_edge.spec import ModelSpec, Variant, rewindable
+from mllm_edge.spec import ModelSpec, Variant, is_cross, rewindable
 
 __all__ = ["Decoder", "DecoderSnapshot"]
 
 Tokens = Encoded | np.ndarray  # an array: the embeddings [S, H] of text
+Arrays = Mapping[str, np.ndarray]
+# By sequence (None: all together, which see nothing): what its cross-attention sees, and the inputs that repeat.
+Views = dict[int | None, tuple[Arrays | None, Arrays]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,9 +30,8 @@ class DecoderSnapshot:
 
     cache: Snapshot
     shifts: np.ndarray | None
-    crossed: bool | None
-    cross: Mapping[str, np.ndarray] | None
-    last: Mapping[str, np.ndarray]
+    views: Views
+    viewer: int | None
 
 
 class Decoder:
@@ -57,8 +59,9 @@ class Decoder:
         # [B], how far the positions to come are from their places, where an image takes another number of positions
         # than of places; None: nowhere.
         self._shifts: np.ndarray | None = None
-        self._crossed: bool | None = None  # whether cross-attention sees anything; None: nobody has said yet
-        self._cross: Mapping[str, np.ndarray] | None = None  # what it sees
+        self._crosses = any(map(is_cross, self._types))
+        self._views: Views = {}  # what `_viewer` sees, whose inputs are bound, may have changed since
+        self._viewer: int | None = 0
         self.top = self._logits.top
         self.rows = min(MOST_ROWS, session.limits.get("rows", MOST_ROWS))
         self.cache: Cache | None = None
@@ -67,12 +70,13 @@ class Decoder:
         """Start an empty sequence that holds `prompt` and `room` tokens behind it, with what its cross-attention sees;
         the prompt is not run yet. Raises as `reset`."""
         cache = self.reset(len(prompt) + room)
-        if prompt.cross or self._crossed is not False:
-            self.set_cross(prompt.cross or None)
+        if prompt.cross:
+            self.set_cross(prompt.cross)
         return cache
 
     def reset(self, capacity: int, batch: int = 1) -> Cache:
-        """Start `batch` empty sequences of up to `capacity` tokens; a cache that is large enough is used again.
+        """Start `batch` empty sequences of up to `capacity` tokens, whose cross-attention sees nothing yet; a cache that
+        is large enough is used again.
 
         Raises ContextError when the session was made for shorter ones.
         """
@@ -91,6 +95,8 @@ class Decoder:
         self.cache.truncate(0)
         self._shifts = None
         self._contract.begin()
+        self._views = {}
+        self._bind_view(0 if batch == 1 else None)
         return self.cache
 
     def forget(self) -> None:
@@ -102,23 +108,22 @@ class Decoder:
         """Copy what the cache holds, and how the tokens to come go on: their positions, what their cross-attention
         sees, and the inputs that repeat."""
         shifts = None if self._shifts is None else self._shifts.copy()
-        return DecoderSnapshot(self._opened().snapshot(), shifts, self._crossed, self._cross, dict(self._contract.last))
+        self._keep_view()
+        return DecoderSnapshot(self._opened().snapshot(), shifts, dict(self._views), self._viewer)
 
     def restore(self, snapshot: DecoderSnapshot) -> None:
         """Go back to a snapshot; raises as `Cache.restore`."""
         self._opened().restore(snapshot.cache)
         self._shifts = None if snapshot.shifts is None else snapshot.shifts.copy()
-        if snapshot.crossed is not None:
-            self.set_cross(snapshot.cross)
-        self._crossed = snapshot.crossed
-        self._contract.begin(snapshot.last)
+        self._views = dict(snapshot.views)
+        self._bind_view(snapshot.viewer)
 
-    def set_cross(self, cross_kv: Mapping[str, np.ndarray] | None) -> None:
-        """What cross-attention layers look at, as in `Encoded.cross`. None: nothing, and the layers stay silent."""
-        inputs = self._contract.cross(cross_kv)
-        if inputs:
-            self._session.bind(inputs, {})
-        self._crossed, self._cross = cross_kv is not None, cross_kv
+    def set_cross(self, cross_kv: Arrays | None, sequence: int = 0) -> None:
+        """What cross-attention layers look at in a sequence, as in `Encoded.cross`. None: nothing, and the layers stay
+        silent."""
+        self._keep_view()
+        self._views[sequence] = (cross_kv, {})
+        self._bind_view(sequence)
 
     def forward(self, tokens: Tokens, length: int | None = None, *, project: Sequence[int] | None = None) -> np.ndarray:
         """Append tokens to the only sequence; logits of the last one, [V] float32.
@@ -157,7 +162,7 @@ class Decoder:
     def takes_batch(self, counts: Sequence[int]) -> bool:
         """Whether the next `counts` [B] tokens of all sequences, at the places that follow, can be one run."""
         cache = self._opened()
-        plain = cache.mode == "in_place" and self._shifts is None
+        plain = cache.mode == "in_place" and self._shifts is None and all(v is None for v, _ in self._views.values())
         # The padding behind a shorter sequence's tokens would go into its recurrent state.
         plain = plain and (self.rewindable or len(set(counts)) == 1)
         return plain and self._contract.takes_batch(cache, np.array(counts))
@@ -184,6 +189,7 @@ class Decoder:
     ) -> np.ndarray:
         """One run, of one `sequence` alone or of all; logits [B, K, V], unless they are kept for the `top` of them."""
         cache, first = self._opened(), pieces[0]
+        self._view(sequence, first)
         pasts = cache.lengths.copy() if sequence is None else cache.lengths[sequence : sequence + 1].copy()
         counts = [len(piece) for piece in pieces]
         if first.positions is not None:
@@ -206,6 +212,34 @@ class Decoder:
         if not self.rewindable:
             cache.turn(sequence)
         return self._logits.array
+
+    def _view(self, sequence: int | None, piece: Encoded) -> None:
+        """Bind what a sequence's cross-attention sees, or all together see, for a run with this piece."""
+        if not self._crosses:
+            return
+        viewer = 0 if self._opened().batch == 1 else sequence
+        if viewer != self._viewer:
+            self._keep_view()
+            self._bind_view(viewer)
+        if (
+            viewer is not None
+            and self._opened().batch > 1
+            and piece.cross
+            and piece.cross is not self._views[viewer][0]
+        ):
+            self.set_cross(piece.cross, viewer)
+
+    def _keep_view(self) -> None:
+        """Note what the tokens to come of the sequence that is bound repeat."""
+        self._views[self._viewer] = (self._views.get(self._viewer, (None, {}))[0], self._contract.last)
+
+    def _bind_view(self, sequence: int | None) -> None:
+        cross_kv, last = self._views.setdefault(sequence, (None, {}))
+        if self._crosses:
+            batch = self._opened().batch if sequence is None else 1
+            self._session.bind(self._contract.cross(cross_kv, batch), {})
+        self._contract.begin(last)
+        self._viewer = sequence
 
     def _follow(self, positions: np.ndarray | None, sequence: int, tokens: int) -> np.ndarray | None:
         """The positions of the last `tokens` of a sequence, given or not; those to come go on behind them."""

@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from mllm_edge.spec import CROSS_BIAS, CROSS_ROWS
+
 __all__ = ["REPEATED", "Encoded"]
 
 # Inputs with a row for each token whose last row holds for the tokens behind the prompt, too: what cross-attention sees
 # of the prompt's last image, they see. The others are zero there.
-REPEATED = ("cross_attention_bias", "cross_attention_rows")
+REPEATED = (CROSS_BIAS, CROSS_ROWS)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,12 +1,13 @@
 """Attention masks on the host: what a token may not see, and how distance scores, as one additive bias."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
 from mllm_edge.runtime.backends.base import HIDDEN
 
-__all__ = ["RelativeBias", "attention_bias", "encoder_bias"]
+__all__ = ["RelativeBias", "attention_bias", "cross_bias", "encoder_bias"]
 
 
 def attention_bias(
@@ -33,6 +34,25 @@ def attention_bias(
 def encoder_bias(tokens: int, relative: "RelativeBias | None" = None) -> np.ndarray:
     """Bias [1, 1 or heads, S, S] float32 of a text encoder, where every token sees every other."""
     return np.zeros((1, 1, tokens, tokens), np.float32) if relative is None else relative.both_ways(tokens)
+
+
+def cross_bias(
+    tokens: int, places: Sequence[int], shown: Sequence[int], features: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What each of `tokens` tokens sees of images whose tokens are at `places`, each of so many `features` of which the
+    first `shown` are of the image: a bias [S, N] float32, and [S, 1] float32, 0 for tokens that see none, else 1.
+
+    An image is seen from its token until the next image's; where several follow each other at once, until the one behind
+    them all. The bias of tokens that see none hides nothing: the trained models compute it so.
+    """
+    bias = np.full((tokens, len(places) * features), HIDDEN, np.float32)
+    ends = [*places[1:], tokens]
+    for i in reversed(range(len(places))):
+        if i + 1 < len(places) and places[i] + 1 == places[i + 1]:
+            ends[i] = ends[i + 1]
+        bias[places[i] : ends[i], i * features : i * features + shown[i]] = 0
+    bias[: places[0]] = 0
+    return bias, (np.arange(tokens)[:, None] >= places[0]).astype(np.float32)
 
 
 class RelativeBias:

@@ -10,11 +10,9 @@ from mllm_edge.runtime.decode.encoded import REPEATED
 from mllm_edge.runtime.decode.masks import RelativeBias, attention_bias
 from mllm_edge.runtime.decode.positions import RotaryTable
 from mllm_edge.runtime.decode.state import Cache
-from mllm_edge.spec import ModelSpec, TensorSpec, Variant
+from mllm_edge.spec import CROSS_BIAS, CROSS_ROWS, ModelSpec, TensorSpec, Variant, is_cross
 
 __all__ = ["Contract", "Step", "contract_for"]
-
-_CROSS_BIAS, _CROSS_ROWS = REPEATED
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,8 @@ class Contract(Protocol):
         """Whether the next `counts` [B] tokens of all sequences can be one run."""
         ...
 
-    def cross(self, cross_kv: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
-        """Inputs for cross-attention; see `Decoder.set_cross`."""
+    def cross(self, cross_kv: Mapping[str, np.ndarray] | None, batch: int = 1) -> dict[str, np.ndarray]:
+        """Inputs for cross-attention, of so many sequences where they see nothing; see `Decoder.set_cross`."""
         ...
 
     last: Mapping[str, np.ndarray]  # of the inputs in REPEATED, for the tokens to come
@@ -82,12 +80,12 @@ class _Shared:
     def reset(self, capacity: int) -> None:
         self._ropes = [RotaryTable(spec, capacity, self._dtype) for spec in self._specs]
 
-    def cross(self, cross_kv: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
-        names = [name for name in self._inputs if name.startswith("cross.")]
+    def cross(self, cross_kv: Mapping[str, np.ndarray] | None, batch: int = 1) -> dict[str, np.ndarray]:
+        names = [name for name in self._inputs if is_cross(name)]
         self._silent = cross_kv is None
         if cross_kv is None:
             # Values of 0 add nothing, whatever the keys are.
-            found = {name: np.zeros((1, *_sizes(self._inputs[name], 1)), self._dtype) for name in names}
+            found = {name: np.zeros((batch, *_sizes(self._inputs[name], 1)), self._dtype) for name in names}
         else:
             found = {name: np.ascontiguousarray(cross_kv[name], self._dtype) for name in names}
         found = {name: _fixed(array) for name, array in found.items()}
@@ -144,10 +142,10 @@ class _Shared:
         for name, tensor in self._inputs.items():
             if name.startswith("deepstack."):
                 feeds[name] = np.zeros((batch, tokens, *_sizes(tensor, 0)), self._dtype)
-        if _CROSS_BIAS in self._inputs:
-            feeds[_CROSS_BIAS] = np.zeros((batch, 1, tokens, self._features), self._dtype)
-        if _CROSS_ROWS in self._inputs:
-            feeds[_CROSS_ROWS] = np.full((batch, tokens, 1), 0 if self._silent else 1, self._dtype)
+        if CROSS_BIAS in self._inputs:
+            feeds[CROSS_BIAS] = np.zeros((batch, 1, tokens, self._features), self._dtype)
+        if CROSS_ROWS in self._inputs:
+            feeds[CROSS_ROWS] = np.full((batch, tokens, 1), 0 if self._silent else 1, self._dtype)
         return feeds | {name: np.repeat(row, tokens, axis=-2) for name, row in self.last.items()}
 
     def _same_rows_for_all(self) -> bool:

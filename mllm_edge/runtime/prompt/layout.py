@@ -17,8 +17,9 @@ __all__ = ["Layout", "grid_positions", "image_text", "layout_of"]
 class Layout:
     """An image's place in everything that follows.
 
-    `slices`: rows of `pixel_values`, a grid of `rows` × `cols` and perhaps an overview. `tokens`: its tokens in the
-    prompt, as many as `text` has placeholders. `pack`: which of the features they are, None: all in their order.
+    `slices`: rows of `pixel_values`, a grid of `rows` × `cols` and perhaps an overview, or tiles that it lacks.
+    `tokens`: its tokens in the prompt, as many as `text` has placeholders. `pack`: which of the features they are, None:
+    all in their order.
     `tiles`: how many pictures the vision encoder sees of it. `grids`: rows and columns of cells of each, where they are
     cut into cells; `rows` × `cols` is then the grid of cells of one alone, else that of the tiles.
     """
@@ -45,13 +46,14 @@ def layout_of(image: ImageSpec, height: int, width: int, images: int = 1) -> Lay
     """
     cut = cut_of(height, width, image.transforms_for(images))
     pack = packed(image, height, width, cut) if image.pack else None
-    tokens = cut.slices * image.features if pack is None else len(pack)
+    crossed = image.into == "cross_attention"
+    tokens = len(pack) if pack is not None else 1 if crossed else cut.slices * image.features
     tiles = [math.prod(grid) * image.features for grid in cut.grids] or [image.features] * cut.slices
-    if len(tiles) == 1 or pack is not None:
+    if len(tiles) == 1 or pack is not None or crossed:
         text = image.prompt.single.replace("{image}", image.prompt.token * tokens)
     else:
         text = image_text(image.prompt, cut.rows, cut.cols, tiles[0], tiles[-1])
-    return Layout(cut.rows, cut.cols, cut.slices, len(tiles), tokens, text, pack, cut.grids)
+    return Layout(cut.rows, cut.cols, image.tiles or cut.slices, len(tiles), tokens, text, pack, cut.grids)
 
 
 def image_text(prompt: ImagePrompt, rows: int, cols: int, features: int, of_overview: int) -> str:

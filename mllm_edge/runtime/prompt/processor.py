@@ -17,6 +17,7 @@ from mllm_edge.runtime.prompt.image import BGR, ImageSource, load_image
 from mllm_edge.runtime.prompt.layout import Layout, grid_positions, image_text, layout_of
 from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
 from mllm_edge.runtime.prompt.transforms.apply import apply_transforms, first_size
+from mllm_edge.runtime.prompt.transforms.tiles import filled
 from mllm_edge.spec import ImagePrompt, ImageSpec, ModelSpec
 
 __all__ = ["Message", "Messages", "Processor", "Prompt"]
@@ -270,7 +271,8 @@ class Processor:
 
         image = load_image(source, wanted) if self._fast_jpeg else load_image(source)
         height, width = sizes[0] if sizes else (image.height, image.width)
-        return layout_of(spec, height, width, images), apply_transforms(image, transforms, (height, width))
+        layout, pixels = layout_of(spec, height, width, images), apply_transforms(image, transforms, (height, width))
+        return layout, pixels if spec.tiles is None else filled(pixels, layout.slices)
 
     def _assemble(
         self, pieces: Sequence[Piece], images: list[tuple[Layout, np.ndarray]], add_special_tokens: bool | None

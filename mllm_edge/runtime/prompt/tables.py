@@ -8,7 +8,7 @@ import numpy as np
 from mllm_edge.errors import BundleError
 from mllm_edge.runtime.prompt.learned_grid import cell_positions
 from mllm_edge.runtime.prompt.windows import grid_windows
-from mllm_edge.spec import GridRope, GridWindows, ImageSpec, LearnedPositions
+from mllm_edge.spec import AspectRatioId, GridRope, GridWindows, ImageSpec, LearnedPositions
 
 __all__ = ["grid_rope", "table_inputs"]
 
@@ -42,7 +42,13 @@ def grid_rope(rope: GridRope, rows: int, cols: int, merge: int) -> tuple[np.ndar
     return np.cos(angles), np.sin(angles)
 
 
+def _aspect_ratio_id(table: AspectRatioId, rows: int, cols: int, merge: int) -> tuple[np.ndarray]:
+    before = sum(table.max_tiles // r for r in range(1, rows))
+    return (np.array([before + cols]),)
+
+
 _TABLES: Mapping[type, Callable[[Any, int, int, int], tuple[np.ndarray, ...]]] = {
     GridRope: grid_rope,
     GridWindows: grid_windows,
+    AspectRatioId: _aspect_ratio_id,
 }

@@ -3,14 +3,15 @@
 import math
 from collections.abc import Mapping
 
+import numpy as np
 from PIL import Image
 
 from mllm_edge.errors import BundleError, ImageError
 from mllm_edge.runtime.prompt.transforms.cut import RESAMPLE, Cut, How, resized
 from mllm_edge.runtime.prompt.transforms.resize import whole_sides
-from mllm_edge.spec import SelectResolution, SelectTiles, SplitLarge, SplitTiles
+from mllm_edge.spec import FitCanvas, SelectResolution, SelectTiles, SplitLarge, SplitTiles
 
-__all__ = ["TILES", "fitted", "nearest_resolution"]
+__all__ = ["TILES", "filled", "fitted", "nearest_resolution", "on_canvas"]
 
 
 def _split_tiles_cut(cut: Cut, transform: SplitTiles) -> Cut:
@@ -139,9 +140,50 @@ def _split_large(tiles: list[Image.Image], transform: SplitLarge, after: Cut) ->
     return cut if after.overview is None else [*cut, *resized(tiles, transform, Cut(*after.overview))]
 
 
+def _fit_canvas_cut(cut: Cut, transform: FitCanvas) -> Cut:
+    if cut.slices > 1:
+        raise BundleError("fit_canvas comes after another split", "export the bundle again")
+    size = transform.size
+    rows, cols = _canvas(cut.height, cut.width, transform)
+    return Cut(size, size, rows, cols, rows * cols)
+
+
+def _canvas(height: int, width: int, transform: FitCanvas) -> tuple[int, int]:
+    """(rows, cols) of the canvas that FitCanvas describes."""
+    most = transform.max_tiles
+    grids = [(rows, cols) for rows in range(1, most + 1) for cols in range(1, most // rows + 1)]
+    scales = [min(rows * transform.size / height, cols * transform.size / width) for rows, cols in grids]
+    chosen = min((scale for scale in scales if scale >= 1), default=max(scales))
+    fitting = [grid for grid, scale in zip(grids, scales, strict=True) if scale == chosen]
+    return min(fitting, key=math.prod)
+
+
+def on_canvas(height: int, width: int, tile: int, canvas: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of an image on a canvas of that size."""
+    high, wide = min(max(height, tile), canvas[0]), min(max(width, tile), canvas[1])
+    down, across = high / height, wide / width
+    if across < down:
+        return min(max(math.floor(height * across), 1), high), wide
+    return high, min(max(math.floor(width * down), 1), wide)
+
+
+def _fit_canvas(tiles: list[Image.Image], transform: FitCanvas, after: Cut) -> list[Image.Image]:
+    image, canvas = tiles[0], (after.rows * transform.size, after.cols * transform.size)
+    whole = Image.new("RGB", canvas[::-1])
+    whole.paste(resized(tiles, transform, Cut(*on_canvas(image.height, image.width, transform.size, canvas)))[0])
+    return _tiled(whole, transform.size, after)
+
+
+def filled(pixel_values: np.ndarray, slices: int) -> np.ndarray:
+    """pixel_values [tiles, C, H, W] → [slices, C, H, W], zeros behind them."""
+    missing = slices - len(pixel_values)
+    return np.pad(pixel_values, ((0, missing), *[(0, 0)] * 3)) if missing else pixel_values
+
+
 TILES: Mapping[type, How] = {
     SplitTiles: How(_split_tiles_cut, _split),
     SelectTiles: How(_select_tiles_cut, _select),
     SelectResolution: How(_select_resolution_cut, _select_resolution),
     SplitLarge: How(_split_large_cut, _split_large),
+    FitCanvas: How(_fit_canvas_cut, _fit_canvas),
 }
