@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mllm_edge.runtime.prompt.image import BGR
+    from mllm_edge.runtime.prompt.sources import Video
     from mllm_edge.runtime.vlm import VLM, Chunk, Result
 
-__all__ = ["BGR", "VLM", "Chunk", "Result", "__version__"]
+__all__ = ["BGR", "VLM", "Chunk", "Result", "Video", "__version__"]
 
 __version__ = "0.1.0"
 
@@ -24,4 +25,8 @@ def __getattr__(name: str) -> Any:
         from mllm_edge.runtime.prompt.image import BGR
 
         return BGR
+    if name == "Video":
+        from mllm_edge.runtime.prompt.sources import Video
+
+        return Video
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -30,6 +30,7 @@ from mllm_edge.spec import (
     TensorSpec,
     Transform,
     Variant,
+    VideoSpec,
     is_cross,
     is_state,
 )
@@ -171,7 +172,8 @@ def _image(image: ImageSpec, model: ModelSpec) -> Iterator[str]:
         yield "the image token has no text"
     if not image.transforms:
         yield "images are not transformed"
-    for k, transform in enumerate((*image.transforms, *(image.several or ()))):
+    video = image.video.transforms if image.video is not None else ()
+    for k, transform in enumerate((*image.transforms, *(image.several or ()), *video)):
         for field in dataclasses.fields(transform):
             for number in _numbers(getattr(transform, field.name)):
                 where = f"model.image.transforms[{k}].{field.name}"
@@ -186,6 +188,8 @@ def _image(image: ImageSpec, model: ModelSpec) -> Iterator[str]:
     yield from _order(image.transforms)
     if image.several is not None:
         yield from _order(image.several)
+    if image.video is not None:
+        yield from _video(image, image.video, model)
     if image.patches is not None and (image.height, image.width) != (image.patches.patch * image.patches.merge,) * 2:
         yield f"cells of {image.height} x {image.width} px from patches of {image.patches.patch} px"
     for step in image.pack:
@@ -199,6 +203,16 @@ def _image(image: ImageSpec, model: ModelSpec) -> Iterator[str]:
     for table in image.tables:
         yield from _table(table, image)
     yield from _canvas(image)
+
+
+def _video(image: ImageSpec, video: VideoSpec, model: ModelSpec) -> Iterator[str]:
+    yield from _order(video.transforms)
+    if not video.transforms or not video.token or video.token == image.prompt.token:
+        yield "videos are not transformed, or have no placeholder of their own"
+    if not 0 <= video.token_id < model.embedding.rows or video.token_id == image.prompt.token_id:
+        yield f"video token {video.token_id} of {model.embedding.rows}"
+    if image.patches is not None or math.isqrt(image.features) ** 2 != image.features:
+        yield f"a video's features are pooled, and {image.features} of a frame are no square"
 
 
 def _canvas(image: ImageSpec) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Tiny random LLaVA-OneVision checkpoints."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ __all__ = ["ONEVISION_TEMPLATE", "save_tiny_onevision"]
 ONEVISION_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'video') %}{{ '<global-img>' }}{% endfor %}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\n' + content['text'] }}"
     "{% endfor %}{{ '<end_of_utterance>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -34,6 +36,7 @@ def save_tiny_onevision(
     vision: Mapping[str, Any] | None = None,
     config: Mapping[str, Any] | None = None,
     image_settings: Mapping[str, Any] | None = None,
+    video_settings: Mapping[str, Any] | None = None,
     template: str | None = ONEVISION_TEMPLATE,
     names: Names = "saved",
     seed: int = 0,
@@ -56,9 +59,13 @@ def save_tiny_onevision(
         num_image_tokens=(side // made.vision_config.patch_size) ** 2,
         vision_feature_select_strategy=made.vision_feature_select_strategy,
         vision_aspect_ratio=made.vision_aspect_ratio,
+        video_token="<global-img>",
         chat_template=template,
     )
     processor.save_pretrained(folder)
+    if video_settings is not None:
+        settings = {"size": settings["size"], **video_settings}
+        (folder / "video_preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
     if names == "state_dict":
         save_state_dict(folder, model)
     return model

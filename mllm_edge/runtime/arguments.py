@@ -38,19 +38,19 @@ def graph_input(name: str, value: Any, dtype: Any) -> Any:
         ) from error
 
 
-def image_sizes_of(sizes: Any) -> list[tuple[int, int]]:
-    """(height, width) in px of each image; raises OptionError."""
+def image_sizes_of(sizes: Any) -> list[tuple[int, ...]]:
+    """(height, width) in px of each image, (frames, height, width) of a video; raises OptionError."""
     if not isinstance(sizes, Iterable):
         raise OptionError(f"image_sizes must be a list, not {sizes!r:.60}", "give one (height, width) per image")
     return [_size(size) for size in sizes]
 
 
-def _size(size: Any) -> tuple[int, int]:
-    try:
-        height, width = size
-    except (TypeError, ValueError):
-        raise OptionError(f"an image size is (height, width), not {size!r:.60}", "give two numbers of px") from None
-    return whole("the height of an image size", height, 1), whole("the width of an image size", width, 1)
+def _size(size: Any) -> tuple[int, ...]:
+    values = tuple(size) if isinstance(size, Iterable) else ()
+    if len(values) not in (2, 3):
+        raise OptionError(f"an image size is (height, width), not {size!r:.60}", "give two numbers of px")
+    names = ("the frames of a video size", "the height of an image size", "the width of an image size")
+    return tuple(whole(name, value, 1) for name, value in zip(names[-len(values) :], values, strict=True))
 
 
 def first(*values: Any) -> Any:

@@ -39,8 +39,8 @@ from mllm_edge.runtime.machine.threads import Spin, Threads
 from mllm_edge.runtime.numbers import whole
 from mllm_edge.runtime.options import MAX_NEW_TOKENS, Options
 from mllm_edge.runtime.prompt.embedder import Embedder
-from mllm_edge.runtime.prompt.image import ImageSource
 from mllm_edge.runtime.prompt.processor import Messages, Processor, Prompt
+from mllm_edge.runtime.prompt.sources import Source
 from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
 from mllm_edge.runtime.trace import Trace
 from mllm_edge.runtime.turns import Turn, Turns, native
@@ -176,9 +176,7 @@ class VLM:
         self.embed.close()
         self._decoder = None
 
-    def generate(
-        self, prompt: Messages, images: ImageSource | Iterable[ImageSource] = (), **options: Unpack[Options]
-    ) -> Result:
+    def generate(self, prompt: Messages, images: Source | Iterable[Source] = (), **options: Unpack[Options]) -> Result:
         """The whole answer at once; options as in `stream`."""
         result = None
         for chunk in self.stream(prompt, images, **options):
@@ -189,7 +187,7 @@ class VLM:
     def stream(
         self,
         prompt: Messages,
-        images: ImageSource | Iterable[ImageSource] = (),
+        images: Source | Iterable[Source] = (),
         *,
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
@@ -210,7 +208,8 @@ class VLM:
         """Answer piece by piece. Arguments are checked and the prompt is processed before the first piece is asked for;
         then the call waits its turn.
 
-        `prompt`: a question, or messages in chat format. `images`: paths, bytes, PIL images or arrays [H, W, 3] RGB.
+        `prompt`: a question, or messages in chat format. `images`: paths, bytes, PIL images or arrays [H, W, 3] RGB,
+        and videos, each a `Video` of such frames.
         Options that are None are as the checkpoint's own generation settings say, else 256 tokens, and no effect; its
         rules on which tokens may come (suppressed ones, bad words, n-grams that may not repeat) always apply.
         `temperature` 0 is greedy. `stop`: strings that end the answer and are not part of it. `raw`: the prompt is
@@ -251,8 +250,9 @@ class VLM:
             call = Call(processed, Sampler(params, ids, rules), stop_ids, stops, most, trace, guesser, raw)
         return self._in_turn(call, wait)
 
-    def count_tokens(self, prompt: Messages, image_sizes: Sequence[tuple[int, int]] = ()) -> int:
-        """Prompt tokens, image tokens included, for images of these (height, width); nothing is run."""
+    def count_tokens(self, prompt: Messages, image_sizes: Sequence[tuple[int, ...]] = ()) -> int:
+        """Prompt tokens, image tokens included, for images of these (height, width) and videos of (frames, height,
+        width); nothing is run."""
         with self._turns.working():
             return self.processor.count_tokens(prompt, image_sizes_of(image_sizes))
 

@@ -35,6 +35,7 @@ from mllm_edge.spec.images import (
     Table,
     Transform,
     Unpad,
+    VideoSpec,
 )
 from mllm_edge.spec.model import (
     DECODER,
@@ -88,6 +89,7 @@ __all__ = [
     "Role",
     "Stage",
     "Unpad",
+    "VideoSpec",
     "Table",
     "Shrink",
     "SelectResolution",

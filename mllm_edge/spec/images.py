@@ -33,6 +33,7 @@ __all__ = [
     "Table",
     "Transform",
     "Unpad",
+    "VideoSpec",
 ]
 
 MOST_PIXELS = 178_956_970  # of an image at any time; Pillow refuses larger files, too
@@ -341,6 +342,18 @@ Pack = Unpad | Shrink | RowEnd
 
 
 @dataclass(frozen=True)
+class VideoSpec:
+    """From the frames of a video to tokens. `transforms` make one tile of each; its features, a square, are brought to
+    half the side (rounded up), bilinearly. Behind those of the last frame stands row 0 of the bundle's array `end`.
+    `token`, `token_id`: the placeholder."""
+
+    transforms: tuple[Transform, ...]
+    token: str
+    token_id: int
+    end: str
+
+
+@dataclass(frozen=True)
 class ImageSpec:
     """From an RGB image to `pixel_values` float32, to prompt text, and from its features to tokens.
 
@@ -351,7 +364,7 @@ class ImageSpec:
 
     `pack`: where it is not empty, the features of an image's tiles are a grid of rows, square in each tile, which it
     changes in its order; the overview's come before them, untouched. `several`: the transforms for a prompt with more
-    than one image, where they differ.
+    than one image, where they differ. `video`: what becomes of videos, where the model takes them.
 
     `tiles`: an image has so many, and those that it lacks are zeros behind all transforms. `into`: where its features
     go. `tokens`: they take the places of its tokens. `cross_attention`: that looks at all features of all images, those
@@ -370,6 +383,7 @@ class ImageSpec:
     several: tuple[Transform, ...] | None = None
     tiles: int | None = None
     into: Literal["tokens", "cross_attention"] = "tokens"
+    video: VideoSpec | None = None
 
     @property
     def patches(self) -> Patchify | None:
@@ -393,4 +407,5 @@ class ImageSpec:
     def arrays(self) -> tuple[str, ...]:
         """The bundle's arrays that images need."""
         steps = tuple(step.file for step in self.pack if isinstance(step, RowEnd))
-        return steps + tuple(table.file for table in self.tables if isinstance(table, LearnedPositions))
+        ends = () if self.video is None or self.video.end in steps else (self.video.end,)
+        return steps + ends + tuple(table.file for table in self.tables if isinstance(table, LearnedPositions))

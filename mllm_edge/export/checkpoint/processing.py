@@ -2,7 +2,8 @@
 
 Folders that several versions and tools have saved into hold the same setting in several files. Which of them counts is
 decided by transformers alone: what it loads is what gets exported, and the reference of every comparison. Two things
-are chosen here: images run on Pillow, whether or not torchvision is installed, and the parts for video are left out.
+are chosen here: images run on Pillow, whether or not torchvision is installed, and of the part for video, which needs
+it, only the settings are read.
 """
 
 import inspect
@@ -21,6 +22,7 @@ __all__ = [
     "read_image_settings",
     "read_processor",
     "read_tokenizer",
+    "read_video_settings",
     "stated_settings",
 ]
 
@@ -110,6 +112,21 @@ def read_processor(source: Source, cls: Any, image_processor: Any, tokenizer: An
         parts["video_processor"] = None
     with quiet_transformers():
         return for_images(cls)(**{**known, **parts})
+
+
+def read_video_settings(source: Source, allowed: str) -> dict[str, Any] | None:
+    """The settings that transformers would give its video processor, which runs on torchvision alone; None where the
+    folder has none. Raises ConfigError when it names a class that is not the one `allowed`."""
+    from transformers.video_processing_utils import BaseVideoProcessor
+
+    try:
+        settings, _ = BaseVideoProcessor.get_video_processor_dict(source.folder)
+    except OSError:
+        return None
+    name = settings.get("video_processor_type")
+    if name not in (None, allowed):
+        raise ConfigError(f"{source.folder}: video processor {name!r} is not supported", f"supported: {allowed}")
+    return {key: value for key, value in settings.items() if value is not None}
 
 
 def processor_class(source: Source, default: str, allowed: Collection[str]) -> str:

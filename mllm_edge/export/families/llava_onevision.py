@@ -1,14 +1,17 @@
 """LLaVA-OneVision: SigLIP tower, two-layer connector, images as tiles behind an overview, packed into rows of features.
 
 One image alone is fitted into the best of many resolutions and cut; its features lose what shows padding, shrink where
-they are many, and end each row with a learned one. Of several images each is one square tile.
+they are many, and end each row with a learned one. Of several images each is one square tile. So is each frame of a
+video, a quarter of whose features is left.
 """
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.image_settings import resample_name, value_transforms
+from mllm_edge.export.checkpoint.processing import read_video_settings
 from mllm_edge.export.checkpoint.processor import OWN_PROCESSOR, load_processor, require_switched_on
 from mllm_edge.export.checkpoint.source import Source
 from mllm_edge.export.family import Checkpoint, Family, Parts
@@ -22,6 +25,7 @@ from mllm_edge.spec import (
     SelectResolution,
     Shrink,
     Unpad,
+    VideoSpec,
 )
 
 __all__ = ["FAMILY"]
@@ -29,10 +33,23 @@ __all__ = ["FAMILY"]
 _VISION = "model.vision_tower."
 _NEWLINE = "image_newline.npy"
 _ANYRES = "anyres_max_"
-# For checkpoints that come without a template: images first, a blank behind the role.
+_VIDEO_TOKEN = "video_token_index"
+_VIDEO_DEFAULTS = {
+    "do_resize": True,
+    "size": {"height": 384, "width": 384},
+    "resample": 3,
+    "do_center_crop": False,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_std": (0.26862954, 0.26130258, 0.27577711),
+}
+# For checkpoints that come without a template: images first, then videos, a blank behind the role.
 _TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}"
     "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'video' %}{{ '<video>' }}{% endfor %}"
     "{% for part in message['content'] if part['type'] == 'text' %}{{ '\n' + part['text'] }}{% endfor %}"
     "{{ '<|im_end|>' }}{% endfor %}{{ '<|im_start|>assistant\n' if add_generation_prompt else '' }}"
 )
@@ -48,7 +65,6 @@ def _describe(checkpoint: Checkpoint) -> Parts:
     taps = Taps.read(top, vision.take("num_hidden_layers"))
     tower = SiglipConfig.read(vision, layers=max(taps.states))
     vision.take("vision_use_head")  # of the tower's other uses
-    top.take("video_token_index")
     activation, bias = top.require("projector_hidden_act", *ACTIVATIONS), bool(top.take("multimodal_projector_bias"))
     tokens, width, tile = tower.patches**2, tower.hidden_size * len(taps.states), tower.tile
     positions = checkpoint.weights.use(
@@ -131,7 +147,26 @@ def _image_spec(checkpoint: Checkpoint, tile: int, tokens: int) -> ImageSpec:
         tokens,
         pack=(Unpad(), Shrink(_most_tiles(checkpoint)), RowEnd(_NEWLINE)),
         several=(background, Resize(tile, tile, resample), *values),
+        video=_video_spec(checkpoint, tile),
     )
+
+
+def _video_spec(checkpoint: Checkpoint, tile: int) -> VideoSpec | None:
+    """Each frame is stretched to one tile; the newline stands behind the last one's features. None for a folder without
+    settings of a video processor, which transformers does not open for videos either."""
+    source, token, token_id = checkpoint.source, checkpoint.processor.video_token, checkpoint.top.take(_VIDEO_TOKEN)
+    stated = read_video_settings(source, "LlavaOnevisionVideoProcessor")
+    if stated is None:
+        return None
+    settings = SimpleNamespace(**{**_VIDEO_DEFAULTS, **stated})
+    require_switched_on(source, settings, "do_resize")
+    if settings.size != {"height": tile, "width": tile} or settings.do_center_crop:
+        raise ConfigError(
+            f"{source.folder}: the video processor's size is {settings.size}, the vision tower takes {tile}×{tile} px",
+            "use the video_preprocessor_config.json that belongs to this model",
+        )
+    transforms = (Resize(tile, tile, resample_name(settings.resample)), *value_transforms(settings))
+    return VideoSpec(transforms, token, token_id, _NEWLINE)
 
 
 def _most_tiles(checkpoint: Checkpoint) -> int:

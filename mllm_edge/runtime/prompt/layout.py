@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mllm_edge.runtime.prompt.pack import Packed, packed
+from mllm_edge.runtime.prompt.pack import PackedFrames, PackedTiles, packed, packed_frames
 from mllm_edge.runtime.prompt.transforms.apply import cut_of
 from mllm_edge.spec import ImagePrompt, ImageSpec
 
-__all__ = ["Layout", "grid_positions", "image_text", "layout_of"]
+__all__ = ["Layout", "grid_positions", "image_text", "layout_of", "video_layout"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,8 +18,8 @@ class Layout:
     """An image's place in everything that follows.
 
     `slices`: rows of `pixel_values`, a grid of `rows` × `cols` and perhaps an overview, or tiles that it lacks.
-    `tokens`: its tokens in the prompt, as many as `text` has placeholders. `pack`: which of the features they are, None:
-    all in their order.
+    `tokens`: its tokens in the prompt, as many as `text` has placeholders. `pack`: how features become tokens, None:
+    each is one, in their order.
     `tiles`: how many pictures the vision encoder sees of it. `grids`: rows and columns of cells of each, where they are
     cut into cells; `rows` × `cols` is then the grid of cells of one alone, else that of the tiles.
     """
@@ -30,7 +30,7 @@ class Layout:
     tiles: int
     tokens: int
     text: str
-    pack: Packed | None
+    pack: PackedTiles | PackedFrames | None
     grids: tuple[tuple[int, int], ...] = ()
 
     @property
@@ -54,6 +54,14 @@ def layout_of(image: ImageSpec, height: int, width: int, images: int = 1) -> Lay
     else:
         text = image_text(image.prompt, cut.rows, cut.cols, tiles[0], tiles[-1])
     return Layout(cut.rows, cut.cols, image.tiles or cut.slices, len(tiles), tokens, text, pack, cut.grids)
+
+
+def video_layout(image: ImageSpec, frames: int, height: int, width: int) -> Layout:
+    """The layout of a video of so many frames of `height` × `width` px (upright); errors as of `layout_of`."""
+    assert image.video is not None
+    cut_of(height, width, image.video.transforms)
+    pack = packed_frames(image, image.video, frames)
+    return Layout(1, 1, frames, frames, len(pack), image.video.token * len(pack), pack)
 
 
 def image_text(prompt: ImagePrompt, rows: int, cols: int, features: int, of_overview: int) -> str:

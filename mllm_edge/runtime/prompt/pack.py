@@ -1,4 +1,5 @@
-"""From the features of an image's tiles to its tokens: a grid of features that shrinks, and rows with an end."""
+"""From features to tokens: those of an image's tiles are a grid that shrinks, and rows with an end; those of a video's
+frames shrink, and end once."""
 
 import math
 from collections.abc import Mapping
@@ -9,9 +10,9 @@ import numpy as np
 
 from mllm_edge.errors import BundleError
 from mllm_edge.runtime.prompt.transforms.cut import Cut
-from mllm_edge.spec import ImageSpec, RowEnd, Shrink, Unpad
+from mllm_edge.spec import ImageSpec, RowEnd, Shrink, Unpad, VideoSpec
 
-__all__ = ["Packed", "packed"]
+__all__ = ["PackedFrames", "PackedTiles", "packed", "packed_frames"]
 
 _WORTH_SHRINKING = 1.1  # by side; fixed in the models that do it
 
@@ -32,7 +33,7 @@ class _Grid:
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedTiles:
     """How an image's features become its tokens. `side`: features along a tile's side; the tiles are a grid of `rows` ×
     `cols` behind an overview, or one tile alone. `row_end`: the bundle's array whose row ends each row, "" for none."""
 
@@ -64,22 +65,55 @@ class Packed:
         return np.concatenate([overview, np.concatenate([rows, *ends], axis=1).reshape(-1, hidden)])
 
 
-def packed(image: ImageSpec, height: int, width: int, cut: Cut) -> Packed:
-    """What `image.pack` makes of an image of `height` × `width` px that was cut so; raises BundleError for tiles whose
-    features are no square."""
+@dataclass(frozen=True)
+class PackedFrames:
+    """How the features of a video's frames become its tokens. `side`: features along a frame's side; `pooled`: what
+    that is brought to. `end`: the bundle's array whose row stands behind the last frame."""
+
+    frames: int
+    side: int
+    pooled: int
+    end: str
+
+    def __len__(self) -> int:
+        """The number of tokens."""
+        return self.frames * self.pooled**2 + 1
+
+    def apply(self, features: np.ndarray, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """features [frames · side², H] → [tokens, H] float32; `arrays`: the bundle's, by file, each [rows, H]."""
+        hidden = features.shape[1]
+        frames, size = features.reshape(-1, self.side, self.side, hidden), (self.pooled, self.pooled)
+        return np.concatenate([*(_bilinear(frame, size).reshape(-1, hidden) for frame in frames), arrays[self.end][:1]])
+
+
+def packed_frames(image: ImageSpec, video: VideoSpec, frames: int) -> PackedFrames:
+    """How `frames` frames become tokens; raises BundleError for frames whose features are no square."""
+    side = _side(image)
+    return PackedFrames(frames, side, -(-side // 2), video.end)
+
+
+def _side(image: ImageSpec) -> int:
+    """Features along a side of a tile."""
     side = math.isqrt(image.features)
     if side * side != image.features:
         raise BundleError(f"{image.features} features of a tile are no square", "export the bundle again")
+    return side
+
+
+def packed(image: ImageSpec, height: int, width: int, cut: Cut) -> PackedTiles:
+    """What `image.pack` makes of an image of `height` × `width` px that was cut so; raises BundleError for tiles whose
+    features are no square."""
+    side = _side(image)
     row_end = next((step.file for step in image.pack if isinstance(step, RowEnd)), "")
     if cut.slices == 1:
-        return Packed(side, 1, 1, None, row_end)
+        return PackedTiles(side, 1, 1, None, row_end)
     grid = _Grid(0, 0, cut.rows * side, cut.cols * side)
     for step in image.pack:
         if isinstance(step, Unpad):
             grid = _unpadded(grid, height, width)
         elif isinstance(step, Shrink):
             grid = _shrunk(grid, step.most * side**2)
-    return Packed(side, cut.rows, cut.cols, grid, row_end)
+    return PackedTiles(side, cut.rows, cut.cols, grid, row_end)
 
 
 def _unpadded(grid: _Grid, height: int, width: int) -> _Grid:

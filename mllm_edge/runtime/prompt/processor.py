@@ -1,41 +1,39 @@
-"""Messages and images → the model's inputs: token ids, pixel values and where the image features go."""
+"""Messages, images and videos → the model's inputs: token ids, pixel values and where the features go."""
 
 from __future__ import annotations
 
 import json
-import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
-from PIL import Image
 
 from mllm_edge.errors import BundleError, ImageError, PromptError
 from mllm_edge.runtime.prompt.control_tokens import ControlTokens, Piece, encode_pieces
-from mllm_edge.runtime.prompt.image import BGR, ImageSource, load_image
-from mllm_edge.runtime.prompt.layout import Layout, grid_positions, image_text, layout_of
+from mllm_edge.runtime.prompt.image import ImageSource, load_image
+from mllm_edge.runtime.prompt.layout import Layout, grid_positions, image_text, layout_of, video_layout
+from mllm_edge.runtime.prompt.sources import Kind, Source, Video, as_sources, entry_source, in_order, kind_of, merged
 from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
 from mllm_edge.runtime.prompt.transforms.apply import apply_transforms, first_size
 from mllm_edge.runtime.prompt.transforms.tiles import filled
-from mllm_edge.spec import ImagePrompt, ImageSpec, ModelSpec
+from mllm_edge.spec import ImagePrompt, ImageSpec, ModelSpec, Transform
 
 __all__ = ["Message", "Messages", "Processor", "Prompt"]
 
 Message = Mapping[str, Any]
 Messages = str | Sequence[Message]
 
-_PAYLOADS = ("image", "path", "url", "base64")
-
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
     """What the model is run with.
 
-    `text`: the rendered prompt, one placeholder per image. `token_ids` [S] int64, placeholders expanded. `pixel_values`
-    [slices, …] float32, the slices (see `ImageSpec`) of all images in order, or None without images. `image_positions`
-    [N] int64: where in `token_ids` the image tokens are, in order. `layouts`: of each image. `positions` [3, S] int64
-    for the decoder; None: the places in the sequence.
+    `text`: the rendered prompt, one placeholder per image or video. `token_ids` [S] int64, placeholders expanded.
+    `pixel_values` [slices, …] float32, the slices (see `ImageSpec`) of all images and videos as they follow each other
+    in the text, or None without any. `image_positions` [N] int64: where in `token_ids` their tokens are, in order.
+    `layouts`: of each image and video. `positions` [3, S] int64 for the decoder; None: the places in the sequence.
     """
 
     text: str
@@ -57,6 +55,8 @@ class Processor:
         self._tokenizer = tokenizer
         self._template = template
         self._placeholder = spec.image.prompt.token if spec.image else None
+        self._kinds = _placeholders(spec.image)
+        self._written = re.compile("|".join(map(re.escape, sorted(self._kinds, key=len, reverse=True))) or r"(?!)")
         control = _control_tokens(spec.image, tokenizer, template)
         self._control = ControlTokens(control, control - tokenizer.special_tokens)
         self._takes_strings = template is not None and template.accepts_strings()
@@ -65,65 +65,68 @@ class Processor:
     def process(
         self,
         messages: Messages,
-        images: ImageSource | Iterable[ImageSource] = (),
+        images: Source | Iterable[Source] = (),
         *,
         add_generation_prompt: bool = True,
     ) -> Prompt:
         """The prompt for `messages`: a string (one user message, the images before it), or messages in chat format.
 
         In chat format a message is {"role": …, "content": …}; the content is a string or a list of {"type": "text",
-        "text": …} and {"type": "image"} entries. An image entry may hold its image ("image", "path", "url" for a local
-        path or data: URI, or "base64"); the others take theirs from `images`, in order. `images` is one image or
-        several, each as `load_image` takes it.
+        "text": …}, {"type": "image"} and {"type": "video"} entries. An image entry may hold its image ("image", "path",
+        "url" for a local path or data: URI, or "base64"), a video entry the list of its frames ("video"); the others
+        take theirs from `images`, in order. `images` is one image or several, each as `load_image` takes it; a `Video`
+        among them is a video.
 
         A text that spells one of the model's control tokens (the end of a turn, an image placeholder) stays text.
 
         Raises PromptError when messages, images and template do not fit together; ImageError when an image cannot be
         decoded.
         """
-        sources = _as_sources(images)
-        conversation, inline = self._parse(messages, len(sources))
-        sources = _merge(inline, sources)
-        pieces, add_special_tokens = self._render(conversation, len(sources), add_generation_prompt)
-        return self._assemble(pieces, self._load(sources), add_special_tokens)
+        sources = as_sources(images)
+        conversation, entries = self._parse(messages, [kind_of(source) for source in sources])
+        sources = merged(entries, sources)
+        kinds = [kind_of(source) for source in sources]
+        pieces, add_special_tokens = self._render(conversation, kinds, add_generation_prompt)
+        return self._assemble(pieces, self._load(self._as_written(pieces, sources)), add_special_tokens)
 
-    def process_text(self, text: str, images: ImageSource | Iterable[ImageSource] = ()) -> Prompt:
+    def process_text(self, text: str, images: Source | Iterable[Source] = ()) -> Prompt:
         """The prompt for an already rendered `text` with one placeholder per image, such as "<image>Describe this."
 
         Raises PromptError when the number of placeholders is not the number of images; ImageError as `process` does.
         """
-        sources = _as_sources(images)
-        pieces = (Piece(text),)
-        self._check_placeholders(pieces, len(sources))
-        return self._assemble(pieces, self._load(sources), None)
+        sources, pieces = as_sources(images), (Piece(text),)
+        self._check_placeholders(pieces, [kind_of(source) for source in sources])
+        return self._assemble(pieces, self._load(self._as_written(pieces, sources)), None)
 
     def count_tokens(
         self,
         messages: Messages,
-        image_sizes: Sequence[tuple[int, int]] = (),
+        image_sizes: Sequence[tuple[int, ...]] = (),
         *,
         add_generation_prompt: bool = True,
         raw: bool = False,
     ) -> int:
-        """Number of tokens of the prompt that `process` would give for images of these (height, width) px sizes.
+        """Number of tokens of the prompt that `process` would give for images of these (height, width) px sizes, and
+        videos of (frames, height, width).
 
         Exact, and without pixels: image entries need no image, and given ones are not opened. The sizes, one per image
         in order, are those of the upright images. `raw`: `messages` is a rendered text, as for `process_text`.
         """
+        kinds: list[Kind] = ["video" if len(size) == 3 else "image" for size in image_sizes]
         if raw:
             pieces: tuple[Piece, ...] = (Piece(str(messages)),)
             add_special_tokens = None
-            self._check_placeholders(pieces, len(image_sizes))
+            self._check_placeholders(pieces, kinds)
         else:
-            conversation, inline = self._parse(messages, len(image_sizes))
-            if len(inline) != len(image_sizes):
+            conversation, entries = self._parse(messages, kinds)
+            if len(entries) != len(image_sizes):
                 raise PromptError(
-                    f"the messages have {len(inline)} images, and {len(image_sizes)} image sizes were given",
+                    f"the messages have {len(entries)} images, and {len(image_sizes)} image sizes were given",
                     "give one (height, width) per image, in order",
                 )
-            pieces, add_special_tokens = self._render(conversation, len(inline), add_generation_prompt)
-        count = len(image_sizes)
-        layouts = [layout_of(self._image_spec(count), height, width, count) for height, width in image_sizes]
+            pieces, add_special_tokens = self._render(conversation, kinds, add_generation_prompt)
+        sizes = in_order(self._kinds_in(pieces), list(zip(kinds, image_sizes, strict=True)))
+        layouts = [self._layout(size, kinds.count("image")) for size in sizes]
         return len(self._encode(pieces, layouts, add_special_tokens))
 
     def spelled(self, text: str) -> list[str]:
@@ -131,19 +134,21 @@ class Processor:
         return self._control.inside(text)
 
     # ------------------------------------------------------------ messages
-    def _parse(self, messages: Messages, image_count: int) -> tuple[list[dict[str, Any]], list[ImageSource | None]]:
-        """Messages as the template may see them, without images, and the image (or None) of each image entry."""
+    def _parse(
+        self, messages: Messages, kinds: Sequence[Kind]
+    ) -> tuple[list[dict[str, Any]], list[tuple[Kind, Source | None]]]:
+        """Messages as the template may see them, without images, and what each entry of a kind to look at holds."""
         if isinstance(messages, str):
             text = {"type": "text", "text": messages}
-            content: Any = [*({"type": "image"} for _ in range(image_count)), text] if image_count else messages
+            content: Any = [*({"type": kind} for kind in kinds), text] if kinds else messages
             messages = [{"role": "user", "content": content}]
         if not isinstance(messages, Sequence) or not messages:
             raise PromptError(f"messages is {messages!r:.60}", "pass a string or a non-empty list of messages")
-        inline: list[ImageSource | None] = []
-        conversation = [self._parse_message(message, i, inline) for i, message in enumerate(messages)]
-        return conversation, inline
+        entries: list[tuple[Kind, Source | None]] = []
+        conversation = [self._parse_message(message, i, entries) for i, message in enumerate(messages)]
+        return conversation, entries
 
-    def _parse_message(self, message: Any, index: int, inline: list[ImageSource | None]) -> dict[str, Any]:
+    def _parse_message(self, message: Any, index: int, entries: list[tuple[Kind, Source | None]]) -> dict[str, Any]:
         where = f"messages[{index}]"
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
             raise PromptError(f"{where} is not a message", 'write {"role": "user", "content": …}')
@@ -151,7 +156,7 @@ class Processor:
         if isinstance(content, str):
             pass
         elif isinstance(content, (list, tuple)):
-            content = [self._parse_entry(entry, f"{where}.content[{i}]", inline) for i, entry in enumerate(content)]
+            content = [self._parse_entry(entry, f"{where}.content[{i}]", entries) for i, entry in enumerate(content)]
         else:
             raise PromptError(f"{where}: content is {type(content).__name__}", "pass a string or a list of entries")
         try:  # anything but plain data stays away from the template
@@ -160,13 +165,14 @@ class Processor:
             raise PromptError(f"{where}: {error}", "use only strings, numbers, lists and dicts") from error
         return {**plain, "content": content}
 
-    def _parse_entry(self, entry: Any, where: str, inline: list[ImageSource | None]) -> dict[str, str]:
+    def _parse_entry(self, entry: Any, where: str, entries: list[tuple[Kind, Source | None]]) -> dict[str, str]:
         kind = entry.get("type") if isinstance(entry, Mapping) else None
         if kind == "text" and isinstance(entry.get("text"), str):
             return {"type": "text", "text": entry["text"]}
-        if kind in ("image", "image_url"):
-            inline.append(_inline_image(entry))
-            return {"type": "image"}
+        if kind in ("image", "image_url", "video"):
+            shown: Kind = "video" if kind == "video" else "image"
+            entries.append((shown, entry_source(entry)))
+            return {"type": shown}
         raise PromptError(
             f"{where} is neither text nor image: {entry!r:.60}",
             'write {"type": "text", "text": …} or {"type": "image", "image": …}',
@@ -174,12 +180,11 @@ class Processor:
 
     # ------------------------------------------------------------ text
     def _render(
-        self, conversation: list[dict[str, Any]], image_count: int, add_generation_prompt: bool
+        self, conversation: list[dict[str, Any]], kinds: Sequence[Kind], add_generation_prompt: bool
     ) -> tuple[tuple[Piece, ...], bool | None]:
         """The prompt's text in pieces that are tokenized apart (nearly always one), and whether to add special tokens
         around it (None: as generation.json says)."""
-        if image_count:
-            self._image_spec(image_count)
+        self._require(kinds)
         marked, marks = self._control.mark(conversation)
         if self._template is None:
             text, add_special_tokens = self._render_plain(marked), None
@@ -189,7 +194,7 @@ class Processor:
             bos = self._tokenizer.bos_token
             add_special_tokens = False if bos and text.startswith(bos) else None
         pieces = self._control.pieces(text, marks)
-        self._check_placeholders(pieces, image_count)
+        self._check_placeholders(pieces, kinds)
         return pieces, add_special_tokens
 
     def _shape(self, content: str | list[dict[str, str]]) -> str | list[dict[str, str]]:
@@ -201,8 +206,9 @@ class Processor:
         return content if self._takes_lists else self._flatten(content, "\n")
 
     def _flatten(self, content: list[dict[str, str]], separator: str) -> str:
-        image = self._image.prompt.inline.replace("{image}", self._image.prompt.token) if self._image else ""
-        return separator.join(image if entry["type"] == "image" else entry["text"] for entry in content)
+        inline = self._image.prompt.inline if self._image else ""
+        shown: dict[str, str] = {kind: inline.replace("{image}", token) for token, kind in self._kinds.items()}
+        return separator.join(entry["text"] if entry["type"] == "text" else shown[entry["type"]] for entry in content)
 
     def _render_plain(self, conversation: Sequence[dict[str, Any]]) -> str:
         if len(conversation) != 1 or conversation[0]["role"] != "user":
@@ -210,19 +216,27 @@ class Processor:
         content = conversation[0]["content"]
         return content if isinstance(content, str) else self._flatten(content, "")
 
-    def _check_placeholders(self, pieces: Sequence[Piece], image_count: int) -> None:
-        if image_count:
-            self._image_spec(image_count)
-        written = [piece.text for piece in pieces if not piece.spelled]
-        placeholders = sum(text.count(self._placeholder) for text in written) if self._placeholder else 0
-        if placeholders != image_count:
-            raise PromptError(
-                f"the prompt has {placeholders} image placeholders, and {image_count} images were given",
-                "give exactly one image per placeholder, in order",
-            )
+    def _check_placeholders(self, pieces: Sequence[Piece], kinds: Sequence[Kind]) -> None:
+        self._require(kinds)
+        written = self._kinds_in(pieces)
+        for kind in get_args(Kind):
+            placeholders, given = written.count(kind), kinds.count(kind)
+            if placeholders != given:
+                raise PromptError(
+                    f"the prompt has {placeholders} {kind} placeholders, and {given} {kind}s were given",
+                    f"give exactly one {kind} per placeholder, in order",
+                )
+
+    def _kinds_in(self, pieces: Sequence[Piece]) -> list[Kind]:
+        """What the placeholders of a text stand for, one after the other."""
+        return [self._kinds[m[0]] for piece in pieces if not piece.spelled for m in self._written.finditer(piece.text)]
+
+    def _as_written(self, pieces: Sequence[Piece], sources: Sequence[Source]) -> list[Source]:
+        """Sources in the order of their placeholders: a template may put all images before all videos."""
+        return in_order(self._kinds_in(pieces), [(kind_of(source), source) for source in sources])
 
     def _encode(self, pieces: Sequence[Piece], layouts: Sequence[Layout], add_special_tokens: bool | None) -> list[int]:
-        """Token ids of the pieces with the i-th placeholder expanded for the i-th image."""
+        """Token ids of the pieces with the i-th placeholder expanded for the i-th image or video."""
         if self._image is not None:
             images = iter([layout.text for layout in layouts])
             pieces = [piece if piece.spelled else Piece(self._expanded(piece.text, images)) for piece in pieces]
@@ -232,27 +246,40 @@ class Processor:
         return ids
 
     def _expanded(self, text: str, images: Iterator[str]) -> str:
-        assert self._placeholder is not None
-        first, *rest = text.split(self._placeholder)
-        return first + "".join(next(images) + after for after in rest)
+        return self._written.sub(lambda _: next(images), text)
 
     # ------------------------------------------------------------ images
-    def _image_spec(self, image_count: int) -> ImageSpec:
-        if self._image is None:
-            raise PromptError(f"this model takes no images, and {image_count} were given", "pass text only")
-        return self._image
+    def _require(self, kinds: Sequence[Kind]) -> None:
+        """That the model takes what is given."""
+        if kinds and self._image is None:
+            raise PromptError(f"this model takes no images, and {len(kinds)} were given", "pass text only")
+        if "video" in kinds and (self._image is None or self._image.video is None):
+            count = kinds.count("video")
+            raise PromptError(f"this bundle takes no videos, and {count} were given", "pass the frames as images")
 
-    def _load(self, sources: Sequence[ImageSource]) -> list[tuple[Layout, np.ndarray]]:
-        """The layout and the pixel values of each image."""
-        processed = []
+    def _layout(self, size: Sequence[int], images: int) -> Layout:
+        assert self._image is not None
+        *frames, height, width = size
+        if frames:
+            return video_layout(self._image, frames[0], height, width)
+        return layout_of(self._image, height, width, images)
+
+    def _load(self, sources: Sequence[Source]) -> list[tuple[Layout, np.ndarray]]:
+        """The layout and the pixel values of each image or video."""
+        processed: list[tuple[Layout, np.ndarray]] = []
+        images = sum(not isinstance(source, Video) for source in sources)
         for i, source in enumerate(sources):
-            spec = self._image_spec(len(sources))
+            spec = self._image
+            assert spec is not None
             try:
-                layout, pixel_values = self._decoded(source, spec, len(sources))
+                if isinstance(source, Video):
+                    layout, pixel_values = self._decoded_video(source, spec)
+                else:
+                    layout, pixel_values = self._decoded(source, spec, images)
             except ImageError as error:
                 if len(sources) == 1:
                     raise
-                raise ImageError(f"image {i + 1} of {len(sources)}: {error.message}", error.fix) from error
+                raise ImageError(f"{kind_of(source)} {i + 1} of {len(sources)}: {error.message}", error.fix) from error
             if pixel_values.shape[1:] != spec.shape:
                 raise BundleError(
                     f"the transforms give tiles of {pixel_values.shape[1:]}, the model takes {spec.shape}",
@@ -262,7 +289,24 @@ class Processor:
         return processed
 
     def _decoded(self, source: ImageSource, spec: ImageSpec, images: int) -> tuple[Layout, np.ndarray]:
-        transforms, sizes = spec.transforms_for(images), list[tuple[int, int]]()
+        pixels, size = self._transformed(source, spec.transforms_for(images))
+        layout = layout_of(spec, *size, images)
+        return layout, pixels if spec.tiles is None else filled(pixels, layout.slices)
+
+    def _decoded_video(self, video: Video, spec: ImageSpec) -> tuple[Layout, np.ndarray]:
+        assert spec.video is not None
+        frames = []
+        for i, frame in enumerate(video.frames):
+            try:
+                frames.append(self._transformed(frame, spec.video.transforms))
+            except ImageError as error:
+                where = f"frame {i + 1} of {len(video.frames)}"
+                raise ImageError(f"{where}: {error.message}", error.fix) from error
+        return video_layout(spec, len(frames), *frames[0][1]), np.concatenate([pixels for pixels, _ in frames])
+
+    def _transformed(self, source: ImageSource, transforms: Sequence[Transform]) -> tuple[np.ndarray, tuple[int, int]]:
+        """Pixel values of an image, and its size (height, width) as it is before it was decoded at a smaller scale."""
+        sizes = list[tuple[int, int]]()
 
         def wanted(height: int, width: int) -> tuple[int, int] | None:
             size = first_size(height, width, transforms)
@@ -270,9 +314,8 @@ class Processor:
             return size
 
         image = load_image(source, wanted) if self._fast_jpeg else load_image(source)
-        height, width = sizes[0] if sizes else (image.height, image.width)
-        layout, pixels = layout_of(spec, height, width, images), apply_transforms(image, transforms, (height, width))
-        return layout, pixels if spec.tiles is None else filled(pixels, layout.slices)
+        size = sizes[0] if sizes else (image.height, image.width)
+        return apply_transforms(image, transforms, size), size
 
     def _assemble(
         self, pieces: Sequence[Piece], images: list[tuple[Layout, np.ndarray]], add_special_tokens: bool | None
@@ -281,7 +324,9 @@ class Processor:
         token_ids = np.array(self._encode(pieces, layouts, add_special_tokens), np.int64)
         where, positions = np.zeros(0, np.int64), None
         if self._image is not None:
-            where = np.flatnonzero(token_ids == self._image.prompt.token_id)
+            video = self._image.video
+            ids = (self._image.prompt.token_id, *((video.token_id,) if video is not None else ()))
+            where = np.flatnonzero(np.isin(token_ids, ids))
             counts = [layout.tokens for layout in layouts]
             if len(where) != sum(counts):
                 raise BundleError(
@@ -296,6 +341,14 @@ class Processor:
         pixel_values = None if not pixels else pixels[0] if len(pixels) == 1 else np.concatenate(pixels)
         text = "".join(piece.text for piece in pieces)
         return Prompt(text, token_ids, pixel_values, where, layouts, positions)
+
+
+def _placeholders(image: ImageSpec | None) -> dict[str, Kind]:
+    """Token → what it stands for."""
+    found: dict[str, Kind] = {} if image is None else {image.prompt.token: "image"}
+    if image is not None and image.video is not None:
+        found[image.video.token] = "video"
+    return found
 
 
 def _control_tokens(image: ImageSpec | None, tokenizer: Tokenizer, template: ChatTemplate | None) -> set[str]:
@@ -319,44 +372,3 @@ def _image_markers(prompt: ImagePrompt, added_tokens: Iterable[str]) -> tuple[st
         texts += "".join(numbered.replace("{row}", str(row)).replace("{col}", str(col)) for col in range(1, 17))
     used = sorted(token for token in added_tokens if token.strip() and token in texts)
     return (prompt.token, *(token for token in used if token != prompt.token))
-
-
-def _as_sources(images: Any) -> list[ImageSource]:
-    """`images` as a list: one image alone is not a sequence of images, even where Python could iterate over it."""
-    if images is None:
-        return []
-    if isinstance(images, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, BGR)) or hasattr(
-        images, "read"
-    ):
-        return [images]
-    if isinstance(images, np.ndarray) and images.ndim < 4:
-        return [images]
-    if not isinstance(images, Iterable):
-        raise ImageError(f"images is {type(images).__name__}", "pass one image, or several in a list")
-    return list(images)
-
-
-def _inline_image(entry: Mapping[str, Any]) -> ImageSource | None:
-    """The image that an image entry holds, or None."""
-    if entry["type"] == "image_url":
-        url = entry.get("image_url")
-        return url.get("url") if isinstance(url, Mapping) else url
-    key = next((key for key in _PAYLOADS if entry.get(key) is not None), None)
-    if key is None:
-        return None
-    if key != "base64":
-        return entry[key]
-    data = entry[key]
-    return f"data:;base64,{data.decode('ascii', 'replace') if isinstance(data, (bytes, bytearray)) else data}"
-
-
-def _merge(inline: list[ImageSource | None], given: list[ImageSource]) -> list[ImageSource]:
-    """The image of every image entry: its own, or the next of `given`."""
-    empty = sum(source is None for source in inline)
-    if empty != len(given):
-        raise PromptError(
-            f"the messages have {empty} image entries without an image, and {len(given)} images were given",
-            "give exactly one image per image entry, in order",
-        )
-    rest = iter(given)
-    return [next(rest) if source is None else source for source in inline]
