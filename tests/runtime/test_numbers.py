@@ -104,7 +104,7 @@ def test_stop_strings(vlm: VLM, stop: Any) -> None:
 
 @pytest.mark.parametrize("size", [("64", 64), (64.0, 64), (64,), (64, 64, 3), 64, (0, 4), (True, 4), "ab"])
 def test_sizes_of_images(vlm: VLM, size: Any) -> None:
-    with pytest.raises(ValueError, match=r"image size|no pixels"):
+    with pytest.raises(ValueError, match=r"image size|no pixels|no videos"):
         vlm.count_tokens("Hi", [size])
     assert vlm.count_tokens("Hi", [np.array([64, 48])]) == vlm.count_tokens("Hi", [(64, 48)])
 

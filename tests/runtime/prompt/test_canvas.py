@@ -25,7 +25,7 @@ SIZES += [(40, 90), (90, 40), (61, 62), (112, 28), (150, 30), (30, 150), (200, 2
 
 def aspect_ratio_id(rows: int, cols: int, most: int) -> list[int]:
     image = ImageSpec((), ImagePrompt("<image>", 0, ""), TILE, TILE, 1, tables=(AspectRatioId(most),))
-    return table_inputs(image, rows, cols)["aspect_ratio_id"].tolist()
+    return table_inputs(image, rows, cols, {})["aspect_ratio_id"].tolist()
 
 
 @settings(max_examples=1500, deadline=None)
