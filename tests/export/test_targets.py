@@ -16,6 +16,7 @@ from mllm_edge.runtime.backends.tensorrt_engines import Limits, build_inputs
 from mllm_edge.runtime.vlm import VLM
 from tests.tiny import save_tiny_idefics3, save_tiny_llava, save_tiny_qwen2_vl
 from tests.tiny_internvl import save_tiny_internvl, save_tiny_internvl_chat
+from tests.tiny_lfm2_vl import save_tiny_lfm2_vl
 
 STANDARD = ("tensorrt", "tensorrt-10.3")
 QK_NORM = {"use_qk_norm": True, "norm_type": "rms_norm", "attention_bias": False}
@@ -23,6 +24,7 @@ SAVE = {
     "idefics3": save_tiny_idefics3,
     "internvl": save_tiny_internvl,
     "internvl_chat": partial(save_tiny_internvl_chat, internlm2=True, vision=QK_NORM),
+    "lfm2_vl": save_tiny_lfm2_vl,
     "llava": save_tiny_llava,
     "qwen2_vl": save_tiny_qwen2_vl,
 }

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mllm_edge.bundle import Bundle
-from mllm_edge.errors import BackendError, BundleError, ContextError
+from mllm_edge.errors import BackendError, BundleError, ContextError, OptionError
 from mllm_edge.export.pipeline import export
 from mllm_edge.runtime.backends import tensorrt as backend
 from mllm_edge.runtime.backends.choose import open_backend
@@ -24,10 +24,12 @@ from mllm_edge.runtime.decode.decoder import Decoder
 from mllm_edge.runtime.vlm import VLM
 from tests.runtime.tensorrt_stand_in import StandIn, install
 from tests.tiny import save_tiny_idefics3, save_tiny_llava, save_tiny_qwen2_vl
+from tests.tiny_lfm2_vl import save_tiny_lfm2_vl
 
 TARGETS = ("tensorrt", "tensorrt-10.3")
 SAVE: dict[str, Callable[..., Any]] = {
     "idefics3": save_tiny_idefics3,
+    "lfm2_vl": save_tiny_lfm2_vl,
     "llava": save_tiny_llava,
     "qwen2_vl": save_tiny_qwen2_vl,
 }
@@ -174,6 +176,10 @@ def test_guesses_are_checked_in_decode_steps(machine: StandIn, exported: Path, t
     path = Path(shutil.copytree(exported, tmp_path / "bundle"))
     accepted = rejected = 0
     with load(path, target)[0] as vlm:
+        if not vlm.decoder.rewindable:
+            with pytest.raises(OptionError, match="recurrent state"):
+                vlm.generate("Hi", speculation=1)
+            return
         for text, images in QUESTIONS:
             options: dict[str, Any] = {"max_new_tokens": 40, "ignore_eos": True}
             for choice in ({}, {"frequency_penalty": -0.5}):

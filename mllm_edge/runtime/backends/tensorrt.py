@@ -205,7 +205,8 @@ class _Engine:
 class _Session:
     """Arrays are copied to the device at each run; buffers and arrays in CUDA memory are used where they lie.
 
-    Contexts, one for each profile, share the memory `work` that their kernels work in: one runs at a time.
+    Contexts, one for each profile, share the memory `work` that their kernels work in: one runs at a time. Two for each
+    where there is recurrent state, whose buffers take turns: a recorded step keeps its addresses.
     """
 
     def __init__(
@@ -226,7 +227,9 @@ class _Session:
         self._span = limits["capacity"] if variant.kv_mode == "in_place" else 0
         self._ranges = [engine.ranges(i) for i in range(engine.engine.num_optimization_profiles)]
         self._work = work
-        self._contexts: dict[int, _Context] = {}
+        self._contexts: dict[tuple[int, int], _Context] = {}
+        self._turning = next((name for name in self._inputs if is_state(name, "recurrent")), "")
+        self._turn, self._read = 0, 0
         self._graphs, self._runs = graphs and variant.kv_mode is not None, runs
         self._fed: dict[str, Any] = {}
         self._uploaded: dict[str, np.ndarray] = {}
@@ -248,6 +251,9 @@ class _Session:
         if missing:
             raise BackendError(f"{self._variant.file}: input {missing[0]} was not given")
         values = {name: self._widened(name, value) for name, value in self._fed.items()}
+        read = getattr(values.get(self._turning), "address", 0)
+        if read != self._read:
+            self._turn, self._read = 1 - self._turn, read
         context = self._context({name: tuple(value.shape) for name, value in values.items()})
         addresses = {name: self._address(name, value) for name, value in values.items()}
         shapes = context.shapes([t.name for t in self._outputs])
@@ -280,11 +286,12 @@ class _Session:
         """The context of the last profile that takes these shapes: the narrower one, made for decoding."""
         for index in reversed(range(len(self._ranges))):
             if all(_within(shape, *self._ranges[index][name]) for name, shape in shapes.items()):
-                if index not in self._contexts:
+                key = (index, self._turn)
+                if key not in self._contexts:
                     made = _Context(self._cuda, self._engine, index, self._work, self._graphs, self._runs)
-                    self._contexts[index] = made
-                self._contexts[index].reshape(shapes)
-                return self._contexts[index]
+                    self._contexts[key] = made
+                self._contexts[key].reshape(shapes)
+                return self._contexts[key]
         name, shape = next((n, s) for n, s in shapes.items() if not _within(s, *self._ranges[0][n]))
         smallest, largest = self._ranges[0][name]
         raise BackendError(
