@@ -16,9 +16,9 @@ __all__ = ["Layout", "grid_positions", "image_text", "layout_of"]
 class Layout:
     """An image's place in everything that follows.
 
-    `slices`: rows of `pixel_values`, a grid of `rows` × `cols` and perhaps an overview, or tiles that it lacks. `tokens`: its tokens in the
-    prompt, as many as `text` has placeholders. `pack`: which of the features they are, None: all in their order.
-    `tiles`: how many pictures it is to the vision encoder, 1 where it is cut into cells.
+    `slices`: rows of `pixel_values`, a grid of `rows` × `cols` and perhaps an overview, or tiles that it lacks.
+    `tokens`: its tokens in the prompt, as many as `text` has placeholders. `pack`: which of the features they are,
+    None: all in their order. `tiles`: how many pictures it is to the vision encoder, 1 where it is cut into cells.
     """
 
     rows: int
