@@ -321,6 +321,8 @@ def _ranges(variant: Variant) -> Iterator[str]:
             yield from (f"{symbol} adds up {part!r}, which has no sizes of its own" for part in unknown)
         elif sizes.most is None and sizes.limit is None:
             yield f"nothing bounds the range of {symbol}"
+        elif not 1 <= sizes.times <= _LARGEST:
+            yield f"the range of {symbol} is {sizes.times} times its limit"
         elif not 0 <= sizes.share <= 1:
             yield f"the range of {symbol} has a share of {sizes.share}"
         else:

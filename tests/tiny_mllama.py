@@ -56,8 +56,9 @@ def save_tiny_mllama(
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE without merges and the special tokens of Llama 3.2 Vision."""
-    core = byte_tokenizer(*_SPECIAL, "<|image|>")
+    """Byte-level BPE without merges and the special tokens of Llama 3.2 Vision, 320 and the placeholder."""
+    reserved = [f"<|reserved_special_token_{i}|>" for i in range(320 - 256 - len(_SPECIAL))]
+    core = byte_tokenizer(*_SPECIAL, *reserved, "<|image|>")
     return PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", pad_token="<|python_tag|>"
     )

@@ -246,6 +246,8 @@ class QuantizeJob:
         folder, cache = self._work / component, component == "decoder" and self._recipe.kv == "int8"
         if not cache and not any(precision(layer.name).needs_data for layer in layers_of(self._source, component)):
             return Findings(folder / "layers")
+        if not len(feeds):  # of images that no sample has
+            return Findings(folder / "layers", ignored=True)
         path = self._source.listed(variant.file)
         begin = partial(self._progress.stage, f"calibrating the {component.replace('_', ' ')}")
         advance = self._progress.advance

@@ -220,10 +220,8 @@ def understand(source: Source, weights: Weights) -> Plan:
     for reader in (top, checkpoint.text, checkpoint.vision):
         reader.finish()
     image = parts.image
+    check_vocabulary(source, {image.prompt.token: image.prompt.token_id}, parts.markers, decoder.vocab_size)
     embedding = Place(family.text).embedding
-    rows = weights.shape(embedding)[0]
-    # A token that is read and never chosen may have an embedding and no logit (mllama's placeholder).
-    check_vocabulary(source, {image.prompt.token: image.prompt.token_id}, parts.markers, max(rows, decoder.vocab_size))
     crossed = (Stage(CROSS_KV, "text", "prompt"),) if decoder.crossed else ()
     model = ModelSpec(
         family=family.name,
@@ -232,7 +230,7 @@ def understand(source: Source, weights: Weights) -> Plan:
         vocab_size=decoder.vocab_size,
         context_length=context,
         parameters=weights.parameters,
-        embedding=EmbeddingSpec("embed_tokens.npy", rows, scale=decoder.embedding_scale),
+        embedding=EmbeddingSpec("embed_tokens.npy", weights.shape(embedding)[0], scale=decoder.embedding_scale),
         positions=replace(decoder.position_spec(), images=parts.images),
         state=decoder.state_specs(),
         image=image,

@@ -58,7 +58,7 @@ def forget_prompts(model: Any) -> None:
 
 
 def behind(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a prompt's inputs what a token behind it has, too, as in `generate`: it sees of images what the last one does."""
+    """Of a prompt's inputs what a token behind it has, too, as in `generate`: it sees what the last one sees."""
     return {name: inputs[name][:, -1:] for name in ("cross_attention_mask",) if name in inputs}
 
 

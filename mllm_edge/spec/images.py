@@ -302,8 +302,8 @@ class LearnedPositions:
 
 @dataclass(frozen=True)
 class AspectRatioId:
-    """Input `names` [1] int64: the grid's place, from 1, among all those of at most `max_tiles` tiles, by their rows and
-    then columns."""
+    """Input `names` [1] int64: the grid's place, from 1, among all those of at most `max_tiles` tiles, by their rows
+    and then columns."""
 
     max_tiles: int
     names: tuple[str, ...] = ("aspect_ratio_id",)

@@ -21,7 +21,7 @@ def vocabulary(source: Source) -> Mapping[str, int]:
 
 def check_vocabulary(source: Source, numbered: Mapping[str, int], others: Sequence[str], vocab_size: int) -> None:
     """Raise ConfigError unless the tokenizer has all special tokens that images use (those of `numbered` with the ids
-    that config.json states) and no id beyond `vocab_size`."""
+    that config.json states) and no id beyond `vocab_size`, but for those of `numbered`: they are read, never chosen."""
     vocab = vocabulary(source)
     path = vocabulary_file(source)
     for token in (*numbered, *others):
@@ -33,9 +33,10 @@ def check_vocabulary(source: Source, numbered: Mapping[str, int], others: Sequen
                 f"{path}: {token} has id {vocab[token]}, but config.json says image_token_id = {number}",
                 f"use the {path.name} that belongs to this model",
             )
-    if max(vocab.values()) >= vocab_size:
+    last = max(number for token, number in vocab.items() if token not in numbered)
+    if last >= vocab_size:
         raise ConfigError(
-            f"{path}: token ids reach {max(vocab.values())}, but vocab_size is {vocab_size}",
+            f"{path}: token ids reach {last}, but vocab_size is {vocab_size}",
             f"use the {path.name} that belongs to this model",
         )
 

@@ -75,8 +75,8 @@ class Decoder:
         return cache
 
     def reset(self, capacity: int, batch: int = 1) -> Cache:
-        """Start `batch` empty sequences of up to `capacity` tokens, whose cross-attention sees nothing yet; a cache that
-        is large enough is used again.
+        """Start `batch` empty sequences of up to `capacity` tokens, whose cross-attention sees nothing yet; a cache
+        that is large enough is used again.
 
         Raises ContextError when the session was made for shorter ones.
         """

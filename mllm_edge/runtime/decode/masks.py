@@ -42,8 +42,8 @@ def cross_bias(
     """What each of `tokens` tokens sees of images whose tokens are at `places`, each of so many `features` of which the
     first `shown` are of the image: a bias [S, N] float32, and [S, 1] float32, 0 for tokens that see none, else 1.
 
-    An image is seen from its token until the next image's; where several follow each other at once, until the one behind
-    them all. The bias of tokens that see none hides nothing: the trained models compute it so.
+    An image is seen from its token until the next image's; where several follow each other at once, until the one
+    behind them all. The bias of tokens that see none hides nothing: the trained models compute it so.
     """
     bias = np.full((tokens, len(places) * features), HIDDEN, np.float32)
     ends = [*places[1:], tokens]

@@ -19,9 +19,9 @@ class Layout:
 
     `slices`: rows of `pixel_values`, a grid of `rows` × `cols` and perhaps an overview, or tiles that it lacks.
     `tokens`: its tokens in the prompt, as many as `text` has placeholders. `pack`: how features become tokens, None:
-    each is one, in their order.
-    `tiles`: how many pictures the vision encoder sees of it. `grids`: rows and columns of cells of each, where they are
-    cut into cells; `rows` × `cols` is then the grid of cells of one alone, else that of the tiles.
+    each is one, in their order. `tiles`: how many pictures the vision encoder sees of it. `grids`: rows and columns of
+    cells of each, where they are cut into cells; `rows` × `cols` is then the grid of cells of one alone, else that of
+    the tiles.
     """
 
     rows: int
