@@ -115,8 +115,7 @@ def _pair(a: VLM, b: VLM, sample: Sample) -> tuple[_Run, _Run, np.ndarray | None
 
 def _run(vlm: VLM, sample: Sample, answer: np.ndarray | None) -> _Run:
     prompt = vlm.processor.process(sample.prompt, sample.images)
-    outputs = seen(vlm, prompt)
-    encoded = vlm.encode(prompt)
+    encoded, outputs = seen(vlm, prompt)
     most = _most(vlm, encoded)
     begin = time.perf_counter()
     (greedy,) = vlm.greedy([encoded], most)

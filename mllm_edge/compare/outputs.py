@@ -1,6 +1,6 @@
 """What one side of a comparison makes of a case, and the errors of the other's."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,39 +24,34 @@ LOGITS = ("prefill_logits", "decode_logits")
 @dataclass(frozen=True, eq=False)
 class Outputs:
     """`token_ids` [S], `logits` [steps, V], `tokens` [steps] (greedy), and with images the output (any shape) of each
-    component before the decoder, in the order they run."""
+    component before the decoder, in the order they run. `encoded`: of a bundle, the prompt as its decoder gets it."""
 
     token_ids: np.ndarray
     logits: np.ndarray
     tokens: np.ndarray
     components: Mapping[str, np.ndarray] = field(default_factory=dict)
+    encoded: Encoded | None = None
 
 
-def bundle_outputs(
-    vlm: VLM,
-    case: Case,
-    tokens: np.ndarray | None = None,
-    encode: Callable[[Prompt], Encoded] | None = None,
-) -> Outputs:
+def bundle_outputs(vlm: VLM, case: Case, tokens: np.ndarray | None = None) -> Outputs:
     """Run a case along `tokens` [steps], or along its own greedy ones. Raises ContextError when it does not fit."""
     prompt = vlm.processor.process(case.prompt, case.images)
     steps = min(TOKENS, vlm.context_length - len(prompt.token_ids)) if tokens is None else len(tokens)
     if steps < 2:
         raise ContextError(f"{case.description}: {len(prompt.token_ids)} tokens leave no room", "use a shorter prompt")
-    components = seen(vlm, prompt)
-    encoded = (encode or vlm.encode)(prompt)
+    encoded, components = seen(vlm, prompt)
     for name, output in _output_names(vlm.bundle).items():
         if name in components and output == FEATURES:  # as the decoder gets them
             components[name] = encoded.embeds[prompt.image_positions]
     logits = vlm.steps(encoded, vlm.greedy([encoded], steps, stop_ids=())[0] if tokens is None else tokens)
-    return Outputs(prompt.token_ids, logits, logits.argmax(axis=1), components)
+    return Outputs(prompt.token_ids, logits, logits.argmax(axis=1), components, encoded)
 
 
-def seen(vlm: VLM, prompt: Prompt) -> dict[str, np.ndarray]:
-    """What each component before the decoder makes of the images of a prompt, all runs together; empty without any."""
-    if prompt.pixel_values is None:
-        return {}
-    return {component: next(iter(outputs.values())) for component, outputs in vlm.stage_outputs(prompt).items()}
+def seen(vlm: VLM, prompt: Prompt) -> tuple[Encoded, dict[str, np.ndarray]]:
+    """A prompt as the decoder gets it, and what each component before that makes of its images, all runs together;
+    empty without any."""
+    encoded, found = vlm.encode_and_outputs(prompt)
+    return encoded, {component: next(iter(outputs.values())) for component, outputs in found.items()}
 
 
 def named_outputs(bundle: Bundle, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

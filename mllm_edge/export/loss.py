@@ -26,7 +26,7 @@ from mllm_edge.runtime.prompt.processor import Processor, Prompt
 from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
 from mllm_edge.runtime.vlm import VLM
 
-__all__ = ["WARN_KL", "Loss", "ask", "measure", "encoded_once", "turns_of"]
+__all__ = ["WARN_KL", "Loss", "ask", "encoded_once", "keep_encoded", "measure", "turns_of"]
 
 _TOKENS = 32  # of each answer
 _SAME = 1e-3  # of the range of logits; as float32 graphs are held to
@@ -97,12 +97,23 @@ def turns_of(answered: Sequence[Answered], count: int) -> Asked:
 def encoded_once(vlm: VLM, prompt: Prompt, images: Sequence[Any], known: dict[tuple[Any, ...], Encoded]) -> Encoded:
     """The prompt as the decoder gets it; those with pictures are kept in `known`, by the pictures and the files that
     see them: bundles that are compared often differ in the decoder alone."""
-    if not images:
-        return vlm.encode(prompt)
-    key = (prompt.text, *map(id, images), *_seen_by(vlm.bundle, vlm.backend.target))
-    if key not in known:
-        known[key] = vlm.encode(prompt)
-    return known[key]
+    found = known.get(_view(vlm, prompt, images))
+    if found is None:
+        found = vlm.encode(prompt)
+        keep_encoded(vlm, prompt, images, found, known)
+    return found
+
+
+def keep_encoded(
+    vlm: VLM, prompt: Prompt, images: Sequence[Any], encoded: Encoded | None, known: dict[tuple[Any, ...], Encoded]
+) -> None:
+    """Keep what `encoded_once` would make."""
+    if images and encoded is not None:
+        known[_view(vlm, prompt, images)] = encoded
+
+
+def _view(vlm: VLM, prompt: Prompt, images: Sequence[Any]) -> tuple[Any, ...]:
+    return (prompt.text, *map(id, images), *_seen_by(vlm.bundle, vlm.backend.target))
 
 
 def _same_alone(model: Any, prompts: Sequence[np.ndarray], tokens: Sequence[np.ndarray], logits: Any) -> bool:

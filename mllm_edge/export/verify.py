@@ -16,10 +16,8 @@ import numpy as np
 from mllm_edge.compare.cases import Case
 from mllm_edge.compare.outputs import LOGITS, bundle_outputs, errors_of, in_order
 from mllm_edge.errors import ParityError, PromptError
-from mllm_edge.export.loss import encoded_once
+from mllm_edge.export.loss import keep_encoded
 from mllm_edge.export.source_model import Reference, source_outputs
-from mllm_edge.runtime.decode.encoded import Encoded
-from mllm_edge.runtime.prompt.processor import Prompt
 
 __all__ = ["Parity", "limits_of", "verify"]
 
@@ -113,11 +111,9 @@ def _compare(reference: Reference, folder: Path, case: Case, target: str) -> _Ou
         if prompt.pixel_values is not None:
             pixels = _grey_levels(vlm, prompt.pixel_values, expected["pixel_values"])
 
-        def encode(prompt: Prompt) -> Encoded:
-            return encoded_once(vlm, prompt, case.images, reference.encoded)
-
         source = source_outputs(vlm.bundle, expected)
-        found = bundle_outputs(vlm, case, source.tokens, encode)
+        found = bundle_outputs(vlm, case, source.tokens)
+        keep_encoded(vlm, prompt, case.images, found.encoded, reference.encoded)
     same = found.tokens == source.tokens
     return _Outcome(errors_of(source, found), pixels, int(same.sum()), len(same))
 

@@ -32,7 +32,7 @@ from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.decode.sampling import Sampler, SamplingParams
 from mllm_edge.runtime.decode.speculation import PromptLookup, check_speculation
 from mllm_edge.runtime.decode.token_rules import TokenRules
-from mllm_edge.runtime.encode import Components, encoded, stage_runs
+from mllm_edge.runtime.encode import Components, encoded
 from mllm_edge.runtime.limits import TILES_PER_RUN
 from mllm_edge.runtime.log import logger
 from mllm_edge.runtime.machine.threads import Spin, Threads
@@ -284,18 +284,27 @@ class VLM:
 
         Raises PromptError for a prompt without images."""
         self._require_images(prompt)
-        parts: dict[str, dict[str, list[np.ndarray]]] = {}
-        with self._turns.turn():
-            for run in stage_runs(self._components, prompt, self._arrays, trace or Trace()):
-                for component, outputs in run.items():
-                    for name, array in outputs.items():
-                        parts.setdefault(component, {}).setdefault(name, []).append(array)
-        return {c: {name: np.concatenate(arrays) for name, arrays in found.items()} for c, found in parts.items()}
+        return self.encode_and_outputs(prompt, trace)[1]
 
     def encode(self, prompt: Prompt, trace: Trace | None = None) -> Encoded:
         """All that a prompt is to the decoder: its images are looked at, once for any number of questions."""
         with self._turns.turn():
             return self._encode(prompt, trace or Trace())
+
+    def encode_and_outputs(
+        self, prompt: Prompt, trace: Trace | None = None
+    ) -> tuple[Encoded, dict[str, dict[str, np.ndarray]]]:
+        """`encode` and `stage_outputs` of one look at the images; no outputs without any."""
+        parts: dict[str, dict[str, list[np.ndarray]]] = {}
+
+        def keep(run: dict[str, dict[str, np.ndarray]]) -> None:
+            for component, outputs in run.items():
+                for name, array in outputs.items():
+                    parts.setdefault(component, {}).setdefault(name, []).append(array)
+
+        with self._turns.turn():
+            prompted = encoded(self._components, prompt, self.embed, self._arrays, trace or Trace(), keep)
+        return prompted, {c: {n: np.concatenate(arrays) for n, arrays in found.items()} for c, found in parts.items()}
 
     def score(self, prompt: Encoded, answer: np.ndarray) -> np.ndarray:
         """Logits [n, V] float32 that the model gives each of the n tokens of `answer` [n], each behind the prompt and
