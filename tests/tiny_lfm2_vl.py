@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from transformers import Lfm2VlConfig, Lfm2VlForConditionalGeneration, PreTrainedTokenizerFast
 
 from tests.tiny import Names, make_tokenizer, random_model, save_state_dict
@@ -59,7 +60,25 @@ def save_tiny_lfm2_vl(
         (folder / "chat_template.jinja").write_text(template)
     if names == "state_dict":
         save_state_dict(folder, model)
+    elif names == "hub":
+        _as_on_the_hub(folder)
     return model
+
+
+def _as_on_the_hub(folder: Path) -> None:
+    """Older names of tensors, the image processor's settings also in config.json, and all of them in one file."""
+    weights = load_file(folder / "model.safetensors")
+    tower = "model.vision_tower."
+    save_file({n.replace(tower, f"{tower}vision_model."): w for n, w in weights.items()}, folder / "model.safetensors")
+    images = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").unlink()
+    unused = {"size": {"height": 512, "width": 512}, "do_resize": False, "crop_size": None, "max_num_patches": 1024}
+    stated = {"image_processor": {**images, **unused}, "processor_class": "Lfm2VlProcessor"}
+    (folder / "processor_config.json").write_text(json.dumps(stated))
+    config = json.loads((folder / "config.json").read_text())
+    config["tie_embedding"] = config.pop("tie_word_embeddings")
+    unread = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full", "max_num_patches": 1024}
+    (folder / "config.json").write_text(json.dumps({**config, **unread, "use_image_special_tokens": True}))
 
 
 def _images(config: Lfm2VlConfig, settings: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -121,9 +121,10 @@ def _image_inputs(
         for start in range(0, len(pixel_values), components.slices):
             yield {"pixel_values": pixel_values[start : start + components.slices]}
         return
-    start = 0
+    start, grid, tables = 0, (0, 0), Arrays()
     for slices, rows, cols in chain.from_iterable(layout.runs for layout in prompt.layouts):
-        tables = table_inputs(image, rows, cols, arrays)
+        if (rows, cols) != grid:  # tiles are alike
+            grid, tables = (rows, cols), table_inputs(image, rows, cols, arrays)
         yield {"pixel_values": pixel_values[start : start + slices], **tables}
         start += slices
 

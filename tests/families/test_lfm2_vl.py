@@ -226,7 +226,8 @@ def test_what_cannot_be_is_refused(plain: Exported) -> None:
             table_inputs(image, 1, 1, {"vision_positions.npy": np.zeros((15, 48), np.float32)})
 
 
-def test_the_comparison_says_whose_images_they_are(plain: Exported, tmp_path: Path) -> None:
-    report = export(str(plain.checkpoint), tmp_path / "out", targets=("cpu",), recipe_name="fp32")
+def test_the_comparison_says_whose_images_they_are(tmp_path: Path) -> None:
+    save_tiny_lfm2_vl(tmp_path / "checkpoint", **CONFIGS["as_on_the_hub"])
+    report = export(str(tmp_path / "checkpoint"), tmp_path / "out", targets=("cpu",), recipe_name="fp32")
     assert [note for note in report.parity["notes"] if "image processor runs on torchvision alone" in note]
     assert report.parity["greedy_agreement"] == 1

@@ -200,36 +200,36 @@ def _image_processor(settings: SimpleNamespace, transforms: tuple[Transform, ...
 
 
 def _model_inputs(images: list[Any], transforms: tuple[Transform, ...]) -> dict[str, Any]:
-    """The model's inputs of RGB images: pixel_values [grids, patches, values], padded to the largest grid and pixel by
-    pixel, where it is real, each grid's patches; and each image's tiles and size for the text."""
+    """The model's inputs of RGB images: pixel_values [grids, patches, values], padded to the largest grid, where these
+    are real, and each grid's patches; for the text each image's tiles and the size of the whole."""
     import torch
 
     *_, patches = transforms
     assert isinstance(patches, Patchify)
-    merge, patch = patches.merge, patches.patch
     cuts = [cut_of(image.height, image.width, transforms) for image in images]
-    shapes = [(rows * merge, cols * merge) for cut in cuts for rows, cols in cut.grids]
-    longest = max(rows * cols for rows, cols in shapes)
-    pixels = torch.zeros(len(shapes), longest, 3 * patch**2)
-    mask = torch.zeros(len(shapes), longest, dtype=torch.int32)
-    cells = torch.from_numpy(np.concatenate([apply_transforms(image, transforms) for image in images]))
-    start = 0
-    for i, (rows, cols) in enumerate(shapes):
-        count = rows * cols // merge**2
-        grid = cells[start : start + count].reshape(rows // merge, cols // merge, merge, merge, -1).swapaxes(1, 2)
-        planes = grid.reshape(rows * cols, 3, patch, patch).permute(0, 2, 3, 1)
-        pixels[i, : rows * cols], mask[i, : rows * cols] = planes.flatten(1), 1
-        start += count
-    several = [len(cut.grids) > 1 for cut in cuts]
-    whole = [[side * merge * patch for side in cut.grids[-1]] for cut in cuts]
+    grids = [grid for cut in cuts for grid in cut.grids]
+    cells = np.concatenate([apply_transforms(image, transforms) for image in images])
+    ends = np.cumsum([rows * cols for rows, cols in grids])[:-1]
+    rows_of = [_patch_rows(part, *grid, patches) for part, grid in zip(np.split(cells, ends), grids, strict=True)]
+    padded = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(rows) for rows in rows_of], batch_first=True)
+    mask = torch.arange(padded.shape[1]) < torch.tensor([[len(rows)] for rows in rows_of])
+    tiles = [(cut.rows, cut.cols) if len(cut.grids) > 1 else (1, 1) for cut in cuts]
+    side = patches.merge * patches.patch
     return {
-        "pixel_values": pixels,
-        "pixel_attention_mask": mask,
-        "spatial_shapes": torch.tensor(shapes),
-        "image_rows": [cut.rows if tiles else 1 for cut, tiles in zip(cuts, several, strict=True)],
-        "image_cols": [cut.cols if tiles else 1 for cut, tiles in zip(cuts, several, strict=True)],
-        "image_sizes": whole,
+        "pixel_values": padded,
+        "pixel_attention_mask": mask.int(),
+        "spatial_shapes": torch.tensor(grids) * patches.merge,
+        "image_rows": [rows for rows, _ in tiles],
+        "image_cols": [cols for _, cols in tiles],
+        "image_sizes": [[side * cells for cells in cut.grids[-1]] for cut in cuts],
     }
+
+
+def _patch_rows(cells: np.ndarray, rows: int, cols: int, patches: Patchify) -> np.ndarray:
+    """Cells [rows · cols, merge², values] → the grid's patches row by row, each pixel by pixel."""
+    merge, patch = patches.merge, patches.patch
+    grid = cells.reshape(rows, cols, merge, merge, 3, patch, patch)
+    return grid.transpose(0, 2, 1, 3, 5, 6, 4).reshape(rows * cols * merge**2, -1)
 
 
 def _cells(model: Any, patches: Any, inputs: Mapping[str, Any]) -> Iterator[Any]:

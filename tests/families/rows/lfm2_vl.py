@@ -28,6 +28,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vision": {"num_patches": 1},
         "names": "state_dict",
     },
+    "as_on_the_hub": {"names": "hub", "template": None, "seed": 1},
     "cells_of_nine_patches": {
         "config": {"downsample_factor": 3},
         "vision": {"patch_size": 4, "num_hidden_layers": 1},
