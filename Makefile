@@ -36,7 +36,7 @@ test: $(INSTALLED) $(TORCHVISION)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy mllm_edge
+	$(BIN)/mypy mllm_edge benchmarks
 
 install: $(INSTALLED)
 

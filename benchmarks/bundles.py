@@ -3,14 +3,16 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 __all__ = ["export_by"]
 
 
-def export_by(checkout: Path, model: Path, bundle: Path, recipe: str = "int4") -> Path:
-    """Export `model` to `bundle` with the code in `checkout`, uncompared; raises SystemExit with its words."""
-    options = ["--recipe", recipe, "--verify", "off"]
+def export_by(checkout: Path, model: Path, bundle: Path, recipe: str = "int4", more: Sequence[str] = ()) -> Path:
+    """Export `model` to `bundle` with the code in `checkout`, uncompared, and with `more` options; raises SystemExit
+    with its words."""
+    options = ["--recipe", recipe, "--verify", "off", *more]
     command = [sys.executable, "-m", "mllm_edge", "export", str(model), str(bundle), *options]
     environment = {**os.environ, "PYTHONPATH": str(checkout)}
     # The current folder comes first where modules are looked for.

@@ -12,18 +12,17 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.report import Report
-
-if __name__ == "__main__":  # the loop's own processes have neither
+if __name__ == "__main__" or TYPE_CHECKING:  # the loop's own processes have none
     from benchmarks.bundles import export_by
+    from benchmarks.report import Report
+    from benchmarks.served import Served
     from benchmarks.vlm_checkpoints import smolvlm_256m
 
 __all__ = ["main", "serve"]
@@ -50,10 +49,10 @@ def main() -> None:
             model = Path(folder) / "model"
             smolvlm_256m(model, longest_edge=512)
         bundle = export_by(_ROOT, model, Path(folder) / "bundle")
-        contenders = {DEFAULT: _Loop(_ROOT, bundle, None), ONE: _Loop(_ROOT, bundle, 1)}
+        contenders = {DEFAULT: Served(_ROOT, __file__, bundle, None), ONE: Served(_ROOT, __file__, bundle, 1)}
         if options.baseline:  # each checkout reads what it wrote itself
             older = export_by(options.baseline.resolve(), model, Path(folder) / "older")
-            contenders[BASELINE] = _Loop(options.baseline, older, None)
+            contenders[BASELINE] = Served(options.baseline, __file__, older, None)
         rounds = [_round(contenders, i, options.frames) for i in range(options.rounds)]
         for loop in contenders.values():
             loop.close()
@@ -91,52 +90,13 @@ def serve(bundle: str, threads: int | None) -> None:
             print(json.dumps(figures), flush=True)
 
 
-class _Loop:
-    """A process that runs frames when it is asked to."""
-
-    def __init__(self, root: Path, bundle: Path, threads: int | None):
-        code = (
-            f"import sys; sys.path.insert(0, {str(root)!r}); import mllm_edge; sys.path.append({str(_ROOT)!r}); "
-            f"import importlib.util as u; s = u.spec_from_file_location('frame_loop', {str(Path(__file__))!r}); "
-            f"import types; r = types.ModuleType('benchmarks.report'); r.Report = None; "
-            f"sys.modules['benchmarks.report'] = r; m = u.module_from_spec(s); s.loader.exec_module(m); "
-            f"m.serve({str(bundle)!r}, {threads!r})"
-        )
-        environment = {**os.environ, "PYTHONPATH": str(root)}
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=root,
-            env=environment,
-        )
-
-    def run(self, frames: int) -> dict[str, float]:
-        """The figures of so many frames."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(frames, file=self._process.stdin, flush=True)
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit("a process of the measurement ended")
-        found: dict[str, float] = json.loads(line)
-        return found
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-
-def _round(contenders: dict[str, _Loop], i: int, frames: int) -> dict[str, dict[str, float]]:
+def _round(contenders: "dict[str, Served]", i: int, frames: int) -> dict[str, dict[str, float]]:
     names = list(contenders)
     names = names[i % len(names) :] + names[: i % len(names)]
-    return {name: contenders[name].run(frames) for name in names}
+    return {name: contenders[name].ask(frames) for name in names}
 
 
-def _check(report: Report, name: str, rounds: Sequence[Any], figure: str, other: str, target: float) -> None:
+def _check(report: "Report", name: str, rounds: Sequence[Any], figure: str, other: str, target: float) -> None:
     ratios = [r[DEFAULT][figure] / r[other][figure] for r in rounds]
     low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     check = report.at_most if figure == "CPU ms" else report.at_least

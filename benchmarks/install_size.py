@@ -62,7 +62,7 @@ def _measure(way: str, arguments: list[str], environment: Path, bundle: Path) ->
     python, before = environment / "bin" / "python", _nbytes(environment)
     subprocess.run([python, "-m", "pip", "install", "-q", *arguments], check=True)
     added = _nbytes(environment) - before
-    command = [environment / "bin" / "mllm-edge", "run", bundle, QUESTION, "--image", IMAGE]
+    command: list[str | Path] = [environment / "bin" / "mllm-edge", "run", bundle, QUESTION, "--image", IMAGE]
     plain = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     plain.pop("PYTHONPATH", None)
     answer = subprocess.run(command, check=True, capture_output=True, text=True, env=plain, cwd=environment).stdout

@@ -18,7 +18,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 # Sizes from llava-hf/llava-1.5-7b-hf's config.json and its defaults.
 _DECODER = Geometry("LLaVA-1.5-7B", "llama", 4096, 11008, 32, 32, 32, 32064, 1e4)
-_TOWER = {
+_TOWER: dict[str, Any] = {
     "model_type": "clip_vision_model",
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -40,7 +40,7 @@ def write_llava(folder: Path, seed: int = 0, layers: int = _DECODER.layers) -> N
     random = np.random.default_rng(seed)
     weights = (0.02 * random.standard_normal(_POOL, dtype=np.float32)).astype(np.float16)
     norms = (1 + 0.05 * random.standard_normal(1 << 16, dtype=np.float32)).astype(np.float16)
-    weight_map, decoder = {}, replace(_DECODER, layers=layers)
+    weight_map, decoder = dict[str, str](), replace(_DECODER, layers=layers)
     for number, shapes in enumerate(_shards({**_vision_shapes(), **_text_shapes(decoder)}), 1):
         file = f"model-{number:05}.safetensors"
         with (folder / file).open("wb") as f:
@@ -61,7 +61,7 @@ def _shards(shapes: Shapes) -> Iterator[Shapes]:
 
 
 def _write_shard(f: IO[bytes], shapes: Shapes, weights: np.ndarray, norms: np.ndarray) -> None:
-    header, end = {}, 0
+    header, end = dict[str, Any](), 0
     for name, shape in shapes.items():
         begin, end = end, end + 2 * int(np.prod(shape))
         header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [begin, end]}
@@ -108,11 +108,15 @@ def _write_settings(folder: Path, decoder: Geometry) -> None:
     from tokenizers import Tokenizer, models
 
     text = {**decoder.config, "max_position_embeddings": 4096, "tie_word_embeddings": False}
-    config = {"model_type": "llava", "text_config": text, "vision_config": _TOWER}
+    config: dict[str, Any] = {"model_type": "llava", "text_config": text, "vision_config": _TOWER}
     config |= {"image_token_index": _TOKENS.index("<image>"), "vision_feature_layer": -2}
     _write_json(folder / "config.json", config)
     side = int(_TOWER["image_size"])
-    images = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": side}, "crop_size": side}
+    images: dict[str, Any] = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": side},
+        "crop_size": side,
+    }
     _write_json(folder / "preprocessor_config.json", images)
     vocabulary = {token: i for i, token in enumerate(_TOKENS)}
     Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")).save(str(folder / "tokenizer.json"))

@@ -16,6 +16,7 @@ from benchmarks.worker import serve
 from mllm_edge.json_form import from_json, to_json
 from mllm_edge.runtime.backends.choose import open_backend
 from mllm_edge.runtime.decode.decoder import Decoder
+from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.decode.generate import generate
 from mllm_edge.runtime.decode.sampling import Sampler, SamplingParams
 from mllm_edge.runtime.prompt.embedder import Embedder
@@ -105,10 +106,10 @@ class _Engine:
     def logits(self, ids: Sequence[int]) -> Sequence[float]:
         return self._decoder.forward(self._prompt(ids)).tolist()
 
-    def _prompt(self, ids: Sequence[int]) -> np.ndarray:
-        """Embeddings [S, H] of a prompt for an empty sequence."""
+    def _prompt(self, ids: Sequence[int]) -> Encoded:
+        """A prompt for an empty sequence."""
         self._decoder.reset(self._capacity)
-        return self._embed(np.asarray(ids))
+        return Encoded(self._embed(np.asarray(ids)))
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def _scenes() -> Any:
 
 def _questions(split: str, count: int) -> Iterator[tuple[Any, str, str]]:
     scenes = _scenes()
-    from questions import held_out  # type: ignore[import-not-found]
+    from questions import held_out
 
     last, picture = -1, None
     for index, scene, question in held_out(split, count):

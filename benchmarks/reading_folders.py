@@ -132,7 +132,7 @@ def _templates() -> Iterator[tuple[str, Change]]:
 
 
 # ---------------------------------------------------------------- images
-_OTHER = {
+_OTHER: dict[str, dict[str, Any]] = {
     "idefics3": {"do_image_splitting": False},
     "smolvlm": {"do_image_splitting": False},
     "llava": {"resample": 2},
@@ -142,7 +142,7 @@ _OTHER = {
 
 
 def _images(family: str) -> Iterator[tuple[str, Change]]:
-    other = {"image_mean": [0.1, 0.2, 0.3], **_OTHER[family]}
+    other: dict[str, Any] = {"image_mean": [0.1, 0.2, 0.3], **_OTHER[family]}
 
     def moved(*, keep: bool, drop: tuple[str, ...] = (), **changed: Any) -> Change:
         """The image processor's settings into preprocessor_config.json, `changed` there."""
@@ -208,7 +208,7 @@ _CLASSES = {
 }
 
 
-def _fast(family: str) -> dict[str, str]:
+def _fast(family: str) -> dict[str, Any]:
     names = {
         "idefics3": "Idefics3",
         "smolvlm": "SmolVLM",
@@ -287,7 +287,10 @@ def _number(family: str, token: str) -> int:
 
 
 def _write(name: str, text: str) -> Change:
-    return lambda folder: (folder / name).write_text(text) and None
+    def change(folder: Path) -> None:
+        (folder / name).write_text(text)
+
+    return change
 
 
 _TRUNCATION = {"strategy": "LongestFirst", "stride": 0}

@@ -25,6 +25,7 @@ from benchmarks.checkpoints import GEOMETRIES, Geometry, write_checkpoint
 from benchmarks.measure import in_process
 from benchmarks.report import Report
 from mllm_edge.calibration.recipes import RECIPES
+from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.decode.generate import generate
 from mllm_edge.runtime.decode.sampling import Sampler, SamplingParams
 from mllm_edge.runtime.machine.cpu import physical_cores
@@ -122,7 +123,7 @@ def _same(geometry: Geometry, folder: Path) -> float:
         decoder.reset(PROMPT + TOKENS)
         guesser = Known(answers[0], most, 0.5, geometry.vocab_size) if most else None
         setting = (Sampler(SamplingParams()), (), TOKENS, Trace())
-        answers.append(list(generate(decoder, embed, embed(ids), *setting, guesser=guesser)))
+        answers.append(list(generate(decoder, embed, Encoded(embed(ids)), *setting, guesser=guesser)))
     return float(np.mean([answer == answers[0] for answer in answers]))
 
 
@@ -139,7 +140,7 @@ def _measure(geometry: Geometry, folder: Path, rounds: int) -> list[dict[tuple[i
     def run(guesser: Known | None, sampler: Sampler) -> Ran:
         decoder.reset(PROMPT + TOKENS)
         trace, times, answer = Trace(), [], []
-        for token in generate(decoder, embed, embed(ids), sampler, (), TOKENS, trace, guesser=guesser):
+        for token in generate(decoder, embed, Encoded(embed(ids)), sampler, (), TOKENS, trace, guesser=guesser):
             times.append(time.perf_counter())
             answer.append(token)
         speed = (TOKENS - 1) / (times[-1] - times[0])
@@ -189,8 +190,8 @@ def _sample() -> list[dict[str, Any]]:
 
 def _questions() -> Iterator[tuple[str, Any]]:
     sys.path.insert(0, str(_EXAMPLE))
-    import questions  # type: ignore[import-not-found]
-    import scenes  # type: ignore[import-not-found]
+    import questions
+    import scenes
 
     for _, scene, question in questions.held_out("hard", _QUESTIONS):
         yield question.question, scenes.render(scene)
