@@ -112,11 +112,8 @@ def _write_settings(folder: Path, decoder: Geometry) -> None:
     config |= {"image_token_index": _TOKENS.index("<image>"), "vision_feature_layer": -2}
     _write_json(folder / "config.json", config)
     side = int(_TOWER["image_size"])
-    images: dict[str, Any] = {
-        "image_processor_type": "CLIPImageProcessor",
-        "size": {"shortest_edge": side},
-        "crop_size": side,
-    }
+    images: dict[str, Any] = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": side}}
+    images["crop_size"] = side
     _write_json(folder / "preprocessor_config.json", images)
     vocabulary = {token: i for i, token in enumerate(_TOKENS)}
     Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")).save(str(folder / "tokenizer.json"))

@@ -238,8 +238,10 @@ def _summary(report: dict[str, Any]) -> str:
 
     parts = [_components(report)]
     if report["parity"]:
-        parts.append(_parity(report["parity"]))
-        parts += [_parity(parity) for parity in report["parity"].get("targets", {}).values()]
+        parity = report["parity"]
+        if "float32" in parity:
+            parts.append(_parity(parity["float32"], " in float32"))
+        parts += [_parity(found) for found in (parity, *parity.get("targets", {}).values())]
     elif not report["dry_run"]:
         parts.append("not compared with the source model (--verify off)")
     parts += [float32_operators(report), words(report), _ending(report)]
@@ -264,9 +266,9 @@ def _components(report: dict[str, Any]) -> str:
     return table([title, "size"], [*rows, ["total", bytes_text(report["nbytes"])]])
 
 
-def _parity(parity: dict[str, Any]) -> str:
+def _parity(parity: dict[str, Any], form: str = "") -> str:
     limits = parity["limits"]
     rows = [[n, f"{e:.1e}", f"{limits[n]:g}" if n in limits else ""] for n, e in parity["errors"].items()]
-    text = table([f"{parity['target']} against the source model ({parity['scope']})", "error", "limit"], rows)
+    text = table([f"{parity['target']}{form} against the source model ({parity['scope']})", "error", "limit"], rows)
     notes = "".join(f"\n{line}" for line in parity["notes"])
     return f"{text}\ngreedy tokens agree: {parity['greedy_agreement']:.1%} of {parity['greedy_tokens']}{notes}"

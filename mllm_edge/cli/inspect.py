@@ -221,13 +221,14 @@ def _parity(bundle: "Bundle") -> str:
     parity = bundle.manifest.parity
     if not parity:
         return "parity     not measured"
-    return "\n\n".join(map(_target_parity, [parity, *parity.get("targets", {}).values()]))
+    floats = [_target_parity(parity["float32"], " in float32")] if "float32" in parity else []
+    return "\n\n".join([*floats, *map(_target_parity, [parity, *parity.get("targets", {}).values()])])
 
 
-def _target_parity(parity: Mapping[str, Any]) -> str:
+def _target_parity(parity: Mapping[str, Any], form: str = "") -> str:
     limits = parity.get("limits", {})
     rows = [[name, _number(error), _number(limits.get(name))] for name, error in parity.get("errors", {}).items()]
-    title = f"parity of {parity.get('target', 'cpu')} ({parity.get('scope', '')})"
+    title = f"parity of {parity.get('target', 'cpu')}{form} ({parity.get('scope', '')})"
     text = table([title, "error", "limit"], rows)
     agreement = parity.get("greedy_agreement")
     if agreement is not None:

@@ -228,12 +228,7 @@ class ExportJob:
         from what rounding the weights costs. Of all but small models a part of the decoder, as float32 takes much room.
         """
         self._progress.stage("comparing the graphs in float32 with the source model")
-        first = self._forms[0]
-        form = Form(first.target if first.target != "cuda" else "cpu", ir.DataType.FLOAT)
-        for component in self._plan.traced:
-            if (component.name, form.float_type) not in self._traces:
-                self._traces[component.name, form.float_type] = trace(component, form.float_type)
-        small = whole and self._plan.model.parameters <= _FLOAT_LIMIT
+        form, small = self._float_form(), self._is_proven_whole(whole)
         decoder, scope = (self._plan.decoder, Scope(None)) if small else (self._short(), Scope(self._probe_layers))
         floats = self._beside(folder, manifest, [form], recipe("fp32"), decoder, self._components)
         # A part of a source that is wanted whole, too, is not kept.
@@ -241,6 +236,28 @@ class ExportJob:
         with floats as probe:
             (parity,) = verify(reference, probe, "fp32", [form.target], cases)
         return {"float32": to_json(parity)}
+
+    def proof_bytes(self, whole: bool) -> int:
+        """What the graphs that `verify` compares in float32 take on the disk for a while; 0 for a recipe of floats."""
+        if not is_quantized(self._recipe):
+            return 0
+        form, sink = self._float_form(), DryFile()
+        decoder = self._plan.decoder if self._is_proven_whole(whole) else self._short()
+        for name in self._components:
+            self._build(name, form, sink, decoder, recipe("fp32"))
+        return sink.nbytes
+
+    def _float_form(self) -> Form:
+        """The first form in float32, and its traces."""
+        first = self._forms[0]
+        form = Form(first.target if first.target != "cuda" else "cpu", ir.DataType.FLOAT)
+        for component in self._plan.traced:
+            if (component.name, form.float_type) not in self._traces:
+                self._traces[component.name, form.float_type] = trace(component, form.float_type)
+        return form
+
+    def _is_proven_whole(self, whole: bool) -> bool:
+        return whole and self._plan.model.parameters <= _FLOAT_LIMIT
 
     def _short(self) -> DecoderSpec:
         """The first layers, one that looks at images among them where there is one, and the head."""

@@ -165,7 +165,8 @@ def _export(
             "the first layers are measured",
             "--verify full (the whole source model runs, in float32), or mllm-edge quantize",
         )
-    check_space(place, report.nbytes + _OTHER_FILES)
+    proof = job.proof_bytes(whole) if verify_mode != "off" else 0
+    check_space(place, report.nbytes + _OTHER_FILES, proof)
     with workspace(place, report.nbytes + _OTHER_FILES) as folder:
         manifest = job.write(folder)
         accuracy: dict[str, Any] = {}

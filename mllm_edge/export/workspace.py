@@ -43,12 +43,13 @@ def check_out(out: Path, force: bool) -> None:
         raise ExportError(f"{out}: {out.absolute().parent} cannot be written to", "choose another directory")
 
 
-def check_space(out: Path, nbytes: int) -> None:
-    """Raise ExportError when the file system of `out` has no room for `nbytes`."""
+def check_space(out: Path, nbytes: int, proof: int = 0) -> None:
+    """Raise ExportError when the file system of `out` has no room for `nbytes`, and for what its comparison takes."""
     parent, free = existing_parent(out), room(out)
-    if free < nbytes + _RESERVE:
+    if free < nbytes + proof + _RESERVE:
+        compared = f", its comparison with the source {proof / 1e6:.0f} MB more," if proof else ""
         raise ExportError(
-            f"{parent}: {free / 1e6:.0f} MB free, the bundle needs {nbytes / 1e6:.0f} MB and some reserve",
+            f"{parent}: {free / 1e6:.0f} MB free, the bundle needs {nbytes / 1e6:.0f} MB{compared} and some reserve",
             "free some space, choose another disk, or a smaller recipe (--recipe int4)",
         )
 

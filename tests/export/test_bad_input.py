@@ -188,6 +188,18 @@ def test_no_disk_space(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert_fails(checkpoint, ExportError, "1 MB free", "free some space")
 
 
+def test_no_disk_space_for_the_graphs_that_are_compared_in_float32(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nbytes = export(str(checkpoint), tmp_path / "out", recipe_name="int8", dry_run=True).nbytes
+    free = nbytes + pipeline._OTHER_FILES + workspace._RESERVE + 1000
+    usage = shutil.disk_usage(checkpoint)._replace(free=free)
+    monkeypatch.setattr(workspace.shutil, "disk_usage", lambda path: usage)
+    words = ("its comparison with the source", "free some space")
+    assert_fails(checkpoint, ExportError, *words, recipe_name="int8", verify_mode="auto")
+    export(str(checkpoint), tmp_path / "out", recipe_name="int8", verify_mode="off")
+
+
 def test_disk_that_fills_up_on_the_way(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device", "decoder.onnx.data")
