@@ -3,9 +3,19 @@
 from typing import Any
 
 from mllm_edge.errors import ConfigError
-from mllm_edge.spec import Normalize, Resample, Rescale, Transform
+from mllm_edge.export.checkpoint.source import Source
+from mllm_edge.spec import (
+    CenterCrop,
+    Normalize,
+    PadToSquare,
+    Resample,
+    Rescale,
+    Resize,
+    ResizeShortestEdge,
+    Transform,
+)
 
-__all__ = ["resample_name", "value_transforms"]
+__all__ = ["resample_name", "single_transforms", "value_transforms"]
 
 # By Pillow's number.
 _RESAMPLE: tuple[Resample, ...] = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
@@ -30,6 +40,29 @@ def value_transforms(settings: Any) -> tuple[Transform, Transform]:
     if not all(std):
         raise ConfigError(f"preprocessor_config.json: image_std = {list(std)} divides by zero", _OWN_FILES)
     return Rescale(float(settings.rescale_factor)), Normalize(mean, std)
+
+
+def single_transforms(source: Source, processor: Any) -> tuple[Transform, ...]:
+    """What an image processor like CLIP's or SigLIP's (transformers' object) makes of an image, which stays one; raises
+    ConfigError."""
+    resample, size, crop = resample_name(processor.resample), processor.size, processor.crop_size
+    transforms: list[Transform] = []
+    if getattr(processor, "do_pad", False):
+        if not hasattr(processor, "pad_to_square"):
+            raise ConfigError(f"{source.folder}: do_pad = True", "only LlavaImageProcessor pads")
+        transforms.append(PadToSquare(tuple(int(value * 255) for value in processor.image_mean)))
+    if processor.do_resize and size.height and size.width:
+        transforms.append(Resize(size.height, size.width, resample))
+    elif processor.do_resize and size.shortest_edge and not size.longest_edge:
+        transforms.append(ResizeShortestEdge(size.shortest_edge, resample))
+    elif processor.do_resize:
+        raise ConfigError(
+            f"{source.folder}: the image processor's size = {dict(size)}",
+            "supported: shortest_edge, or height and width",
+        )
+    if processor.do_center_crop:
+        transforms.append(CenterCrop(crop.height, crop.width))
+    return (*transforms, *value_transforms(processor))
 
 
 def _channels(key: str, values: Any) -> tuple[float, ...]:

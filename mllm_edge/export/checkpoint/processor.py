@@ -13,7 +13,7 @@ from mllm_edge.export.checkpoint.processing import (
 )
 from mllm_edge.export.checkpoint.source import Source
 
-__all__ = ["OWN_PROCESSOR", "load_processor", "require_switched_on"]
+__all__ = ["OWN_PROCESSOR", "load_processor", "require_switched_on", "require_tile", "require_tokens"]
 
 OWN_PROCESSOR = "use the preprocessor_config.json that belongs to this model"
 
@@ -45,3 +45,23 @@ def require_switched_on(source: Source, settings: Any, *keys: str) -> None:
     for key in keys:
         if not getattr(settings, key):
             raise ConfigError(f"{source.folder}: the image processor's {key} is false", "only true is supported")
+
+
+def require_tile(source: Source, size: tuple[int, int] | None, tile: int) -> None:
+    """Raise ConfigError unless the image processor makes tiles of the vision tower's size; `size`: (height, width),
+    None for images of any."""
+    if size != (tile, tile):
+        made = "images of any size" if size is None else f"tiles of {size[0]}×{size[1]} px"
+        raise ConfigError(
+            f"{source.folder}: the image processor makes {made}, the vision tower takes {tile}×{tile} px", OWN_PROCESSOR
+        )
+
+
+def require_tokens(source: Source, told: str, stated: int, tokens: int) -> None:
+    """Raise ConfigError unless the processor's file states, as it is `told`, the number of tokens that the model makes
+    of a tile."""
+    if stated != tokens:
+        raise ConfigError(
+            f"{source.folder / 'processor_config.json'}: {told}, the model makes {tokens} tokens of a tile",
+            "use the processor files that belong to this model",
+        )

@@ -12,7 +12,7 @@ from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.config import OWN_CONFIG
 from mllm_edge.export.checkpoint.image_settings import resample_name, value_transforms
 from mllm_edge.export.checkpoint.processing import processor_class
-from mllm_edge.export.checkpoint.processor import OWN_PROCESSOR, load_processor, require_switched_on
+from mllm_edge.export.checkpoint.processor import load_processor, require_switched_on, require_tokens
 from mllm_edge.export.checkpoint.source import Source
 from mllm_edge.export.family import Checkpoint, Family, Parts
 from mllm_edge.export.plan import tile_components
@@ -55,12 +55,8 @@ def _describe(checkpoint: Checkpoint) -> Parts:
             raise ConfigError(f"{where}: {key} = {stated[key]!r} is not supported", "only false is supported")
     tile = _longest_edge(checkpoint.processor.image_processor, "max_image_size")
     tower, scale = SiglipConfig.read(checkpoint.vision, tile), checkpoint.top.take("scale_factor")
-    if tile % tower.patch:
-        raise ConfigError(
-            f"the image processor makes tiles of {tile} px, no multiple of the vision tower's patch of {tower.patch}",
-            OWN_PROCESSOR,
-        )
-    tokens, text_hidden = _tokens_per_tile(checkpoint.processor, tower.patches, scale), checkpoint.decoder.hidden_size
+    tokens = _tokens_per_tile(source, checkpoint.processor, tower.patches, scale)
+    text_hidden = checkpoint.decoder.hidden_size
     table = weights.use(f"{_VISION}embeddings.position_embedding.weight", (tower.grid**2, tower.hidden_size))
     ids = position_ids(tower.patches, tower.grid)
     traced = tile_components(
@@ -106,16 +102,11 @@ def _longest_edge(settings: Any, key: str) -> int:
     return value["longest_edge"]
 
 
-def _tokens_per_tile(processor: Any, patches: int, scale: int) -> int:
+def _tokens_per_tile(source: Source, processor: Any, patches: int, scale: int) -> int:
     if patches % scale:
         raise ConfigError(f"scale_factor {scale} does not divide the {patches} patches of a tile's side", OWN_CONFIG)
     tokens = (patches // scale) ** 2
-    if processor.image_seq_len != tokens:
-        raise ConfigError(
-            f"processor_config.json: image_seq_len = {processor.image_seq_len}, but the model makes {tokens} tokens of "
-            "a tile",
-            "use the processor files that belong to this model",
-        )
+    require_tokens(source, f"image_seq_len = {processor.image_seq_len}", processor.image_seq_len, tokens)
     return tokens
 
 

@@ -6,11 +6,11 @@ words, the whole image last. Both layouts are read: transformers' own (`internvl
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.chat import chat_template
-from mllm_edge.export.checkpoint.config import OWN_CONFIG, ConfigReader, load_config
+from mllm_edge.export.checkpoint.config import load_config
 from mllm_edge.export.checkpoint.image_settings import resample_name, value_transforms
 from mllm_edge.export.checkpoint.processing import (
     for_images,
@@ -19,7 +19,7 @@ from mllm_edge.export.checkpoint.processing import (
     read_processor,
     read_tokenizer,
 )
-from mllm_edge.export.checkpoint.processor import OWN_PROCESSOR, require_switched_on
+from mllm_edge.export.checkpoint.processor import require_switched_on, require_tile, require_tokens
 from mllm_edge.export.checkpoint.safetensors import Weights
 from mllm_edge.export.checkpoint.source import Source
 from mllm_edge.export.checkpoint.texts import Texts, read_texts
@@ -31,21 +31,18 @@ from mllm_edge.export.plan import tile_components
 from mllm_edge.export.reference import load_reference
 from mllm_edge.spec import ImagePrompt, ImageSpec, Resize, SelectTiles, Transform
 
-if TYPE_CHECKING:
-    from mllm_edge.export.vision.internvit import InternVitConfig
-
 __all__ = ["FAMILY"]
 
 _TOWER = "model.vision_tower."
 
 
 def _describe(checkpoint: Checkpoint) -> Parts:
-    from mllm_edge.export.vision.internvit import InternVit, ShuffleConnector
+    from mllm_edge.export.vision.internvit import InternVit, InternVitConfig, ShuffleConnector, shuffled
     from mllm_edge.export.vision.modules import ACTIVATIONS
 
     source, weights, top = checkpoint.source, checkpoint.weights, checkpoint.top
-    tower = _tower(top, checkpoint.vision)
-    scale, text_hidden = _scale(top.take("downsample_ratio"), tower.patches), checkpoint.decoder.hidden_size
+    tower = InternVitConfig.read(checkpoint.vision, top)
+    scale, text_hidden = shuffled(top.take("downsample_ratio"), tower.patches), checkpoint.decoder.hidden_size
     tokens, size = (tower.patches // scale) ** 2, tower.hidden_size
     if source.model_type == CHAT:
         internvl_chat.cut_vision_qkv(weights, checkpoint.config.vision_config)
@@ -93,12 +90,8 @@ def _load_processor(source: Source) -> Any:
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
     start, context, end = _image_tokens(source)
-    names = {
-        "start_image_token": start,
-        "end_image_token": end,
-        "context_image_token": context,
-        "video_token": "<video>",
-    }
+    names = {"start_image_token": start, "end_image_token": end, "context_image_token": context}
+    names |= {"video_token": "<video>"}
     if source.model_type != CHAT:
         processor_class(source, "InternVLProcessor", ("InternVLProcessor",))
         image_processor, tokenizer = read_image_processor(source, ("GotOcr2ImageProcessor",)), read_tokenizer(source)
@@ -180,69 +173,12 @@ def _decoder_type(config: Any, weights: Weights) -> str:
     return "internlm2" if fused else str(config.text_config.model_type)
 
 
-# ---------------------------------------------------------------- vision
-def _tower(top: ConfigReader, vision: ConfigReader) -> "InternVitConfig":
-    from mllm_edge.export.vision.internvit import InternVitConfig
-    from mllm_edge.export.vision.modules import ACTIVATIONS
-
-    tile, patch = vision.side("image_size"), vision.side("patch_size")
-    hidden, heads = vision.heads()
-    if tile % patch:
-        raise ConfigError(f"vision_config: image_size {tile} is no multiple of patch_size {patch}", OWN_CONFIG)
-    vision.require("use_absolute_position_embeddings", True)
-    for unused in ("layer_scale_init_value", "use_mask_token", "hidden_dropout_prob", "projection_dropout"):
-        vision.take(unused)  # only for training
-    top.require("vision_feature_select_strategy", "default")
-    layers, chosen = vision.take("num_hidden_layers"), top.take("vision_feature_layer")
-    pooled = vision.take("use_mean_pooling")
-    return InternVitConfig(
-        hidden_size=hidden,
-        intermediate_size=vision.take("intermediate_size"),
-        layers=_layers(chosen, layers),
-        heads=heads,
-        channels=vision.require("num_channels", 3),
-        patch=patch,
-        tile=tile,
-        norm=vision.require("norm_type", "layer_norm", "rms_norm"),
-        norm_eps=vision.take("layer_norm_eps"),
-        activation=vision.require("hidden_act", *ACTIVATIONS),
-        qkv_bias=bool(vision.take("attention_bias")),
-        qk_norm=bool(vision.take("use_qk_norm")),
-        final_norm=chosen == -1 and not pooled,
-    )
-
-
-def _layers(chosen: Any, layers: int) -> int:
-    """How many layers come before the hidden state that the connector takes."""
-    if not isinstance(chosen, int) or not -layers <= chosen <= layers or chosen == 0:
-        raise ConfigError(
-            f"config.json: the layer of the image features is {chosen!r}, but the tower has {layers} layers",
-            f"choose from {-layers} to {layers}, but not 0",
-        )
-    return chosen % (layers + 1)
-
-
-def _scale(ratio: float, patches: int) -> int:
-    """Patches along one side of a token."""
-    scale = round(1 / ratio) if ratio else 0
-    if not scale or scale * ratio != 1 or patches % scale:
-        raise ConfigError(
-            f"config.json: downsample_ratio = {ratio!r} does not divide the {patches} patches of a tile's side",
-            OWN_CONFIG,
-        )
-    return scale
-
-
 # ---------------------------------------------------------------- processor
 def _image_spec(checkpoint: Checkpoint, tile: int, tokens: int) -> ImageSpec:
     source, processor = checkpoint.source, checkpoint.processor
     start, context, end = processor.start_image_token, processor.image_token, processor.end_image_token
-    if processor.image_seq_length != tokens:
-        raise ConfigError(
-            f"{source.folder / 'processor_config.json'}: image_seq_length = {processor.image_seq_length} "
-            f"(256 if it is not given), but the model makes {tokens} tokens of a tile",
-            "use the processor files that belong to this model",
-        )
+    stated = processor.image_seq_length
+    require_tokens(source, f"image_seq_length = {stated} (256 if it is not given)", stated, tokens)
     overview = source.model_type != CHAT or internvl_chat.read_chat(source).overview
     prompt = ImagePrompt(
         context,
@@ -257,18 +193,12 @@ def _image_spec(checkpoint: Checkpoint, tile: int, tokens: int) -> ImageSpec:
 
 
 def _transforms(source: Source, settings: Any, tile: int, overview: bool) -> tuple[Transform, ...]:
-    where = source.folder
     require_switched_on(source, settings, "do_convert_rgb", "do_resize")
-    height, width = settings.size.height, settings.size.width
-    if (height, width) != (tile, tile):
-        raise ConfigError(
-            f"{where}: the image processor makes tiles of {height}×{width} px, the vision tower takes {tile}×{tile} px",
-            OWN_PROCESSOR,
-        )
+    require_tile(source, (settings.size.height, settings.size.width), tile)
     least, most = settings.min_patches, settings.max_patches
     if not 1 <= least <= most:
         raise ConfigError(
-            f"{where}: an image becomes at least {least} and at most {most} tiles", "use this model's own files"
+            f"{source.folder}: an image becomes at least {least} and at most {most} tiles", "use this model's own files"
         )
     resample = resample_name(settings.resample)
     # transformers' processor always selects tiles, whatever crop_to_patches says.

@@ -10,8 +10,8 @@ import numpy as np
 
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.config import load_config
-from mllm_edge.export.checkpoint.image_settings import resample_name, value_transforms
-from mllm_edge.export.checkpoint.processor import OWN_PROCESSOR, load_processor
+from mllm_edge.export.checkpoint.image_settings import single_transforms
+from mllm_edge.export.checkpoint.processor import load_processor, require_tile, require_tokens
 from mllm_edge.export.checkpoint.safetensors import Weights
 from mllm_edge.export.checkpoint.source import Source
 from mllm_edge.export.family import Checkpoint, Family, Parts
@@ -20,10 +20,7 @@ from mllm_edge.spec import (
     CenterCrop,
     ImagePrompt,
     ImageSpec,
-    PadToSquare,
     Resize,
-    ResizeShortestEdge,
-    Transform,
 )
 
 if TYPE_CHECKING:
@@ -124,45 +121,16 @@ def _positions(weights: Weights, tower: "SiglipConfig", is_clip: bool) -> Callab
 
 def _image_spec(checkpoint: Checkpoint, tile: int, tokens: int) -> ImageSpec:
     source, processor = checkpoint.source, checkpoint.processor
-    transforms = _transforms(processor.image_processor, source)
+    transforms = single_transforms(source, processor.image_processor)
     size = next((t for t in reversed(transforms) if isinstance(t, (CenterCrop, Resize))), None)
-    if size is None or (size.height, size.width) != (tile, tile):
-        made = "images of any size" if size is None else f"{size.height}×{size.width} px"
-        raise ConfigError(
-            f"{source.folder}: the image processor makes {made}, the vision tower takes {tile}×{tile} px", OWN_PROCESSOR
-        )
+    require_tile(source, None if size is None else (size.height, size.width), tile)
     # What the processor's file states must give the features' number; the reference fails otherwise, when it runs.
     less = processor.vision_feature_select_strategy == "default"
     stated = (tile // processor.patch_size) ** 2 + processor.num_additional_image_tokens - less
-    if stated != tokens:
-        raise ConfigError(
-            f"{source.folder / 'processor_config.json'}: patch_size, num_additional_image_tokens and "
-            f"vision_feature_select_strategy give {stated} tokens for an image, the model makes {tokens}",
-            "use the processor files that belong to this model",
-        )
+    settings = "patch_size, num_additional_image_tokens and vision_feature_select_strategy"
+    require_tokens(source, f"{settings} give {stated} tokens for an image", stated, tokens)
     prompt = ImagePrompt(processor.image_token, checkpoint.token_id, "{image}")
     return ImageSpec(transforms, prompt, tile, tile, tokens)
-
-
-def _transforms(processor: Any, source: Source) -> tuple[Transform, ...]:
-    resample, size, crop = resample_name(processor.resample), processor.size, processor.crop_size
-    transforms: list[Transform] = []
-    if getattr(processor, "do_pad", False):
-        if not hasattr(processor, "pad_to_square"):
-            raise ConfigError(f"{source.folder}: do_pad = True", "only LlavaImageProcessor pads")
-        transforms.append(PadToSquare(tuple(int(value * 255) for value in processor.image_mean)))
-    if processor.do_resize and size.height and size.width:
-        transforms.append(Resize(size.height, size.width, resample))
-    elif processor.do_resize and size.shortest_edge and not size.longest_edge:
-        transforms.append(ResizeShortestEdge(size.shortest_edge, resample))
-    elif processor.do_resize:
-        raise ConfigError(
-            f"{source.folder}: the image processor's size = {dict(size)}",
-            "supported: shortest_edge, or height and width",
-        )
-    if processor.do_center_crop:
-        transforms.append(CenterCrop(crop.height, crop.width))
-    return (*transforms, *value_transforms(processor))
 
 
 FAMILY = Family(

@@ -12,7 +12,13 @@ from typing import Any
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.image_settings import resample_name, value_transforms
 from mllm_edge.export.checkpoint.processing import read_video_settings
-from mllm_edge.export.checkpoint.processor import OWN_PROCESSOR, load_processor, require_switched_on
+from mllm_edge.export.checkpoint.processor import (
+    OWN_PROCESSOR,
+    load_processor,
+    require_switched_on,
+    require_tile,
+    require_tokens,
+)
 from mllm_edge.export.checkpoint.source import Source
 from mllm_edge.export.family import Checkpoint, Family, Parts
 from mllm_edge.export.plan import tile_components
@@ -124,19 +130,8 @@ def _image_spec(checkpoint: Checkpoint, tile: int, tokens: int) -> ImageSpec:
             f"{source.folder}: image_grid_pinpoints are no multiples of the vision tower's {tile} px", OWN_PROCESSOR
         )
     require_switched_on(source, settings, "do_convert_rgb", "do_resize")
-    size = (settings.size.height, settings.size.width)
-    if size != (tile, tile) or settings.do_center_crop:
-        raise ConfigError(
-            f"{source.folder}: the image processor makes tiles of {size[0]}×{size[1]} px, the vision tower takes "
-            f"{tile}×{tile} px",
-            OWN_PROCESSOR,
-        )
-    if processor.num_image_tokens != tokens:
-        raise ConfigError(
-            f"{source.folder / 'processor_config.json'}: num_image_tokens = {processor.num_image_tokens}, but a tile "
-            f"has {tokens} features",
-            "use the processor files that belong to this model",
-        )
+    require_tile(source, None if settings.do_center_crop else (settings.size.height, settings.size.width), tile)
+    require_tokens(source, f"num_image_tokens = {processor.num_image_tokens}", processor.num_image_tokens, tokens)
     resample, values = resample_name(settings.resample), value_transforms(settings)
     background = PadToSquare(tuple(int(value * 255) for value in settings.image_mean))
     return ImageSpec(

@@ -18,35 +18,22 @@ from mllm_edge.export.plan import cell_components
 __all__ = ["FAMILY"]
 
 _VISION = "model.visual."
-_NORM_EPS = 1e-6  # fixed in the reference
 
 
 def _describe(checkpoint: Checkpoint) -> Parts:
-    from mllm_edge.export.vision.modules import ACTIVATIONS
     from mllm_edge.export.vision.qwen_vl import PatchMerger, QwenVlConfig, QwenVlTower
 
     vision, text_hidden = checkpoint.vision, checkpoint.decoder.hidden_size
     patches = read_patches(vision)
-    hidden, heads = vision.heads("embed_dim", "num_heads", multiple=4)
-    channels, layers, stated = vision.require("in_channels", 3), vision.positive("depth"), vision.take("hidden_size")
+    tower, stated = QwenVlConfig.read(vision, patches), vision.take("hidden_size")
     if stated != text_hidden:
         raise ConfigError(f"vision_config: hidden_size {stated}, but the text model's is {text_hidden}", OWN_CONFIG)
-    tables = (grid_rope(vision, hidden // heads),)
+    hidden, tables = tower.hidden_size, (grid_rope(vision, tower.hidden_size // tower.heads),)
     for unused in ("video_token_id", "vision_start_token_id", "vision_end_token_id"):  # the template names them
         checkpoint.top.take(unused)
-    tower = QwenVlConfig(
-        hidden_size=hidden,
-        intermediate_size=int(hidden * vision.take("mlp_ratio")),
-        layers=layers,
-        heads=heads,
-        patch_values=channels * patches.frames * patches.patch**2,
-        merge=patches.merge,
-        norm_eps=_NORM_EPS,
-        activation=vision.require("hidden_act", *ACTIVATIONS),
-    )
     image = image_spec(checkpoint, patches, tables)
     # A convolution over patches that do not overlap is a linear layer over flattened ones.
-    sides = (channels, patches.frames, patches.patch, patches.patch)
+    sides = (3, patches.frames, patches.patch, patches.patch)
     convolution = checkpoint.weights.use(f"{_VISION}patch_embed.proj.weight", (hidden, *sides))
     traced = cell_components(
         lambda: QwenVlTower(tower),

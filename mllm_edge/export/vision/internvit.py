@@ -4,15 +4,25 @@ Parameter names follow transformers, so that weights stream in by name.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from mllm_edge.export.vision.modules import Linear, Mlp, RmsNorm, activate, packed_attention, packed_linear
+from mllm_edge.errors import ConfigError
+from mllm_edge.export.checkpoint.config import OWN_CONFIG, ConfigReader
+from mllm_edge.export.vision.modules import (
+    ACTIVATIONS,
+    Linear,
+    Mlp,
+    RmsNorm,
+    activate,
+    packed_attention,
+    packed_linear,
+)
 from mllm_edge.export.vision.siglip import Taps, run_layers
 
-__all__ = ["InternVit", "InternVitConfig", "ShuffleConnector"]
+__all__ = ["InternVit", "InternVitConfig", "ShuffleConnector", "shuffled"]
 
 # Of the norms of q and k, whatever the other norms have.
 _QK_EPS = 1e-6
@@ -37,10 +47,61 @@ class InternVitConfig:
     qk_norm: bool
     final_norm: bool
 
+    @classmethod
+    def read(cls, vision: ConfigReader, top: ConfigReader) -> "InternVitConfig":
+        """A tower's settings, run up to the model's `vision_feature_layer`; raises ConfigError."""
+        tile, patch = vision.side("image_size"), vision.side("patch_size")
+        hidden, heads = vision.heads()
+        if tile % patch:
+            raise ConfigError(f"vision_config: image_size {tile} is no multiple of patch_size {patch}", OWN_CONFIG)
+        vision.require("use_absolute_position_embeddings", True)
+        for unused in ("layer_scale_init_value", "use_mask_token", "hidden_dropout_prob", "projection_dropout"):
+            vision.take(unused)  # only for training
+        top.require("vision_feature_select_strategy", "default")
+        layers, chosen = vision.take("num_hidden_layers"), top.take("vision_feature_layer")
+        pooled = vision.take("use_mean_pooling")
+        return cls(
+            hidden_size=hidden,
+            intermediate_size=vision.take("intermediate_size"),
+            layers=_layers(chosen, layers),
+            heads=heads,
+            channels=vision.require("num_channels", 3),
+            patch=patch,
+            tile=tile,
+            norm=vision.require("norm_type", "layer_norm", "rms_norm"),
+            norm_eps=vision.take("layer_norm_eps"),
+            activation=vision.require("hidden_act", *ACTIVATIONS),
+            qkv_bias=bool(vision.take("attention_bias")),
+            qk_norm=bool(vision.take("use_qk_norm")),
+            final_norm=chosen == -1 and not pooled,
+        )
+
     @property
     def patches(self) -> int:
         """Patches along one side of a tile."""
         return self.tile // self.patch
+
+
+def _layers(chosen: Any, layers: int) -> int:
+    """How many layers come before the hidden state that the connector takes."""
+    if not isinstance(chosen, int) or not -layers <= chosen <= layers or chosen == 0:
+        raise ConfigError(
+            f"config.json: the layer of the image features is {chosen!r}, but the tower has {layers} layers",
+            f"choose from {-layers} to {layers}, but not 0",
+        )
+    return chosen % (layers + 1)
+
+
+def shuffled(ratio: float, patches: int) -> int:
+    """Patches along one side of a token, by the connector's `downsample_ratio`; raises ConfigError for one that does
+    not divide the `patches` of a tile's side."""
+    scale = round(1 / ratio) if ratio else 0
+    if not scale or scale * ratio != 1 or patches % scale:
+        raise ConfigError(
+            f"config.json: downsample_ratio = {ratio!r} does not divide the {patches} patches of a tile's side",
+            OWN_CONFIG,
+        )
+    return scale
 
 
 class InternVit(nn.Module):

@@ -9,9 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mllm_edge.export.vision.modules import Linear, Mlp, activate, attention
+from mllm_edge.export.checkpoint.config import ConfigReader
+from mllm_edge.export.vision.modules import ACTIVATIONS, Linear, Mlp, activate, attention
+from mllm_edge.spec import Patchify
 
 __all__ = ["PatchMerger", "QwenVlAttention", "QwenVlConfig", "QwenVlTower"]
+
+_NORM_EPS = 1e-6  # fixed in the reference
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,21 @@ class QwenVlConfig:
     merge: int
     norm_eps: float
     activation: str
+
+    @classmethod
+    def read(cls, vision: ConfigReader, patches: Patchify) -> "QwenVlConfig":
+        """Qwen2-VL's settings; raises ConfigError."""
+        hidden, heads = vision.heads("embed_dim", "num_heads", multiple=4)
+        return cls(
+            hidden_size=hidden,
+            intermediate_size=int(hidden * vision.take("mlp_ratio")),
+            layers=vision.positive("depth"),
+            heads=heads,
+            patch_values=vision.require("in_channels", 3) * patches.frames * patches.patch**2,
+            merge=patches.merge,
+            norm_eps=_NORM_EPS,
+            activation=vision.require("hidden_act", *ACTIVATIONS),
+        )
 
 
 class QwenVlTower(nn.Module):

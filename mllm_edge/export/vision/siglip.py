@@ -43,8 +43,14 @@ class SiglipConfig:
 
     @classmethod
     def read(cls, vision: ConfigReader, tile: int | None = None, layers: int | None = None) -> "SiglipConfig":
-        """A tower's settings; `tile`: where it is not `image_size`; `layers`: where not all of them are run."""
+        """A tower's settings; `tile`: where it is not `image_size`; `layers`: where not all of them are run. Raises
+        ConfigError."""
         image, patch = vision.side("image_size"), vision.side("patch_size")
+        if tile is not None and tile % patch:
+            raise ConfigError(
+                f"the image processor makes tiles of {tile} px, no multiple of the vision tower's patch of {patch}",
+                OWN_PROCESSOR,
+            )
         hidden, heads = vision.heads()
         return cls(
             hidden_size=hidden,
