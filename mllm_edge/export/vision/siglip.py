@@ -11,6 +11,7 @@ from torch import nn
 
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.config import ConfigReader
+from mllm_edge.export.checkpoint.processor import OWN_PROCESSOR
 from mllm_edge.export.vision.modules import ACTIVATIONS, Linear, Mlp, packed_attention, packed_linear
 
 __all__ = [
