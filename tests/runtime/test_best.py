@@ -199,7 +199,7 @@ def test_only_decoders_have_them(machine: StandIn, bundle: Path) -> None:
     opened, limits = Bundle.load(bundle), tensorrt_engines.Limits(64)
     for name in opened.manifest.components:
         _, options = tensorrt_engines.build_inputs(opened.variant(name, "tensorrt"), limits)
-        assert options.best == (name == "decoder")
+        assert options.top_logits == (name == "decoder")
 
 
 def test_caches_that_are_not_updated_in_place_are_still_refused(
@@ -236,7 +236,7 @@ def test_tensorrt_for_rtx_builds_them(recipe: str, tmp_path: Path) -> None:
         variant = bundle.variant("decoder", target)
         path, batch = bundle.listed(variant.file), 2 if target == "tensorrt" else 1
         profiles, options = tensorrt_engines.build_inputs(variant, tensorrt_engines.Limits(64, max_batch=2))
-        assert options.best
+        assert options.top_logits
         assert [ranges["logits_indices"][2] for ranges in profiles] == 2 * [(batch, 16)]
         assert profiles[-1]["inputs_embeds"][2][:2] == (batch, 16), "a step that checks 15 guesses is a decode step"
         parsed = tensorrt_build._Parsed(path, module, options.sizes)

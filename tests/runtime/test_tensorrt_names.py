@@ -36,7 +36,7 @@ OBJECTS = {
 # Names that the backend's own objects have, which are called alike.
 OWN = {
     "engine": {
-        "best",
+        "top_logits",
         "contexts",
         "data",
         "problem",

@@ -41,8 +41,8 @@ class Session(Protocol):
 
     @property
     def limits(self) -> Mapping[str, int]:
-        """The largest size of a symbolic dimension, where there is one; caches must have exactly `capacity`. `best`:
-        how many of the largest logits of a row the session finds itself, see `runtime/best.py`."""
+        """The largest size of a symbolic dimension, where there is one; caches must have exactly `capacity`. `top_logits`:
+        how many of the largest logits of a row the session finds itself, see `top_logits.py`."""
         ...
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -52,7 +52,7 @@ class Session(Protocol):
 
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
         """Keep buffers (or arrays) bound to inputs and outputs for all later runs; contents are read at each run.
-        Outputs that `limits["best"]` stands for are left out unless bound; None for one of them unbinds it."""
+        Outputs that `limits["top_logits"]` stands for are left out unless bound; None for one of them unbinds it."""
         ...
 
 

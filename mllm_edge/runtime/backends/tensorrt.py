@@ -172,7 +172,7 @@ class _Engine:
         return [n for n in self._names() if self.engine.get_tensor_mode(n) == self.trt.TensorIOMode.INPUT]
 
     @property
-    def best(self) -> tuple[TensorSpec, ...]:
+    def top_logits(self) -> tuple[TensorSpec, ...]:
         """The outputs that its graph does not have."""
         return best_outputs(self.engine, self._names())
 
@@ -186,7 +186,7 @@ class _Engine:
 
     def check(self, variant: Variant) -> None:
         """Raise BackendError unless inputs and outputs are the variant's, and caches are updated in place."""
-        known = {t.name for t in (*variant.inputs, *variant.outputs, *self.best)}
+        known = {t.name for t in (*variant.inputs, *variant.outputs, *self.top_logits)}
         if set(self._names()) != known:
             raise BackendError(f"the engine of {variant.file} has other inputs or outputs than its graph")
         for name in self._names():
@@ -220,10 +220,10 @@ class _Session:
         runs: Runs | None,
     ):
         engine.check(variant)
-        self.limits = {**limits, "best": int(engine.best[0].shape[-1])} if engine.best else limits
+        self.limits = {**limits, "top_logits": int(engine.top_logits[0].shape[-1])} if engine.top_logits else limits
         self._cuda, self._engine, self._variant = cuda, engine, variant
         self._inputs = {t.name: t for t in variant.inputs}
-        self._outputs = (*variant.outputs, *engine.best)
+        self._outputs = (*variant.outputs, *engine.top_logits)
         self._span = limits["capacity"] if variant.kv_mode == "in_place" else 0
         self._ranges = [engine.ranges(i) for i in range(engine.engine.num_optimization_profiles)]
         self._work = work

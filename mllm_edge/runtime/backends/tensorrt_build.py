@@ -69,7 +69,7 @@ class Options:
     """How to build. `sizes`: numbers for symbolic dimensions; `cache_updates`: in-place caches that TensorRT must see
     (None: unchecked); `workspace`: bytes of device memory for kernels to work in, 0 for TensorRT's default;
     `timing_cache`: a file of timings to start from and to keep; `progress(part)`: how much of 1 is done, may raise;
-    `best`: the engine of a decoder also returns the largest logits, see `runtime/best.py`; `graph`: a serialized graph
+    `top_logits`: the engine of a decoder also returns the largest logits, see `top_logits.py`; `graph`: a serialized graph
     in place of the file's, whose path then only says where the weights lie; `segments`: how many would take less
     memory, 0 where the graph cannot be cut."""
 
@@ -78,7 +78,7 @@ class Options:
     workspace: int = 0
     timing_cache: Path | None = None
     progress: Callable[[float], None] | None = None
-    best: bool = False
+    top_logits: bool = False
     graph: bytes | None = None
     segments: int = 0
 
@@ -197,7 +197,7 @@ def build(
     module, trt = parsed.module, parsed.module.trt
     if options.cache_updates is not None:
         _check(path, _report(parsed), options.cache_updates)
-    if options.best:
+    if options.top_logits:
         add_best(trt, parsed.network)
     config = parsed.builder.create_builder_config()
     if capabilities:

@@ -205,11 +205,11 @@ def find_engine(
 def build_inputs(variant: Variant, limits: Limits) -> tuple[list[dict[str, Range]], Options]:
     """Profiles, and what has to be known about caches and logits, to `build` the engine of a variant with."""
     caches = sum(is_state(t.name, "growing") for t in variant.inputs)
-    best = variant.kv_mode is not None and any(t.name == "logits" for t in variant.outputs)
+    top_logits = variant.kv_mode is not None and any(t.name == "logits" for t in variant.outputs)
     if variant.kv_mode == "in_place":
-        options = Options({"capacity": limits.max_seq}, caches, best=best)
+        options = Options({"capacity": limits.max_seq}, caches, top_logits=top_logits)
     else:
-        options = Options(cache_updates=0, best=best)
+        options = Options(cache_updates=0, top_logits=top_logits)
     return _profiles(variant, limits), options
 
 

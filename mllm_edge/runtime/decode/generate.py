@@ -63,11 +63,11 @@ def generate(
         cache = decoder.cache
         assert cache is not None, "reset() comes first"
         # Where the sampler needs no more of them than the session finds, the logits stay on the device.
-        few = sampler.needs is not None and sampler.needs < decoder.top
+        top_suffices = sampler.needs is not None and sampler.needs < decoder.top
         length = cache.length + len(prompt) if prompt.end is None else prompt.end
         for piece in chunks(len(prompt), PREFILL_CHUNK, prompt.spans):
             part = prompt.piece(piece)
-            rows = decoder.top_logits(part, length) if few else [decoder.forward(part, length)]
+            rows = decoder.top_logits(part, length) if top_suffices else [decoder.forward(part, length)]
     produced, guess = 0, list[int]()
     while True:
         for row, guessed in zip(rows, [*guess, None], strict=True):
@@ -89,11 +89,11 @@ def generate(
             guess = [] if guesser is None else _guess(guesser, decoder, stop_ids, max_new_tokens - produced - 1)
             embeds = embed(np.array([token, *guess]))
             if not guess:
-                rows = decoder.top_logits(embeds) if few else [decoder.forward(embeds)]
+                rows = decoder.top_logits(embeds) if top_suffices else [decoder.forward(embeds)]
                 continue
             trace.count("guessed", len(guess))
             held = cache.length + 1
-            rows = (decoder.top_logits if few else decoder.forward)(embeds, project=range(len(embeds)))
+            rows = (decoder.top_logits if top_suffices else decoder.forward)(embeds, project=range(len(embeds)))
             cache.truncate(held)  # what was guessed counts when it has come true
 
 

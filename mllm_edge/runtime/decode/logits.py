@@ -18,7 +18,7 @@ class Logits:
 
     def __init__(self, session: Session, backend: Backend, vocab_size: int):
         self._session, self._backend, self._size = session, backend, vocab_size
-        self.top = session.limits.get("best", 0)
+        self.top = session.limits.get("top_logits", 0)
         self._largest: dict[str, np.ndarray] = {}
         self._clear()
 
