@@ -132,7 +132,7 @@ def answer(
     reason: FinishReason = "length" if len(ids) == most else "stop"
     if stops.matched is not None:
         reason = "stop_string"
-    metrics = _metrics(call, times, cache.nbytes)
+    metrics = _metrics(call, times, cache.nbytes + sum(array.nbytes for array in encoded.cross.values()))
     yield Chunk(tail, (), Result("".join(texts), tuple(ids), reason, metrics))
 
 

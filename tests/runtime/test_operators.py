@@ -11,8 +11,10 @@ import pytest
 from mllm_edge.bundle import Bundle
 from mllm_edge.errors import BackendError, ContextError
 from mllm_edge.export.pipeline import export
+from mllm_edge.runtime.onnx_file.cost import read_graph
 from mllm_edge.runtime.profiling import operators as module
 from mllm_edge.runtime.profiling.operators import Operator, by_kind, by_layer, profile_operators, top
+from mllm_edge.spec import is_cross
 from tests.tiny_families import SAVE
 
 NEW_TOKENS = 5
@@ -96,7 +98,9 @@ def test_kinds_by_stage(profiled: Profiled) -> None:
 
 def test_layers(profiled: Profiled) -> None:
     groups = by_layer(profiled.operators)
-    decoder = sum(len(spec.layers) for spec in Bundle.load(profiled.bundle).manifest.model.state)
+    bundle = Bundle.load(profiled.bundle)
+    crossing = sum(is_cross(tensor.name) for tensor in bundle.variant("decoder", "cpu").inputs) // 2
+    decoder = sum(len(spec.layers) for spec in bundle.manifest.model.state) + crossing
     for stage in ("prefill", "decode"):
         assert {o.layer for o in groups if o.stage == stage} == {None, *range(decoder)}
     tower = {o.layer for o in groups if o.stage == "vision_encoder"}
@@ -112,8 +116,11 @@ def test_nodes_without_a_layer_in_their_names_take_that_of_their_neighbours() ->
 
 
 def test_top_is_of_each_stage(profiled: Profiled) -> None:
-    longest = top(profiled.operators, 2)
-    assert Counter(o.stage for o in longest) == {"vision_encoder": 2, "connector": 2, "prefill": 2, "decode": 2}
+    longest, bundle = top(profiled.operators, 2), Bundle.load(profiled.bundle)
+    expected = dict.fromkeys([*(stage.component for stage in bundle.manifest.model.stages), "prefill", "decode"], 2)
+    connector = read_graph(bundle.listed(bundle.variant("connector", "cpu").file))
+    expected["connector"] = min(2, len(connector.nodes))  # one linear layer is one
+    assert Counter(o.stage for o in longest) == expected
     for operator in longest:
         better = [o for o in profiled.operators if o.stage == operator.stage and o.seconds > operator.seconds]
         assert len(better) < 2

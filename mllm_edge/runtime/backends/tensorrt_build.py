@@ -69,8 +69,8 @@ class Options:
     """How to build. `sizes`: numbers for symbolic dimensions; `cache_updates`: in-place caches that TensorRT must see
     (None: unchecked); `workspace`: bytes of device memory for kernels to work in, 0 for TensorRT's default;
     `timing_cache`: a file of timings to start from and to keep; `progress(part)`: how much of 1 is done, may raise;
-    `top_logits`: the engine of a decoder also returns the largest logits, see `top_logits.py`; `graph`: a serialized graph
-    in place of the file's, whose path then only says where the weights lie; `segments`: how many would take less
+    `top_logits`: the engine of a decoder also returns the largest logits, see `top_logits.py`; `graph`: a serialized
+    graph in place of the file's, whose path then only says where the weights lie; `segments`: how many would take less
     memory, 0 where the graph cannot be cut."""
 
     sizes: Mapping[str, int] | None = None

@@ -7,8 +7,8 @@ import numpy as np
 
 __all__ = ["IDS", "OUTPUTS", "SUM", "VALUES", "TopLogits"]
 
-# What a session with `limits["top_logits"]` has beside the outputs of a decoder's graph, all [B, K, …]: the largest logits,
-# float32, largest first; their ids, int32; and the sum of all logits, float32.
+# What a session with `limits["top_logits"]` has beside the outputs of a decoder's graph, all [B, K, …]: the largest
+# logits, float32, largest first; their ids, int32; and the sum of all logits, float32.
 VALUES, IDS, SUM = "logits.values", "logits.ids", "logits.sum"
 OUTPUTS = (VALUES, IDS, SUM)
 

@@ -5,12 +5,13 @@ Arithmetic is that of the products: with weights, and of attention with itself; 
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mllm_edge.errors import BundleError
 from mllm_edge.runtime.onnx_file.protobuf import BYTES, VARINT, fields, read_varint
+from mllm_edge.spec import is_cross
 
 __all__ = ["Graph", "GraphCost", "Node", "Tensor", "graph_cost", "read_graph"]
 
@@ -79,11 +80,11 @@ def read_graph(path: Path) -> Graph:
         raise BundleError(f"{path}: the graph is damaged ({e})", "check it with `mllm-edge inspect --verify`") from e
 
 
-def graph_cost(graph: Graph, sizes: Mapping[str, float], rows: float, pairs: float) -> GraphCost:
+def graph_cost(graph: Graph, sizes: Mapping[str, float], rows: float, pairs: float, crossed: float = 0.0) -> GraphCost:
     """The cost of a run, or the mean one of several. `sizes`: the numbers for symbolic dimensions; `rows`: tokens that
     a product takes where the graph does not tell; `pairs`: of tokens that see each other in a layer's attention, in all
-    sequences together."""
-    return _Counter(graph, sizes, rows).cost(pairs)
+    sequences together; `crossed`: of tokens and what cross-attention shows them."""
+    return _Counter(graph, sizes, rows).cost(pairs, crossed)
 
 
 @dataclass
@@ -100,16 +101,16 @@ class _Counter:
                 self.users.setdefault(name, []).append(node)
             self.makers.update(dict.fromkeys(node.outputs, node))
 
-    def cost(self, pairs: float) -> GraphCost:
+    def cost(self, pairs: float, crossed: float) -> GraphCost:
         flops: dict[str, float] = {}
         for node in self.graph.nodes:
             weight = self._weight(node)
             if weight is not None:
                 count = 2.0 * _values(node, weight) * self._rows(node)
             elif node.kind in _ATTENTION:
-                count = 4.0 * pairs * self._width(node)
+                count = 4.0 * (crossed if self._crosses(node) else pairs) * self._width(node)
             elif node.kind in _MATRICES:  # scores, or the values that they weigh
-                count = 2.0 * pairs * self._width(node) / self._parts(node)
+                count = 2.0 * (crossed if self._crosses(node) else pairs) * self._width(node) / self._parts(node)
             else:
                 continue
             kind = _arithmetic(node, weight)
@@ -157,17 +158,25 @@ class _Counter:
         return self.sizes.get("rows", self.rows) if self._gathered(node) else self.rows
 
     def _gathered(self, node: Node) -> bool:
-        """Whether only chosen rows reach the product: no other product and no attention lies in between."""
-        todo, seen = [node.inputs[0]], set()
+        """Whether only chosen rows reach the product."""
+        return any(maker.kind == "GatherND" for maker in self._before(node.inputs[:1]))
+
+    def _crosses(self, node: Node) -> bool:
+        """Whether it is cross-attention."""
+        return any(
+            map(is_cross, [*node.inputs, *(name for maker in self._before(node.inputs) for name in maker.inputs)])
+        )
+
+    def _before(self, names: Sequence[str]) -> Iterator[Node]:
+        """What makes these tensors, as far as no product and no attention lies in between."""
+        todo, seen = list(names), set()
         while todo:
             maker = self.makers.get(todo.pop())
             if maker is None or id(maker) in seen or maker.kind in _PRODUCTS | _ATTENTION:
                 continue
-            if maker.kind == "GatherND":
-                return True
+            yield maker
             seen.add(id(maker))
             todo += maker.inputs
-        return False
 
     def _parts(self, node: Node) -> int:
         """How many products of activations share their pairs: the dialect opset17 multiplies with the cache and with

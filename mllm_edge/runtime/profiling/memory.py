@@ -15,7 +15,7 @@ from mllm_edge.runtime.backends.base import Backend
 from mllm_edge.runtime.budget import memory
 from mllm_edge.runtime.limits import PREFILL_CHUNK
 from mllm_edge.runtime.machine.cpu import peak_rss
-from mllm_edge.runtime.profiling.shapes import image_runs, layouts_of
+from mllm_edge.runtime.profiling.shapes import crossed_bytes, layouts_of, stage_runs
 from mllm_edge.runtime.prompt.layout import Layout
 from mllm_edge.runtime.trace import Metrics, Trace
 from mllm_edge.spec import Variant
@@ -146,7 +146,9 @@ def measured(
     layouts = layouts_of(bundle.manifest.model.image, image_sizes)
     activations = predict_activations(bundle, target, call.prompt_tokens, layouts)
     images = predict_images(bundle, layouts, image_sizes)
-    total = base + weights + bytes_of.kv_cache + activations + images
+    variants = {name: bundle.variant(name, target) for name in bundle.manifest.components}
+    kept = bytes_of.kv_cache + crossed_bytes(bundle.manifest.model, variants, layouts)
+    total = base + weights + kept + activations + images
     notes = [] if peaks is not None else ["peak of each stage: this system does not tell a process's peak anew"]
     if gpu is None:
         notes.append("GPU memory: no GPU is in use" if target == "cpu" else f"GPU memory: not told on target {target}")
@@ -159,7 +161,7 @@ def measured(
         kv_cache=call.kv_cache_bytes,
         gpu=gpu,
         gpu_stages=gpu_stages,
-        predicted=Predicted(weights, bytes_of.kv_cache, activations, images, total),
+        predicted=Predicted(weights, kept, activations, images, total),
         notes=tuple(notes),
     )
 
@@ -170,8 +172,8 @@ def predict_activations(bundle: Bundle, target: str, prompt_tokens: int, layouts
     model = bundle.manifest.model
     rows = min(prompt_tokens, PREFILL_CHUNK)
     variants = {name: bundle.variant(name, target) for name in bundle.manifest.components}
-    runs = [symbols for symbols, _ in image_runs(model, variants, layouts)]
-    stages = sum(_largest(variants[stage.component], runs) for stage in model.stages)
+    runs = {s.component: [sizes for sizes, _ in stage_runs(model, s, variants, layouts)] for s in model.stages}
+    stages = sum(_largest(variants[component], sizes) for component, sizes in runs.items())
     return 4 * (_LIVE * (rows * model.hidden_size + stages) + model.vocab_size)
 
 

@@ -29,7 +29,7 @@ from mllm_edge.runtime.machine.cpu import cpu_name
 from mllm_edge.runtime.machine.threads import Threads
 from mllm_edge.runtime.onnx_file.cost import GraphCost, graph_cost, read_graph
 from mllm_edge.runtime.onnx_file.protobuf import encode_bytes, encode_number
-from mllm_edge.runtime.profiling.shapes import image_runs
+from mllm_edge.runtime.profiling.shapes import crossed, crossed_bytes, stage_runs
 from mllm_edge.runtime.prompt.layout import Layout
 from mllm_edge.spec import Variant, state_bytes
 
@@ -199,22 +199,25 @@ def _costs(
 ) -> list[tuple[str, GraphCost, int]]:
     """Each stage's cost, and bytes of the cache or of images beside the weights."""
     model = bundle.manifest.model
-    images, found = image_runs(model, variants, work.images), list[tuple[str, GraphCost, int]]()
+    found, looked_at = list[tuple[str, GraphCost, int]](), crossed(model, work.images)
     for stage in model.stages:
-        if stage.component in stages & set(variants) and images:
-            found.append((stage.component, _stage(bundle, variants[stage.component], images), 0))
+        if stage.component in stages & set(variants) and work.images:
+            sizes = stage_runs(model, stage, variants, work.images)
+            found.append((stage.component, _stage(bundle, variants[stage.component], sizes), 0))
     held = partial(state_bytes, model.state, {t.name: t.dtype for t in variants["decoder"].inputs})
     graph = read_graph(bundle.listed(variants["decoder"].file))
-    tokens = work.prompt_tokens
+    tokens, kept = work.prompt_tokens, crossed_bytes(model, variants, work.images)
     if "prefill" in stages:
         pairs = tokens * (tokens + 1) / 2
-        cost = graph_cost(graph, {"batch": 1, "sequence": tokens, "rows": 1}, tokens, pairs)
+        cost = graph_cost(graph, {"batch": 1, "sequence": tokens, "rows": 1}, tokens, pairs, tokens * looked_at)
         runs = math.ceil(tokens / PREFILL_CHUNK)
-        found.append(("prefill", GraphCost(runs * cost.weight_bytes, cost.flops), held(tokens)))
+        found.append(("prefill", GraphCost(runs * cost.weight_bytes, cost.flops), held(tokens) + kept))
     if "decode" in stages:
         context, width = tokens + work.new_tokens // 2, work.step_tokens
-        cost = graph_cost(graph, {"batch": 1, "sequence": width, "rows": width}, width, width * context)
-        found.append(("decode", cost, held(context)))
+        cost = graph_cost(
+            graph, {"batch": 1, "sequence": width, "rows": width}, width, width * context, width * looked_at
+        )
+        found.append(("decode", cost, held(context) + kept))
     return found
 
 

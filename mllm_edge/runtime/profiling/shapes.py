@@ -1,15 +1,18 @@
 """What the dynamic dimensions of the stages' graphs are for given images, from their sizes alone."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 
+import numpy as np
+
 from mllm_edge.runtime.limits import TILES_PER_RUN
 from mllm_edge.runtime.prompt.layout import Layout, layout_of
 from mllm_edge.runtime.prompt.tables import table_inputs
-from mllm_edge.spec import ImageSpec, LearnedPositions, ModelSpec, Variant
+from mllm_edge.spec import ImageSpec, LearnedPositions, ModelSpec, Stage, Variant, is_cross
 
-__all__ = ["image_runs", "layouts_of"]
+__all__ = ["crossed", "crossed_bytes", "layouts_of", "stage_runs"]
 
 
 def layouts_of(image: ImageSpec | None, sizes: Sequence[tuple[int, int]]) -> list[Layout]:
@@ -17,15 +20,33 @@ def layouts_of(image: ImageSpec | None, sizes: Sequence[tuple[int, int]]) -> lis
     return [] if image is None else [layout_of(image, height, width, len(sizes)) for width, height in sizes]
 
 
-def image_runs(
-    model: ModelSpec, variants: Mapping[str, Variant], layouts: Sequence[Layout]
+def crossed(model: ModelSpec, layouts: Sequence[Layout]) -> int:
+    """How many features of images of these layouts cross-attention looks at."""
+    if model.image is None or model.image.into != "cross_attention":
+        return 0
+    return sum(layout.slices for layout in layouts) * model.image.features
+
+
+def crossed_bytes(model: ModelSpec, variants: Mapping[str, Variant], layouts: Sequence[Layout]) -> int:
+    """Bytes of the keys and values that cross-attention keeps of these images, for as long as they are talked about."""
+    sizes = {"batch": 1, "features": crossed(model, layouts)}
+    kept = [tensor for variant in variants.values() for tensor in variant.outputs if is_cross(tensor.name)]
+    shapes = [[size if isinstance(size, int) else sizes[size] for size in tensor.shape] for tensor in kept]
+    return sum(math.prod(s) * np.dtype(t.dtype).itemsize for s, t in zip(shapes, kept, strict=True))
+
+
+def stage_runs(
+    model: ModelSpec, stage: Stage, variants: Mapping[str, Variant], layouts: Sequence[Layout]
 ) -> list[tuple[dict[str, int], int]]:
-    """The dimensions of each run that images of these layouts take, by symbol, and the sequences that see themselves
-    in it; `variants`: the graph that each component runs."""
+    """The dimensions of each run of a stage that images of these layouts take, by symbol, and the sequences that see
+    themselves in it; `variants`: the graph that each component runs."""
     if model.image is None or not layouts:
         return []
+    if stage.per == "prompt":
+        taken = {t.name: t.shape for t in variants[stage.component].inputs}
+        return [(_symbols(taken, dict.fromkeys(taken, (1, crossed(model, layouts), 0))), 1)]
     inputs = {t.name: t.shape for stage in model.stages for t in variants[stage.component].inputs}
-    if all(stage.per == "slice" for stage in model.stages):
+    if "image" not in {stage.per for stage in model.stages}:
         slices = sum(layout.slices for layout in layouts)
         counts = [min(TILES_PER_RUN, slices - start) for start in range(0, slices, TILES_PER_RUN)]
         return [(_symbols(inputs, {"pixel_values": (count, *model.image.shape)}), count) for count in counts]
