@@ -47,7 +47,7 @@ def encoder_inputs(bundle: Path) -> dict[str, np.ndarray]:
     random, image = np.random.default_rng(0), Bundle.load(bundle).manifest.model.image
     assert image is not None
     pixels = random.normal(size=(6, *image.shape)).astype(np.float32)
-    return {"pixel_values": pixels, **table_inputs(image, 2, 3)}
+    return {"pixel_values": pixels, **table_inputs(image, 2, 3, {})}
 
 
 @pytest.mark.parametrize("most_bytes", [1, 20_000, 1 << 30])

@@ -81,7 +81,7 @@ def test_parity(tmp_path: Path, dialect: str, settings: Qwen2_5_VLVisionConfig, 
         with torch.no_grad():
             grid = torch.tensor([[1, rows * MERGE, cols * MERGE]])
             expected = model(torch.tensor(pixels).flatten(0, 1), grid_thw=grid)
-        found = run(encode, {"pixel_values": pixels, **table_inputs(image, rows, cols)})
+        found = run(encode, {"pixel_values": pixels, **table_inputs(image, rows, cols, {})})
         order = get_vision_window_index(grid, MERGE, settings.window_size, 4)[0]
         wanted = expected.last_hidden_state.unflatten(0, (-1, MERGE**2))[order.argsort()].numpy()
         largest = 2e-5 if kind == FLOAT else 2e-2
