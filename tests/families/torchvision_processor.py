@@ -48,7 +48,7 @@ def layout(processor: Any, height: int, width: int) -> list[int]:
 
 
 def main(folder: Path, out: Path) -> None:
-    library = declared()
+    _library = declared()
     from transformers import AutoProcessor
 
     from tests.families.test_lfm2_vl import picture
@@ -64,7 +64,6 @@ def main(folder: Path, out: Path) -> None:
             inputs = processor(text="<image>" * len(images) + "?", images=images, return_tensors="pt")
             found |= {f"{i}.{name}": tensor.numpy() for name, tensor in inputs.items()}
         np.savez(out / f"{checkpoint.name}.npz", **found)
-    del library
 
 
 if __name__ == "__main__":
