@@ -4,6 +4,7 @@ Arguments: a folder of checkpoints, and where the results go. Each checkpoint's 
 (height, width, kind) make a prompt each, and of which `sizes` (height, width) the layout is wanted.
 """
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -13,10 +14,23 @@ import numpy as np
 import torch
 
 _BOXES = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-# What its compiled part would declare, which may be made for another build of torch; resizing needs none of it.
-_LIBRARY = torch.library.Library("torchvision", "DEF")
-_LIBRARY.define(f"nms{_BOXES}")
-_LIBRARY.define(f"qnms{_BOXES}")
+
+
+def declared() -> Any:
+    """What torchvision's compiled part declares, which may be made for another build of torch; resizing needs none of
+    it. To be kept."""
+    found = importlib.util.find_spec("torchvision")
+    assert found is not None
+    assert found.submodule_search_locations is not None
+    (compiled,) = Path(found.submodule_search_locations[0]).glob("_C*.so")
+    try:
+        torch.ops.load_library(str(compiled))
+    except OSError:
+        library = torch.library.Library("torchvision", "DEF")
+        library.define(f"nms{_BOXES}")
+        library.define(f"qnms{_BOXES}")
+        return library
+    return None
 
 
 def layout(processor: Any, height: int, width: int) -> list[int]:
@@ -34,6 +48,7 @@ def layout(processor: Any, height: int, width: int) -> list[int]:
 
 
 def main(folder: Path, out: Path) -> None:
+    _library = declared()
     from transformers import AutoProcessor
 
     from tests.families.test_lfm2_vl import picture

@@ -1,5 +1,6 @@
 """The bundle's transforms: from an RGB image to `pixel_values`."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -82,7 +83,8 @@ def _cut_after(cut: Cut, transform: Transform) -> Cut:
         after = patches_cut(cut, transform)
     else:
         after = _OF_PIXELS[type(transform)].cut(cut, transform)
-    if after.height < 1 or after.width < 1 or after.height * after.width > MOST_PIXELS:
+    largest = max(after.height * after.width, math.prod(after.overview or ()))
+    if after.height < 1 or after.width < 1 or largest > MOST_PIXELS:
         raise ImageError(
             f"{transform.op} turns {cut.height}×{cut.width} px into {after.height}×{after.width} px",
             "crop the image to a less extreme aspect ratio",
