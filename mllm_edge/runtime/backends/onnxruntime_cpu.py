@@ -139,7 +139,7 @@ def open_graph(ort: Any, path: Path, variant: Variant, options: Any, providers: 
             "pip install --upgrade onnxruntime",
         )
     options.log_severity_level = 4  # what fails is raised, and its coloured lines on standard error say no more
-    # Of products of static shape it makes Gemm and moves Q/DQ before them, whose types then differ (opset 21 and later).
+    # Of products of static shape it makes Gemm and moves Q/DQ there, whose types then differ (opset 21 and later).
     disabled = ["MatMulAddFusion"] if variant.dialect == "opset24" else None
     try:
         return ort.InferenceSession(str(path), options, providers=providers, disabled_optimizers=disabled)
