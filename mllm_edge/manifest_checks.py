@@ -219,7 +219,7 @@ def _canvas(image: ImageSpec) -> Iterator[str]:
     """Where the number of tiles is fixed, and where features go."""
     if image.tiles is not None:
         most = [t.max_tiles for t in (*image.transforms, *(image.several or ())) if isinstance(t, FitCanvas)]
-        if image.patches is not None or not most or max(most) > image.tiles:
+        if max(most, default=0) != image.tiles:
             yield f"images have {image.tiles} tiles, and the transforms make up to {max(most, default=0)}"
     if image.into == "cross_attention" and (image.pack or image.patches is not None):
         yield "cross-attention looks at images, and these are packed or cut into cells"
@@ -401,6 +401,8 @@ def _stages(manifest: Manifest) -> Iterator[str]:
     if image is None or not {*names, DECODER} <= set(components):
         return
     tables = [name for table in image.tables for name in table.names]
+    if tables and all(stage.per != "image" for stage in stages):
+        yield f"images have {', '.join(tables)}, and no stage runs for one image"
     for target in dict.fromkeys(v.target for name in names for v in components[name].variants):
         found = {n: next((v for v in components[n].variants if v.target == target), None) for n in (*names, DECODER)}
         variants = {name: found[name] for name in names}
@@ -433,9 +435,10 @@ def _chain(
                 shape = list(tensor.shape)
                 yield f"{where}: {tensor.name} has the shape {shape}, it is given {given[tensor.name]} axes"
             used.add(tensor.name)
-            if tensor.name == "pixel_values" and _differs(tensor.shape[1:], image.shape):
+            wanted = image.shape if image.tiles is None else (image.tiles, *image.shape)
+            if tensor.name == "pixel_values" and _differs(tensor.shape[-len(wanted) :], wanted):
                 shape = list(tensor.shape)
-                yield f"{where}: pixel_values has the shape {shape}, the image processing makes {list(image.shape)}"
+                yield f"{where}: pixel_values has the shape {shape}, the image processing makes {list(wanted)}"
         made |= {tensor.name: tensor for tensor in variant.outputs}
         given |= {tensor.name: len(tensor.shape) for tensor in variant.outputs}
     if None in variants.values():

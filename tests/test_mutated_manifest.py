@@ -16,8 +16,10 @@ from mllm_edge import VLM
 from mllm_edge.bundle import Bundle
 from mllm_edge.cli import main
 from mllm_edge.errors import BundleError, MllmEdgeError
+from mllm_edge.export.pipeline import export
 from mllm_edge.export.targets import TARGETS
 from mllm_edge.manifest_checks import DIALECTS
+from tests.tiny_mllama import save_tiny_mllama
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
 DELETE = object()
@@ -235,6 +237,79 @@ def test_a_contradiction_is_named(
     with pytest.raises(BundleError, match=words) as caught:
         VLM.load(bundle)
     assert str(bundle) in caught.value.message or "manifest" in caught.value.message
+
+
+@pytest.fixture(scope="module")
+def crossing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle whose decoder looks at images by cross-attention."""
+    folder = tmp_path_factory.mktemp("crossing")
+    save_tiny_mllama(folder / "model")
+    export(str(folder / "model"), folder / "bundle", recipe_name="fp32", verify_mode="off")
+    return folder / "bundle"
+
+
+def image(m: dict[str, Any], **changes: Any) -> None:
+    m["model"]["image"].update(changes)
+
+
+def cross_kv(m: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = m["components"]["cross_kv"]["variants"][0]
+    return found
+
+
+CROSSING: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
+    ("there is no cross_kv", lambda m: m["components"].pop("cross_kv")),
+    ("cross_kv run for whole prompts, and others behind", lambda m: m["model"]["stages"].reverse()),
+    ("cross_kv for cpu: nothing gives its input x", lambda m: cross_kv(m)["inputs"][0].update(name="x")),
+    (
+        "cross_kv for cpu: nothing gives its input pixel_values",
+        lambda m: cross_kv(m)["inputs"][0].update(name="pixel_values"),
+    ),
+    ("is given 3 axes", lambda m: cross_kv(m)["inputs"][0].update(shape=[1, 64])),
+    (r"decoder for cpu: nothing gives its input cross\.1\.key", lambda m: drop(cross_kv(m)["outputs"], "cross.1.key")),
+    (r"it is given \['batch', 2, 'features', 8\]", lambda m: cross_kv(m)["outputs"][0]["shape"].__setitem__(3, 8)),
+    ("features go into tokens", lambda m: image(m, into="tokens")),
+    ("features go into cross_attention", lambda m: drop(decoder(m)["inputs"], "cross_attention_bias")),
+    ("images have 3 tiles, and the transforms make up to 4", lambda m: image(m, tiles=3)),
+    ("images have 0 tiles", lambda m: image(m, tiles=0)),
+    ("images have aspect_ratio_id, and no stage runs", lambda m: [s.update(per="slice") for s in m["model"]["stages"]]),
+    ("packed or cut into cells", lambda m: image(m, pack=[{"op": "unpad"}])),
+    ("a canvas of up to 1025 tiles", lambda m: m["model"]["image"]["transforms"][0].update(max_tiles=1025)),
+    ("a canvas of up to 4 tiles of 9999 px", lambda m: m["model"]["image"]["transforms"][0].update(size=9999)),
+    ("grids of up to 5 tiles are numbered", lambda m: m["model"]["image"]["tables"][0].update(max_tiles=5)),
+    ("makes 1 inputs, and 2 have names", lambda m: m["model"]["image"]["tables"][0].update(names=["a", "b"])),
+]
+
+
+@pytest.mark.parametrize(("words", "change"), CROSSING, ids=[words for words, _ in CROSSING])
+def test_a_contradiction_about_cross_attention_is_named(
+    crossing: Path, words: str, change: Callable[[dict[str, Any]], Any]
+) -> None:
+    text = (crossing / "manifest.json").read_text()
+    data = json.loads(text)
+    del data["checksum"]
+    change(data)
+    try:
+        (crossing / "manifest.json").write_text(json.dumps(data))
+        with pytest.raises(BundleError, match=words):
+            VLM.load(crossing)
+    finally:
+        (crossing / "manifest.json").write_text(text)
+
+
+def test_any_change_of_a_model_with_cross_attention(crossing: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(crossing, tmp_path / "bundle"))
+    data = json.loads((crossing / "manifest.json").read_text())
+    del data["checksum"]
+    places = [path for path in nodes(data) if path[:1] == ("model",) and path[1:2] in (("image",), ("stages",))]
+    places += [path for path in nodes(data) if path[:2] == ("components", "cross_kv")]
+    chosen = random.Random(0)
+    for _ in range(150):
+        path, value = chosen.choice(places), chosen.choice(VALUES)
+        try:
+            check(bundle, mutated(data, path, value))
+        except Exception as e:
+            raise AssertionError(f"{path} = {value!r}") from e
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def _image(bundle: "Bundle") -> str:
         return "takes none"
     steps = ", ".join(transform.op for transform in image.transforms)
     tiles = "tiles" if image.patches is None else "any number of cells"
-    tokens = f"{image.features} token{'s' if image.features > 1 else ''}"
+    tokens = f"{image.features} {'token' if image.into == 'tokens' else 'feature'}{'s' if image.features > 1 else ''}"
     return f"{tiles} of {image.height} x {image.width} px, {tokens} each ({steps})"
 
 

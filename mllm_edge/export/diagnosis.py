@@ -181,6 +181,7 @@ def _cost(plan: Plan, weights: Weights, name: str, vision: Sequence[tuple[int, i
         int(linear * _weight_bytes(role) + other * _FLOAT_BYTES.get(role.kind, 4))
         for (linear, other), role in zip(vision, roles, strict=True)
     )
+    towers += _cross_bytes(plan, weights, chosen)
     shape = (embedding.rows, plan.model.hidden_size)
     weights.use(plan.embedding, shape)
     return Cost(
@@ -194,6 +195,11 @@ def _cost(plan: Plan, weights: Weights, name: str, vision: Sequence[tuple[int, i
 def _decoder_bytes(plan: Plan, weights: Weights, chosen: Recipe) -> int:
     sink = DryFile()
     build_decoder(plan.decoder, weights, chosen, sink)
+    return sink.nbytes
+
+
+def _cross_bytes(plan: Plan, weights: Weights, chosen: Recipe) -> int:
+    sink = DryFile()
     if plan.decoder.crossed:
         build_cross_kv(plan.decoder, weights, chosen, sink)
     return sink.nbytes

@@ -15,7 +15,14 @@ from typing import Any, Literal
 import numpy as np
 
 from mllm_edge.errors import ConfigError, MllmEdgeError, UnsupportedModelError, WeightsError
-from mllm_edge.export.checkpoint.config import ConfigReader, check_layers, load_config, model_readers, nearest
+from mllm_edge.export.checkpoint.config import (
+    OWN_CONFIG,
+    ConfigReader,
+    check_layers,
+    load_config,
+    model_readers,
+    nearest,
+)
 from mllm_edge.export.checkpoint.safetensors import Weights
 from mllm_edge.export.checkpoint.skeleton import skeleton
 from mllm_edge.export.checkpoint.source import Source
@@ -222,6 +229,12 @@ def understand(source: Source, weights: Weights) -> Plan:
     image = parts.image
     check_vocabulary(source, {image.prompt.token: image.prompt.token_id}, parts.markers, decoder.vocab_size)
     embedding = Place(family.text).embedding
+    if bool(decoder.crossed) != (image.into == "cross_attention"):
+        raise ConfigError(
+            f"{source.folder / 'config.json'}: the decoder has {decoder.crossed} layers of cross-attention, and features "
+            f"of images go into {image.into.replace('_', '-')}",
+            OWN_CONFIG,
+        )
     crossed = (Stage(CROSS_KV, "text", "prompt"),) if decoder.crossed else ()
     model = ModelSpec(
         family=family.name,

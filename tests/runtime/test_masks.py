@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.models.mllama.processing_mllama import (
+    convert_sparse_cross_attention_mask_to_dense,
+    get_cross_attention_token_mask,
+)
 
 from mllm_edge.runtime.backends.base import HIDDEN
 from mllm_edge.runtime.decode.generate import chunks
-from mllm_edge.runtime.decode.masks import RelativeBias, attention_bias, encoder_bias
+from mllm_edge.runtime.decode.masks import RelativeBias, attention_bias, cross_bias, encoder_bias
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
@@ -97,3 +101,18 @@ def test_chunks_cover_the_prompt_and_cut_no_block(runs: list[tuple[int, int]], s
         assert piece.stop - piece.start <= longest
         if piece.stop < len(blocks):
             assert not (blocks[piece.stop] > 0 and blocks[piece.stop] == blocks[piece.stop - 1])
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=12).filter(any), st.data())
+def test_what_is_seen_of_images_is_what_transformers_shows(images: list[bool], data: st.DataObject) -> None:
+    features, tiles = 3, 4
+    places = np.flatnonzero(images).tolist()
+    counts = data.draw(st.lists(st.integers(1, tiles), min_size=len(places), max_size=len(places)))
+    bias, rows = cross_bias(len(images), places, [n * features for n in counts], tiles * features)
+    spans = get_cross_attention_token_mask([int(image) for image in images], 1)
+    dense = convert_sparse_cross_attention_mask_to_dense([spans], [counts], tiles, len(images))[0]
+    expected = dense.repeat(features, axis=2).reshape(len(images), -1)
+    np.testing.assert_array_equal(rows[:, 0], expected.any(axis=1))
+    hidden = (expected == 0) & expected.any(axis=1, keepdims=True)
+    np.testing.assert_array_equal(bias, np.where(hidden, np.float32(HIDDEN), 0))
+    assert bias.dtype == rows.dtype == np.float32

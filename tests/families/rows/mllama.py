@@ -70,6 +70,7 @@ ROW = Row(
         Bad(
             "supported_aspect_ratios [[1, 1], [2, 1]", _vision(supported_aspect_ratios=[[1, 1], [2, 1], *[[1, 2]] * 6])
         ),
+        Bad("0 layers of cross-attention", lambda c: c["text_config"].update(cross_attention_layers=[9])),
         Bad("vision_output_dim 96", _vision(vision_output_dim=96)),
         Bad("intermediate_layers_indices [9]", _vision(intermediate_layers_indices=[9])),
         Bad("num_channels = 4", _vision(num_channels=4)),
