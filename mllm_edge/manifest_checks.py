@@ -7,30 +7,21 @@ from itertools import chain
 from typing import get_args
 
 from mllm_edge.errors import BundleError
+from mllm_edge.image_checks import LARGEST, image_problems, positive
 from mllm_edge.spec import (
     CROSS_BIAS,
     DECODER,
-    MOST_PIXELS,
-    AspectRatioId,
     Component,
     FileEntry,
-    FitCanvas,
-    GridWindows,
     ImageSpec,
-    LearnedPositions,
     Manifest,
     ModelSpec,
     PositionSpec,
     RopeSpec,
-    SelectResolution,
-    Shrink,
     StateKind,
     StateSpec,
-    Table,
     TensorSpec,
-    Transform,
     Variant,
-    VideoSpec,
     is_cross,
     is_state,
 )
@@ -43,15 +34,10 @@ _KV_MODES = {"contrib": "in_place", "opset24": "in_place", "opset17": "append"}
 _DTYPES = {"bfloat16", "bool", "float16", "float32", "int32", "int64", "int8", "uint8"}
 # Of targets for which engines are built, each for a range of shapes.
 _BUILT = ("opset24", "opset17")
-_LARGEST = (1 << 31) - 1
 _PLACES = {"contrib": ("seqlens_k", "total_sequence_length"), "opset24": ("write_indices",), "opset17": ()}
 _DIGITS = 16  # of a block's checksum
 # Kinds of ropes that are made from the length they were trained for.
 _TRAINED = ("dynamic", "llama3", "yarn", "longrope")
-_TABLE_INPUTS = {"grid_rope": 2, "grid_windows": 3, "learned_positions": 1, "aspect_ratio_id": 1}
-_LARGEST_WINDOW = 64  # patches along a side: the bias of a window is that to the fourth power
-_MOST_TILES = 1024  # of a canvas
-_MAY_BE_ZERO = {"min_pixels"}  # of the sizes of transforms
 
 
 def check_manifest(manifest: Manifest) -> None:
@@ -89,9 +75,9 @@ def _entry(entry: FileEntry) -> Iterator[str]:
 
 def _model(model: ModelSpec) -> Iterator[str]:
     for name in ("hidden_size", "vocab_size", "context_length"):
-        yield from _positive(f"model.{name}", getattr(model, name))
+        yield from positive(f"model.{name}", getattr(model, name))
     yield from _state(model.state)
-    yield from _positive("model.embedding.rows", model.embedding.rows)
+    yield from positive("model.embedding.rows", model.embedding.rows)
     if model.parameters < 0:
         yield f"model.parameters is {model.parameters}"
     if model.embedding.rows < model.vocab_size:
@@ -100,7 +86,7 @@ def _model(model: ModelSpec) -> Iterator[str]:
         yield f"model.embedding.scale is {model.embedding.scale}"
     yield from _positions(model.positions, model)
     if model.image is not None:
-        yield from _image(model.image, model)
+        yield from image_problems(model.image, model)
 
 
 def _state(state: Sequence[StateSpec]) -> Iterator[str]:
@@ -108,7 +94,7 @@ def _state(state: Sequence[StateSpec]) -> Iterator[str]:
         if len(spec.shape) != 2:
             yield f"model.state[{k}].shape has {len(spec.shape)} sizes"
         for size in spec.shape:
-            yield from _positive(f"model.state[{k}].shape", size)
+            yield from positive(f"model.state[{k}].shape", size)
     for kind in get_args(StateKind):
         layers = sorted(layer for spec in state if spec.kind == kind for layer in spec.layers)
         if layers != list(range(len(layers))):
@@ -159,121 +145,6 @@ def _rope(rope: RopeSpec, head_dim: int) -> Iterator[str]:
         yield f"sections {list(rope.sections)} of {rope.dim // 2} pairs on three axes"
 
 
-def _image(image: ImageSpec, model: ModelSpec) -> Iterator[str]:
-    prompt = image.prompt
-    for name in ("height", "width"):
-        yield from _positive(f"model.image.{name}", getattr(image, name))
-    if image.channels != 3:
-        yield f"images of {image.channels} channels: they are RGB"
-    yield from _positive("model.image.features", image.features)
-    if not 0 <= prompt.token_id < model.embedding.rows:
-        yield f"image token {prompt.token_id} of {model.embedding.rows}"
-    if not prompt.token:
-        yield "the image token has no text"
-    if not image.transforms:
-        yield "images are not transformed"
-    video = image.video.transforms if image.video is not None else ()
-    for k, transform in enumerate((*image.transforms, *(image.several or ()), *video)):
-        for field in dataclasses.fields(transform):
-            for number in _numbers(getattr(transform, field.name)):
-                where = f"model.image.transforms[{k}].{field.name}"
-                free = field.name == "mean" or (field.name == "color" and 0 <= number <= 255)
-                if not math.isfinite(number) or (number <= 0 and not free and field.name not in _MAY_BE_ZERO):
-                    yield f"{where} is {number}"
-                elif abs(number) > _LARGEST:
-                    yield f"{where} is {number:.3g}"
-        lengths = [len(getattr(transform, name)) for name in ("mean", "std", "color") if hasattr(transform, name)]
-        if any(length != image.channels for length in lengths):
-            yield f"model.image.transforms[{k}] is not for {image.channels} channels"
-    yield from _order(image.transforms)
-    if image.several is not None:
-        yield from _order(image.several)
-    if image.video is not None:
-        yield from _video(image, image.video, model)
-    if image.patches is not None and (image.height, image.width) != (image.patches.patch * image.patches.merge,) * 2:
-        yield f"cells of {image.height} x {image.width} px from patches of {image.patches.patch} px"
-    for step in image.pack:
-        if isinstance(step, Shrink):
-            yield from _positive("model.image.pack.most", step.most)
-    if image.pack and (image.patches is not None or math.isqrt(image.features) ** 2 != image.features):
-        yield f"features are packed, and {image.features} of a tile are no square"
-    names = [name for table in image.tables for name in table.names]
-    if len(set(names)) != len(names):
-        yield f"several tables of images are called {names}"
-    for table in image.tables:
-        yield from _table(table, image)
-    yield from _canvas(image)
-
-
-def _video(image: ImageSpec, video: VideoSpec, model: ModelSpec) -> Iterator[str]:
-    yield from _order(video.transforms)
-    if not video.transforms or not video.token or video.token == image.prompt.token:
-        yield "videos are not transformed, or have no placeholder of their own"
-    if not 0 <= video.token_id < model.embedding.rows or video.token_id == image.prompt.token_id:
-        yield f"video token {video.token_id} of {model.embedding.rows}"
-    if image.patches is not None or math.isqrt(image.features) ** 2 != image.features:
-        yield f"a video's features are pooled, and {image.features} of a frame are no square"
-
-
-def _canvas(image: ImageSpec) -> Iterator[str]:
-    """Where the number of tiles is fixed, and where features go."""
-    if image.tiles is not None:
-        most = [t.max_tiles for t in (*image.transforms, *(image.several or ())) if isinstance(t, FitCanvas)]
-        if max(most, default=0) != image.tiles:
-            yield f"images have {image.tiles} tiles, and the transforms make up to {max(most, default=0)}"
-    if image.into == "cross_attention" and (image.pack or image.patches is not None):
-        yield "cross-attention looks at images, and these are packed or cut into cells"
-
-
-def _order(transforms: Sequence[Transform]) -> Iterator[str]:
-    """Pixels are moved first, then their values are computed, then they are cut into patches."""
-    ranks = {"rescale": 1, "normalize": 2, "patchify": 3}
-    order = [ranks.get(transform.op, 0) for transform in transforms]
-    if order != sorted(order) or any(order.count(rank) > 1 for rank in (1, 2, 3)):
-        yield f"the transforms {', '.join(t.op for t in transforms)} are not in an order that can be"
-    for t in transforms:
-        if t.op in ("select_tiles", "split_large") and t.min_tiles > t.max_tiles:
-            yield f"{t.min_tiles} to {t.max_tiles} tiles"
-        if t.op == "split_large" and t.min_cells > t.max_cells:
-            yield f"{t.min_cells} to {t.max_cells} cells"
-        if t.op == "split_large" and t.max_tiles > 1 and (t.min_tiles < 2 or t.size % t.cell):
-            yield f"large images are cut into {t.min_tiles} tiles of {t.size} px and cells of {t.cell} px"
-        if t.op == "resize_to_pixels" and t.min_pixels > t.max_pixels:
-            yield f"{t.min_pixels} to {t.max_pixels} pixels"
-        if t.op == "select_resolution":
-            yield from _resolutions(t)
-        if t.op == "fit_canvas" and (t.max_tiles > _MOST_TILES or t.max_tiles * t.size**2 > MOST_PIXELS):
-            yield f"a canvas of up to {t.max_tiles} tiles of {t.size} px"
-
-
-def _resolutions(transform: SelectResolution) -> Iterator[str]:
-    if not transform.resolutions:
-        yield "images are fitted into one of no resolutions"
-    for resolution in transform.resolutions:
-        whole = len(resolution) == 2 and all(side > 0 and side % transform.size == 0 for side in resolution)
-        if not whole or math.prod(resolution) > MOST_PIXELS:
-            yield f"a resolution of {list(resolution)} px for tiles of {transform.size} px"
-
-
-def _table(table: Table, image: ImageSpec) -> Iterator[str]:
-    if isinstance(table, AspectRatioId):
-        if all(not isinstance(t, FitCanvas) or t.max_tiles != table.max_tiles for t in image.transforms):
-            yield f"grids of up to {table.max_tiles} tiles are numbered, and the transforms make others"
-    elif isinstance(table, GridWindows):
-        patches = table.side * (image.patches.merge if image.patches is not None else 1)
-        if table.side < 1 or patches > _LARGEST_WINDOW:
-            yield f"windows of {table.side} cells along a side"
-    elif isinstance(table, LearnedPositions):
-        yield from _positive("learned positions' side", table.side)
-        yield from _positive("learned positions' dim", table.dim)
-    elif table.dim < 4 or table.dim % 4 or not math.isfinite(table.theta) or table.theta <= 0:
-        yield f"a rope of dim {table.dim} and theta {table.theta} for images"
-    if image.patches is None and not isinstance(table, AspectRatioId):
-        yield f"images that are not cut into cells have the table {table.op}, which follows their grid"
-    if len(table.names) != _TABLE_INPUTS[table.op]:
-        yield f"{table.op} makes {_TABLE_INPUTS[table.op]} inputs, and {len(table.names)} have names"
-
-
 def _component(manifest: Manifest, name: str, component: Component) -> Iterator[str]:
     if not component.variants:
         yield f"{name} has no variants"
@@ -321,13 +192,13 @@ def _ranges(variant: Variant) -> Iterator[str]:
             yield from (f"{symbol} adds up {part!r}, which has no sizes of its own" for part in unknown)
         elif sizes.most is None and sizes.limit is None:
             yield f"nothing bounds the range of {symbol}"
-        elif not 1 <= sizes.times <= _LARGEST:
+        elif not 1 <= sizes.times <= LARGEST:
             yield f"the range of {symbol} is {sizes.times} times its limit"
         elif not 0 <= sizes.share <= 1:
             yield f"the range of {symbol} has a share of {sizes.share}"
         else:
-            least, most = sizes.least or 0, _LARGEST if sizes.most is None else sizes.most
-            if not 0 <= least <= max(least, sizes.usual) <= most <= _LARGEST or sizes.usual < least or most < 1:
+            least, most = sizes.least or 0, LARGEST if sizes.most is None else sizes.most
+            if not 0 <= least <= max(least, sizes.usual) <= most <= LARGEST or sizes.usual < least or most < 1:
                 yield f"the range of {symbol} is {sizes.least}, {sizes.usual}, {sizes.most}"
 
 
@@ -479,13 +350,3 @@ def _lacks(kind: str, wanted: Sequence[str], have: dict[str, TensorSpec]) -> Ite
     for name in wanted:
         if name not in have:
             yield f"it has no {kind} {name}"
-
-
-def _positive(where: str, number: int) -> Iterator[str]:
-    if not 1 <= number <= _LARGEST:
-        yield f"{where} is {number}"
-
-
-def _numbers(value: object) -> list[float]:
-    values = value if isinstance(value, tuple) else (value,)
-    return [number for number in values if isinstance(number, (int, float)) and not isinstance(number, bool)]

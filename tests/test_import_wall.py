@@ -20,6 +20,7 @@ FOUNDATION = {
     "checksums",
     "files",
     "lock",
+    "image_checks",
     "manifest_checks",
     "bundle",
     "loss",

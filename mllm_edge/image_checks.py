@@ -1,0 +1,155 @@
+"""Whether what a manifest says of images can be."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+
+from mllm_edge.spec import (
+    MOST_PIXELS,
+    AspectRatioId,
+    FitCanvas,
+    GridWindows,
+    ImageSpec,
+    LearnedPositions,
+    ModelSpec,
+    SelectResolution,
+    Shrink,
+    Table,
+    Transform,
+    VideoSpec,
+)
+
+__all__ = ["LARGEST", "image_problems", "positive"]
+
+LARGEST = (1 << 31) - 1  # of any size
+_TABLE_INPUTS = {"grid_rope": 2, "grid_windows": 3, "learned_positions": 1, "aspect_ratio_id": 1}
+_LARGEST_WINDOW = 64  # patches along a side: the bias of a window is that to the fourth power
+_MOST_TILES = 1024  # of a canvas
+_MAY_BE_ZERO = {"min_pixels"}  # of the sizes of transforms
+
+
+def image_problems(image: ImageSpec, model: ModelSpec) -> Iterator[str]:
+    """What of an image's specification cannot be, or contradicts the model."""
+    prompt = image.prompt
+    for name in ("height", "width"):
+        yield from positive(f"model.image.{name}", getattr(image, name))
+    if image.channels != 3:
+        yield f"images of {image.channels} channels: they are RGB"
+    yield from positive("model.image.features", image.features)
+    if not 0 <= prompt.token_id < model.embedding.rows:
+        yield f"image token {prompt.token_id} of {model.embedding.rows}"
+    if not prompt.token:
+        yield "the image token has no text"
+    if not image.transforms:
+        yield "images are not transformed"
+    video = image.video.transforms if image.video is not None else ()
+    for k, transform in enumerate((*image.transforms, *(image.several or ()), *video)):
+        for field in dataclasses.fields(transform):
+            for number in _numbers(getattr(transform, field.name)):
+                where = f"model.image.transforms[{k}].{field.name}"
+                free = field.name == "mean" or (field.name == "color" and 0 <= number <= 255)
+                if not math.isfinite(number) or (number <= 0 and not free and field.name not in _MAY_BE_ZERO):
+                    yield f"{where} is {number}"
+                elif abs(number) > LARGEST:
+                    yield f"{where} is {number:.3g}"
+        lengths = [len(getattr(transform, name)) for name in ("mean", "std", "color") if hasattr(transform, name)]
+        if any(length != image.channels for length in lengths):
+            yield f"model.image.transforms[{k}] is not for {image.channels} channels"
+    yield from _order(image.transforms)
+    if image.several is not None:
+        yield from _order(image.several)
+    if image.video is not None:
+        yield from _video(image, image.video, model)
+    if image.patches is not None and (image.height, image.width) != (image.patches.patch * image.patches.merge,) * 2:
+        yield f"cells of {image.height} x {image.width} px from patches of {image.patches.patch} px"
+    for step in image.pack:
+        if isinstance(step, Shrink):
+            yield from positive("model.image.pack.most", step.most)
+    if image.pack and (image.patches is not None or math.isqrt(image.features) ** 2 != image.features):
+        yield f"features are packed, and {image.features} of a tile are no square"
+    names = [name for table in image.tables for name in table.names]
+    if len(set(names)) != len(names):
+        yield f"several tables of images are called {names}"
+    for table in image.tables:
+        yield from _table(table, image)
+    yield from _canvas(image)
+
+
+def _video(image: ImageSpec, video: VideoSpec, model: ModelSpec) -> Iterator[str]:
+    yield from _order(video.transforms)
+    if not video.transforms or not video.token or video.token == image.prompt.token:
+        yield "videos are not transformed, or have no placeholder of their own"
+    if not 0 <= video.token_id < model.embedding.rows or video.token_id == image.prompt.token_id:
+        yield f"video token {video.token_id} of {model.embedding.rows}"
+    if image.patches is not None or math.isqrt(image.features) ** 2 != image.features:
+        yield f"a video's features are pooled, and {image.features} of a frame are no square"
+
+
+def _canvas(image: ImageSpec) -> Iterator[str]:
+    """Where the number of tiles is fixed, and where features go."""
+    if image.tiles is not None:
+        most = [t.max_tiles for t in (*image.transforms, *(image.several or ())) if isinstance(t, FitCanvas)]
+        if max(most, default=0) != image.tiles:
+            yield f"images have {image.tiles} tiles, and the transforms make up to {max(most, default=0)}"
+    if image.into == "cross_attention" and (image.pack or image.patches is not None):
+        yield "cross-attention looks at images, and these are packed or cut into cells"
+
+
+def _order(transforms: Sequence[Transform]) -> Iterator[str]:
+    """Pixels are moved first, then their values are computed, then they are cut into patches."""
+    ranks = {"rescale": 1, "normalize": 2, "patchify": 3}
+    order = [ranks.get(transform.op, 0) for transform in transforms]
+    if order != sorted(order) or any(order.count(rank) > 1 for rank in (1, 2, 3)):
+        yield f"the transforms {', '.join(t.op for t in transforms)} are not in an order that can be"
+    for t in transforms:
+        if t.op in ("select_tiles", "split_large") and t.min_tiles > t.max_tiles:
+            yield f"{t.min_tiles} to {t.max_tiles} tiles"
+        if t.op == "split_large" and t.min_cells > t.max_cells:
+            yield f"{t.min_cells} to {t.max_cells} cells"
+        if t.op == "split_large" and t.max_tiles > 1 and (t.min_tiles < 2 or t.size % t.cell):
+            yield f"large images are cut into {t.min_tiles} tiles of {t.size} px and cells of {t.cell} px"
+        if t.op == "resize_to_pixels" and t.min_pixels > t.max_pixels:
+            yield f"{t.min_pixels} to {t.max_pixels} pixels"
+        if t.op == "select_resolution":
+            yield from _resolutions(t)
+        if t.op == "fit_canvas" and (t.max_tiles > _MOST_TILES or t.max_tiles * t.size**2 > MOST_PIXELS):
+            yield f"a canvas of up to {t.max_tiles} tiles of {t.size} px"
+
+
+def _resolutions(transform: SelectResolution) -> Iterator[str]:
+    if not transform.resolutions:
+        yield "images are fitted into one of no resolutions"
+    for resolution in transform.resolutions:
+        whole = len(resolution) == 2 and all(side > 0 and side % transform.size == 0 for side in resolution)
+        if not whole or math.prod(resolution) > MOST_PIXELS:
+            yield f"a resolution of {list(resolution)} px for tiles of {transform.size} px"
+
+
+def _table(table: Table, image: ImageSpec) -> Iterator[str]:
+    if isinstance(table, AspectRatioId):
+        if all(not isinstance(t, FitCanvas) or t.max_tiles != table.max_tiles for t in image.transforms):
+            yield f"grids of up to {table.max_tiles} tiles are numbered, and the transforms make others"
+    elif isinstance(table, GridWindows):
+        patches = table.side * (image.patches.merge if image.patches is not None else 1)
+        if table.side < 1 or patches > _LARGEST_WINDOW:
+            yield f"windows of {table.side} cells along a side"
+    elif isinstance(table, LearnedPositions):
+        yield from positive("learned positions' side", table.side)
+        yield from positive("learned positions' dim", table.dim)
+    elif table.dim < 4 or table.dim % 4 or not math.isfinite(table.theta) or table.theta <= 0:
+        yield f"a rope of dim {table.dim} and theta {table.theta} for images"
+    if image.patches is None and not isinstance(table, AspectRatioId):
+        yield f"images that are not cut into cells have the table {table.op}, which follows their grid"
+    if len(table.names) != _TABLE_INPUTS[table.op]:
+        yield f"{table.op} makes {_TABLE_INPUTS[table.op]} inputs, and {len(table.names)} have names"
+
+
+def positive(where: str, number: int) -> Iterator[str]:
+    """A size below 1, or beyond what any has."""
+    if not 1 <= number <= LARGEST:
+        yield f"{where} is {number}"
+
+
+def _numbers(value: object) -> list[float]:
+    values = value if isinstance(value, tuple) else (value,)
+    return [number for number in values if isinstance(number, (int, float)) and not isinstance(number, bool)]
