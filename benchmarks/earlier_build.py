@@ -59,10 +59,14 @@ def main() -> None:
         answers = _by_turns(lambda name: served[name].ask(_TOKENS), options.rounds)
         for process in served.values():
             process.close()
+    for name in roots:
+        medians = {
+            figure: statistics.median(r[name][figure] for r in rounds)
+            for rounds in (exports, answers)
+            for figure in rounds[0][name]
+        }
+        report.row({"build": name, **medians})
     for rounds in (exports, answers):
-        for name in roots:
-            medians = {figure: statistics.median(r[name][figure] for r in rounds) for figure in rounds[0][name]}
-            report.row({"build": name, **medians})
         for figure in rounds[0][THIS]:
             ratios = [r[THIS][figure] / r[BASELINE][figure] for r in rounds]
             low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3

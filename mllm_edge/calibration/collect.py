@@ -41,13 +41,19 @@ class Feeds:
     """What a component was fed, run by run, as files in `folder`. What is read is asked for again by every piece: as
     much of it as takes little memory stays there."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, chosen: Sequence[int] | None = None):
+        """`chosen`: the numbers of some of the runs, which are all that it has then."""
+        self.folder, self._chosen = folder, chosen
         self._kept: dict[int, dict[str, np.ndarray]] = {}
         self._room = _KEPT_BYTES
 
     def __len__(self) -> int:
-        return len(list(self.folder.glob("*.npz")))
+        return len(list(self.folder.glob("*.npz"))) if self._chosen is None else len(self._chosen)
+
+    def spread(self, count: int) -> "Feeds":
+        """So many of the runs, evenly spread; all where there are no more."""
+        runs = len(self)
+        return self if count >= runs else Feeds(self.folder, [i * runs // count for i in range(count)])
 
     def add(self, feeds: Mapping[str, np.ndarray]) -> None:
         """Keep one run's inputs; of state, which is empty, only the shape."""
@@ -59,6 +65,7 @@ class Feeds:
 
     def read(self, i: int, names: Sequence[str]) -> dict[str, np.ndarray]:
         """The inputs called `names` of run i; not to be written to."""
+        i = i if self._chosen is None else self._chosen[i]
         kept = self._kept.get(i)
         if kept is not None:
             return _chosen(kept, names)
