@@ -223,8 +223,8 @@ def understand(source: Source, weights: Weights) -> Plan:
     embedding = Place(family.text).embedding
     if bool(decoder.crossed) != (image.into == "cross_attention"):
         raise ConfigError(
-            f"{source.folder / 'config.json'}: the decoder has {decoder.crossed} layers of cross-attention, and features "
-            f"of images go into {image.into.replace('_', '-')}",
+            f"{source.folder / 'config.json'}: the decoder has {decoder.crossed} layers of cross-attention, and "
+            f"features of images go into {image.into.replace('_', '-')}",
             OWN_CONFIG,
         )
     crossed = (Stage(CROSS_KV, "text", "prompt"),) if decoder.crossed else ()
