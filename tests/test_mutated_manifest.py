@@ -273,7 +273,7 @@ CROSSING: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     ("images have 3 tiles, and the transforms make up to 4", lambda m: image(m, tiles=3)),
     ("images have 0 tiles", lambda m: image(m, tiles=0)),
     ("images have aspect_ratio_id, and no stage runs", lambda m: [s.update(per="slice") for s in m["model"]["stages"]]),
-    ("packed or cut into cells", lambda m: image(m, pack=[{"op": "unpad"}])),
+    ("packed or cut into cells", lambda m: image(m, pack=[{"op": "unpad"}], features=9)),
     ("a canvas of up to 1025 tiles", lambda m: m["model"]["image"]["transforms"][0].update(max_tiles=1025)),
     ("a canvas of up to 4 tiles of 9999 px", lambda m: m["model"]["image"]["transforms"][0].update(size=9999)),
     ("grids of up to 5 tiles are numbered", lambda m: m["model"]["image"]["tables"][0].update(max_tiles=5)),
