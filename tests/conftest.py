@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: one tiny checkpoint and one bundle of it, made once."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,71 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     out = tmp_path_factory.mktemp("bundle") / "tiny"
     export(str(tiny_checkpoint), out, recipe_name="fp32")
     return out
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`saved(family, config)`: the tiny checkpoint that a row of `families/rows/` saves with this config, its first if
+    none is told; made once, and read only."""
+    from tests.families.row import rows
+
+    folder = tmp_path_factory.mktemp("saved")
+
+    @cache
+    def save(family: str, config: str) -> Path:
+        row = rows()[family]
+        row.save(folder / family / config, **row.configs[config])
+        return folder / family / config
+
+    return lambda family, config="": save(family, config or rows()[family].first)
+
+
+@pytest.fixture(scope="session")
+def floats(saved: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`floats(family)`: the float32 bundle of a row's first config for every target that has one; read only."""
+    from mllm_edge.export.pipeline import export
+    from tests.families.parity import FLOAT32_TARGETS
+
+    folder = tmp_path_factory.mktemp("floats")
+
+    @cache
+    def made(family: str) -> Path:
+        export(str(saved(family)), folder / family, targets=FLOAT32_TARGETS, recipe_name="fp32", verify_mode="off")
+        return folder / family
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def fours(saved: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`fours(family)`: an int4 bundle of a row's first config for the CPU; read only."""
+    from mllm_edge.export.pipeline import export
+
+    folder = tmp_path_factory.mktemp("fours")
+
+    @cache
+    def made(family: str) -> Path:
+        export(str(saved(family)), folder / family, recipe_name="int4", verify_mode="off")
+        return folder / family
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def compared(saved: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """`compared(family, config, recipe)`: the report and the bundle for all targets of an export that was compared with
+    its source in each; read only."""
+    from mllm_edge.export.pipeline import export
+    from mllm_edge.export.targets import TARGETS
+
+    folder = tmp_path_factory.mktemp("compared")
+
+    @cache
+    def made(family: str, config: str, recipe: str) -> tuple[Any, Path]:
+        out = folder / f"{family}-{config}-{recipe}"
+        return export(str(saved(family, config)), out, targets=tuple(TARGETS), recipe_name=recipe), out
+
+    return made
 
 
 @pytest.fixture(scope="session", autouse=True)
