@@ -3,9 +3,12 @@
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import pytest
+
+pytest.register_assert_rewrite("tests.export.damage", "tests.families.parity")
 
 
 @pytest.fixture(scope="session")
@@ -98,11 +101,13 @@ def traced_once() -> Iterator[None]:
     """Towers of the same settings, which many tests export, are traced once in a process: nothing writes to a trace."""
     from mllm_edge.export import export_job
 
-    plain, kept = export_job.trace, dict[str, Any]()
+    plain, kept, patch = export_job.trace, dict[str, Any](), pytest.MonkeyPatch()
 
     def trace(component: Any, *types: Any) -> Any:
+        if not kept:
+            _read_operators_once(patch)
         made = component.module
-        settings = [cell.cell_contents for cell in made.__closure__ or ()]
+        settings = [_settings(cell.cell_contents) for cell in made.__closure__ or ()]
         key = repr(
             (made.__module__, made.__code__.co_firstlineno, settings, component.inputs, component.outputs, types)
         )
@@ -112,9 +117,23 @@ def traced_once() -> Iterator[None]:
             kept[key] = plain(component, *types)
         return kept[key]
 
-    export_job.trace = trace
+    patch.setattr(export_job, "trace", trace)
     yield
-    export_job.trace = plain
+    patch.undo()
+
+
+def _settings(value: Any) -> Any:
+    """A function that holds nothing is told by its name."""
+    plain = isinstance(value, FunctionType) and not value.__closure__
+    return f"{value.__module__}.{value.__qualname__}" if plain else value
+
+
+def _read_operators_once(patch: pytest.MonkeyPatch) -> None:
+    """torch reads the sources of its 500 ONNX operators for each export anew, half a second of most of ours; nothing
+    that we ask of it changes them."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(cache(ONNXRegistry.from_torchlib)))
 
 
 @pytest.fixture

@@ -99,5 +99,5 @@ ROW = Row(
         Tensor("model.vision_tower.encoder.layers.2.layer_norm1.weight"),
         Tensor("model.multi_modal_projector.linear_3.weight"),
     ),
-    tokens=("<|image_start|>", "<|image_end|>", "<|img_row_1_col_2|>", "<|img_thumbnail|>"),
+    tokens=("<|image_start|>", "<|image_end|>"),
 )

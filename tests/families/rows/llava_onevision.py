@@ -58,7 +58,7 @@ ROW = Row(
         Bad("resample", sets("image_processor", resample=9), _PROCESSOR),
         Bad("<picture>", sets(image_token="<picture>"), _PROCESSOR),
         Bad(
-            "mlp.up_proj",
+            "mlp.gate_proj",
             sets("text_config", intermediate_size=256),
             error="WeightsError",
             also=("[128, 64]", "[256, 64]"),

@@ -69,10 +69,10 @@ ROW = Row(
         Bad("num_channels = 4", sets("vision_config", num_channels=4)),
         Bad("hidden_act = 'swish'", sets("vision_config", hidden_act="swish")),
         Bad(
-            "vision_model.patch_embedding",
+            "gated_positional_embedding",
             sets("vision_config", patch_size=6),
             error="WeightsError",
-            also=("[48, 3, 8, 8]", "[48, 3, 6, 6]"),
+            also=("[10, 48]", "[17, 48]"),
         ),
         Bad("cross_attn", sets("text_config", cross_attention_layers=[1, 2]), error="WeightsError"),
     ),
