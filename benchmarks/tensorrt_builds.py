@@ -44,10 +44,10 @@ _HERE = "benchmarks.tensorrt_builds"
 
 
 def main() -> None:
-    from tests.tiny_families import SAVE
+    from tests.families.row import rows
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--family", nargs="+", choices=SAVE)
+    parser.add_argument("--family", nargs="+", choices=rows())
     parser.add_argument("--geometry", nargs="+", choices=GEOMETRIES)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--part", nargs=4, metavar=("BUNDLE", "COMPONENT", "TARGET", "RECIPE"), help=argparse.SUPPRESS)
@@ -58,7 +58,7 @@ def main() -> None:
         return
     everything = not options.family and not options.geometry
     report = Report("TensorRT for RTX builds")
-    report.rows += _family_rows(list(SAVE) if everything else options.family or [])
+    report.rows += _family_rows(list(rows()) if everything else options.family or [])
     report.rows += _geometry_rows(list(GEOMETRIES) if everything else options.geometry or [])
     _check(report)
     report.print()
@@ -70,12 +70,12 @@ def _family_rows(families: Iterable[str]) -> Iterable[dict[str, Any]]:
     from mllm_edge.bundle import Bundle
     from mllm_edge.export.pipeline import export
     from mllm_edge.export.quantize import quantize
-    from tests.tiny_families import SAVE
+    from tests.families.row import rows
 
     for family in families:
         with tempfile.TemporaryDirectory(prefix="mllm-edge-") as name:
             checkpoint = Path(name) / "checkpoint"
-            SAVE[family](checkpoint)
+            rows()[family].save(checkpoint)
             export(str(checkpoint), Path(name) / "fp16", targets=TARGETS, recipe_name="fp16", verify_mode="off")
             for recipe in RECIPES:
                 if recipe != "fp16":

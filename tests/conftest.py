@@ -1,10 +1,14 @@
 """Fixtures shared by all tests: one tiny checkpoint and one bundle of it, made once."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import pytest
+
+pytest.register_assert_rewrite("tests.export.damage", "tests.families.parity")
 
 
 @pytest.fixture(scope="session")
@@ -27,16 +31,83 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     return out
 
 
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`saved(family, config)`: the tiny checkpoint that a row of `families/rows/` saves with this config, its first if
+    none is told; made once, and read only."""
+    from tests.families.row import rows
+
+    folder = tmp_path_factory.mktemp("saved")
+
+    @cache
+    def save(family: str, config: str) -> Path:
+        row = rows()[family]
+        row.save(folder / family / config, **row.configs[config])
+        return folder / family / config
+
+    return lambda family, config="": save(family, config or rows()[family].first)
+
+
+@pytest.fixture(scope="session")
+def floats(saved: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`floats(family)`: the float32 bundle of a row's first config for every target that has one; read only."""
+    from mllm_edge.export.pipeline import export
+    from tests.families.parity import FLOAT32_TARGETS
+
+    folder = tmp_path_factory.mktemp("floats")
+
+    @cache
+    def made(family: str) -> Path:
+        export(str(saved(family)), folder / family, targets=FLOAT32_TARGETS, recipe_name="fp32", verify_mode="off")
+        return folder / family
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def fours(saved: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`fours(family)`: an int4 bundle of a row's first config for the CPU; read only."""
+    from mllm_edge.export.pipeline import export
+
+    folder = tmp_path_factory.mktemp("fours")
+
+    @cache
+    def made(family: str) -> Path:
+        export(str(saved(family)), folder / family, recipe_name="int4", verify_mode="off")
+        return folder / family
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def compared(saved: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """`compared(family, config, recipe)`: the report and the bundle for all targets of an export that was compared with
+    its source in each; read only."""
+    from mllm_edge.export.pipeline import export
+    from mllm_edge.export.targets import TARGETS
+
+    folder = tmp_path_factory.mktemp("compared")
+
+    @cache
+    def made(family: str, config: str, recipe: str) -> tuple[Any, Path]:
+        out = folder / f"{family}-{config}-{recipe}"
+        return export(str(saved(family, config)), out, targets=tuple(TARGETS), recipe_name=recipe), out
+
+    return made
+
+
 @pytest.fixture(scope="session", autouse=True)
 def traced_once() -> Iterator[None]:
     """Towers of the same settings, which many tests export, are traced once in a process: nothing writes to a trace."""
     from mllm_edge.export import export_job
 
-    plain, kept = export_job.trace, dict[str, Any]()
+    plain, kept, patch = export_job.trace, dict[str, Any](), pytest.MonkeyPatch()
 
     def trace(component: Any, *types: Any) -> Any:
+        if not kept:
+            _read_operators_once(patch)
         made = component.module
-        settings = [cell.cell_contents for cell in made.__closure__ or ()]
+        settings = [_settings(cell.cell_contents) for cell in made.__closure__ or ()]
         key = repr(
             (made.__module__, made.__code__.co_firstlineno, settings, component.inputs, component.outputs, types)
         )
@@ -46,9 +117,23 @@ def traced_once() -> Iterator[None]:
             kept[key] = plain(component, *types)
         return kept[key]
 
-    export_job.trace = trace
+    patch.setattr(export_job, "trace", trace)
     yield
-    export_job.trace = plain
+    patch.undo()
+
+
+def _settings(value: Any) -> Any:
+    """A function that holds nothing is told by its name."""
+    plain = isinstance(value, FunctionType) and not value.__closure__
+    return f"{value.__module__}.{value.__qualname__}" if plain else value
+
+
+def _read_operators_once(patch: pytest.MonkeyPatch) -> None:
+    """torch reads the sources of its 500 ONNX operators for each export anew, half a second of most of ours; nothing
+    that we ask of it changes them."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(cache(ONNXRegistry.from_torchlib)))
 
 
 @pytest.fixture

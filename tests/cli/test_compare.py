@@ -19,7 +19,7 @@ from mllm_edge.compare.outputs import LOGITS, Outputs
 from mllm_edge.export.pipeline import export
 from mllm_edge.export.verify import limits_of
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
-from tests.tiny_families import FLOAT32_TARGETS
+from tests.families.parity import FLOAT32_TARGETS
 
 Cli = Callable[..., Result]
 

@@ -24,8 +24,8 @@ from mllm_edge.export.checkpoint.source import open_source
 from mllm_edge.export.checkpoint.source_weights import source_weights
 from mllm_edge.export.family import family_for
 from mllm_edge.export.pipeline import export
+from tests.families.row import rows
 from tests.tiny import save_tiny_llava
-from tests.tiny_families import SAVE
 from tests.tiny_internvl import save_tiny_internvl_chat
 
 Tensors = dict[str, torch.Tensor]
@@ -99,11 +99,10 @@ def adapter(llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # ---------------------------------------------------------------- names of another age
-@pytest.mark.parametrize("family", SAVE)
-def test_names_of_the_checkpoint_on_the_hub(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize("family", rows())
+def test_names_of_the_checkpoint_on_the_hub(saved: Callable[..., Path], tmp_path: Path, family: str) -> None:
     """Of text, vision and connector, as transformers had them before 4.52; the reference holds all of it."""
-    checkpoint = tmp_path / "m"
-    SAVE[family](checkpoint)
+    checkpoint = saved(family)
     model = load(checkpoint)
     names = skeleton(model)
     today = train(model, tmp_path / "today", target_modules=EVERYWHERE)

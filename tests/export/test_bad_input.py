@@ -1,20 +1,16 @@
-"""Wrong checkpoints and wrong places: each error names what, where and what to do, and nothing is left behind."""
+"""Files that are missing or damaged and wrong places: each error names what, where and what to do, and nothing is left
+behind."""
 
-import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from mllm_edge.bundle import Bundle
 from mllm_edge.errors import (
-    ConfigError,
     ExportError,
-    MllmEdgeError,
     ParityError,
     SourceError,
     UnsupportedModelError,
@@ -22,6 +18,7 @@ from mllm_edge.errors import (
 )
 from mllm_edge.export import export_job, pipeline, workspace
 from mllm_edge.export.pipeline import export
+from tests.export.damage import assert_fails, edit_json, edit_weights
 from tests.tiny import save_tiny_idefics3
 
 
@@ -31,102 +28,14 @@ def checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
 
 
-def edit_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    data = json.loads(path.read_text())
-    change(data)
-    path.write_text(json.dumps(data))
-
-
-def edit_weights(checkpoint: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
-    weights = load_file(checkpoint / "model.safetensors")
-    change(weights)
-    save_file(weights, checkpoint / "model.safetensors")
-
-
-def assert_fails(checkpoint: Path | str, kind: type[MllmEdgeError], *words: str, **options: Any) -> None:
-    """The export fails with an error that holds all `words`, and leaves no file behind."""
-    parent = Path(checkpoint).parent if isinstance(checkpoint, Path) else Path.cwd()
-    before = sorted(parent.iterdir())
-    with pytest.raises(kind) as caught:
-        export(str(checkpoint), parent / "out", **{"recipe_name": "fp32", "verify_mode": "off", **options})
-    for word in words:
-        assert word in str(caught.value)
-    assert caught.value.fix
-    assert sorted(parent.iterdir()) == before
-
-
 def test_unknown_architecture_names_the_nearest(checkpoint: Path) -> None:
     edit_json(checkpoint / "config.json", lambda c: c.update(model_type="smolvlm3"))
     assert_fails(checkpoint, UnsupportedModelError, "'smolvlm3'", "the nearest is smolvlm", "config.json")
 
 
-def test_missing_weight(checkpoint: Path) -> None:
-    name = "model.text_model.layers.1.mlp.up_proj.weight"
-    edit_weights(checkpoint, lambda w: w.pop(name))
-    assert_fails(checkpoint, WeightsError, name)
-
-
-def test_unused_weight(checkpoint: Path) -> None:
-    name = "model.vision_model.head.probe"
-    edit_weights(checkpoint, lambda w: w.update({name: np.zeros((1, 64), np.float32)}))
-    assert_fails(checkpoint, WeightsError, name, "drop it silently")
-
-
-def test_weight_of_another_shape(checkpoint: Path) -> None:
-    edit_json(checkpoint / "config.json", lambda c: c["text_config"].update(intermediate_size=256))
-    assert_fails(checkpoint, WeightsError, "gate_proj", "[128, 64]", "[256, 64]")
-
-
-def test_untied_head_that_is_missing(checkpoint: Path) -> None:
-    edit_weights(checkpoint, lambda w: w.pop("lm_head.weight"))
-    assert_fails(checkpoint, WeightsError, "lm_head.weight")
-
-
-@pytest.mark.parametrize(
-    ("section", "key", "value"),
-    [
-        ("text_config", "hidden_act", "relu"),
-        ("text_config", "pretraining_tp", 2),
-        ("text_config", "model_type", "gpt_neox"),
-        ("text_config", "qk_layer_norms", True),
-        ("text_config", "rope_parameters", {"rope_type": "proportional", "rope_theta": 1e4}),
-        ("vision_config", "hidden_act", "gelu_new"),
-        ("vision_config", "num_channels", 4),
-    ],
-)
-def test_config_value_that_nobody_handles(checkpoint: Path, section: str, key: str, value: Any) -> None:
-    edit_json(checkpoint / "config.json", lambda c: c[section].update({key: value}))
-    shown = value["rope_type"] if isinstance(value, dict) else value
-    assert_fails(checkpoint, ConfigError, repr(shown))
-
-
 def test_config_key_without_effect_on_the_reference_is_accepted(checkpoint: Path, tmp_path: Path) -> None:
     edit_json(checkpoint / "config.json", lambda c: c["text_config"].update(neftune_noise_alpha=5.0))
     assert export(str(checkpoint), tmp_path / "out", dry_run=True).nbytes > 0
-
-
-@pytest.mark.parametrize(
-    ("file", "change", "word"),
-    [
-        ("processor_config.json", lambda c: c.update(image_seq_len=99), "image_seq_len = 99"),
-        ("processor_config.json", lambda c: c["image_processor"]["max_image_size"].update(longest_edge=60), "60 px"),
-        ("processor_config.json", lambda c: c["image_processor"].update(do_normalize=False), "do_normalize"),
-        ("processor_config.json", lambda c: c["image_processor"].update(size={"height": 4}), "size"),
-        ("config.json", lambda c: c.update(image_token_id=3), "image_token_id = 3"),
-        ("config.json", lambda c: c["text_config"].update(vocab_size=280), "vocab_size"),
-    ],
-)
-def test_files_that_contradict_each_other(
-    checkpoint: Path, file: str, change: Callable[[dict[str, Any]], Any], word: str
-) -> None:
-    edit_json(checkpoint / file, change)
-    assert_fails(checkpoint, SourceError, word)
-
-
-def test_special_token_missing_from_the_vocabulary(checkpoint: Path) -> None:
-    path = checkpoint / "tokenizer.json"
-    path.write_text(path.read_text().replace("<image>", "<other>"))
-    assert_fails(checkpoint, ConfigError, "<image>", "tokenizer.json")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model.safetensors"])

@@ -1,5 +1,6 @@
 """A decoder whose cache is int8 with calibrated scales, beside the same decoder with a float cache."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,8 @@ from mllm_edge.graph.precision import FLOAT16
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.vlm import VLM
 from tests.export.test_quantize import engine_bytes, samples
-from tests.tiny import save_tiny_idefics3, save_tiny_llava, save_tiny_qwen2_vl
-from tests.tiny_internvl import save_tiny_internvl
+from tests.families.row import families_of
 
-SAVE = {
-    "idefics3": save_tiny_idefics3,
-    "internvl": save_tiny_internvl,
-    "llava": save_tiny_llava,
-    "qwen2_vl": save_tiny_qwen2_vl,
-}
 TARGETS = ("cpu", "tensorrt-10.3")
 ONLY_CACHE = Recipe("int8-cache", FLOAT16, FLOAT16, FLOAT16, FLOAT16, kv="int8")
 # Of the logits' range; seen: 0.006 to 0.035. Keys and values are rounded to 1/254 of their channel's; a wrong scale
@@ -33,11 +27,12 @@ ONLY_CACHE = Recipe("int8-cache", FLOAT16, FLOAT16, FLOAT16, FLOAT16, kv="int8")
 LIMIT = 0.05
 
 
-@pytest.fixture(scope="module", params=SAVE)
-def bundles(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Bundle]:
+@pytest.fixture(scope="module", params=families_of("int8_cache"))
+def bundles(
+    request: pytest.FixtureRequest, saved: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Bundle, Bundle]:
     folder = tmp_path_factory.mktemp(request.param)
-    SAVE[request.param](folder / "model")
-    export(str(folder / "model"), folder / "fp16", targets=TARGETS, recipe_name="fp16", verify_mode="off")
+    export(str(saved(request.param)), folder / "fp16", targets=TARGETS, recipe_name="fp16", verify_mode="off")
     quantize(folder / "fp16", folder / "int8", recipe=ONLY_CACHE, data=samples())
     return Bundle.load(folder / "fp16"), Bundle.load(folder / "int8")
 
@@ -164,9 +159,8 @@ def test_speculation_changes_no_token(bundles: tuple[Bundle, Bundle], target: st
             assert found.metrics.accepted > 0
 
 
-def test_caches_in_place_are_refused_by_name(tmp_path: Path) -> None:
-    save_tiny_idefics3(tmp_path / "model")
-    export(str(tmp_path / "model"), tmp_path / "fp16", targets=["tensorrt"], recipe_name="fp16", verify_mode="off")
+def test_caches_in_place_are_refused_by_name(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    export(str(tiny_checkpoint), tmp_path / "fp16", targets=["tensorrt"], recipe_name="fp16", verify_mode="off")
     with pytest.raises(
         RecipeError, match=r"recipe int8-cache: kv is int8, and target tensorrt updates its cache in place"
     ):

@@ -1,6 +1,7 @@
 """The loss of a bundle against an independent computation with transformers alone."""
 
 import copy as copy_module
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,20 @@ from mllm_edge.export import loss
 from mllm_edge.export.checkpoint.source import open_source
 from mllm_edge.export.loss import References, ask, measure
 from mllm_edge.export.loss_questions import QUESTIONS
-from mllm_edge.export.pipeline import export
 from mllm_edge.export.reference import forget_prompts
 from mllm_edge.export.source_model import Reference, Scope
 from mllm_edge.graph.precision import block_size
 from mllm_edge.runtime.vlm import VLM
-from tests.tiny_families import SAVE
+from tests.families.row import families_of
 
 
-@pytest.fixture(scope="module", params=SAVE)
-def asked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, References]:
+@pytest.fixture(scope="module", params=families_of(""))
+def asked(
+    request: pytest.FixtureRequest, saved: Callable[..., Path], fours: Callable[[str], Path]
+) -> tuple[Any, Path, References]:
     """(the source as transformers loads it, an int4 bundle of it, its answers)"""
-    folder = tmp_path_factory.mktemp(request.param)
-    SAVE[request.param](folder / "model")
-    export(str(folder / "model"), folder / "int4", recipe_name="int4", verify_mode="off")
-    reference = Reference(open_source(str(folder / "model")), Scope(None))
-    return reference, folder / "int4", ask(reference, folder / "int4")
+    reference, bundle = Reference(open_source(str(saved(request.param))), Scope(None)), fours(request.param)
+    return reference, bundle, ask(reference, bundle)
 
 
 def steps(model: Any, ids: np.ndarray, tokens: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Calibrated quantization of whole bundles: forms, agreement between targets, proof, gates, interruption."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from mllm_edge.calibration import whole
 from mllm_edge.calibration.recipes import CALIBRATED, Recipe, Rule
 from mllm_edge.calibration.sensitivity import measure_ways
 from mllm_edge.errors import AccuracyError, BundleError, DataError, ExportError, RecipeError
-from mllm_edge.export.pipeline import export
 from mllm_edge.export.quantize import FIGURE, FromCheckpoint, Gate, quantize
 from mllm_edge.export.targets import TARGETS
 from mllm_edge.graph.precision import FLOAT16, Precision
@@ -25,10 +24,16 @@ from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.backends.tensorrt_build import build
 from mllm_edge.runtime.backends.tensorrt_engines import Limits, build_inputs
 from mllm_edge.runtime.vlm import VLM
-from tests.tiny import save_tiny_idefics3, save_tiny_llava, save_tiny_qwen2_vl
-from tests.tiny_families import FLOAT32_TARGETS
+from tests.families.parity import FLOAT32_TARGETS
+from tests.families.row import families_of, rows
 
-SAVE = {"idefics3": save_tiny_idefics3, "llava": save_tiny_llava, "qwen2_vl": save_tiny_qwen2_vl}
+RECIPES = ("int8", "int4", "mixed", "fp8", "w4a8")
+# Every family in 8 bits, weights and activations; in other recipes those that go through the tests of calibration.
+QUANTIZED = [
+    pytest.param((family, recipe), id=f"{family}-{recipe}", marks=pytest.mark.xdist_group(f"bundle-{family}"))
+    for family, row in rows().items()
+    for recipe in (RECIPES[:1] if "calibration" in row.spared else RECIPES)
+]
 
 
 def samples(count: int = 12) -> list[dict[str, Any]]:
@@ -44,28 +49,34 @@ def samples(count: int = 12) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.fixture(scope="module", params=SAVE)
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param)
-    SAVE[request.param](folder)
-    return folder
+@pytest.fixture(scope="module", params=families_of("calibration"))
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def halves(compared: Callable[..., Any]) -> Callable[[str], Path]:
+    """`halves(family)`: the half-precision bundle for all targets of a row's first config; read only."""
+    return lambda family: compared(family, rows()[family].first, "fp16")[1]
 
 
 @pytest.fixture(scope="module")
-def float_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("float") / "fp16"
-    export(str(checkpoint), out, targets=tuple(TARGETS), recipe_name="fp16", verify_mode="off")
-    return out
+def float_bundle(family: str, halves: Callable[[str], Path]) -> Path:
+    return halves(family)
 
 
-@pytest.fixture(scope="module", params=["int8", "int4", "mixed", "fp8", "w4a8"])
-def quantized(request: pytest.FixtureRequest, float_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    out = tmp_path_factory.mktemp("out") / request.param
-    return request.param, quantize(float_bundle, out, recipe=request.param, data=samples()), Bundle.load(out)
+@pytest.fixture(scope="module", params=QUANTIZED)
+def quantized(
+    request: pytest.FixtureRequest, halves: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Any:
+    """(recipe, report, bundle, what was quantized)"""
+    (family, recipe), out = request.param, tmp_path_factory.mktemp("out") / request.param[1]
+    source = halves(family)
+    return recipe, quantize(source, out, recipe=recipe, data=samples()), Bundle.load(out), source
 
 
-def test_report_and_manifest_hold_the_proof(quantized: Any, float_bundle: Path) -> None:
-    name, report, bundle = quantized
+def test_report_and_manifest_hold_the_proof(quantized: Any) -> None:
+    name, report, bundle, float_bundle = quantized
     assert (report.samples, report.held_back) == (9, 3)
     proof = bundle.manifest.accuracy
     assert proof["kl"] == report.proof.kl >= 0
@@ -106,10 +117,11 @@ CAPABILITIES = {
 BLOCKS = ["SM80", "SM86", "SM89", "SM120"]
 
 
-@pytest.mark.parametrize("component", ["vision_encoder", "connector", "decoder"])
-def test_tensorrt_builds_what_was_quantized(quantized: Any, component: str) -> None:
-    recipe, _, bundle = quantized
-    for target in ("tensorrt", "tensorrt-10.3"):
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-10.3"])
+def test_tensorrt_builds_what_was_quantized(quantized: Any, target: str) -> None:
+    recipe, _, bundle, _ = quantized
+    assert set(bundle.manifest.components) >= {"vision_encoder", "connector", "decoder"}
+    for component in bundle.manifest.components:
         assert engine_bytes(bundle, component, target, CAPABILITIES.get(recipe, BLOCKS)) > 0
 
 
@@ -145,22 +157,24 @@ def _operators(bundle: Bundle, component: str, target: str) -> Mapping[str, int]
     return {kind: sum(n.op_type == kind for n in nodes) for kind in ("MatMul", "MatMulIntegerToFloat")}
 
 
-def test_factors_alone_change_nothing(checkpoint: Path, tmp_path: Path) -> None:
+def test_factors_alone_change_nothing(family: str, floats: Callable[[str], Path], tmp_path: Path) -> None:
     """Weights stay float, only scaled: what was folded into norms and neighbours cancels in every target."""
-    export(str(checkpoint), tmp_path / "fp32", targets=FLOAT32_TARGETS, recipe_name="fp32", verify_mode="off")
     part = Precision("float32", method="smoothquant")
     recipe = Recipe("factors", part, part, part, part)
-    quantize(tmp_path / "fp32", tmp_path / "out", recipe=recipe, data=samples())
+    quantize(floats(family), tmp_path / "out", recipe=recipe, data=samples())
     changed = 0
     for target in FLOAT32_TARGETS:
         logits = []
-        for name in ("fp32", "out"):
-            bundle = Bundle.load(tmp_path / name)
+        for folder in (floats(family), tmp_path / "out"):
+            bundle = Bundle.load(folder)
             with VLM(bundle, OnnxRuntimeCpu(target=target)) as vlm:
                 prompt = vlm.processor.process("Where?", samples()[0]["images"])
                 logits.append(vlm.steps(vlm.encode(prompt), np.zeros(1, np.int64))[0])
         assert np.abs(logits[0] - logits[1]).max() <= 1e-3 * np.ptp(logits[0])
-        weights = [_initializer(tmp_path / n, "decoder", target, "layers.0.up_proj.weight") for n in ("fp32", "out")]
+        weights = [
+            _initializer(folder, "decoder", target, "layers.0.up_proj.weight")
+            for folder in (floats(family), tmp_path / "out")
+        ]
         changed += not np.allclose(*weights, rtol=0.05)
     assert changed == len(FLOAT32_TARGETS)
 
@@ -320,7 +334,8 @@ def test_other_data_starts_anew(float_bundle: Path, tmp_path: Path, monkeypatch:
     assert Bundle.load(tmp_path / "out").manifest.accuracy["calibration_samples"] == 9
 
 
-def test_checkpoint_is_exported_on_the_way(checkpoint: Path, tmp_path: Path) -> None:
+def test_checkpoint_is_exported_on_the_way(family: str, saved: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = saved(family)
     report = quantize(
         str(checkpoint), tmp_path / "out", recipe="int4", data=samples(), checkpoint=FromCheckpoint(("tensorrt",))
     )

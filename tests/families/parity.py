@@ -6,6 +6,7 @@ level of 255 and 0.05 on average; token ids and greedy tokens equal.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,12 @@ class Exported:
     bundle: Path
     model: Any = field(repr=False)
     _opened: dict[str, VLM] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def processor(self) -> Any:
+        """transformers' own."""
+        source = open_source(str(self.checkpoint))
+        return family_for(source).load_processor(source)
 
     def vlm(self, target: str) -> VLM:
         """The bundle opened for a target, once."""
@@ -92,9 +99,7 @@ def check_messages(
     """Compare the answer to messages with images of these (height, width), from messages to text. `prompt`: what the
     runtime is asked instead of the messages, which must come to the same."""
     images = [make_image(height, width, seed) for seed, (height, width) in enumerate(sizes)]
-    source, model = open_source(str(exported.checkpoint)), exported.model
-    family = family_for(source)
-    processor = family.load_processor(source)
+    family, model, processor = family_for(open_source(str(exported.checkpoint))), exported.model, exported.processor
     rendered = processor.apply_chat_template(messages, add_generation_prompt=True)
     inputs = processor(text=rendered, images=[list(images)] if images else None, return_tensors="pt")
     with torch.no_grad():

@@ -1,26 +1,31 @@
 """Prompts of unequal length, with and without images, as one batch: each gets the logits that it gets alone."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from mllm_edge.bundle import Bundle
-from mllm_edge.export.pipeline import export
+from mllm_edge.errors import OptionError
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.vlm import VLM
-from tests.tiny_families import FAMILY_NAMES, FLOAT32_TARGETS, SAVE
+from tests.families.parity import FLOAT32_TARGETS
+from tests.families.row import families_of, rows
 
 STEPS = 4
 
 
-@pytest.fixture(scope="module", params=FAMILY_NAMES)
-def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    folder = tmp_path_factory.mktemp(request.param)
-    SAVE[request.param](folder / "model")
-    export(str(folder / "model"), folder / "out", targets=FLOAT32_TARGETS, recipe_name="fp32", verify_mode="off")
-    return Bundle.load(folder / "out")
+@pytest.fixture(scope="module", params=families_of(""))
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def bundle(family: str, floats: Callable[[str], Path]) -> Bundle:
+    return Bundle.load(floats(family))
 
 
 def prompts(vlm: VLM) -> list[Encoded]:
@@ -56,3 +61,19 @@ def test_ragged_batch(bundle: Bundle, target: str) -> None:
     for i, (logits, _) in enumerate(expected):
         batched = np.stack([row[i] for row in rows])
         assert np.abs(batched - logits).max() <= 1e-4 * np.ptp(logits)
+
+
+def test_guesses_change_no_answer(family: str, bundle: Bundle) -> None:
+    """Where tokens can be forgotten again; else guessing is refused."""
+    image, options = np.full((50, 71, 3), 99, np.uint8), {"max_new_tokens": 24, "ignore_eos": True}
+    with VLM(bundle, OnnxRuntimeCpu()) as vlm:
+        assert vlm.decoder.rewindable == rows()[family].rewindable
+        if not vlm.decoder.rewindable:
+            with pytest.raises(OptionError, match="speculation: this model has layers with a recurrent state"):
+                vlm.generate("abcabc", image, speculation=3)
+            return
+        # A penalty below 0 rewards what was said, so that guesses come true.
+        expected = vlm.generate("abcabc", image, frequency_penalty=-1.0, **options)
+        found = vlm.generate("abcabc", image, frequency_penalty=-1.0, speculation=3, **options)
+        assert found.token_ids == expected.token_ids
+        assert found.metrics.accepted > 0

@@ -4,14 +4,14 @@ import importlib
 import pkgutil
 
 from mllm_edge.export.family import families
-from tests.tiny_families import FAMILY_NAMES
+from tests.families.row import rows
 
 
 def test_every_file_that_defines_a_family_is_found() -> None:
     package = importlib.import_module("mllm_edge.export.families")
     modules = [importlib.import_module(f"{package.__name__}.{i.name}") for i in pkgutil.iter_modules(package.__path__)]
     defined = [module.FAMILY for module in modules if hasattr(module, "FAMILY")]
-    assert {family.name for family in defined} == set(FAMILY_NAMES)
+    assert {family.name for family in defined} == set(rows())
     types = [model_type for family in defined for model_type in family.model_types]
     assert sorted(types) == sorted(families()), "two families serve one type"
     for family in defined:

@@ -1,6 +1,8 @@
-"""Qwen2-VL: parity over a table of tiny configurations, conversations, and the prompt of a checkpoint without a
-template."""
+"""Qwen2-VL: parity over a table of tiny configurations, conversations, the prompt of a checkpoint without a
+template, and images at the limits."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,17 @@ from click.testing import CliRunner
 from mllm_edge import VLM
 from mllm_edge.bundle import Bundle
 from mllm_edge.cli import main
+from mllm_edge.errors import ConfigError, ImageError, OptionError, PromptError
+from mllm_edge.export.checkpoint.source import open_source
 from mllm_edge.export.compare import compare_with_source
+from mllm_edge.export.families.qwen2_vl import FAMILY
 from mllm_edge.export.pipeline import export
 from mllm_edge.runtime.budget import image_cost
 from mllm_edge.runtime.decode.positions import rope_tables
+from tests.export.damage import assert_fails, edit_json
 from tests.export.test_adapters import train
-from tests.families.parity import Exported, check_messages, export_tiny, make_image
+from tests.families.parity import FLOAT32_TARGETS, Exported, check_messages, export_tiny, make_image
 from tests.tiny import QWEN_TEMPLATE, Names, save_tiny_qwen2_vl
-from tests.tiny_families import FLOAT32_TARGETS
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +161,57 @@ def test_adapters_are_merged_on_the_way(tmp_path: Path, names: Names) -> None:
 
 def _data(bundle: Path, graph: str) -> bytes:
     return (bundle / f"{graph}.onnx.data").read_bytes()
+
+
+def test_image_processor_in_a_file_of_its_own(plain: Exported, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(plain.checkpoint, tmp_path / "checkpoint"))
+    path = checkpoint / "processor_config.json"
+    settings = json.loads(path.read_text())
+    stated = settings.pop("image_processor")
+    path.write_text(json.dumps(settings))
+    (checkpoint / "preprocessor_config.json").write_text(json.dumps({**stated, "merge_size": 3}))
+    assert_fails(checkpoint, ConfigError, "merge_size is 3, the vision tower's 2", "preprocessor_config.json")
+
+
+# ---------------------------------------------------------------- images at the limits
+def test_aspect_ratio_beyond_the_limit(plain: Exported) -> None:
+    with VLM.load(plain.bundle) as vlm:
+        assert vlm.count_tokens("Hi", [(1, 200)]) > 0
+        for call in (
+            lambda: vlm.generate("Hi", make_image(1, 201, 0)),
+            lambda: vlm.generate("Hi", [make_image(40, 40, 0), make_image(402, 2, 0)]),
+            lambda: vlm.count_tokens("Hi", [(201, 1)]),
+        ):
+            with pytest.raises(ImageError, match="more than 200 times") as error:
+                call()
+            assert "aspect ratio" in error.value.fix
+
+
+def test_what_is_no_image(plain: Exported) -> None:
+    with VLM.load(plain.bundle) as vlm:
+        with pytest.raises(OptionError, match="height of an image size"):
+            vlm.count_tokens("Hi", [(0, 5)])
+        with pytest.raises(PromptError, match="video"):
+            vlm.generate([{"role": "user", "content": [{"type": "video"}]}])
+
+
+@pytest.mark.parametrize("least", [1, 4 * 16**2])
+def test_images_smaller_than_a_patch_are_what_the_reference_makes_of_them(
+    plain: Exported, tmp_path: Path, least: int
+) -> None:
+    checkpoint = Path(shutil.copytree(plain.checkpoint, tmp_path / "checkpoint"))
+    edit_json(checkpoint / "processor_config.json", lambda c: c["image_processor"].update(min_pixels=least))
+    export(str(checkpoint), tmp_path / "out", recipe_name="fp32", verify_mode="off")
+    reference = FAMILY.load_processor(open_source(str(checkpoint)))
+    with VLM.load(tmp_path / "out") as vlm:
+        for height, width in ((1, 1), (3, 5), (7, 1), (1, 150), (120, 1)):
+            image = make_image(height, width, 0)
+            ours = vlm.processor.process("Hi", image)
+            expected = reference(text=ours.text, images=[image], return_tensors="np")
+            assert ours.token_ids.tolist() == expected["input_ids"][0].tolist()
+            assert [(1, 2 * layout.rows, 2 * layout.cols) for layout in ours.layouts] == [
+                (*expected["image_grid_thw"][0],)
+            ]
+            theirs = expected["pixel_values"].reshape(ours.pixel_values.shape)
+            np.testing.assert_allclose(ours.pixel_values, theirs, atol=4 / 255)
+            assert vlm.generate("Hi", image, max_new_tokens=2, ignore_eos=True).metrics.new_tokens == 2

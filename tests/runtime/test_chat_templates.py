@@ -1,6 +1,7 @@
 """Chat templates render as transformers renders them, wherever a checkpoint keeps them, and cannot get out."""
 
 import json
+import shutil
 from collections.abc import Callable
 from datetime import datetime
 from functools import partial
@@ -18,8 +19,8 @@ from mllm_edge.export.checkpoint.source import Source, open_source
 from mllm_edge.export.family import family_for, open_weights, understand
 from mllm_edge.runtime.prompt import sandbox as runtime
 from mllm_edge.runtime.prompt.tokenizer import ChatTemplate
+from tests.families.row import rows
 from tests.tiny import make_tokenizer, save_tiny_llava
-from tests.tiny_families import FAMILY_NAMES, SAVE
 
 REFERENCE = make_tokenizer()
 TOKENS = {k: str(v) for k, v in REFERENCE.special_tokens_map.items()}
@@ -243,13 +244,13 @@ def test_template_of_a_processor(tmp_path: Path, name: str) -> None:
     assert ChatTemplate(found, generation_spec(source, {}).special_tokens).render(messages) == expected
 
 
-@pytest.mark.parametrize("module", FAMILY_NAMES)
-def test_every_family_has_a_template_of_its_own(tmp_path: Path, module: str) -> None:
+@pytest.mark.parametrize("family", rows())
+def test_every_family_has_a_template_of_its_own(saved: Callable[..., Path], tmp_path: Path, family: str) -> None:
     """For checkpoints without one: it renders pictures, several turns, and a text alone."""
-    SAVE[module](tmp_path)
+    checkpoint = Path(shutil.copytree(saved(family), tmp_path / "checkpoint"))
     for name in ("chat_template.jinja", "chat_template.json"):
-        (tmp_path / name).unlink(missing_ok=True)
-    source = open_source(str(tmp_path))
+        (checkpoint / name).unlink(missing_ok=True)
+    source = open_source(str(checkpoint))
     plan = understand(source, open_weights(source))
     template = ChatTemplate(plan.texts.chat_template, plan.texts.generation.special_tokens)
     assert plan.model.image is not None

@@ -1,5 +1,6 @@
 """The CUDA backend with ONNX Runtime's processor in the place of the GPU: the same code but for the kernels."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +11,29 @@ import pytest
 from mllm_edge.bundle import Bundle
 from mllm_edge.errors import BackendError, ExportError
 from mllm_edge.export.pipeline import export
+from mllm_edge.export.targets import TARGETS
 from mllm_edge.runtime.backends import onnxruntime_cuda
 from mllm_edge.runtime.backends.choose import open_backend
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.backends.onnxruntime_cuda import OnnxRuntimeCuda
 from mllm_edge.runtime.decode.decoder import Decoder
 from mllm_edge.runtime.vlm import VLM
+from tests.families.row import families_of, rows
 from tests.runtime.test_tensorrt import answers, batch_and_again
-from tests.tiny_families import SAVE
 
 HALF = np.dtype("float16")
 
 
-@pytest.fixture(scope="module", params=SAVE)
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A family's checkpoint; bundles are written beside it."""
-    folder = tmp_path_factory.mktemp(request.param)
-    SAVE[request.param](folder / "checkpoint")
-    return folder
+@pytest.fixture(scope="module", params=families_of(""))
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("single")
-    SAVE["idefics3"](folder / "checkpoint")
-    export(str(folder / "checkpoint"), folder / "bundle", targets=["cuda"], recipe_name="int4", verify_mode="off")
-    return folder / "bundle"
+def single(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("single") / "bundle"
+    export(str(tiny_checkpoint), out, targets=["cuda"], recipe_name="int4", verify_mode="off")
+    return out
 
 
 def gpu() -> OnnxRuntimeCuda:
@@ -43,11 +41,11 @@ def gpu() -> OnnxRuntimeCuda:
 
 
 @pytest.mark.parametrize("recipe", ["fp16", "int8", "int4"])
-def test_answers_are_those_of_the_processor(exported: Path, recipe: str) -> None:
+def test_answers_are_those_of_the_processor(compared: Callable[..., Any], family: str, recipe: str) -> None:
     """The graphs agree with the source model as well, which the export checks."""
-    report = export(str(exported / "checkpoint"), exported / recipe, targets=["cuda"], recipe_name=recipe)
-    assert report.targets == ("cpu", "cuda")
-    bundle = Bundle.load(exported / recipe)
+    report, path = compared(family, rows()[family].first, recipe)
+    assert report.targets == tuple(TARGETS)
+    bundle = Bundle.load(path)
     for component in bundle.manifest.components:
         variant = bundle.variant(component, "cuda")
         assert {np.dtype(t.dtype) for t in variant.inputs} <= {HALF, np.dtype("int32"), np.dtype("int64")}
@@ -143,6 +141,6 @@ def test_auto(single: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) 
     assert open_backend("auto", bundle=bundle).name == "cpu"
 
 
-def test_float32_is_refused(exported: Path, tmp_path: Path) -> None:
+def test_float32_is_refused(saved: Callable[..., Path], family: str, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="GroupQueryAttention takes half precision"):
-        export(str(exported / "checkpoint"), tmp_path / "out", targets=["cuda"], recipe_name="fp32")
+        export(str(saved(family)), tmp_path / "out", targets=["cuda"], recipe_name="fp32")

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,12 +11,11 @@ import pytest
 
 from mllm_edge.bundle import Bundle
 from mllm_edge.errors import BackendError, ContextError
-from mllm_edge.export.pipeline import export
 from mllm_edge.runtime.onnx_file.cost import read_graph
 from mllm_edge.runtime.profiling import operators as module
 from mllm_edge.runtime.profiling.operators import Operator, by_kind, by_layer, profile_operators, top
 from mllm_edge.spec import is_cross
-from tests.tiny_families import SAVE
+from tests.families.row import families_of
 
 NEW_TOKENS = 5
 IMAGES = [np.full((70, 90, 3), 99, np.uint8)] * 2
@@ -28,18 +28,16 @@ class Profiled(NamedTuple):
     """By component, of both calls."""
 
 
-@pytest.fixture(scope="module", params=SAVE)
-def profiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Profiled:
+@pytest.fixture(scope="module", params=families_of(""))
+def profiled(request: pytest.FixtureRequest, fours: Callable[[str], Path]) -> Profiled:
     """Each family with 4-bit weights, asked about two images."""
-    folder = tmp_path_factory.mktemp(request.param)
-    SAVE[request.param](folder / "checkpoint")
-    export(str(folder / "checkpoint"), folder / "bundle", recipe_name="int4")
+    bundle = fours(request.param)
     events: dict[str, list[dict[str, Any]]] = {}
     parse = module._events
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_events", lambda *args: events.setdefault(args[1].partition(".")[0], parse(*args)))
-        operators = profile_operators(folder / "bundle", "What?", IMAGES, new_tokens=NEW_TOKENS, threads=1)
-    return Profiled(folder / "bundle", operators, events)
+        operators = profile_operators(bundle, "What?", IMAGES, new_tokens=NEW_TOKENS, threads=1)
+    return Profiled(bundle, operators, events)
 
 
 def _seconds(events: list[dict[str, Any]], start: int, stop: int | None = None) -> float:

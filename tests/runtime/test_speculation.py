@@ -15,21 +15,15 @@ from mllm_edge import VLM
 from mllm_edge.bundle import Bundle
 from mllm_edge.cli import options as cli_options
 from mllm_edge.errors import MllmEdgeError
-from mllm_edge.export.pipeline import export
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.decode.generate import generate
 from mllm_edge.runtime.decode.sampling import Sampler, SamplingParams
 from mllm_edge.runtime.decode.speculation import MOST_GUESSED, PromptLookup, check_speculation
 from mllm_edge.runtime.trace import Metrics, Trace
-from tests.tiny import save_tiny_idefics3, save_tiny_llava, save_tiny_qwen2_vl
+from tests.families.parity import FLOAT32_TARGETS as TARGETS
+from tests.families.row import families_of
 
-SAVE: dict[str, Callable[..., Any]] = {
-    "idefics3": save_tiny_idefics3,
-    "llava": save_tiny_llava,
-    "qwen2_vl": save_tiny_qwen2_vl,
-}
-TARGETS = ("cpu", "tensorrt", "tensorrt-10.3")
 IMAGE = np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8)
 # Text that a copy of itself continues.
 TEXT = "abcabcabcabc, abcabcabcabc, abcabcabcabc"
@@ -134,12 +128,9 @@ def test_the_command_line_knows_the_range() -> None:
 
 
 # ---------------------------------------------------------------- answers
-@pytest.fixture(scope="module", params=SAVE)
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param)
-    SAVE[request.param](folder / "checkpoint")
-    export(str(folder / "checkpoint"), folder / "bundle", targets=TARGETS, recipe_name="fp32", verify_mode="off")
-    return folder / "bundle"
+@pytest.fixture(scope="module", params=families_of("speculation"))
+def exported(request: pytest.FixtureRequest, floats: Callable[[str], Path]) -> Path:
+    return floats(request.param)
 
 
 def answer(vlm: VLM, images: Any = (), **options: Any) -> tuple[tuple[Any, ...], Metrics]:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tests.families.row import Row
+from tests.families.row import Bad, Row, Tensor, sets
 from tests.tiny import save_tiny_idefics3
 
 WHOLE_TILE = {"do_image_splitting": False, "size": {"longest_edge": 64}}
@@ -37,6 +37,37 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "smolvlm_sharded": {"model_type": "smolvlm", "shard_size": "300KB", "seed": 3},
 }
 
+_PROCESSOR = "processor_config.json"
+
+
 ROW = Row(
-    "idefics3", save_tiny_idefics3, CONFIGS, compared=("grouped_query",), probed=("grouped_query", "smolvlm_sharded")
+    "idefics3",
+    save_tiny_idefics3,
+    CONFIGS,
+    compared=("grouped_query",),
+    probed=("grouped_query", "smolvlm_sharded"),
+    layouts=("grouped_query", "smolvlm_sharded"),
+    bad=(
+        Bad("'relu'", sets("text_config", hidden_act="relu")),
+        Bad("pretraining_tp = 2", sets("text_config", pretraining_tp=2)),
+        Bad("'gpt_neox'", sets("text_config", model_type="gpt_neox")),
+        Bad("qk_layer_norms = True", sets("text_config", qk_layer_norms=True)),
+        Bad("'proportional'", sets("text_config", rope_parameters={"rope_type": "proportional", "rope_theta": 1e4})),
+        Bad("vocab_size", sets("text_config", vocab_size=280)),
+        Bad("'gelu_new'", sets("vision_config", hidden_act="gelu_new")),
+        Bad("num_channels = 4", sets("vision_config", num_channels=4)),
+        Bad("image_token_id = 3", sets(image_token_id=3)),
+        Bad("image_seq_len = 99", sets(image_seq_len=99), _PROCESSOR),
+        Bad("60 px", lambda c: c["image_processor"]["max_image_size"].update(longest_edge=60), _PROCESSOR),
+        Bad("do_normalize", sets("image_processor", do_normalize=False), _PROCESSOR),
+        Bad("size", sets("image_processor", size={"height": 4}), _PROCESSOR),
+        Bad(
+            "gate_proj",
+            sets("text_config", intermediate_size=256),
+            error="WeightsError",
+            also=("[128, 64]", "[256, 64]"),
+        ),
+    ),
+    needed=(Tensor("model.text_model.layers.1.mlp.up_proj.weight"), Tensor("lm_head.weight")),
+    unneeded=(Tensor("model.vision_model.head.probe"),),
 )

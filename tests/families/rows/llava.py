@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tests.families.row import Row
+from tests.families.row import Bad, Row, Tensor, sets
 from tests.tiny import save_tiny_llava
 
 SIGLIP = {"model_type": "siglip_vision_model"}
@@ -44,4 +44,56 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "hub_names": {"names": "hub", "config": {"projector_hidden_act": "gelu_pytorch_tanh"}},
 }
 
-ROW = Row("llava", save_tiny_llava, CONFIGS, compared=("siglip_full_qwen2",), probed=("mistral_window", "qwen2_tied"))
+_PROCESSOR = "processor_config.json"
+
+
+ROW = Row(
+    "llava",
+    save_tiny_llava,
+    CONFIGS,
+    compared=("siglip_full_qwen2",),
+    probed=("mistral_window", "qwen2_tied"),
+    bad=(
+        Bad("projector_hidden_act = 'swish'", sets(projector_hidden_act="swish")),
+        Bad("vision_feature_layer = -5", sets(vision_feature_layer=-5)),
+        Bad("vision_feature_layer = [1, 4]", sets(vision_feature_layer=[1, 4])),
+        Bad("vision_feature_layer = []", sets(vision_feature_layer=[])),
+        Bad("vision_feature_layer = 0", sets(vision_feature_layer=0)),
+        Bad("vision_feature_select_strategy", sets(vision_feature_select_strategy="cls")),
+        Bad("image_token_id = 3", sets(image_token_index=3)),
+        Bad("llava-hf/llava-1.5-7b-hf", lambda c: c.pop("text_config")),
+        Bad("text_config.model_type = 'gpt_neox'", sets("text_config", model_type="gpt_neox")),
+        Bad("vocab_size is 280", sets("text_config", vocab_size=280)),
+        Bad("vision_config.model_type = 'dinov2'", sets("vision_config", model_type="dinov2")),
+        Bad("hidden_act = 'gelu_new'", sets("vision_config", hidden_act="gelu_new")),
+        Bad("image_size = [48, 32]", sets("vision_config", image_size=[48, 32])),
+        Bad("number of attention heads (3)", sets("vision_config", num_attention_heads=3)),
+        Bad("56×56 px, the vision tower takes 48×48 px", sets("image_processor", crop_size=56), _PROCESSOR),
+        Bad("40×48 px", sets("image_processor", crop_size={"height": 40, "width": 48}), _PROCESSOR),
+        Bad("images of any size", sets("image_processor", do_center_crop=False), _PROCESSOR),
+        Bad("longest_edge", sets("image_processor", size={"longest_edge": 48}), _PROCESSOR),
+        Bad("do_rescale", sets("image_processor", do_rescale=False), _PROCESSOR),
+        Bad("do_pad", sets("image_processor", do_pad=True), _PROCESSOR),
+        Bad("resample", sets("image_processor", resample=9), _PROCESSOR),
+        Bad("ViTImageProcessor", sets("image_processor", image_processor_type="ViTImageProcessor"), _PROCESSOR),
+        Bad("preprocessor_config.json", lambda c: c.pop("image_processor"), _PROCESSOR),
+        Bad("9 tokens for an image, the model makes 36", sets(patch_size=16), _PROCESSOR),
+        Bad("35 tokens for an image, the model makes 36", sets(num_additional_image_tokens=0), _PROCESSOR),
+        Bad("37 tokens for an image", sets(vision_feature_select_strategy="full"), _PROCESSOR),
+        Bad("<picture>", sets(image_token="<picture>"), _PROCESSOR),
+        Bad(
+            "vision_tower.embeddings.position_embedding.weight",
+            sets("vision_config", hidden_size=32),
+            error="WeightsError",
+            also=("[37, 64]", "[37, 32]"),
+        ),
+    ),
+    needed=(
+        Tensor(
+            "language_model.model.embed_tokens.weight", told="model.language_model.embed_tokens.weight"
+        ),  # another layout
+        Tensor("vision_tower.encoder.layers.1.mlp.fc1.bias"),
+        Tensor("multi_modal_projector.linear_2.weight"),
+    ),
+    unneeded=(Tensor("vision_tower.class_head.weight"), Tensor("language_model.model.layers.7.mlp.up_proj.weight")),
+)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from tests.families.parity import PROMPTS
-from tests.families.row import Bad, Row
+from tests.families.row import Bad, Row, Tensor, sets
 from tests.tiny_onevision import save_tiny_onevision
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -39,17 +39,41 @@ ROW = Row(
     CASES,
     compared=("qwen2",),
     probed=("qwen2",),
+    spared={
+        "calibration": "tower and decoder as those of llava",
+        "int8_cache": "a decoder as internvl's",
+        "segments": "a decoder as llava's, with the biases of qwen2_vl's",
+        "speculation": "a decoder as llava's, with the biases of qwen2_vl's",
+    },
     bad=(
-        Bad("vision_aspect_ratio = 'anyres'", lambda c: c.update(vision_aspect_ratio="anyres")),
-        Bad("the model's 'anyres_max_9'", lambda c: c.update(vision_aspect_ratio="anyres_max_9")),
-        Bad("vision_feature_select_strategy", lambda c: c.update(vision_feature_select_strategy="default")),
-        Bad("vision_feature_layer = 9", lambda c: c.update(vision_feature_layer=9)),
-        Bad("image_grid_pinpoints", lambda c: c.update(image_grid_pinpoints=[[48, 48]])),
-        Bad("projector_hidden_act = 'swish'", lambda c: c.update(projector_hidden_act="swish")),
-        Bad("num_image_tokens = 729", lambda c: c.update(num_image_tokens=729), _PROCESSOR),
-        Bad("56×56 px", lambda c: c["image_processor"].update(size={"height": 56, "width": 56}), _PROCESSOR),
-        Bad("do_rescale", lambda c: c["image_processor"].update(do_rescale=False), _PROCESSOR),
-        Bad("resample", lambda c: c["image_processor"].update(resample=9), _PROCESSOR),
-        Bad("<picture>", lambda c: c.update(image_token="<picture>"), _PROCESSOR),
+        Bad("vision_aspect_ratio = 'anyres'", sets(vision_aspect_ratio="anyres")),
+        Bad("the model's 'anyres_max_9'", sets(vision_aspect_ratio="anyres_max_9")),
+        Bad("vision_feature_select_strategy", sets(vision_feature_select_strategy="default")),
+        Bad("vision_feature_layer = 9", sets(vision_feature_layer=9)),
+        Bad("image_grid_pinpoints", sets(image_grid_pinpoints=[[48, 48]])),
+        Bad("projector_hidden_act = 'swish'", sets(projector_hidden_act="swish")),
+        Bad("num_image_tokens = 729", sets(num_image_tokens=729), _PROCESSOR),
+        Bad("56×56 px", sets("image_processor", size={"height": 56, "width": 56}), _PROCESSOR),
+        Bad("do_rescale", sets("image_processor", do_rescale=False), _PROCESSOR),
+        Bad("resample", sets("image_processor", resample=9), _PROCESSOR),
+        Bad("<picture>", sets(image_token="<picture>"), _PROCESSOR),
+        Bad(
+            "mlp.gate_proj",
+            sets("text_config", intermediate_size=256),
+            error="WeightsError",
+            also=("[128, 64]", "[256, 64]"),
+        ),
+        Bad("position_embedding", sets("vision_config", patch_size=16), error="WeightsError"),
+    ),
+    needed=(
+        Tensor("image_newline"),
+        Tensor("language_model.model.embed_tokens.weight", told="model.language_model.embed_tokens.weight"),
+        Tensor("vision_tower.encoder.layers.1.mlp.fc1.bias"),
+        Tensor("multi_modal_projector.linear_2.weight"),
+    ),
+    unneeded=(
+        Tensor("vision_tower.encoder.layers.7.mlp.fc1.weight"),
+        Tensor("multi_modal_projector.linear_3.weight"),
+        Tensor("language_model.model.layers.7.mlp.up_proj.weight"),
     ),
 )

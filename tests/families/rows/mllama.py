@@ -3,7 +3,7 @@
 from typing import Any
 
 from tests.families.parity import PROMPTS
-from tests.families.row import Bad, Row
+from tests.families.row import Bad, Row, Tensor, sets
 from tests.tiny_mllama import save_tiny_mllama
 
 LLAMA3 = {
@@ -47,14 +47,6 @@ CASES = {
 _PROCESSOR = "processor_config.json"
 
 
-def _vision(**change: Any) -> Any:
-    return lambda config: config["vision_config"].update(change)
-
-
-def _images(**change: Any) -> Any:
-    return lambda config: config["image_processor"].update(change)
-
-
 ROW = Row(
     "mllama",
     save_tiny_mllama,
@@ -62,18 +54,39 @@ ROW = Row(
     CASES,
     compared=("four_tiles",),
     probed=("four_tiles",),
+    spared={"calibration": "its layers of self-attention are those of llava"},
     placeholder="<|image|>",
     bad=(
-        Bad("max_image_tiles is 3", _images(max_image_tiles=3), _PROCESSOR),
-        Bad("size is (28, 28)", _images(size={"height": 28, "width": 28}), _PROCESSOR),
-        Bad("do_rescale", _images(do_rescale=False), _PROCESSOR),
+        Bad("max_image_tiles is 3", sets("image_processor", max_image_tiles=3), _PROCESSOR),
+        Bad("size is (28, 28)", sets("image_processor", size={"height": 28, "width": 28}), _PROCESSOR),
+        Bad("do_rescale", sets("image_processor", do_rescale=False), _PROCESSOR),
         Bad(
-            "supported_aspect_ratios [[1, 1], [2, 1]", _vision(supported_aspect_ratios=[[1, 1], [2, 1], *[[1, 2]] * 6])
+            "supported_aspect_ratios [[1, 1], [2, 1]",
+            sets("vision_config", supported_aspect_ratios=[[1, 1], [2, 1], *[[1, 2]] * 6]),
         ),
-        Bad("0 layers of cross-attention", lambda c: c["text_config"].update(cross_attention_layers=[9])),
-        Bad("vision_output_dim 96", _vision(vision_output_dim=96)),
-        Bad("intermediate_layers_indices [9]", _vision(intermediate_layers_indices=[9])),
-        Bad("num_channels = 4", _vision(num_channels=4)),
-        Bad("hidden_act = 'swish'", _vision(hidden_act="swish")),
+        Bad("0 layers of cross-attention", sets("text_config", cross_attention_layers=[9])),
+        Bad("vision_output_dim 96", sets("vision_config", vision_output_dim=96)),
+        Bad("intermediate_layers_indices [9]", sets("vision_config", intermediate_layers_indices=[9])),
+        Bad("num_channels = 4", sets("vision_config", num_channels=4)),
+        Bad("hidden_act = 'swish'", sets("vision_config", hidden_act="swish")),
+        Bad(
+            "gated_positional_embedding",
+            sets("vision_config", patch_size=6),
+            error="WeightsError",
+            also=("[10, 48]", "[17, 48]"),
+        ),
+        Bad("cross_attn", sets("text_config", cross_attention_layers=[1, 2]), error="WeightsError"),
+    ),
+    needed=(
+        Tensor("language_model.model.layers.1.cross_attn_attn_gate"),
+        Tensor("language_model.model.layers.3.cross_attn.k_norm.weight"),
+        Tensor("vision_model.global_transformer.layers.1.gate_ffn"),
+        Tensor("vision_model.pre_tile_positional_embedding.embedding.weight"),
+        Tensor("multi_modal_projector.bias"),
+    ),
+    unneeded=(
+        Tensor("language_model.model.layers.2.cross_attn_attn_gate"),
+        Tensor("vision_model.global_transformer.layers.2.gate_ffn"),
+        Tensor("vision_model.patch_embedding.bias"),
     ),
 )

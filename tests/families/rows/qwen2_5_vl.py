@@ -3,7 +3,7 @@
 from typing import Any
 
 from tests.families.parity import PROMPTS
-from tests.families.row import Bad, Row
+from tests.families.row import Bad, Row, Tensor, sets
 from tests.tiny_qwen25 import save_tiny_qwen25_vl
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -24,7 +24,7 @@ CASES = {
     "strip": ("Read.", [(8, 400)]),
     "unequal_images": ("Compare.", [(40, 40), (20, 95), (9, 10), (160, 97)]),
 }
-_PROCESSOR = "processor_config.json"
+_PROCESSOR, _PATCHES = "processor_config.json", "visual.patch_embed.proj.weight"
 
 ROW = Row(
     "qwen2_5_vl",
@@ -33,15 +33,40 @@ ROW = Row(
     CASES,
     compared=("windows_and_one_full_layer",),
     probed=("windows_and_one_full_layer",),
+    spared={
+        "calibration": "cells and a decoder as those of qwen2_vl",
+        "int8_cache": "qwen2_vl's decoder and positions",
+        "segments": "qwen2_vl's decoder and positions",
+        "speculation": "qwen2_vl's decoder and positions",
+    },
     placeholder="<|image_pad|>",
+    tokens=("<|vision_start|>", "<|vision_end|>"),
     bad=(
-        Bad("out_hidden_size 48", lambda c: c["vision_config"].update(out_hidden_size=48)),
-        Bad("window_size 8 is smaller", lambda c: c["vision_config"].update(window_size=8)),
-        Bad("hidden_act = 'swish'", lambda c: c["vision_config"].update(hidden_act="swish")),
-        Bad("in_channels = 4", lambda c: c["vision_config"].update(in_channels=4)),
-        Bad("patch_size is 8, the vision tower's 7", lambda c: c["vision_config"].update(patch_size=7)),
-        Bad("merge_size is 1", lambda c: c["image_processor"].update(merge_size=1), _PROCESSOR),
-        Bad("do_rescale", lambda c: c["image_processor"].update(do_rescale=False), _PROCESSOR),
-        Bad("do_resize", lambda c: c["image_processor"].update(do_resize=False), _PROCESSOR),
+        Bad("out_hidden_size 48", sets("vision_config", out_hidden_size=48)),
+        Bad("window_size 8 is smaller", sets("vision_config", window_size=8)),
+        Bad("hidden_act = 'swish'", sets("vision_config", hidden_act="swish")),
+        Bad("in_channels = 4", sets("vision_config", in_channels=4)),
+        Bad("patch_size is 8, the vision tower's 7", sets("vision_config", patch_size=7)),
+        Bad("merge_size is 1", sets("image_processor", merge_size=1), _PROCESSOR),
+        Bad("do_rescale", sets("image_processor", do_rescale=False), _PROCESSOR),
+        Bad("do_resize", sets("image_processor", do_resize=False), _PROCESSOR),
+        Bad(
+            _PATCHES,
+            lambda weights: weights.update({_PATCHES: weights[_PATCHES][:, :, :1].copy()}),
+            "model.safetensors",
+            "WeightsError",
+            also=("[48, 3, 1, 8, 8]", "[48, 3, 2, 8, 8]"),
+        ),
+    ),
+    needed=(
+        Tensor("model.layers.1.self_attn.k_proj.bias"),
+        Tensor("visual.blocks.1.mlp.gate_proj.bias"),
+        Tensor("visual.merger.ln_q.weight"),
+        Tensor(_PATCHES),
+    ),
+    unneeded=(
+        Tensor("visual.blocks.3.norm1.weight"),
+        Tensor("visual.blocks.1.norm1.bias"),
+        Tensor("model.layers.9.mlp.up_proj.weight"),
     ),
 )
