@@ -88,10 +88,12 @@ def serve(bundle: str, out: str, samples: int, text: bool, threads: int | None) 
     arguments: dict[str, Any] = {name: value for name, value in newer.items() if name in known}
     data = _questions(samples + _HELD_BACK) if text else pictures(samples + _HELD_BACK)
     begin, before = time.perf_counter(), os.times()
-    quantize(bundle, out, recipe=recipe, data=data, held_back=_HELD_BACK, threads=threads, **arguments)
+    report = quantize(bundle, out, recipe=recipe, data=data, held_back=_HELD_BACK, threads=threads, **arguments)
     after = os.times()
     cpu = after.user + after.system - before.user - before.system
-    print(json.dumps({"seconds": time.perf_counter() - begin, "CPU seconds": cpu, "peak GB": _peak_bytes() / 1e9}))
+    figures = {"seconds": time.perf_counter() - begin, "CPU seconds": cpu, "peak GB": _peak_bytes() / 1e9}
+    figures |= {f"{name} dB": found.sqnr for name, found in report.proof.components.items()}
+    print(json.dumps(figures | {"KL": report.proof.kl}))
 
 
 def _peak_bytes() -> int:
