@@ -24,7 +24,7 @@ from mllm_edge.export.checkpoint.source import open_source
 from mllm_edge.export.checkpoint.source_weights import source_weights
 from mllm_edge.export.family import family_for
 from mllm_edge.export.pipeline import export
-from tests.families.row import rows
+from tests.families.row import families_of
 from tests.tiny import save_tiny_llava
 from tests.tiny_internvl import save_tiny_internvl_chat
 
@@ -99,7 +99,7 @@ def adapter(llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # ---------------------------------------------------------------- names of another age
-@pytest.mark.parametrize("family", rows())
+@pytest.mark.parametrize("family", families_of(""))
 def test_names_of_the_checkpoint_on_the_hub(saved: Callable[..., Path], tmp_path: Path, family: str) -> None:
     """Of text, vision and connector, as transformers had them before 4.52; the reference holds all of it."""
     checkpoint = saved(family)

@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.pipeline import export
-from tests.families.row import rows
+from tests.families.row import families_of
 
 # As transformers writes a token that is more than its text.
 ADDED = {"__type": "AddedToken", "content": "<mask>", **dict.fromkeys(("lstrip", "rstrip", "single_word"), False)}
 
 
-@pytest.fixture(params=rows())
+@pytest.fixture(params=families_of(""))
 def checkpoint(request: pytest.FixtureRequest, saved: Callable[..., Path], tmp_path: Path) -> Path:
     """A copy that a test may damage."""
     return Path(shutil.copytree(saved(request.param), tmp_path / "checkpoint"))

@@ -96,8 +96,8 @@ def rows() -> Mapping[str, Row]:
 
 
 def families_of(mechanism: str) -> list[Any]:
-    """Parameters of a fixture: the families that go through the tests of a mechanism, or of "" all. Those of a family
-    go to one process, where they share its bundle."""
+    """Parameters: the families that go through the tests of a mechanism, or of "" all. Those of a family go to one
+    process, where they share its checkpoint, its traces and its bundles."""
     assert mechanism in ("", *MECHANISMS)
     going = (family for family, row in rows().items() if mechanism not in row.spared)
     return [pytest.param(family, marks=pytest.mark.xdist_group(f"bundle-{family}")) for family in going]

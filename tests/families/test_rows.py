@@ -19,11 +19,12 @@ ROWS = rows()
 
 def each(*, of: str, cases: bool = False) -> list[Any]:
     """A parameter for each of the names that a row has in its field `of`, or for each of its cases with each of them.
-    Those of one config go to one process."""
+    Those of one config go to one process; those of the first, where the family's other tests are."""
     found = []
     for family, row in ROWS.items():
         for name in getattr(row, of):
-            group, config = pytest.mark.xdist_group(f"{family}-{name}"), (family, name)
+            group = pytest.mark.xdist_group(f"bundle-{family}" if name == row.first else f"{family}-{name}")
+            config = (family, name)
             for case in row.cases if cases else ("",):
                 # One object for all cases: pytest knows a fixture's parameter by its identity.
                 values = (config, case) if cases else (config,)

@@ -29,7 +29,7 @@ def each(told: Callable[[Row], list[tuple[str, Any]]]) -> list[Any]:
     """A parameter (family, what a row tells) for each of the latter, with its name; those of a family go to one
     process."""
     return [
-        pytest.param(family, value, id=f"{family}-{name}", marks=pytest.mark.xdist_group(f"wrong-{family}"))
+        pytest.param(family, value, id=f"{family}-{name}", marks=pytest.mark.xdist_group(f"bundle-{family}"))
         for family, row in ROWS.items()
         for name, value in told(row)
     ]
