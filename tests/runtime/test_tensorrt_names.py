@@ -43,6 +43,7 @@ OWN = {
         "version",
         "module",
         "log",
+        "warnings",
         "trt",
         "engine",
         "check",

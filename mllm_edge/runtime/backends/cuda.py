@@ -12,7 +12,7 @@ from mllm_edge.errors import BackendError
 from mllm_edge.install import install_hint
 from mllm_edge.runtime.foreign import pass_on
 
-__all__ = ["Cuda", "Graph", "Memory", "Pinned"]
+__all__ = ["Cuda", "Graph", "Memory", "Pinned", "gpu_model"]
 
 _INSTALL = f"{install_hint('rtx')}, or on a Jetson with jetson in the place of rtx"
 
@@ -131,6 +131,20 @@ class Pinned:
         memory = (ctypes.c_byte * nbytes).from_address(address)
         self.array = np.frombuffer(memory, np.uint8).view(dtype).reshape(shape)
         _free_with(self, cuda, "cudaFreeHost", address)
+
+
+def gpu_model() -> str:
+    """The first GPU's name and its number of multiprocessors, which tell models of one compute capability apart; ""
+    where there is none."""
+    try:
+        api = _import()
+    except BackendError:
+        return ""
+    status, found = api.cudaGetDeviceProperties(0)
+    if int(status):
+        return ""
+    name = found.name.decode() if isinstance(found.name, bytes) else str(found.name)
+    return f"{name.strip(chr(0))}, {found.multiProcessorCount} multiprocessors"
 
 
 def _free_with(owner: Any, cuda: Cuda, function: str, handle: Any) -> None:

@@ -17,7 +17,7 @@ from mllm_edge.runtime.backends.cuda import Cuda, Graph, Memory, Pinned
 from mllm_edge.runtime.backends.cuda_arrays import CudaArray, taken
 from mllm_edge.runtime.backends.installed import MINIMUM
 from mllm_edge.runtime.backends.tensorrt_best import best_outputs
-from mllm_edge.runtime.backends.tensorrt_build import Module, logger, modules
+from mllm_edge.runtime.backends.tensorrt_build import Module, modules
 from mllm_edge.runtime.backends.tensorrt_contexts import Contexts
 from mllm_edge.runtime.backends.tensorrt_engines import (
     StoredEngine,
@@ -30,6 +30,7 @@ from mllm_edge.runtime.backends.tensorrt_engines import (
     plan_segments,
 )
 from mllm_edge.runtime.backends.tensorrt_layers import LayerTimes, Runs, layer_profiler
+from mllm_edge.runtime.backends.tensorrt_log import log_of
 from mllm_edge.runtime.backends.tensorrt_segments import Segment, SegmentedSession
 from mllm_edge.runtime.machine.hardware import read_machine
 from mllm_edge.spec import TensorSpec, Variant, input_of, is_state
@@ -62,6 +63,7 @@ class TensorRT:
         modules(MINIMUM[target])
         self._cuda = Cuda()
         self._layers = layers
+        self._told: set[str] = set()
         # A replayed graph tells no layers' times.
         self._graphs = layers is None and os.environ.get(GRAPHS, "1") != "0"
 
@@ -95,7 +97,9 @@ class TensorRT:
 
     def _opened(self, module: Module, stored: Sequence[StoredEngine]) -> Session | None:
         """None when TensorRT does not take an engine."""
-        engines = [_Engine.open(module, part.path) for part in stored]
+        with log_of(module.trt).listening() as said:
+            engines = [_Engine.open(module, part.path) for part in stored]
+        self._tell(module, said.warnings)
         found = [engine for engine in engines if engine is not None]
         if len(found) < len(stored):
             return None
@@ -142,7 +146,16 @@ class TensorRT:
 
         segments = plan_segments(bundle, variant, None, read_machine().memory_free)
         limits, workspace = default_limits(bundle, self._max_seq), build_workspace(self._cuda)
-        return make_engines(bundle, segments, module, self._cuda.capability, limits, workspace, begin, anew)
+        made = make_engines(bundle, segments, module, self._cuda.capability, limits, workspace, begin, anew)
+        self._tell(module, [text for stored in made for text in stored.warnings])
+        return made
+
+    def _tell(self, module: Module, warnings: Sequence[str]) -> None:
+        """Give notice of what TensorRT warns of, once."""
+        for text in warnings:
+            if text not in self._told:
+                self._told.add(text)
+                self._notice(f"{module.title} warns: {text}")
 
 
 @dataclass(frozen=True)
@@ -158,7 +171,7 @@ class _Engine:
     @classmethod
     def open(cls, module: Module, path: Path) -> "_Engine | None":
         """None when TensorRT does not take it."""
-        log = logger(module.trt)
+        log = log_of(module.trt)
         runtime = module.trt.Runtime(log)
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             engine = runtime.deserialize_cuda_engine(data)
