@@ -249,6 +249,7 @@ class _Session:
         self._targets: dict[str, Any] = {}
         self._memory: dict[str, Memory] = {}
         self._pinned: dict[str, Pinned] = {}
+        self._nothing: Memory | None = None
 
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
         self._fed.update({name: self._checked(name, value) for name, value in inputs.items()})
@@ -263,7 +264,7 @@ class _Session:
         missing = [name for name in self._inputs if name not in self._fed]
         if missing:
             raise BackendError(f"{self._variant.file}: input {missing[0]} was not given")
-        values = {name: self._widened(name, value) for name, value in self._fed.items()}
+        values = self._behind({name: self._widened(name, value) for name, value in self._fed.items()})
         read = getattr(values.get(self._turning), "address", 0)
         if read != self._read:
             self._turn, self._read = 1 - self._turn, read
@@ -294,6 +295,20 @@ class _Session:
         length = value.shape[-1]
         span = min(-(-length // _SPAN) * _SPAN, self._span)
         return np.pad(value, [(0, 0)] * 3 + [(0, max(0, span - length))], constant_values=HIDDEN)
+
+    def _behind(self, values: dict[str, Any]) -> dict[str, Any]:
+        """With a hidden row of zeros in the place of an empty past: nobody promises that kernels take one."""
+        empty = [name for name, value in values.items() if is_state(name, "growing") and 0 in value.shape]
+        for name in empty:
+            past, nbytes = values[name], math.prod(values[name].shape[2:]) * values[name].dtype.itemsize
+            if self._nothing is None or self._nothing.nbytes < nbytes:
+                self._nothing = Memory(self._cuda, nbytes)
+                self._cuda.clear(self._nothing.address, nbytes)
+            shape = (1, 1, *past.shape[2:])
+            values[name] = CudaArray(self._cuda, self._nothing, self._nothing.address, shape, past.dtype)
+        for name in [name for name in values if name.startswith("attention_bias") and empty]:
+            values[name] = np.pad(values[name], [(0, 0)] * 3 + [(1, 0)], constant_values=HIDDEN)
+        return values
 
     def _context(self, shapes: Mapping[str, tuple[int, ...]]) -> "_Context":
         """The context of the last profile that takes these shapes: the narrower one, made for decoding."""

@@ -1,7 +1,7 @@
 """Engines of a bundle: which shapes they take, under which names they lie in `engines/`, when one is good.
 
-An engine's file says which component, target, GPU and TensorRT it is for, and the hash of the graph and its weights;
-a JSON file beside it holds its limits and hashes (`engine_facts.py`). What does not match is never opened. A decoder has
+An engine's file says which component, target, GPU and TensorRT it is for, and the hash of the graph and its weights; a
+JSON file beside it holds its limits and hashes (`engine_facts.py`). What does not match is never opened. A decoder has
 one engine, or one for each of its segments.
 """
 
@@ -77,8 +77,10 @@ class Limits:
 
     def ranges(self, variant: Variant, decode: bool = False) -> dict[str, Sizes]:
         """Symbol → its least, usual and largest size, in a decoder's prefill or decode steps."""
-        new, ranges = _DECODE if decode else PREFILL_CHUNK, variant.ranges
-        bounds = asdict(self) | {"max_past": self.max_seq - 1, "max_new": min(new, self.max_seq)}
+        new, ranges = min(_DECODE if decode else PREFILL_CHUNK, self.max_seq), variant.ranges
+        # A long run begins where it ends within the context: memory for scores is that of the longest one's.
+        past = self.max_seq if decode else min(self.max_seq, max(_PLACES, self.max_seq - new))
+        bounds = asdict(self) | {"max_past": past, "max_new": new}
         found = {symbol: _sizes(r, bounds, decode) for symbol, r in ranges.items() if not r.sum_of}
         sums = {symbol: [found[part] for part in r.sum_of] for symbol, r in ranges.items() if r.sum_of}
         for symbol, parts in sums.items():
