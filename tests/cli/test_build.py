@@ -178,6 +178,17 @@ def test_the_gpu_here(cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch) -
     assert machine.counts["runs"] > 0
 
 
+def test_warnings_are_shown_once(cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = install(monkeypatch)
+    machine.warn["build"] = "Detected layernorm in half precision"
+    result = cli("build", bundle, "--json")
+    assert result.stderr.count(f"TensorRT 10.16.1 warns: {machine.warn['build']}") == 1
+    assert all(engine["warnings"] == [machine.warn["build"]] for engine in json.loads(result.stdout)["engines"])
+    again = cli("build", bundle, "--json")
+    assert "warns" not in again.stderr
+    assert all(engine["warnings"] == [] for engine in json.loads(again.stdout)["engines"])
+
+
 def test_run_says_that_it_builds_and_what_it_does_without(cli: Cli, bundle: Path, monkeypatch: Any) -> None:
     machine = install(monkeypatch)
     machine.refuse["vision_encoder"] = "no kernel"

@@ -494,6 +494,7 @@ def _check_shapes(profile: Mapping[str, list[list[int]]], tensors: list[_Tensor]
             assert len(shape) == len(tensor.shape), tensor.name
             assert all(wanted in (-1, size) for wanted, size in zip(tensor.shape, shape, strict=True)), tensor.name
         smallest, usual, largest = (np.array(shape) for shape in profile[tensor.name])
+        assert (smallest > 0).all(), f"{tensor.name}: nobody promises that kernels take nothing"
         assert (smallest <= usual).all(), tensor.name
         assert (usual <= largest).all(), tensor.name
 
@@ -552,7 +553,7 @@ def _tensorrt(machine: StandIn) -> ModuleType:
         def deserialize_cuda_engine(self, data: Any) -> Any:
             if machine.trouble.get("deserialize"):
                 machine.trouble["deserialize"] -= 1
-                machine.log.log(_Severity.ERROR, "magic tag does not match")
+                machine.log.log(_Severity.ERROR, machine.refuse.get("open", "magic tag does not match"))
                 return None
             plan = json.loads(bytes(data))
             if plan["version"] != machine.version or _name_of(machine.capability) not in plan["capabilities"]:

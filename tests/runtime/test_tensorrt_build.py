@@ -163,6 +163,25 @@ def test_the_workspace_is_half_of_what_is_free(
     assert build_workspace(Cuda()) == free // 2
 
 
+def test_a_board_without_room(machine: StandIn, bundle: Path) -> None:
+    """For an engine, or for what its kernels work in: what is there is not built again, which would not help."""
+    load(bundle, "tensorrt")[0].close()
+    opened = Bundle.load(bundle)
+    variant = opened.variant("decoder", "tensorrt")
+    machine.trouble["deserialize"], machine.refuse["open"] = 1, "Requested amount of GPU memory (9 bytes) …"
+    with pytest.raises(BackendError, match="not enough memory to open the engine: Requested amount") as caught:
+        open_backend("tensorrt").open(opened.listed(variant.file), variant)
+    assert "--max-seq" in caught.value.fix
+    machine.free = machine.allocated() + 1000
+    with pytest.raises(BackendError, match=r"cudaErrorMemoryAllocation: 65536 bytes wanted, 1000 are free") as caught:
+        open_backend("tensorrt").open(opened.listed(variant.file), variant)
+    assert "--max-seq" in caught.value.fix
+    vlm, notices = load(bundle, "tensorrt")
+    vlm.close()
+    assert all("runs on the CPU instead of tensorrt" in notice for notice in notices)
+    assert machine.counts["builds"] == 3
+
+
 # ---------------------------------------------------------------- files that are whole, or not
 @pytest.fixture
 def built(machine: StandIn, bundle: Path) -> Path:

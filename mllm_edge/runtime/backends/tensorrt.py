@@ -102,6 +102,9 @@ class TensorRT:
         self._tell(module, said.warnings)
         found = [engine for engine in engines if engine is not None]
         if len(found) < len(stored):
+            if said.out_of_memory:  # another one would not open either
+                what = f"{stored[0].path}: {module.title} has not enough memory to open the engine: {said.last}"
+                raise BackendError(what, "close other programs, or `mllm-edge build` with a smaller --max-seq")
             return None
         work = Memory(self._cuda, max(int(engine.engine.device_memory_size_v2) for engine in found))
         segments = [part.segment for part in stored]

@@ -33,7 +33,6 @@ __all__ = [
 ]
 
 _TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT for RTX"}
-_OUT_OF_MEMORY = ("out of memory", "outofmemory", "insufficient memory", "bad_alloc", "memory allocation", "gpu memory")
 _SMALLER = "a smaller --max-seq, --max-images or --max-batch, or a bundle of `mllm-edge export --recipe int4`"
 
 Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -234,24 +233,23 @@ def _build(
         data = parsed.builder.build_serialized_network(parsed.network, config)
     except MemoryError:
         data = None
-        said.add("errors", _OUT_OF_MEMORY[0])
+        said.add("errors", "out of memory")
     if monitor is not None and monitor.stopped is not None:
         raise monitor.stopped
     if data is None:
-        raise _no_engine(path, module, said.errors, options.segments)
+        raise _no_engine(path, module, said, options.segments)
     if options.timing_cache is not None:
         _keep_timings(config, options.timing_cache)
     # Not copied: an engine is as large as its weights, of which the network still holds one copy.
     return Engine(memoryview(data), time.perf_counter() - begin, tuple(said.warnings))
 
 
-def _no_engine(path: Path, module: Module, errors: Sequence[str], segments: int) -> BackendError:
-    errors = errors or ["it does not say why"]
-    if any(word in line.lower() for line in errors for word in _OUT_OF_MEMORY):
-        what = f"{path}: {module.title} has not enough memory to build the engine: {errors[-1]}"
+def _no_engine(path: Path, module: Module, said: Said, segments: int) -> BackendError:
+    if said.out_of_memory:
+        what = f"{path}: {module.title} has not enough memory to build the engine: {said.last}"
         fewer = f"--segments {segments}, " if segments else ""
         return BackendError(what, f"close other programs, or use {fewer}{_SMALLER}")
-    return BackendError(f"{path}: {module.title} built no engine: {errors[-1]}")
+    return BackendError(f"{path}: {module.title} built no engine: {said.last}")
 
 
 def _start_from(config: Any, path: Path) -> None:

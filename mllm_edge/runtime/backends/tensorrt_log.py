@@ -13,6 +13,7 @@ __all__ = ["Said", "log_of"]
 
 # The latest of each kind; without a GPU, TensorRT for RTX complains about the missing driver at every turn.
 _KEPT, _NO_DRIVER = 10, "driver version is insufficient"
+_OUT_OF_MEMORY = ("out of memory", "outofmemory", "insufficient memory", "bad_alloc", "memory allocation", "gpu memory")
 
 
 @dataclass
@@ -21,6 +22,16 @@ class Said:
 
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def last(self) -> str:
+        """The last error."""
+        return self.errors[-1] if self.errors else "it does not say why"
+
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether memory was not enough."""
+        return any(word in line.lower() for line in self.errors for word in _OUT_OF_MEMORY)
 
     def add(self, kind: str, message: str) -> None:
         """`kind`: errors or warnings."""
