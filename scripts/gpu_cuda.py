@@ -160,8 +160,9 @@ def _legacy(device: _Device) -> str:
     memory = Memory(device.cuda, 4096)
     with _capturing(device):
         (status,) = device.api.cudaMemsetAsync(memory.address, 0, 4096, _LEGACY)
-    name = device.name(status)
-    return f"others may use it; then {_replayed(device)}" if not int(status) else f"{name}: others may NOT use it"
+    if int(status):
+        return f"{device.name(status)}: others may NOT use it; then {_replayed(device)}"
+    return f"others may use it; then {_replayed(device)}"
 
 
 def _late(device: _Device, nbytes: int) -> str:

@@ -193,11 +193,16 @@ class _Calls:
         return (0,)
 
     def cudaMemsetAsync(self, address: int, value: int, nbytes: int, stream: int) -> tuple:
-        memory = self._machine.view(address, nbytes)
-        if memory is None:
-            return (_BAD_ADDRESS,)
-        memory[:] = value
-        return (0,)
+        def fill() -> bool:
+            memory = self._machine.view(address, nbytes)
+            if memory is not None:
+                memory[:] = value
+            return memory is not None
+
+        if self._machine.recording is not None:
+            self._machine.recording.append(fill)
+            return (0,)
+        return (0 if fill() else _BAD_ADDRESS,)
 
     def cudaMemcpyAsync(self, target: int, source: int, nbytes: int, kind: int, stream: int) -> tuple:
         if self._machine.recording is not None:
@@ -526,7 +531,8 @@ def _tensorrt(machine: StandIn) -> ModuleType:
             machine.workspaces.append(config.workspace)
             for key, reason in machine.refuse.items():
                 if key in network.path:
-                    machine.log.log(_Severity.ERROR, reason)
+                    if reason:
+                        machine.log.log(_Severity.ERROR, reason)
                     return None
             if "build" in machine.warn:
                 machine.log.log(_Severity.WARNING, machine.warn["build"])

@@ -150,8 +150,8 @@ def _unusable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
     opened = onnxruntime.InferenceSession
 
-    def open_on_the_processor(path: str, options: Any, providers: list[Any]) -> Any:
-        return opened(path, options, providers=["CPUExecutionProvider"])
+    def open_on_the_processor(path: str, options: Any, providers: list[Any], **more: Any) -> Any:
+        return opened(path, options, providers=["CPUExecutionProvider"], **more)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", open_on_the_processor)
 
