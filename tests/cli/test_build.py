@@ -72,6 +72,7 @@ def test_real_engines_for_a_gpu_that_is_not_here(cli: Cli, bundle: Path, target:
     for engine in report["engines"]:
         assert (bundle / engine["file"]).stat().st_size == engine["nbytes"] > 0
         assert engine["seconds"] > 0
+        assert engine["warnings"] == [], "nothing that a user would wonder about"
     again = json.loads(cli(*arguments).stdout)
     assert [engine["seconds"] for engine in again["engines"]] == [0, 0, 0]
     files = {path.name for path in (bundle / "engines").iterdir()}

@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 from mllm_edge.bundle import Bundle
-from mllm_edge.errors import BackendError
+from mllm_edge.errors import BackendError, BundleError
 from mllm_edge.runtime.backends import engine_facts, tensorrt_engines
 from mllm_edge.runtime.backends.choose import open_backend
 from mllm_edge.runtime.backends.cuda import Cuda
@@ -214,6 +214,29 @@ def test_an_engine_is_not_read_whole_to_be_opened(built: Path, machine: StandIn,
     load(built, "tensorrt")[0].close()
     assert machine.counts["builds"] == 3
     assert hashed == []
+
+
+def test_weights_are_compared_when_an_engine_is_built(
+    built: Path, machine: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not read when there is one; none is made of damaged ones."""
+    data = built / "decoder.tensorrt.onnx.data"
+    whole = data.read_bytes()
+    data.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    checked: list[str] = []
+    check = Bundle.check
+    monkeypatch.setattr(Bundle, "check", lambda self, name: (checked.append(name), check(self, name)))
+    load(built, "tensorrt")[0].close()
+    assert not [name for name in checked if ".onnx" in name]
+    for path in (built / FOLDER).glob("decoder*"):
+        path.unlink()
+    for _ in range(2):
+        with pytest.raises(BundleError, match=r"decoder.tensorrt.onnx.data is damaged: bytes 0 to"):
+            load(built, "tensorrt")
+    assert machine.counts["builds"] == 3
+    data.write_bytes(whole)
+    load(built, "tensorrt")[0].close()
+    assert machine.counts["builds"] == 4
 
 
 def test_a_copy_is_compared_once(built: Path, machine: StandIn, tmp_path: Path, hashed: list[str]) -> None:

@@ -5,11 +5,11 @@ JSON file beside it holds its limits and hashes (`engine_facts.py`). What does n
 one engine, or one for each of its segments.
 """
 
+import contextlib
 import hashlib
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -230,18 +230,23 @@ def make_engines(
     """Build one engine after the other, but (unless `anew`) those that are there with the same limits; engines for the
     same graph and GPU that divide it otherwise are removed in the end.
 
-    `begin(segment)` is told before a build, and returns whom to tell its progress. Raises as `make_engine`; engines
-    that are done stay.
+    `begin(segment)` is told before a build, and returns whom to tell its progress. Raises as `make_engine`, and
+    BundleError for damaged weights; engines that are done stay.
     """
-    found = []
-    for segment in segments:
+
+    def kept(segment: Segment) -> StoredEngine | None:
         stored = None if anew else find_engine(bundle, segment.variant, module, device, segment)
-        if stored is None or stored.limits != limits:
-            progress = begin(segment)
-            stored = make_engine(bundle, segment.variant, module, device, limits, workspace, progress, segment)
-        found.append(stored)
-    _remove_others(bundle, found, module, device)
-    return found
+        return stored if stored is not None and stored.limits == limits else None
+
+    found = [kept(segment) for segment in segments]
+    if not all(found):
+        _check_files(bundle, segments[0].variant)
+    made = [
+        stored or make_engine(bundle, segment.variant, module, device, limits, workspace, begin(segment), segment)
+        for segment, stored in zip(segments, found, strict=True)
+    ]
+    _remove_others(bundle, made, module, device)
+    return made
 
 
 def make_engine(
@@ -275,6 +280,13 @@ def make_engine(
     with _writing(path.parent):
         write_engine(path, engine.data, _identity(bundle, segment, module, device), asdict(limits))
     return StoredEngine(path, limits, segment, time.perf_counter() - start, engine.warnings)
+
+
+def _check_files(bundle: Bundle, variant: Variant) -> None:
+    """Graph and weights against their checksums: an engine of damaged ones would be taken from then on."""
+    for name in bundle.manifest.files:
+        if name.startswith(variant.file):
+            bundle.check(name)
 
 
 def _profiles(variant: Variant, limits: Limits) -> list[dict[str, Range]]:
@@ -350,7 +362,7 @@ def _engine_of(module: Module) -> str:
     return "-".join(filter(None, (f"{'rtx' if module.builds_ahead else 'trt'}{module.version}", gpu)))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _writing(folder: Path) -> Iterator[None]:
     fix = "make the bundle's folder writable, free space there, or copy the bundle"
     try:
