@@ -13,6 +13,7 @@ import numpy as np
 from mllm_edge.errors import BackendError
 from mllm_edge.runtime.backends.cuda import Cuda, Memory, gpu_model
 from mllm_edge.runtime.backends.cuda_arrays import CudaArray, taken
+from mllm_edge.runtime.backends.onnxruntime_cuda import OnnxRuntimeCuda
 
 __all__ = ["check_cuda"]
 
@@ -24,9 +25,10 @@ class _Device:
     """The backend's stream, and the bindings below it."""
 
     def __init__(self, slow: int = _SLOW_BYTES) -> None:
+        self.cuda = Cuda()
         from cuda.bindings import runtime
 
-        self.cuda, self.api = Cuda(), runtime
+        self.api = runtime
         self.stream = self.cuda.stream
         self._slow = slow
         self._pair: tuple[Memory, Memory] | None = None
@@ -89,6 +91,7 @@ def _checks(device: _Device) -> Iterator[tuple[str, Callable[[], str]]]:
     yield "page-locked memory", lambda: _page_locked(device)
     for nodes in (100, 600):
         yield f"a graph of {nodes} nodes", lambda nodes=nodes: _graph_times(device, nodes)  # type: ignore[misc]
+    yield "64 MiB that ONNX Runtime holds on the GPU", lambda: _onnxruntime(device)
     yield "the largest 64 of 150,000 in torch", lambda: _top(device)
 
 
@@ -259,6 +262,14 @@ def _graph_times(device: _Device, nodes: int) -> str:
         cuda.call(name, handle)
     times = f"record {recorded:.0f} µs, instantiate {instantiated:.0f} µs, update {updated}, launch {launched:.0f} µs"
     return f"{times}, right" if (device.bytes_at(memory.address, 4096) == 2).all() else f"{times}, not updated"
+
+
+def _onnxruntime(device: _Device) -> str:
+    backend, before = OnnxRuntimeCuda(), device.cuda.free_memory()
+    held = backend.allocate((64 << 20,), "uint8")
+    taken_now = (before - device.cuda.free_memory()) / 2**20
+    del held
+    return f"{taken_now:.0f} MiB taken, {(before - device.cuda.free_memory()) / 2**20:.0f} MiB kept"
 
 
 def _top(device: _Device) -> str:

@@ -194,10 +194,11 @@ def test_wheels_that_overwrite_each_other(tmp_path: Path) -> None:
 
 def test_extras(tmp_path: Path) -> None:
     requires = ("click>=8.1", 'Onnx_IR>=1; extra == "export"', 'torch[x]>=2; extra == "export"', "a.b; extra == 'cpu'")
+    requires += ('c<2; python_version < "3.11" and extra == "gpu"', 'c>=2; python_version >= "3.11" and extra == "gpu"')
     _install(tmp_path, "mllm-edge", "1", requires=requires)
     _install(tmp_path, "onnx-ir", "1.0")
     _install(tmp_path, "a-b", "1.0")
-    assert extras([str(tmp_path)]) == {"export": ("torch",), "cpu": ()}
+    assert extras([str(tmp_path)]) == {"export": ("torch",), "cpu": (), "gpu": ("c",)}
     (tmp_path / "empty").mkdir()
     assert extras([str(tmp_path / "empty")]) == {}
 

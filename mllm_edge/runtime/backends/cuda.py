@@ -28,7 +28,9 @@ class Cuda:
         self._api = _import()
         problem = _no_gpu(self._api)
         if problem:
-            first = "the NVIDIA driver is too old for these cuda-bindings: " if problem == OLD_DRIVER else ""
+            first = (
+                "the NVIDIA driver is missing, or too old for these cuda-bindings: " if problem == OLD_DRIVER else ""
+            )
             fix = f"{first}see `mllm-edge doctor`, or use --backend cpu"
             raise BackendError(f"no NVIDIA GPU can be used: {problem}", fix)
         self.call("cudaSetDevice", 0)
