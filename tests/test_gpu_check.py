@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mllm_edge.bundle import Bundle
 from mllm_edge.export.pipeline import export
 from mllm_edge.runtime.backends.onnxruntime_cuda import OnnxRuntimeCuda
 from tests.runtime.tensorrt_stand_in import install
@@ -82,8 +84,71 @@ def test_what_agrees(script: Any, bundle: Path, tmp_path: Path, monkeypatch: pyt
             assert line["tokens"] == "48/48"
             assert line["tokens_per_second"] > 0
             assert line["milliseconds"]["prefill"] > 0
+            assert ("graphs" in line["seen"]) == (line["engine"] == "TensorRT")
         else:
             assert "needs TensorRT for RTX" in line["why"]
+
+
+def test_what_is_told_of_tensorrt(
+    script: Any, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine = install(monkeypatch)
+    machine.warn["open"] = "CUDA lazy loading is not enabled"
+    _, found = run(script, bundle, tmp_path)
+    line, other = found["lines"][:2]
+    seen = line["seen"]
+    assert line["host_ms"] > 0
+    graphs = seen["graphs"]
+    assert graphs["recorded"] > 0
+    assert graphs["replayed"] == seen["calls"]["cudaGraphLaunch"] > 20
+    assert graphs["failed"] == 0
+    decoder = max(seen["engines"], key=lambda engine: engine["tensors"])
+    caches = 2 * len(Bundle.load(bundle).manifest.model.state[0].layers)
+    assert (decoder["profiles"], decoder["aliases"]) == (2, caches)
+    assert decoder["working_memory"] > 0
+    assert max(engine["aliases"] for engine in other["seen"]["engines"]) == 0
+    assert seen["warnings"] == [machine.warn["open"]]
+    text = capsys.readouterr().out
+    assert f"TensorRT, tensorrt: warns: {machine.warn['open']}" in text
+    assert "/".join(str(n) for n in graphs.values()) in text
+    machine.trouble["cudaGraphInstantiate"] = 900
+    code, found = run(script, bundle, tmp_path)
+    graphs = found["lines"][0]["seen"]["graphs"]
+    assert (code, graphs["recorded"], graphs["replayed"]) == (0, 0, 0)
+    assert graphs["failed"] > 0
+    assert "TensorRT, tensorrt: cudaGraphInstantiate failed" in capsys.readouterr().out
+
+
+def test_cuda_alone(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine = install(monkeypatch)
+    file = tmp_path / "cuda.json"
+    code = script.main(["--cuda-only", "--json", str(file)])
+    found, text = json.loads(file.read_text()), capsys.readouterr().out
+    assert code == 0, text
+    cuda = found["cuda"]
+    assert cuda["GPU"] == "Orin, 16 multiprocessors, sm87"
+    for name in ("copies and zeros", "memory is given back", "capture and replay"):
+        assert cuda[name] == "right", name
+    assert "cudaErrorMemoryAllocation" in cuda["out of memory"]
+    assert cuda["a torch tensor of another stream"].startswith("not executed: ")
+    assert all(f"{name}: {what}" in text for name, what in cuda.items())
+    machine.trouble["cudaMemsetAsync"] = 700
+    assert script.main(["--cuda-only"]) in (0, 1)
+    assert "cudaErrorIllegalAddress" in capsys.readouterr().out
+    install(monkeypatch, gpus=0)
+    assert script.main(["--cuda-only"]) == 2
+
+
+def test_names_of_cuda() -> None:
+    """The scripts call nothing that the bindings do not have."""
+    runtime = pytest.importorskip("cuda.bindings.runtime")
+    text = "".join((FILE.parent / name).read_text(encoding="utf-8") for name in ("gpu_cuda.py", "gpu_watch.py"))
+    kinds = (runtime, runtime.cudaMemcpyKind, runtime.cudaStreamCaptureMode, runtime.cudaDeviceAttr)
+    names = set(re.findall(r"\bcuda[A-Z]\w+", text))
+    assert len(names) > 25
+    assert [name for name in sorted(names) if not any(hasattr(kind, name) for kind in kinds)] == []
 
 
 def _with_cuda(open_backend: Any, name: str, notice: Any) -> Any:

@@ -53,6 +53,8 @@ def command(bundle: str, as_json: bool, **options: Any) -> None:
     note(_plan_text(plan))
     with interruptible(interrupted_message("the build")) as check, stages(check) as progress:
         engines = build_engines(plan, progress)
+    for text in dict.fromkeys(text for engine in engines for text in engine.warnings):
+        note(f"{plan.module.title} warns: {text}")
     if as_json:
         limits, module = vars(plan.limits), {"name": plan.module.name, "version": plan.module.version}
         facts = {"target": plan.target, "device": plan.device, "module": module, "limits": limits}

@@ -40,12 +40,13 @@ def command(ctx: click.Context, checkpoint: str | None, adapters: tuple[str, ...
         ctx.exit(0 if report["exports"] else 1)
     if adapters:
         raise click.UsageError("--adapter goes with --checkpoint")
+    from mllm_edge.runtime.backends.cuda import gpu_problem
     from mllm_edge.runtime.backends.installed import engines, extras, wheels
     from mllm_edge.runtime.doctor import best_target, diagnose, machine_problems, precisions, wheel_problems
     from mllm_edge.runtime.machine.hardware import read_machine
 
     machine, found, brought = read_machine(Path("/"), shutil.which("nvidia-smi")), engines(), wheels()
-    targets = diagnose(machine, found)
+    targets = diagnose(machine, found, refused=gpu_problem())
     report = {
         "python": platform.python_version(),
         "mllm_edge": __version__,

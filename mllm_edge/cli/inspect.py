@@ -1,6 +1,7 @@
 """`mllm-edge inspect`: what is in a bundle."""
 
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -33,7 +34,7 @@ def _size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
 
 @click.command("inspect", short_help="Show what is in a bundle.")
 @click.argument("bundle", type=click.Path())
-@click.option("--verify", is_flag=True, help="Compare every file with its SHA-256.")
+@click.option("--verify", is_flag=True, help="Compare every file, engines too, with its SHA-256.")
 @click.option("--context", type=POSITIVE, metavar="N", help="Tell the memory needed for N tokens.")
 @click.option("--image", metavar="FILE", help="Tell the tiles and tokens of an image.")
 @click.option("--image-size", metavar="HxW", callback=_size, help="The same for any image of H x W px.")
@@ -55,9 +56,7 @@ def command(
 
     opened = Bundle.load(bundle)
     if verify:
-        with stages() as progress:
-            progress.stage("verifying", opened.nbytes)
-            opened.verify(progress.advance)
+        _verify(opened)
     needs, costs = _needs(opened, context), _costs(opened, image or image_size)
     if as_json:
         facts = {"path": str(opened.path), "nbytes": opened.nbytes, "verified": verify}
@@ -70,6 +69,18 @@ def command(
         sections += [*map(_memory, needs), _cost(costs) if costs else ""]
         sections.append("every file is as it was exported" if verify else _checked(opened))
         write_answer("\n\n".join(section for section in sections if section) + "\n")
+
+
+def _verify(bundle: "Bundle") -> None:
+    from mllm_edge.errors import BundleError
+    from mllm_edge.runtime.backends.engine_facts import damaged_engines, stored_engines
+
+    with stages() as progress:
+        progress.stage("verifying", bundle.nbytes + sum(path.stat().st_size for path in stored_engines(bundle.path)))
+        bundle.verify(progress.advance)
+        for path in damaged_engines(bundle.path, progress.advance):
+            fix = f"rm {shlex.quote(str(path))}; `mllm-edge build` or the next run makes it anew"
+            raise BundleError(f"{path}: the engine differs from what was built", fix)
 
 
 def _shown(part: "Callable[[Bundle], str]", bundle: "Bundle") -> str:

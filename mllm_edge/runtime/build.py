@@ -63,8 +63,8 @@ class BuildPlan:
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """An engine's file in the bundle, its bytes, and the seconds it took; 0 when a good one was there. A decoder's may
-    run `segment` of `segments` only."""
+    """An engine's file in the bundle, its bytes, the seconds it took (0 when a good one was there), and what TensorRT
+    warned of. A decoder's may run `segment` of `segments` only."""
 
     component: str
     file: str
@@ -72,6 +72,7 @@ class BuiltEngine:
     seconds: float
     segment: int = 1
     segments: int = 1
+    warnings: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -129,7 +130,8 @@ def _build(plan: BuildPlan, progress: Progress) -> list[BuiltEngine]:
         for engine in engines or _made(plan, component, progress):
             file, segment = engine.path.relative_to(plan.bundle.path).as_posix(), engine.segment
             nbytes = engine.path.stat().st_size
-            found.append(BuiltEngine(component, file, nbytes, engine.seconds, segment.number, segment.count))
+            part = segment.number, segment.count
+            found.append(BuiltEngine(component, file, nbytes, engine.seconds, *part, engine.warnings))
     return found
 
 

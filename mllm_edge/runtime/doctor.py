@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from mllm_edge.install import install_hint
+from mllm_edge.runtime.backends.cuda import OLD_DRIVER
 from mllm_edge.runtime.backends.installed import MINIMUM, Engine, version_numbers
 from mllm_edge.runtime.machine.hardware import Machine
 
@@ -55,14 +56,16 @@ class Target:
 
 
 def diagnose(
-    machine: Machine, engines: Mapping[str, Engine], runnable: Collection[str] = RUNNABLE
+    machine: Machine, engines: Mapping[str, Engine], runnable: Collection[str] = RUNNABLE, refused: str = ""
 ) -> tuple[Target, ...]:
-    """The verdict on each target, from what is installed (engine → what was found)."""
+    """The verdict on each target, from what is installed (engine → what was found). `refused`: CUDA's name of what
+    keeps cuda-bindings from the GPU."""
+    bindings = _bindings(machine, engines, refused)
     found = {
         "cpu": _cpu(engines),
         "cuda": [*_gpu(machine), *_cuda(machine, engines)],
-        "tensorrt": [*_gpu(machine), *_tensorrt(machine, engines, "tensorrt"), *_bindings(machine, engines)],
-        "tensorrt-10.3": [*_gpu(machine), *_tensorrt(machine, engines, "tensorrt-10.3"), *_bindings(machine, engines)],
+        "tensorrt": [*_gpu(machine), *_tensorrt(machine, engines, "tensorrt"), *bindings],
+        "tensorrt-10.3": [*_gpu(machine), *_tensorrt(machine, engines, "tensorrt-10.3"), *bindings],
     }
     return tuple(Target(name, name in EXPORTED, name in runnable, tuple(problems)) for name, problems in found.items())
 
@@ -165,12 +168,22 @@ def _unseen(machine: Machine) -> Problem:
     )
 
 
-def _bindings(machine: Machine, engines: Mapping[str, Engine]) -> list[Problem]:
+def _bindings(machine: Machine, engines: Mapping[str, Engine], refused: str) -> list[Problem]:
     """TensorRT's backend reaches CUDA through cuda-bindings."""
     engine, install = engines.get("cuda"), install_hint("jetson" if machine.l4t else "rtx")
     if engine is None:
         return [Problem("cuda-bindings are not installed", install)]
-    return [Problem(f"cuda-bindings do not load: {engine.problem}", install)] if engine.problem else []
+    if engine.problem:
+        return [Problem(f"cuda-bindings do not load: {engine.problem}", install)]
+    if not refused or not machine.gpus:
+        return []
+    if refused != OLD_DRIVER:
+        return [Problem(f"CUDA finds no GPU: {refused}", "nvidia-smi says more; give a container its GPUs")]
+    driver = f"the driver {machine.driver}" if machine.driver else "the driver"
+    what = f"{driver} is too old for cuda-bindings {engine.version} ({refused})"
+    if machine.jetpack == "6":
+        return [Problem(what, 'pip install "cuda-bindings>=12.6,<12.9": later ones bring a CUDA newer than JetPack 6')]
+    return [Problem(what, 'update the NVIDIA driver (580 or newer for CUDA 13), or pip install "cuda-bindings<13"')]
 
 
 def _too_old(machine: Machine, engine: Engine, name: str, minimum: str, target: str) -> Problem | None:

@@ -130,8 +130,8 @@ class SymbolRange:
     `limit` names what the build of an engine bounds `most` by; None for `most`: by that alone, for `least`: always as
     large as `most`. `usual` is at least the part `share` of `most`. `times`: so many for each one of the limit.
     `sum_of`, in place of all these: the symbols whose sizes it adds up. Limits: `max_seq`, tokens of prompt and answer;
-    `max_past`, one less; `max_new`, tokens of one run of a decoder; `max_images`, images or tiles in one run;
-    `max_batch`, sequences; `max_rows`, tokens whose logits are wanted.
+    `max_past`, those that one run of a decoder may have behind it; `max_new`, its own; `max_images`, images or tiles in
+    one run; `max_batch`, sequences; `max_rows`, tokens whose logits are wanted.
     """
 
     least: int | None = 1

@@ -72,6 +72,7 @@ def test_real_engines_for_a_gpu_that_is_not_here(cli: Cli, bundle: Path, target:
     for engine in report["engines"]:
         assert (bundle / engine["file"]).stat().st_size == engine["nbytes"] > 0
         assert engine["seconds"] > 0
+        assert engine["warnings"] == [], "nothing that a user would wonder about"
     again = json.loads(cli(*arguments).stdout)
     assert [engine["seconds"] for engine in again["engines"]] == [0, 0, 0]
     files = {path.name for path in (bundle / "engines").iterdir()}
@@ -176,6 +177,17 @@ def test_the_gpu_here(cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "building" not in asked.stderr
     assert machine.counts["builds"] == 3
     assert machine.counts["runs"] > 0
+
+
+def test_warnings_are_shown_once(cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = install(monkeypatch)
+    machine.warn["build"] = "Detected layernorm in half precision"
+    result = cli("build", bundle, "--json")
+    assert result.stderr.count(f"TensorRT 10.16.1 warns: {machine.warn['build']}") == 1
+    assert all(engine["warnings"] == [machine.warn["build"]] for engine in json.loads(result.stdout)["engines"])
+    again = cli("build", bundle, "--json")
+    assert "warns" not in again.stderr
+    assert all(engine["warnings"] == [] for engine in json.loads(again.stdout)["engines"])
 
 
 def test_run_says_that_it_builds_and_what_it_does_without(cli: Cli, bundle: Path, monkeypatch: Any) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 from click.testing import Result
 
-from mllm_edge.runtime.backends import installed
+from mllm_edge.runtime.backends import cuda, installed
 from mllm_edge.runtime.backends.installed import Engine
 from mllm_edge.runtime.machine import hardware
 from mllm_edge.runtime.machine.hardware import Gpu, Machine
@@ -23,9 +23,12 @@ TWO = {"onnxruntime": ("onnxruntime 1", "onnxruntime-gpu 1")}
 def here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """`here(engines, gpus=…)`: what the command finds."""
 
-    def put(engines: dict[str, Engine], wheels: dict | None = None, gpus: tuple[Gpu, ...] = ()) -> None:
+    def put(
+        engines: dict[str, Engine], wheels: dict | None = None, gpus: tuple[Gpu, ...] = (), refused: str = ""
+    ) -> None:
         found = Machine(**{**vars(BOARD), "gpus": gpus})
         monkeypatch.setattr(hardware, "read_machine", lambda *a: found)
+        monkeypatch.setattr(cuda, "gpu_problem", lambda: refused)
         monkeypatch.setattr(installed, "engines", lambda: engines)
         monkeypatch.setattr(installed, "wheels", lambda: wheels or {})
         monkeypatch.setattr(installed, "extras", lambda: {"cpu": (), "export": ("torch", "onnx")})
@@ -60,6 +63,15 @@ def test_a_gpu_tensorrt_and_cuda_bindings_make_a_target_work(cli: Cli, here: Cal
     assert result.exit_code == 0
     assert f"{'tensorrt-10.3':<16}works" in result.stdout.splitlines()
     assert "Example GPU, 8.59 GB, compute capability 8.7" in result.stdout
+
+
+def test_the_driver_is_named(cli: Cli, here: Callable[..., None]) -> None:
+    found = {"tensorrt": Engine("tensorrt", "10.3.0"), "cuda": Engine("cuda.bindings", "12.9.10")}
+    here(found, gpus=(Gpu("Example GPU", 8 << 30, "8.7"),), refused="cudaErrorInsufficientDriver")
+    result = cli("doctor")
+    assert result.exit_code == 1
+    assert "  the driver is too old for cuda-bindings 12.9.10 (cudaErrorInsufficientDriver)" in result.stdout
+    assert "<12.9" in result.stdout
 
 
 @pytest.mark.parametrize(("engines", "code"), [(CPU, 0), ({}, 1), ({"onnxruntime": Engine("x", problem="no")}, 1)])

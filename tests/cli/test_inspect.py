@@ -11,6 +11,7 @@ from click.testing import Result
 from mllm_edge import VLM
 from mllm_edge.bundle import Bundle
 from mllm_edge.json_form import to_json
+from mllm_edge.runtime.backends.engine_facts import FOLDER, write_engine
 
 Cli = Callable[..., Result]
 
@@ -43,6 +44,22 @@ def test_verify_accepts_what_was_exported(cli: Cli, tiny_bundle: Path) -> None:
     assert result.exit_code == 0
     assert "every file is as it was exported" in result.stdout
     assert json.loads(cli("inspect", tiny_bundle, "--verify", "--json").stdout)["verified"] is True
+
+
+def test_verify_reads_engines_too(cli: Cli, tiny_bundle: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    (copy / FOLDER).mkdir()
+    engine = copy / FOLDER / "decoder.engine"
+    write_engine(engine, memoryview(bytes(3 << 20)), {"device": "sm87"}, {"max_seq": 64})
+    assert cli("inspect", copy, "--verify").exit_code == 0
+    data = bytearray(engine.read_bytes())
+    data[100_000] = 1
+    engine.write_bytes(data)
+    result = cli("inspect", copy, "--verify")
+    assert result.exit_code == 1
+    assert "decoder.engine: the engine differs from what was built" in result.stderr
+    assert f"rm {engine}" in result.stderr
+    assert cli("inspect", copy).exit_code == 0
 
 
 def test_verify_finds_one_changed_byte(cli: Cli, tiny_bundle: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 Device memory is memory that the stand-in hands out and checks every access to. An engine holds the graph, its profiles
 and the folder of its weights, and executes them on ONNX Runtime's CPU provider. What the real ones refuse is refused
 here: shapes outside the profile, addresses that are missing, freed or too small, caches that are not updated in place,
-copies while a graph is recorded.
+copies while a graph is recorded, timings of another GPU. Each version has the names and takes the operators of its own.
 """
 
 import base64
@@ -12,16 +12,19 @@ import enum
 import hashlib
 import json
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+
+from tests.runtime.tensorrt_versions import refused, without
 
 __all__ = ["StandIn", "install"]
 
@@ -33,11 +36,15 @@ _STREAM, _ALIGNMENT = 77, 256
 
 class StandIn:
     """The made-up machine. `counts`: builds, runs, records, replays; `refuse`: what a build logs before it fails, for
-    graphs whose path contains the key; `trouble`: a number to return from a CUDA function, by name; `spoil`: what an
-    output is multiplied by."""
+    graphs whose path contains the key; `warn`: what building and opening ("build", "open") warn of; `trouble`: a number
+    to return from a CUDA function, by name; `spoil`: what an output is multiplied by. `model`: name and multiprocessors
+    of its GPU; `log`: the logger that TensorRT took first."""
 
     def __init__(self, version: str, capability: tuple[int, int], gpus: int = 1, rtx: bool = False) -> None:
         self.version, self.capability, self.gpus, self.rtx = version, capability, gpus, rtx
+        self.model = ("Orin", 16)
+        self.warn: dict[str, str] = {}
+        self._log: weakref.ref[_Logger] | None = None
         self.memory: dict[int, np.ndarray] = {}
         self.pinned: dict[int, np.ndarray] = {}
         self.free, self.total = 8 << 30, 16 << 30  # other processes have the difference
@@ -54,6 +61,24 @@ class StandIn:
             if begin <= address and address + nbytes <= begin + len(memory):
                 return memory[address - begin : address - begin + nbytes]
         return None
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Of TensorRT's version; TensorRT for RTX is newer than all."""
+        return (99,) if self.rtx else tuple(int(number) for number in self.version.split(".")[:2])
+
+    @property
+    def log(self) -> "_Logger":
+        log = self._log() if self._log is not None else None
+        assert log is not None, "the logger that TensorRT calls is gone"
+        return log
+
+    def take(self, log: "_Logger") -> None:
+        """TensorRT goes on with the logger that it got first."""
+        if self._log is None:
+            self._log = weakref.ref(log)
+        elif self.log is not log:
+            self.log.log(_Severity.WARNING, "The logger differs from one already provided; it is ignored.")
 
     def allocated(self) -> int:
         return sum(len(memory) for memory in self.memory.values())
@@ -124,6 +149,12 @@ class _Calls:
     def cudaDeviceGetAttribute(self, attribute: int, device: int) -> tuple:
         return 0, self._machine.capability[attribute - 75]
 
+    def cudaGetDeviceProperties(self, device: int) -> tuple:
+        if not self._machine.gpus:
+            return _NO_DRIVER, None
+        name, multiprocessors = self._machine.model
+        return 0, SimpleNamespace(name=name.encode().ljust(256, b"\0"), multiProcessorCount=multiprocessors)
+
     def cudaGetErrorName(self, status: int) -> tuple:
         return 0, _NAMES[status]
 
@@ -162,11 +193,16 @@ class _Calls:
         return (0,)
 
     def cudaMemsetAsync(self, address: int, value: int, nbytes: int, stream: int) -> tuple:
-        memory = self._machine.view(address, nbytes)
-        if memory is None:
-            return (_BAD_ADDRESS,)
-        memory[:] = value
-        return (0,)
+        def fill() -> bool:
+            memory = self._machine.view(address, nbytes)
+            if memory is not None:
+                memory[:] = value
+            return memory is not None
+
+        if self._machine.recording is not None:
+            self._machine.recording.append(fill)
+            return (0,)
+        return (0 if fill() else _BAD_ADDRESS,)
 
     def cudaMemcpyAsync(self, target: int, source: int, nbytes: int, kind: int, stream: int) -> tuple:
         if self._machine.recording is not None:
@@ -252,8 +288,7 @@ class _Layer:
         kinds = {"TensorScatter": "KV_CACHE_UPDATE", "Attention": "ATTENTION_INPUT"}
         self.name, self._inputs = node.name, list(node.input)
         self.type = _Named(kinds.get(node.op_type, node.op_type.upper()))
-        causal = any(a.name == "is_causal" and a.i for a in node.attribute)
-        self.attention = type("Attention", (), {"causal": causal, "decomposable": False})()
+        self._causal = any(a.name == "is_causal" and a.i for a in node.attribute)
 
     @property
     def num_inputs(self) -> int:
@@ -264,7 +299,16 @@ class _Layer:
 
 
 class _AttentionLayer(_Layer):
-    pass
+    """What a layer becomes whose class is set to this, as the bindings have it; before, it has no `attention`."""
+
+    kinds: Any = None  # CausalMaskKind, where the version has it
+
+    @property
+    def attention(self) -> SimpleNamespace:
+        if self.kinds is None:
+            return SimpleNamespace(causal=self._causal, decomposable=False)
+        kind = self.kinds.UPPER_LEFT if self._causal else self.kinds.NONE
+        return SimpleNamespace(causal_kind=kind, decomposable=False)
 
 
 class _Added:
@@ -314,6 +358,7 @@ class _Network:
     def add_topk(self, tensor: _Tensor, operation: enum.IntEnum, k: int, axes: int) -> _Added:
         """Of equal values those with the highest ids, as no one says which are taken."""
         assert operation.name == "MAX"
+        assert 0 < k <= 3840, "a top-k layer of that many is not made"
         like, axis, size = self._found(tensor, axes)
         make, name = onnx.helper.make_node, tensor.name
         for what, values in (("back", np.arange(size)[::-1].copy()), ("k", np.array([k])), ("end", np.array(size - 1))):
@@ -362,7 +407,10 @@ class _Network:
 
 
 class _Parser:
+    machine: StandIn
+
     def __init__(self, network: _Network, log: _Logger):
+        self.machine.take(log)
         self._network, self._errors = network, []
 
     num_errors = property(lambda self: len(self._errors))
@@ -376,7 +424,7 @@ class _Parser:
         for tensor in self._network.inputs:
             if tensor.name in caches and tensor.shape[2] < 0:
                 self._errors.append("The KV cache tensor must have a static sequence length dimension.")
-        self._errors += [f"no importer for {n.op_type}" for n in self._network.model.graph.node if n.domain]
+        self._errors += refused(self._network.model, Path(path).parent, self.machine.numbers)
         return not self._errors
 
     def get_error(self, index: int) -> Any:
@@ -392,20 +440,24 @@ class _Profile:
 
 
 class _Timings:
-    def __init__(self, data: bytes):
-        self.data = data
+    """Of `device`; one more "!" for each build."""
+
+    def __init__(self, device: bytes, builds: bytes):
+        self.device, self.builds = device, builds
 
     def serialize(self) -> bytes:
-        return self.data + b"!"
+        return b"timings of " + self.device + b": " + self.builds
 
 
 class _Config:
+    machine: StandIn
     progress_monitor: Any = None
+    num_compute_capabilities = 0
 
     def __init__(self) -> None:
         self.profiles: list[_Profile] = []
         self.workspace, self.timings = 0, None
-        self.num_compute_capabilities, self.capabilities = 0, {}
+        self.capabilities: dict[int, str] = {}
 
     def add_optimization_profile(self, profile: _Profile) -> int:
         self.profiles.append(profile)
@@ -418,12 +470,24 @@ class _Config:
     def set_memory_pool_limit(self, pool: Any, nbytes: int) -> None:
         self.workspace = nbytes
 
-    def create_timing_cache(self, data: bytes) -> _Timings:
-        return _Timings(data)
+    def create_timing_cache(self, data: bytes) -> _Timings | None:
+        if not data:
+            return _Timings(self._device(), b"")
+        begin, _, builds = data.partition(b": ")
+        whole = begin.startswith(b"timings of ") and builds.strip(b"!") == b""
+        return _Timings(begin.removeprefix(b"timings of "), builds) if whole else None
 
     def set_timing_cache(self, cache: _Timings, ignore_mismatch: bool) -> bool:
+        if not isinstance(cache, _Timings):
+            raise TypeError("set_timing_cache(): incompatible function arguments")
+        if not ignore_mismatch and cache.device != self._device():
+            return False
         self.timings = cache
         return True
+
+    def _device(self) -> bytes:
+        assert not self.machine.rtx, "TensorRT for RTX asks a GPU for it"
+        return f"{self.machine.model} with {self.machine.version}".encode()
 
     def get_timing_cache(self) -> Any:
         return self.timings
@@ -435,21 +499,29 @@ def _check_shapes(profile: Mapping[str, list[list[int]]], tensors: list[_Tensor]
             assert len(shape) == len(tensor.shape), tensor.name
             assert all(wanted in (-1, size) for wanted, size in zip(tensor.shape, shape, strict=True)), tensor.name
         smallest, usual, largest = (np.array(shape) for shape in profile[tensor.name])
+        assert (smallest > 0).all(), f"{tensor.name}: nobody promises that kernels take nothing"
         assert (smallest <= usual).all(), tensor.name
         assert (usual <= largest).all(), tensor.name
 
 
 def _tensorrt(machine: StandIn) -> ModuleType:
+    numbers, old = machine.numbers, machine.numbers < (10, 15)
+    kinds = enum.IntEnum("CausalMaskKind", ["NONE", "UPPER_LEFT", "LOWER_RIGHT"]) if numbers >= (11,) else None
+    ahead = () if machine.rtx else ("set_compute_capability", "num_compute_capabilities")
+    config_class = without(_Config, *ahead, machine=machine)
+    absent = ["create_runtime_config"] if numbers < (10, 13) else []
+    engine_class = without(_Engine, *absent, *(["get_aliased_input_tensor"] if old else []))
+
     class Builder:
         def __init__(self, log: _Logger):
-            self._log = log
+            machine.take(log)
 
         def create_network(self, flags: int) -> _Network:
-            assert flags == (0 if machine.rtx else 1 << 1), "types are the graph's own"
+            assert flags == (1 << 1 if machine.numbers < (11,) else 0), "types are the graph's own"
             return _Network()
 
         def create_builder_config(self) -> _Config:
-            return _Config()
+            return config_class()
 
         def create_optimization_profile(self) -> _Profile:
             return _Profile()
@@ -459,52 +531,70 @@ def _tensorrt(machine: StandIn) -> ModuleType:
             machine.workspaces.append(config.workspace)
             for key, reason in machine.refuse.items():
                 if key in network.path:
-                    self._log.log(_Severity.ERROR, reason)
+                    if reason:
+                        machine.log.log(_Severity.ERROR, reason)
                     return None
+            if "build" in machine.warn:
+                machine.log.log(_Severity.WARNING, machine.warn["build"])
             if config.progress_monitor is not None and not _steps(config.progress_monitor):
                 return None
             for profile in config.profiles:
                 _check_shapes(profile.shapes, network.inputs)
+            if config.timings is not None:
+                config.timings.builds += b"!"
             plan = {
                 "model": base64.b64encode(network.model.SerializeToString()).decode(),
                 "folder": str(Path(network.path).parent),
                 "profiles": [profile.shapes for profile in config.profiles],
                 "version": machine.version,
+                "gpu": list(machine.model),
                 "capabilities": list(config.capabilities.values()) or [_name_of(machine.capability)],
             }
             return json.dumps(plan).encode()
 
     class Runtime:
         def __init__(self, log: _Logger):
-            self._log = log
+            machine.take(log)
 
         def deserialize_cuda_engine(self, data: Any) -> Any:
             if machine.trouble.get("deserialize"):
                 machine.trouble["deserialize"] -= 1
-                self._log.log(_Severity.ERROR, "magic tag does not match")
+                machine.log.log(_Severity.ERROR, machine.refuse.get("open", "magic tag does not match"))
                 return None
             plan = json.loads(bytes(data))
-            fits = plan["version"] == machine.version and _name_of(machine.capability) in plan["capabilities"]
-            return _Engine(machine, self._log, plan) if fits else None
+            if plan["version"] != machine.version or _name_of(machine.capability) not in plan["capabilities"]:
+                return None
+            if not machine.rtx and plan["gpu"] != list(machine.model):
+                # Opened all the same; some fail then, and some are wrong.
+                machine.log.log(_Severity.WARNING, "Using an engine plan file across different models of devices …")
+            if "open" in machine.warn:
+                machine.log.log(_Severity.WARNING, machine.warn["open"])
+            return engine_class(machine, machine.log, plan)
 
     trt = ModuleType("tensorrt_rtx" if machine.rtx else "tensorrt")
     names = {
         "__version__": machine.version,
         "Builder": Builder,
         "ExecutionContextAllocationStrategy": enum.IntEnum("Strategy", ["STATIC", "USER_MANAGED"]),
-        "IAttentionInputLayer": _AttentionLayer,
         "ILogger": _Logger,
         "IProfiler": _Profiler,
         "IProgressMonitor": _Monitor,
         "MemoryPoolType": enum.IntEnum("Pool", ["WORKSPACE"]),
         "NetworkDefinitionCreationFlag": enum.IntEnum("Flag", {"STRONGLY_TYPED": 1}),
-        "OnnxParser": _Parser,
+        "OnnxParser": without(_Parser, machine=machine),
         "ReduceOperation": enum.IntEnum("ReduceOperation", ["SUM"]),
         "TopKOperation": enum.IntEnum("TopKOperation", ["MAX"]),
         "Runtime": Runtime,
         "TensorIOMode": _Mode,
         "TensorLocation": _Location,
     }
+    if not old:
+        names["IAttentionInputLayer"] = without(_AttentionLayer, kinds=kinds)
+        names["IKVCacheUpdateLayer"] = _Layer
+    if kinds is not None:
+        names["CausalMaskKind"] = kinds
+    if numbers >= (10, 13):
+        names["IRuntimeConfig"] = _RuntimeConfig
     if machine.rtx:
         names["IRuntimeCache"] = _RuntimeCache
         names["ComputeCapability"] = enum.IntEnum("ComputeCapability", ["CURRENT", "SM86", "SM89"])

@@ -69,6 +69,23 @@ def test_tensorrt_needs_the_bindings() -> None:
     assert "no libcuda" in diagnose(_machine(), found | broken)[2].problems[0].what
 
 
+@pytest.mark.parametrize(
+    ("jetpack", "fix"), [("6", "cuda-bindings>=12.6,<12.9"), ("7", "580 or newer"), ("", "580 or newer")]
+)
+def test_a_driver_that_is_too_old_is_named(jetpack: str, fix: str) -> None:
+    found = _engine("tensorrt", "11.0") | BINDINGS
+    machine = _machine("36.4" if jetpack else "", jetpack)
+    for verdict in diagnose(machine, found, refused="cudaErrorInsufficientDriver")[2:]:
+        (problem,) = verdict.problems
+        assert problem.what == "the driver is too old for cuda-bindings 13.0 (cudaErrorInsufficientDriver)"
+        assert fix in problem.fix
+    (problem,) = diagnose(machine, found, refused="cudaErrorNoDevice")[2].problems
+    assert problem.what == "CUDA finds no GPU: cudaErrorNoDevice"
+    # Without any the missing GPU is said already.
+    without = diagnose(_machine(gpus=()), found, refused="cudaErrorNoDevice")[2]
+    assert [p.what for p in without.problems] == ["no NVIDIA GPU is visible"]
+
+
 def test_versions_are_those_of_the_dialects() -> None:
     """Another target's graphs load in ONNX Runtime's CPU provider too, but that is not the engine they are made for."""
     assert set(EXPORTED) == set(TARGETS)
@@ -177,10 +194,11 @@ def test_wheels_that_overwrite_each_other(tmp_path: Path) -> None:
 
 def test_extras(tmp_path: Path) -> None:
     requires = ("click>=8.1", 'Onnx_IR>=1; extra == "export"', 'torch[x]>=2; extra == "export"', "a.b; extra == 'cpu'")
+    requires += ('c<2; python_version < "3.11" and extra == "gpu"', 'c>=2; python_version >= "3.11" and extra == "gpu"')
     _install(tmp_path, "mllm-edge", "1", requires=requires)
     _install(tmp_path, "onnx-ir", "1.0")
     _install(tmp_path, "a-b", "1.0")
-    assert extras([str(tmp_path)]) == {"export": ("torch",), "cpu": ()}
+    assert extras([str(tmp_path)]) == {"export": ("torch",), "cpu": (), "gpu": ("c",)}
     (tmp_path / "empty").mkdir()
     assert extras([str(tmp_path / "empty")]) == {}
 

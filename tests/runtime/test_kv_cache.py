@@ -231,3 +231,22 @@ def test_long_prompts_are_prefilled_in_chunks(vlm: VLM, monkeypatch: pytest.Monk
     monkeypatch.setattr(generate, "PREFILL_CHUNK", 7)
     assert tokens() == whole
     assert len(whole) == 8
+
+
+@pytest.mark.parametrize(
+    ("tokens", "deepest"), [(2048, 1024), (1500, 512), (1537, 512), (3008, 1984), (700, 64), (5, 0)]
+)
+def test_long_pieces_begin_where_an_engine_has_room_behind_them(tokens: int, deepest: int) -> None:
+    pieces = list(generate.chunks(tokens, 1024, None, deepest))
+    assert [token for piece in pieces for token in range(tokens)[piece]] == list(range(tokens))
+    assert all(piece.stop - piece.start <= 1024 for piece in pieces)
+    assert all(piece.start <= deepest or piece.stop - piece.start <= 16 for piece in pieces)
+    if tokens - deepest <= 1024:
+        assert len(pieces) == -(-tokens // 1024), "no more of them than are needed"
+
+
+def test_a_prompt_behind_much_comes_in_short_pieces() -> None:
+    """Behind 1,100 tokens of a context of 2,048, say."""
+    pieces = list(generate.chunks(40, 1024, None, 1024 - 1100))
+    assert [(piece.start, piece.stop) for piece in pieces] == [(0, 16), (16, 32), (32, 40)]
+    assert [piece.stop for piece in generate.chunks(40, 16)] == [16, 32, 40]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
@@ -18,6 +19,7 @@ from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.backends.onnxruntime_cuda import OnnxRuntimeCuda
 from mllm_edge.runtime.decode.decoder import Decoder
 from mllm_edge.runtime.vlm import VLM
+from mllm_edge.spec import TensorSpec, Variant
 from tests.families.row import families_of, rows
 from tests.runtime.test_tensorrt import answers, batch_and_again
 
@@ -61,8 +63,6 @@ def test_answers_are_those_of_the_processor(compared: Callable[..., Any], family
 
 
 def _operators(path: Path) -> set[str]:
-    import onnx
-
     return {node.op_type for node in onnx.load(path, load_external_data=False).graph.node}
 
 
@@ -85,6 +85,43 @@ def test_batches_and_snapshots(single: Path) -> None:
         found.append(rows)
     for mine, theirs in zip(*found, strict=True):
         np.testing.assert_array_equal(mine, theirs)
+
+
+def _sums_and_squares(folder: Path) -> tuple[Path, Variant]:
+    """Of x [n]: a = 2x, b = x², c = 4x."""
+    make, kind = onnx.helper.make_node, onnx.TensorProto.FLOAT
+    nodes = [make("Add", ["x", "x"], ["a"]), make("Mul", ["x", "x"], ["b"]), make("Add", ["a", "a"], ["c"])]
+    values = {name: onnx.helper.make_tensor_value_info(name, kind, ["n"]) for name in "xabc"}
+    graph = onnx.helper.make_graph(nodes, "g", [values["x"]], [values[name] for name in "abc"])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=10)
+    onnx.save(model, folder / "graph.onnx")
+    x, *outputs = (TensorSpec(name, "float32", ("n",)) for name in "xabc")
+    return folder / "graph.onnx", Variant("cpu", "contrib", "float32", "graph.onnx", (x,), tuple(outputs))
+
+
+@pytest.mark.parametrize("backend", [OnnxRuntimeCpu, gpu])
+@pytest.mark.parametrize("bound", ["b", "c", "cb", "ca"])
+def test_outputs_are_told_by_their_names(tmp_path: Path, backend: Any, bound: str) -> None:
+    """Whichever of them are bound, when, and in which order."""
+    x = np.array([3, 5], np.float32)
+    expected = {"a": [6, 10], "b": [9, 25], "c": [12, 20]}
+    for early in (True, False):
+        session = backend().open(*_sums_and_squares(tmp_path))
+        if not early:
+            assert _lists(session.run({"x": x})) == expected
+        targets = {name: np.zeros(2, np.float32) for name in bound}
+        for name, target in targets.items():
+            session.bind({}, {name: target})
+        for _ in range(2):
+            free = session.run({"x": x})
+            assert set(free) == set("abc") - set(bound)
+            assert _lists(free | targets) == expected
+            for target in targets.values():
+                target[:] = 0
+
+
+def _lists(arrays: dict[str, np.ndarray]) -> dict[str, list[float]]:
+    return {name: array.tolist() for name, array in sorted(arrays.items())}
 
 
 def test_a_part_is_written_and_read_by_itself() -> None:
@@ -111,8 +148,8 @@ def _unusable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
     opened = onnxruntime.InferenceSession
 
-    def open_on_the_processor(path: str, options: Any, providers: list[Any]) -> Any:
-        return opened(path, options, providers=["CPUExecutionProvider"])
+    def open_on_the_processor(path: str, options: Any, providers: list[Any], **more: Any) -> Any:
+        return opened(path, options, providers=["CPUExecutionProvider"], **more)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", open_on_the_processor)
 
@@ -126,6 +163,18 @@ def test_a_gpu_that_cannot_be_used(single: Path) -> None:
     assert all("runs on the CPU instead of cuda" in n and "cannot use it here" in n for n in notices)
     with VLM.load(single, backend="cpu") as vlm:
         assert answers(vlm) == found
+
+
+@pytest.mark.usefixtures("_unusable")
+def test_standard_output_belongs_to_answers(
+    single: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What ONNX Runtime prints there is the reason that is given."""
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("Failed to load libcudnn.so.9\nPlease follow x"))
+    notices: list[str] = []
+    VLM.load(single, backend="cuda", notice=notices.append).close()
+    assert all("cannot use it here: Failed to load libcudnn.so.9 (" in notice for notice in notices)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.usefixtures("_unusable")

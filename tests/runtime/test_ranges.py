@@ -30,15 +30,17 @@ def test_decoders_in_place(max_seq: int) -> None:
     limits = Limits(max_seq, max_batch=3, max_rows=8)
     prefill, decode = profiles(variant(decoder_ranges("in_place"), SYMBOLS, "opset24", "in_place"), limits)
     new = min(1024, max_seq)
+    past = min(max_seq, max(64, max_seq - new))
     assert prefill == {
         "batch": (1, 1, 3),
         "rows": (1, 1, 8),
         "sequence": (1, min(256, new), new),
-        "past": (0, max_seq // 2 - 1, max_seq - 1),
+        "past": (1, max(1, past // 2), past),
         "length": (1, max(max_seq // 2, min(256, new)), max_seq),
         "capacity": (max_seq, max_seq, max_seq),
     }
-    assert decode == {**prefill, "sequence": (1, 1, min(16, max_seq))}
+    whole = (1, max_seq // 2, max_seq)
+    assert decode == {**prefill, "sequence": (1, 1, min(16, max_seq)), "past": whole}
 
 
 @pytest.mark.parametrize("max_seq", [2, 64, 128, 512, 1024, 4096])
@@ -46,17 +48,20 @@ def test_decoders_that_append(max_seq: int) -> None:
     """One sequence at a time, whose mask is as long as past and new tokens."""
     symbols, limits = SYMBOLS[:-1], Limits(max_seq, max_batch=3)
     prefill, decode = profiles(variant(decoder_ranges("append"), symbols, "opset17", "append"), limits)
-    new, usual, half = min(1024, max_seq), min(256, max_seq), max_seq // 2
+    new, usual = min(1024, max_seq), min(256, max_seq)
+    past = min(max_seq, max(64, max_seq - new))
+    half = max(1, past // 2)
     assert prefill == {
         "batch": (1, 1, 1),
         "rows": (1, 1, 16),
         "sequence": (1, usual, new),
-        "past": (0, half - 1, max_seq - 1),
-        "length": (1, half - 1 + usual, max_seq - 1 + new),
+        "past": (1, half, past),
+        "length": (2, half + usual, past + new),
     }
-    steps = min(16, max_seq)
-    spanned = (1, half, max_seq - 1 + steps)
-    assert decode == {**prefill, "sequence": (1, 1, steps), "length": spanned}
+    assert past + new == max_seq or max_seq <= 1024, "no memory for scores that the context has no room for"
+    steps, whole = min(16, max_seq), (1, max_seq // 2, max_seq)
+    spanned = (2, max_seq // 2 + 1, max_seq + steps)
+    assert decode == {**prefill, "sequence": (1, 1, steps), "past": whole, "length": spanned}
 
 
 def test_all_else_has_one_profile() -> None:

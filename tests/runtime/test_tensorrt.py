@@ -429,14 +429,6 @@ def test_engines_of_others_are_not_taken(
     assert find_engine(opened, variant, newer, "sm87") is None
 
 
-def test_the_timing_cache_is_kept(machine: StandIn, bundle: Path) -> None:
-    load(bundle, "tensorrt")[0].close()
-    (cache,) = (bundle / FOLDER).glob("timings-*.cache")
-    assert "sm87" in cache.name
-    assert "10.16.1" in cache.name
-    assert cache.read_bytes() == b"!!!"
-
-
 # ---------------------------------------------------------------- what is missing
 @pytest.mark.parametrize("component", ["vision_encoder", "connector", "decoder"])
 def test_a_component_that_is_refused_runs_on_the_processor(machine: StandIn, bundle: Path, component: str) -> None:

@@ -43,6 +43,7 @@ OWN = {
         "version",
         "module",
         "log",
+        "warnings",
         "trt",
         "engine",
         "check",
@@ -147,4 +148,5 @@ def test_names_of_cuda() -> None:
     if importlib.util.find_spec("cuda") is not None:
         runtime = importlib.import_module("cuda.bindings.runtime")
         kinds = (runtime, runtime.cudaMemcpyKind, runtime.cudaStreamCaptureMode, runtime.cudaDeviceAttr)
+        kinds += (runtime.cudaError_t,)
         assert all(any(hasattr(kind, name) for kind in kinds) for name in used)

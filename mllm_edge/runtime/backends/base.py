@@ -42,7 +42,8 @@ class Session(Protocol):
     @property
     def limits(self) -> Mapping[str, int]:
         """The largest size of a symbolic dimension, where there is one; caches must have exactly `capacity`.
-        `top_logits`: how many of the largest logits of a row the session finds itself, see `top_logits.py`."""
+        `past`: behind runs of more than MOST_ROWS tokens. `top_logits`: how many of the largest logits of a row the
+        session finds itself, see `top_logits.py`."""
         ...
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

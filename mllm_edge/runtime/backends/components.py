@@ -1,11 +1,12 @@
 """A bundle's components, each opened by the backend that is wanted or, where that fails, on the CPU."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from mllm_edge.bundle import Bundle
 from mllm_edge.errors import BackendError
-from mllm_edge.runtime.backends.base import Backend, Session
+from mllm_edge.runtime.backends.base import TENSORRT, Backend, Session
 from mllm_edge.runtime.backends.choose import open_backend
 from mllm_edge.runtime.machine.threads import Threads
 from mllm_edge.spec import Variant
@@ -43,6 +44,7 @@ def open_component(
 
 
 def _open(bundle: Bundle, variant: Variant, backend: Backend) -> Opened:
-    """Graph and weights are compared with their checksums on the way."""
-    with bundle.checking(variant):
+    """Graph and weights are compared with their checksums on the way; an engine has both, and they were compared before
+    it was built."""
+    with contextlib.nullcontext() if backend.name in TENSORRT else bundle.checking(variant):
         return Opened(backend.open(bundle.listed(variant.file), variant), variant, backend)

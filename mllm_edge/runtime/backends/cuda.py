@@ -12,7 +12,10 @@ from mllm_edge.errors import BackendError
 from mllm_edge.install import install_hint
 from mllm_edge.runtime.foreign import pass_on
 
-__all__ = ["Cuda", "Graph", "Memory", "Pinned"]
+__all__ = ["OLD_DRIVER", "Cuda", "Graph", "Memory", "Pinned", "gpu_model", "gpu_problem"]
+
+# What CUDA says where its library, which cuda-bindings hold from 12.9 on, is newer than the driver.
+OLD_DRIVER = "cudaErrorInsufficientDriver"
 
 _INSTALL = f"{install_hint('rtx')}, or on a Jetson with jetson in the place of rtx"
 
@@ -25,7 +28,11 @@ class Cuda:
         self._api = _import()
         problem = _no_gpu(self._api)
         if problem:
-            raise BackendError(f"no NVIDIA GPU can be used: {problem}", "see `mllm-edge doctor`, or use --backend cpu")
+            first = (
+                "the NVIDIA driver is missing, or too old for these cuda-bindings: " if problem == OLD_DRIVER else ""
+            )
+            fix = f"{first}see `mllm-edge doctor`, or use --backend cpu"
+            raise BackendError(f"no NVIDIA GPU can be used: {problem}", fix)
         self.call("cudaSetDevice", 0)
         attributes = self._api.cudaDeviceAttr
         major = self.call("cudaDeviceGetAttribute", attributes.cudaDevAttrComputeCapabilityMajor, 0)
@@ -131,6 +138,28 @@ class Pinned:
         memory = (ctypes.c_byte * nbytes).from_address(address)
         self.array = np.frombuffer(memory, np.uint8).view(dtype).reshape(shape)
         _free_with(self, cuda, "cudaFreeHost", address)
+
+
+def gpu_problem() -> str:
+    """CUDA's name of what keeps cuda-bindings from every GPU; "" where nothing does, or there are no cuda-bindings."""
+    try:
+        return _no_gpu(_import())
+    except BackendError:
+        return ""
+
+
+def gpu_model() -> str:
+    """The first GPU's name and its number of multiprocessors, which tell models of one compute capability apart; ""
+    where there is none."""
+    try:
+        api = _import()
+    except BackendError:
+        return ""
+    status, found = api.cudaGetDeviceProperties(0)
+    if int(status):
+        return ""
+    name = found.name.decode() if isinstance(found.name, bytes) else str(found.name)
+    return f"{name.strip(chr(0))}, {found.multiProcessorCount} multiprocessors"
 
 
 def _free_with(owner: Any, cuda: Cuda, function: str, handle: Any) -> None:

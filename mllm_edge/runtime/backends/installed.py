@@ -69,7 +69,8 @@ def extras(path: Sequence[str] | None = None) -> dict[str, tuple[str, ...]]:
         package, extra = re.match(r"[\w.-]+", need), re.search(r"extra == ['\"]([\w-]+)['\"]", need)
         if package and extra:
             missing = found.setdefault(extra[1], [])
-            missing += [package[0]] if _normal(package[0]) not in present else []
+            # One may be there several times, for several versions of Python.
+            missing += [package[0]] if _normal(package[0]) not in present and package[0] not in missing else []
     return {extra: tuple(missing) for extra, missing in found.items()}
 
 

@@ -1,7 +1,7 @@
 """ONNX Runtime on the CPU: the backend that always works."""
 
 import contextlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ class _Session:
         self._ort, self._session = ort, session
         self._binding = session.io_binding()
         self._outputs = [output.name for output in session.get_outputs()]
-        self._bound_outputs: set[str] = set()
+        self._bound: dict[str, bool] = {}
         self._kept: dict[str, Any] = {}
 
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
@@ -94,12 +94,12 @@ class _Session:
             self._binding.bind_ortvalue_input(name, self._value(name, value))
         for name, value in outputs.items():
             self._binding.bind_ortvalue_output(name, self._value(name, value))
-            self._bound_outputs.add(name)
+            self._bound[name] = True
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         for name, array in feeds.items():
             self._binding.bind_ortvalue_input(name, self._value(name, array))
-        return run_bound(self._session, self._binding, self._outputs, self._bound_outputs)
+        return run_bound(self._session, self._binding, self._outputs, self._bound)
 
     def _value(self, name: str, value: Any) -> Any:
         array = value.array if isinstance(value, _Buffer) else np.asarray(value, order="C")
@@ -151,15 +151,20 @@ def open_graph(ort: Any, path: Path, variant: Variant, options: Any, providers: 
         ) from e
 
 
-def run_bound(session: Any, binding: Any, outputs: Sequence[str], bound: Collection[str]) -> dict[str, np.ndarray]:
-    """Run what is bound; `outputs` that are not among those `bound` come as new arrays."""
-    free = [name for name in outputs if name not in bound]
+def run_bound(session: Any, binding: Any, outputs: Sequence[str], bound: dict[str, bool]) -> dict[str, np.ndarray]:
+    """Run what is bound; of `outputs` those that the caller has not bound come as new arrays.
+
+    `bound`: the outputs in the order in which they were bound first, which is that of the binding's values, and
+    whether the caller bound them; the others are added here.
+    """
+    free = [name for name in outputs if not bound.get(name)]
     for name in free:
         binding.bind_output(name, "cpu")
+        bound[name] = False
     try:
         session.run_with_iobinding(binding)
     except Exception as e:  # onnxruntime's exceptions share no base class
         pass_on(e)
         raise BackendError(f"ONNX Runtime failed to run the graph: {e}") from e
-    values = dict(zip(outputs, binding.get_outputs(), strict=False)) if free else {}
+    values = dict(zip(bound, binding.get_outputs(), strict=True)) if free else {}
     return {name: values[name].numpy() for name in free}

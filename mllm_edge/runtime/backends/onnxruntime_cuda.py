@@ -1,5 +1,7 @@
 """ONNX Runtime on an NVIDIA GPU: the fused half-precision graphs of target cuda, caches in the GPU's memory."""
 
+import contextlib
+import io
 import math
 import shutil
 from collections.abc import Callable, Mapping
@@ -13,6 +15,7 @@ import numpy as np
 from mllm_edge.errors import BackendError
 from mllm_edge.runtime.backends.cuda import Cuda
 from mllm_edge.runtime.backends.onnxruntime_cpu import import_onnxruntime, open_graph, run_bound
+from mllm_edge.runtime.log import logger
 from mllm_edge.runtime.machine.hardware import read_machine
 from mllm_edge.runtime.machine.nvml import nvidia_gpus
 from mllm_edge.spec import Variant
@@ -50,8 +53,7 @@ class OnnxRuntimeCuda:
         self._ort, self._provider, self._device = import_onnxruntime(_INSTALL), provider, device
         if provider not in self._ort.get_available_providers():
             raise BackendError(f"ONNX Runtime {self._ort.__version__} has no {provider}", _INSTALL)
-        if device == "cuda" and hasattr(self._ort, "preload_dlls"):
-            self._ort.preload_dlls()  # CUDA's libraries may lie in Python packages
+        self._missing = _preload(self._ort) if device == "cuda" else ""
 
     def open(self, path: Path, variant: Variant) -> "_Session":
         """Open a graph; raises BackendError with ONNX Runtime's own reason, or when it cannot use the GPU."""
@@ -59,7 +61,8 @@ class OnnxRuntimeCuda:
         graph = open_graph(self._ort, path, variant, self._ort.SessionOptions(), [(self._provider, options)])
         if self._provider not in graph.get_providers():
             # ONNX Runtime says so on standard error only, and takes the CPU.
-            raise BackendError(f"{path}: ONNX Runtime has {self._provider}, but cannot use it here", _INSTALL)
+            missing = f": {self._missing}" if self._missing else ""
+            raise BackendError(f"{path}: ONNX Runtime has {self._provider}, but cannot use it here{missing}", _INSTALL)
         return _Session(self._ort, graph, self._device)
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> "_Buffer":
@@ -77,6 +80,19 @@ class OnnxRuntimeCuda:
             return Cuda().used_memory
         except BackendError:
             return _told_by_the_driver
+
+
+def _preload(ort: Any) -> str:
+    """Load CUDA's libraries, which may lie in Python packages; the first that does not load, in ONNX Runtime's words.
+    It prints them, and standard output belongs to answers."""
+    if not hasattr(ort, "preload_dlls"):
+        return ""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        ort.preload_dlls()
+    lines = said.getvalue().strip().splitlines()
+    for line in lines:
+        logger.info("ONNX Runtime: %s", line)
+    return lines[0] if lines else ""
 
 
 def _told_by_the_driver() -> int | None:
@@ -134,6 +150,7 @@ class _Session:
         self._outputs = [output.name for output in session.get_outputs()]
         self._changing: dict[str, np.ndarray] = {}
         self._targets: dict[str, Any] = {}
+        self._bound: dict[str, bool] = {}
 
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
         for name, value in inputs.items():
@@ -144,7 +161,8 @@ class _Session:
                     self._changing[name] = value
             self._bind_input(name, value)
         for name, value in outputs.items():
-            self._targets[name] = value
+            self._targets[name] = value  # what is bound stays as long
+            self._bound[name] = True
             if isinstance(value, _Buffer):
                 self._binding.bind_output(name, *self._place(value))
             else:
@@ -155,7 +173,7 @@ class _Session:
             if name not in feeds:
                 self._bind_input(name, value)
         self.bind(feeds, {})
-        return run_bound(self._session, self._binding, self._outputs, self._targets)
+        return run_bound(self._session, self._binding, self._outputs, self._bound)
 
     def _bind_input(self, name: str, value: Any) -> None:
         if isinstance(value, _Buffer):

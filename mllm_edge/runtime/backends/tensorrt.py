@@ -17,7 +17,7 @@ from mllm_edge.runtime.backends.cuda import Cuda, Graph, Memory, Pinned
 from mllm_edge.runtime.backends.cuda_arrays import CudaArray, taken
 from mllm_edge.runtime.backends.installed import MINIMUM
 from mllm_edge.runtime.backends.tensorrt_best import best_outputs
-from mllm_edge.runtime.backends.tensorrt_build import Module, logger, modules
+from mllm_edge.runtime.backends.tensorrt_build import Module, modules
 from mllm_edge.runtime.backends.tensorrt_contexts import Contexts
 from mllm_edge.runtime.backends.tensorrt_engines import (
     StoredEngine,
@@ -30,6 +30,7 @@ from mllm_edge.runtime.backends.tensorrt_engines import (
     plan_segments,
 )
 from mllm_edge.runtime.backends.tensorrt_layers import LayerTimes, Runs, layer_profiler
+from mllm_edge.runtime.backends.tensorrt_log import log_of
 from mllm_edge.runtime.backends.tensorrt_segments import Segment, SegmentedSession
 from mllm_edge.runtime.machine.hardware import read_machine
 from mllm_edge.spec import TensorSpec, Variant, input_of, is_state
@@ -62,6 +63,7 @@ class TensorRT:
         modules(MINIMUM[target])
         self._cuda = Cuda()
         self._layers = layers
+        self._told: set[str] = set()
         # A replayed graph tells no layers' times.
         self._graphs = layers is None and os.environ.get(GRAPHS, "1") != "0"
 
@@ -95,9 +97,14 @@ class TensorRT:
 
     def _opened(self, module: Module, stored: Sequence[StoredEngine]) -> Session | None:
         """None when TensorRT does not take an engine."""
-        engines = [_Engine.open(module, part.path) for part in stored]
+        with log_of(module.trt).listening() as said:
+            engines = [_Engine.open(module, part.path) for part in stored]
+        self._tell(module, said.warnings)
         found = [engine for engine in engines if engine is not None]
         if len(found) < len(stored):
+            if said.out_of_memory:  # another one would not open either
+                what = f"{stored[0].path}: {module.title} has not enough memory to open the engine: {said.last}"
+                raise BackendError(what, "close other programs, or `mllm-edge build` with a smaller --max-seq")
             return None
         work = Memory(self._cuda, max(int(engine.engine.device_memory_size_v2) for engine in found))
         segments = [part.segment for part in stored]
@@ -142,7 +149,16 @@ class TensorRT:
 
         segments = plan_segments(bundle, variant, None, read_machine().memory_free)
         limits, workspace = default_limits(bundle, self._max_seq), build_workspace(self._cuda)
-        return make_engines(bundle, segments, module, self._cuda.capability, limits, workspace, begin, anew)
+        made = make_engines(bundle, segments, module, self._cuda.capability, limits, workspace, begin, anew)
+        self._tell(module, [text for stored in made for text in stored.warnings])
+        return made
+
+    def _tell(self, module: Module, warnings: Sequence[str]) -> None:
+        """Give notice of what TensorRT warns of, once."""
+        for text in warnings:
+            if text not in self._told:
+                self._told.add(text)
+                self._notice(f"{module.title} warns: {text}")
 
 
 @dataclass(frozen=True)
@@ -158,7 +174,7 @@ class _Engine:
     @classmethod
     def open(cls, module: Module, path: Path) -> "_Engine | None":
         """None when TensorRT does not take it."""
-        log = logger(module.trt)
+        log = log_of(module.trt)
         runtime = module.trt.Runtime(log)
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             engine = runtime.deserialize_cuda_engine(data)
@@ -236,6 +252,7 @@ class _Session:
         self._targets: dict[str, Any] = {}
         self._memory: dict[str, Memory] = {}
         self._pinned: dict[str, Pinned] = {}
+        self._nothing: Memory | None = None
 
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
         self._fed.update({name: self._checked(name, value) for name, value in inputs.items()})
@@ -250,7 +267,7 @@ class _Session:
         missing = [name for name in self._inputs if name not in self._fed]
         if missing:
             raise BackendError(f"{self._variant.file}: input {missing[0]} was not given")
-        values = {name: self._widened(name, value) for name, value in self._fed.items()}
+        values = self._behind({name: self._widened(name, value) for name, value in self._fed.items()})
         read = getattr(values.get(self._turning), "address", 0)
         if read != self._read:
             self._turn, self._read = 1 - self._turn, read
@@ -281,6 +298,20 @@ class _Session:
         length = value.shape[-1]
         span = min(-(-length // _SPAN) * _SPAN, self._span)
         return np.pad(value, [(0, 0)] * 3 + [(0, max(0, span - length))], constant_values=HIDDEN)
+
+    def _behind(self, values: dict[str, Any]) -> dict[str, Any]:
+        """With a hidden row of zeros in the place of an empty past: nobody promises that kernels take one."""
+        empty = [name for name, value in values.items() if is_state(name, "growing") and 0 in value.shape]
+        for name in empty:
+            past, nbytes = values[name], math.prod(values[name].shape[2:]) * values[name].dtype.itemsize
+            if self._nothing is None or self._nothing.nbytes < nbytes:
+                self._nothing = Memory(self._cuda, nbytes)
+                self._cuda.clear(self._nothing.address, nbytes)
+            shape = (1, 1, *past.shape[2:])
+            values[name] = CudaArray(self._cuda, self._nothing, self._nothing.address, shape, past.dtype)
+        for name in [name for name in values if name.startswith("attention_bias") and empty]:
+            values[name] = np.pad(values[name], [(0, 0)] * 3 + [(1, 0)], constant_values=HIDDEN)
+        return values
 
     def _context(self, shapes: Mapping[str, tuple[int, ...]]) -> "_Context":
         """The context of the last profile that takes these shapes: the narrower one, made for decoding."""

@@ -1,5 +1,6 @@
 """Engines from graphs, with TensorRT or TensorRT for RTX; the latter builds ahead of time, and needs no GPU."""
 
+import contextlib
 import importlib
 import threading
 import time
@@ -12,8 +13,10 @@ from typing import Any
 from mllm_edge.errors import BackendError
 from mllm_edge.files import write_whole
 from mllm_edge.install import install_hint
+from mllm_edge.runtime.backends.cuda import gpu_model
 from mllm_edge.runtime.backends.installed import engines, version_numbers
 from mllm_edge.runtime.backends.tensorrt_best import add_best
+from mllm_edge.runtime.backends.tensorrt_log import Said, log_of
 from mllm_edge.runtime.onnx_file.dimensions import fix_dimensions
 
 __all__ = [
@@ -26,12 +29,10 @@ __all__ = [
     "build",
     "check_network",
     "inspect_network",
-    "logger",
     "modules",
 ]
 
 _TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT for RTX"}
-_OUT_OF_MEMORY = ("out of memory", "outofmemory", "insufficient memory", "bad_alloc", "memory allocation", "gpu memory")
 _SMALLER = "a smaller --max-seq, --max-images or --max-batch, or a bundle of `mllm-edge export --recipe int4`"
 
 Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -40,11 +41,13 @@ Sizes = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Module:
-    """TensorRT or TensorRT for RTX: `name` tensorrt or tensorrt_rtx, as in `Variant.minimum`."""
+    """TensorRT or TensorRT for RTX: `name` tensorrt or tensorrt_rtx, as in `Variant.minimum`. `gpu`: the model that its
+    engines are for; "" where they are for all GPUs with a compute capability."""
 
     name: str
     version: str
     trt: Any
+    gpu: str = ""
 
     @property
     def title(self) -> str:
@@ -95,10 +98,11 @@ class NetworkReport:
 
 @dataclass(frozen=True)
 class Engine:
-    """A serialized engine, where TensorRT put it, and the seconds it took."""
+    """A serialized engine, where TensorRT put it, the seconds it took, and what TensorRT warned of."""
 
     data: memoryview
     seconds: float
+    warnings: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -169,7 +173,8 @@ def modules(minimum: Mapping[str, str]) -> list[Module]:
         if engine is None or engine.problem or name not in minimum:
             continue
         if version_numbers(engine.version) >= version_numbers(minimum[name]):
-            found.append(Module(name, engine.version, importlib.import_module(engine.module)))
+            gpu = gpu_model() if name == "tensorrt" else ""
+            found.append(Module(name, engine.version, importlib.import_module(engine.module), gpu))
     if not found:
         wanted = " or ".join(f"{_TITLES[name]} ≥ {minimum[name]}" for name in _TITLES if name in minimum)
         here = [f"{_TITLES[n]} {e.problem or e.version}" for n, e in installed.items() if n in _TITLES]
@@ -192,9 +197,20 @@ def build(
     A profile maps each input with a dynamic shape to its smallest, usual and largest shape. Raises BackendError when
     the graph is refused, a capability unknown, a profile incomplete or memory too small.
     """
-    options = options or Options()
-    parsed = _Parsed(path, module or _rtx(), options.sizes, options.graph)
-    module, trt = parsed.module, parsed.module.trt
+    module = module or _rtx()
+    with log_of(module.trt).listening() as said:
+        return _build(path, profiles, capabilities, module, options or Options(), said)
+
+
+def _build(
+    path: Path,
+    profiles: Sequence[Mapping[str, Range]],
+    capabilities: Sequence[str],
+    module: Module,
+    options: Options,
+    said: Said,
+) -> Engine:
+    parsed, trt = _Parsed(path, module, options.sizes, options.graph), module.trt
     if options.cache_updates is not None:
         _check(path, _report(parsed), options.cache_updates)
     if options.top_logits:
@@ -210,50 +226,61 @@ def build(
     if options.workspace:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
     monitor = config.progress_monitor = _monitor(trt, options.progress) if options.progress else None
-    timings = _timings(config, options.timing_cache)
+    if options.timing_cache is not None:
+        _start_from(config, options.timing_cache)
     begin = time.perf_counter()
     try:
         data = parsed.builder.build_serialized_network(parsed.network, config)
     except MemoryError:
         data = None
-        parsed.log.errors.append(_OUT_OF_MEMORY[0])
+        said.add("errors", "out of memory")
     if monitor is not None and monitor.stopped is not None:
         raise monitor.stopped
     if data is None:
-        raise _no_engine(path, parsed, options.segments)
-    if timings is not None and options.timing_cache is not None:
-        write_whole(options.timing_cache, bytes(config.get_timing_cache().serialize()), durable=False)
+        raise _no_engine(path, module, said, options.segments)
+    if options.timing_cache is not None:
+        _keep_timings(config, options.timing_cache)
     # Not copied: an engine is as large as its weights, of which the network still holds one copy.
-    return Engine(memoryview(data), time.perf_counter() - begin)
+    return Engine(memoryview(data), time.perf_counter() - begin, tuple(said.warnings))
 
 
-def _no_engine(path: Path, parsed: "_Parsed", segments: int) -> BackendError:
-    errors = parsed.log.errors or ["it does not say why"]
-    if any(word in line.lower() for line in errors for word in _OUT_OF_MEMORY):
-        what = f"{path}: {parsed.module.title} has not enough memory to build the engine: {errors[-1]}"
+def _no_engine(path: Path, module: Module, said: Said, segments: int) -> BackendError:
+    if said.out_of_memory:
+        what = f"{path}: {module.title} has not enough memory to build the engine: {said.last}"
         fewer = f"--segments {segments}, " if segments else ""
         return BackendError(what, f"close other programs, or use {fewer}{_SMALLER}")
-    return BackendError(f"{path}: {parsed.module.title} built no engine: {errors[-1]}")
+    return BackendError(f"{path}: {module.title} built no engine: {said.last}")
 
 
-def _timings(config: Any, path: Path | None) -> Any:
-    """The timings of an earlier build, where there are any that fit."""
-    if path is None:
-        return None
-    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
-    config.set_timing_cache(cache, False)
-    return cache
+def _start_from(config: Any, path: Path) -> None:
+    """Take the timings of an earlier build, or begin anew where TensorRT refuses them: another device's or driver's,
+    or damaged ones."""
+    known = b""
+    with contextlib.suppress(OSError):
+        known = path.read_bytes()
+    for data in dict.fromkeys((known, b"")):
+        cache = config.create_timing_cache(data)
+        if cache is not None and config.set_timing_cache(cache, False):
+            return
+
+
+def _keep_timings(config: Any, path: Path) -> None:
+    """They only save time: an engine that is built does not fail for them."""
+    cache = config.get_timing_cache()
+    if cache is not None:
+        with contextlib.suppress(OSError):
+            write_whole(path, bytes(cache.serialize()), durable=False)
 
 
 class _Parsed:
-    """A graph in TensorRT's hands; the logger must outlive everything made with it."""
+    """A graph in TensorRT's hands."""
 
     def __init__(self, path: Path, module: Module, sizes: Mapping[str, int] | None = None, graph: bytes | None = None):
         self.module, trt = module, module.trt
-        self.log = logger(trt)
-        self.builder = trt.Builder(self.log)
+        log = log_of(trt)
+        self.builder = trt.Builder(log)
         self.network = self.builder.create_network(_network_flags(module))
-        self.parser = trt.OnnxParser(self.network, self.log)
+        self.parser = trt.OnnxParser(self.network, log)
         if not self._parse(path, sizes, graph):
             reasons = [self.parser.get_error(i).desc() for i in range(self.parser.num_errors)]
             raise BackendError(f"{path}: {module.title} does not parse it: {'; '.join(reasons)}")
@@ -286,22 +313,6 @@ def _network_flags(module: Module) -> int:
     if module.name == "tensorrt" and version_numbers(module.version) < (11,):
         return 1 << int(module.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     return 0
-
-
-def logger(trt: Any) -> Any:
-    """A logger that keeps TensorRT's latest `errors` and prints nothing."""
-
-    class Log(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            # Without a GPU, TensorRT for RTX complains about the missing driver at every turn.
-            if severity <= trt.ILogger.Severity.ERROR and "driver version is insufficient" not in message:
-                self.errors = [*self.errors[-9:], message]
-
-    return Log()
 
 
 def _monitor(trt: Any, progress: Callable[[float], None]) -> Any:

@@ -1,28 +1,29 @@
 """Engines of a bundle: which shapes they take, under which names they lie in `engines/`, when one is good.
 
-An engine's file says which component, target, GPU and TensorRT it is for, and the hash of the graph and its weights;
-a JSON file beside it holds its limits and its own hash. What does not match is never opened. A decoder has one engine,
-or one for each of its segments.
+An engine's file says which component, target, GPU and TensorRT it is for, and the hash of the graph and its weights; a
+JSON file beside it holds its limits and hashes (`engine_facts.py`). What does not match is never opened. A decoder has
+one engine, or one for each of its segments.
 """
 
+import contextlib
 import hashlib
-import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from mllm_edge.bundle import Bundle, sha256
+from mllm_edge.bundle import Bundle
 from mllm_edge.errors import BackendError, WriteError
-from mllm_edge.files import writing_whole
 from mllm_edge.install import install_hint
 from mllm_edge.runtime.backends.cuda import Cuda
+from mllm_edge.runtime.backends.engine_facts import FOLDER, facts_file, known_limits, write_engine
 from mllm_edge.runtime.backends.installed import MINIMUM
 from mllm_edge.runtime.backends.tensorrt_build import Module, Options, Range, Sizes, build, modules
 from mllm_edge.runtime.backends.tensorrt_segments import Segment, divisions, whole
 from mllm_edge.runtime.limits import MOST_ROWS, PREFILL_CHUNK
+from mllm_edge.runtime.machine.hardware import read_machine
 from mllm_edge.spec import SymbolRange, Variant, is_state
 
 __all__ = [
@@ -42,7 +43,6 @@ __all__ = [
     "usable",
 ]
 
-FOLDER = "engines"
 # Caches have a multiple of so many places: every sequence of a batch begins where TensorRT takes an address.
 _PLACES = 64
 # A longest sequence that no one asked for: longer ones cost memory from the start.
@@ -77,8 +77,10 @@ class Limits:
 
     def ranges(self, variant: Variant, decode: bool = False) -> dict[str, Sizes]:
         """Symbol → its least, usual and largest size, in a decoder's prefill or decode steps."""
-        new, ranges = _DECODE if decode else PREFILL_CHUNK, variant.ranges
-        bounds = asdict(self) | {"max_past": self.max_seq - 1, "max_new": min(new, self.max_seq)}
+        new, ranges = min(_DECODE if decode else PREFILL_CHUNK, self.max_seq), variant.ranges
+        # A long run begins where it ends within the context: memory for scores is that of the longest one's.
+        past = self.max_seq if decode else min(self.max_seq, max(_PLACES, self.max_seq - new))
+        bounds = asdict(self) | {"max_past": past, "max_new": new}
         found = {symbol: _sizes(r, bounds, decode) for symbol, r in ranges.items() if not r.sum_of}
         sums = {symbol: [found[part] for part in r.sum_of] for symbol, r in ranges.items() if r.sum_of}
         for symbol, parts in sums.items():
@@ -89,12 +91,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class StoredEngine:
-    """An engine in its file, what it runs, and the seconds it took to build; 0 when it was there."""
+    """An engine in its file, what it runs, the seconds it took to build (0 when it was there), and what TensorRT warned
+    of then."""
 
     path: Path
     limits: Limits
     segment: Segment
     seconds: float = 0.0
+    warnings: tuple[str, ...] = ()
 
 
 def default_limits(bundle: Bundle, max_seq: int | None = None, max_images: int = 4, max_batch: int = 1) -> Limits:
@@ -141,7 +145,9 @@ def _most(segments: Sequence[Segment]) -> int:
 
 def build_workspace(cuda: Cuda) -> int:
     """Bytes that kernels may work in: half of what is free, for weights and caches want the rest."""
-    return cuda.free_memory() // 2
+    machine = read_machine()
+    # Where the processor's memory is the GPU's, CUDA leaves out what the system holds of files and would give back.
+    return max(cuda.free_memory(), machine.memory_free if machine.unified else 0) // 2
 
 
 def builders(minimum: Mapping[str, str], device: str, here: str) -> list[Module]:
@@ -192,13 +198,11 @@ def find_engine(
     """The engine of a segment, or of the whole, for a GPU ("sm86"), None when there is none or it is damaged or
     another's."""
     segment = segment or whole(bundle, variant)
-    path, identity = _path(bundle, segment, module, device), _identity(bundle, segment, module, device)
+    path = _path(bundle, segment, module, device)
+    limits = known_limits(path, _identity(bundle, segment, module, device))
     try:
-        facts = json.loads(_facts(path).read_text(encoding="utf-8"))
-        good = facts["identity"] == identity and facts["sha256"] == sha256(path)
-        limits = {"max_rows": _UNTOLD_ROWS, **facts["limits"]}
-        return StoredEngine(path, Limits(**limits), segment) if good else None
-    except (OSError, ValueError, KeyError, TypeError):
+        return None if limits is None else StoredEngine(path, Limits(**{"max_rows": _UNTOLD_ROWS, **limits}), segment)
+    except TypeError:  # limits of another version
         return None
 
 
@@ -226,18 +230,23 @@ def make_engines(
     """Build one engine after the other, but (unless `anew`) those that are there with the same limits; engines for the
     same graph and GPU that divide it otherwise are removed in the end.
 
-    `begin(segment)` is told before a build, and returns whom to tell its progress. Raises as `make_engine`; engines
-    that are done stay.
+    `begin(segment)` is told before a build, and returns whom to tell its progress. Raises as `make_engine`, and
+    BundleError for damaged weights; engines that are done stay.
     """
-    found = []
-    for segment in segments:
+
+    def kept(segment: Segment) -> StoredEngine | None:
         stored = None if anew else find_engine(bundle, segment.variant, module, device, segment)
-        if stored is None or stored.limits != limits:
-            progress = begin(segment)
-            stored = make_engine(bundle, segment.variant, module, device, limits, workspace, progress, segment)
-        found.append(stored)
-    _remove_others(bundle, found, module, device)
-    return found
+        return stored if stored is not None and stored.limits == limits else None
+
+    found = [kept(segment) for segment in segments]
+    if not all(found):
+        _check_files(bundle, segments[0].variant)
+    made = [
+        stored or make_engine(bundle, segment.variant, module, device, limits, workspace, begin(segment), segment)
+        for segment, stored in zip(segments, found, strict=True)
+    ]
+    _remove_others(bundle, made, module, device)
+    return made
 
 
 def make_engine(
@@ -268,13 +277,16 @@ def make_engine(
     file = bundle.listed(variant.file)
     with _writing(path.parent):
         engine = build(file.with_stem(f"{file.stem}{segment.suffix}"), profiles, capabilities, module, options)
-    digest = hashlib.sha256(engine.data).hexdigest()
-    facts = {"identity": _identity(bundle, segment, module, device), "limits": asdict(limits), "sha256": digest}
     with _writing(path.parent):
-        _facts(path).unlink(missing_ok=True)
-        _write(path, engine.data)
-        _write(_facts(path), json.dumps(facts, indent=1).encode())
-    return StoredEngine(path, limits, segment, time.perf_counter() - start)
+        write_engine(path, engine.data, _identity(bundle, segment, module, device), asdict(limits))
+    return StoredEngine(path, limits, segment, time.perf_counter() - start, engine.warnings)
+
+
+def _check_files(bundle: Bundle, variant: Variant) -> None:
+    """Graph and weights against their checksums: an engine of damaged ones would be taken from then on."""
+    for name in bundle.manifest.files:
+        if name.startswith(variant.file):
+            bundle.check(name)
 
 
 def _profiles(variant: Variant, limits: Limits) -> list[dict[str, Range]]:
@@ -311,7 +323,9 @@ def _identity(bundle: Bundle, segment: Segment, module: Module, device: str) -> 
     names = [name for name in (segment.variant.file, f"{segment.variant.file}.data") if name in files]
     graph = hashlib.sha256("".join(files[name].sha256 for name in names).encode()).hexdigest()
     part = {} if segment.graph is None else {"segment": hashlib.sha256(segment.graph).hexdigest()}
-    return {"graph": graph, "module": module.name, "version": module.version, "device": device} | part
+    # TensorRT's own engines are for one model of GPU, whatever others have its compute capability.
+    gpu = {"gpu": module.gpu} if module.gpu else {}
+    return {"graph": graph, "module": module.name, "version": module.version, "device": device} | gpu | part
 
 
 def _path(bundle: Bundle, segment: Segment, module: Module, device: str) -> Path:
@@ -338,19 +352,17 @@ def _remove_others(bundle: Bundle, engines: Sequence[StoredEngine], module: Modu
     others = {_path(bundle, whole(bundle, variant), module, device), *_segment_paths(bundle, variant, module, device)}
     for path in others - kept:
         with _writing(path.parent):
-            for file in (_facts(path), path, path.with_name(f"{path.name}.cache")):
+            for file in (facts_file(path), path, path.with_name(f"{path.name}.cache")):
                 file.unlink(missing_ok=True)
 
 
 def _engine_of(module: Module) -> str:
-    return f"{'rtx' if module.builds_ahead else 'trt'}{module.version}"
+    """In names of files."""
+    gpu = "-".join(re.findall(r"[a-z0-9]+", module.gpu.lower().replace("multiprocessors", "")))
+    return "-".join(filter(None, (f"{'rtx' if module.builds_ahead else 'trt'}{module.version}", gpu)))
 
 
-def _facts(path: Path) -> Path:
-    return path.with_name(f"{path.name}.json")
-
-
-@contextmanager
+@contextlib.contextmanager
 def _writing(folder: Path) -> Iterator[None]:
     fix = "make the bundle's folder writable, free space there, or copy the bundle"
     try:
@@ -359,9 +371,3 @@ def _writing(folder: Path) -> Iterator[None]:
         raise BackendError(f"{folder}: engines cannot be stored here: {e.message}", fix) from e
     except OSError as e:
         raise BackendError(f"{folder}: engines cannot be stored here: {e.strerror}", fix) from e
-
-
-def _write(path: Path, data: bytes | memoryview) -> None:
-    """Whole or not at all."""
-    with writing_whole(path, len(data)) as f:
-        f.write(data)

@@ -38,7 +38,8 @@ class Decoder:
     """Steps sequences through a decoder graph of any dialect; what the dialect wants to know is the contract's part.
 
     `table`: the array that `PositionSpec.table` names. `rows`: how many rows a step that checks guesses may ask for;
-    `top`: how many of the largest logits of a row the session finds itself. Single-token steps of one sequence reuse
+    `top`: how many of the largest logits of a row the session finds itself; `deepest`: how many tokens may be behind a
+    run of more than MOST_ROWS, None: any number. Single-token steps of one sequence reuse
     the same bound arrays: a step writes into them and runs.
     """
 
@@ -64,6 +65,7 @@ class Decoder:
         self._viewer: int | None = 0
         self.top = self._logits.top
         self.rows = min(MOST_ROWS, session.limits.get("rows", MOST_ROWS))
+        self.deepest = session.limits.get("past")
         self.cache: Cache | None = None
 
     def start(self, prompt: Encoded, room: int = 0) -> Cache:

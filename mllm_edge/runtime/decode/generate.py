@@ -9,19 +9,22 @@ from mllm_edge.runtime.decode.decoder import Decoder
 from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.decode.sampling import Sampler
 from mllm_edge.runtime.decode.speculation import Guesser, check_speculation
-from mllm_edge.runtime.limits import PREFILL_CHUNK
+from mllm_edge.runtime.limits import MOST_ROWS, PREFILL_CHUNK
 from mllm_edge.runtime.prompt.embedder import Embedder
 from mllm_edge.runtime.trace import Trace
 
 __all__ = ["chunks", "generate"]
 
 
-def chunks(tokens: int, size: int, spans: np.ndarray | None = None) -> Iterator[slice]:
+def chunks(tokens: int, size: int, spans: np.ndarray | None = None, deepest: int | None = None) -> Iterator[slice]:
     """Consecutive pieces of a prompt, of `size` tokens at most unless a span is larger: what sees each other in both
-    directions must come at once."""
+    directions must come at once. `deepest`: the last place where a piece of more than MOST_ROWS tokens may begin."""
     start = 0
     while start < tokens:
         end = min(start + size, tokens)
+        if deepest is not None and start + (tokens - 1 - start) // size * size > deepest:
+            # The last piece would begin too far behind: a shorter one comes first, or there are short ones only.
+            end = start + ((tokens - start) % size or size) if start <= deepest else min(start + MOST_ROWS, tokens)
         if spans is not None and end < tokens:
             end = _whole_spans(spans, start, end)
         yield slice(start, end)
@@ -65,7 +68,8 @@ def generate(
         # Where the sampler needs no more of them than the session finds, the logits stay on the device.
         top_suffices = sampler.needs is not None and sampler.needs < decoder.top
         length = cache.length + len(prompt) if prompt.end is None else prompt.end
-        for piece in chunks(len(prompt), PREFILL_CHUNK, prompt.spans):
+        deepest = None if decoder.deepest is None else decoder.deepest - cache.length
+        for piece in chunks(len(prompt), PREFILL_CHUNK, prompt.spans, deepest):
             part = prompt.piece(piece)
             rows = decoder.top_logits(part, length) if top_suffices else [decoder.forward(part, length)]
     produced, guess = 0, list[int]()
