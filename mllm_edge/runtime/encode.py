@@ -12,7 +12,7 @@ from mllm_edge.runtime.prompt.tables import table_inputs
 from mllm_edge.runtime.trace import Trace
 from mllm_edge.spec import CROSS_BIAS, CROSS_ROWS, ImageSpec, ModelSpec, Stage, is_cross
 
-__all__ = ["FEATURES", "Components", "encoded"]
+__all__ = ["FEATURES", "Components", "encoded", "stage_runs"]
 
 FEATURES = "image_features"
 _DEEPSTACK = "deepstack."
@@ -53,7 +53,7 @@ class Components:
         return found
 
 
-def _stage_runs(
+def stage_runs(
     components: Components, prompt: Prompt, arrays: Mapping[str, np.ndarray], trace: Trace
 ) -> Iterator[dict[str, Arrays]]:
     """The outputs of each run that the images of a prompt take, by component; `arrays` as for `encoded`."""
@@ -82,7 +82,7 @@ def encoded(
     """All that a prompt is to the decoder. `embed`: ids [S] → rows [S, H]; `arrays`: the bundle's that
     `ImageSpec.arrays` names; `each` gets the outputs of each run of the stages, by component."""
     parts, cross = dict[str, list[np.ndarray]](), Arrays()
-    for run in _stage_runs(components, prompt, arrays, trace):
+    for run in stage_runs(components, prompt, arrays, trace):
         each(run)
         for outputs in run.values():
             for name, array in outputs.items():

@@ -276,7 +276,7 @@ def test_the_first_idefics3(tmp_path: Path) -> None:
     """Its vocabulary holds three markers; the words for the whole image and for rows are plain text."""
     from transformers import PreTrainedTokenizerFast
 
-    core = tiny._byte_tokenizer("<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>")
+    core = tiny.byte_tokenizer("<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<|im_start|>", eos_token="<end_of_utterance>", pad_token="<|im_start|>"
     )

@@ -21,7 +21,7 @@ from mllm_edge.export.family import family_for, open_weights, understand
 from mllm_edge.export.pipeline import export
 from mllm_edge.runtime.budget import image_cost
 from mllm_edge.runtime.profiling.memory import predict_images
-from mllm_edge.runtime.profiling.shapes import image_runs, layouts_of
+from mllm_edge.runtime.profiling.shapes import layouts_of, stage_runs
 from mllm_edge.runtime.prompt.layout import layout_of
 from mllm_edge.runtime.prompt.tables import table_inputs
 from mllm_edge.spec import ImageSpec
@@ -203,7 +203,9 @@ def test_cost_and_predictions_follow_the_grids(plain: Exported) -> None:
     assert image is not None
     layouts = layouts_of(image, [(190, 60), (60, 30)])  # (width, height)
     variants = {name: bundle.variant(name, "cpu") for name in bundle.manifest.components}
-    assert image_runs(model, variants, layouts) == [({"cells": n}, 1) for n in (16, 16, 16, 14, 8)]
+    for stage in model.stages:
+        runs = stage_runs(model, stage, variants, layouts)
+        assert runs == [({"cells": n}, 1) for n in (16, 16, 16, 14, 8)]
     assert predict_images(bundle, layouts, [(190, 60), (60, 30)]) == 3 * (190 * 60 + 60 * 30) + 4 * 70 * 4 * 192
     cost = image_cost(bundle, (60, 190))
     assert (cost.tiles, cost.grid, cost.image_tokens) == (4, (1, 3), 62)
