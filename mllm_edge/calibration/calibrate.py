@@ -35,7 +35,7 @@ _ROWS = ("inputs_embeds", "logits_indices")
 # One of so many runs is held apart, but not many more than `_ENOUGH`; of fewer than `_FEWEST` none.
 _HELD, _ENOUGH, _FEWEST = 5, 24, 4
 # Of what a layer's weights are fitted to, for each of its columns.
-_ROWS_PER_COLUMN = 16
+_ROWS_PER_COLUMN, _LEAST_RUNS = 24, 64
 _LOOKED_AT = 8  # runs, for the number of their rows
 # The values between pieces: of the float model, and of one whose earlier pieces are rounded.
 _EXACT, _ROUNDED = "exact", "rounded"
@@ -64,7 +64,7 @@ def calibrate(
     findings = Findings(folder / "layers")
     folder.mkdir(parents=True, exist_ok=True)
     groups = {layer.name: group for group in find_groups(find_layers(model.graph)) for layer in group.layers}
-    if variant.kv_mode is None and not any(precision(name).rounds_inputs for name in groups):
+    if variant.kv_mode is None:
         feeds = feeds.spread(_enough(feeds, variant, max((group.width for group in groups.values()), default=1)))
     sequential = sequential and any("gptq" in precision(name).method for name in groups)
     segments = cut(model.graph, 0 if sequential else SEGMENT_BYTES)
@@ -92,13 +92,13 @@ def calibrate(
 
 
 def _enough(feeds: Feeds, variant: Variant, widest: int) -> int:
-    """How many runs of a component that sees images give enough rows to fit its widest layer. Not for ranges of inputs,
-    whose extremes any run may have, nor for a decoder, whose rows are as different as what is asked."""
+    """How many runs of a component that sees images give enough rows to fit its widest layer. (A decoder's rows are as
+    different as what is asked: of those none is too many.)"""
     name, shape = variant.inputs[0].name, variant.outputs[0].shape
     per_slice = math.prod(size for size in shape[1:-1] if isinstance(size, int))
     some = [feeds.read(i * len(feeds) // _LOOKED_AT, [name])[name] for i in range(_LOOKED_AT)] if len(feeds) else []
     rows = min((len(pixels) for pixels in some), default=1) * per_slice
-    return -(-_ROWS_PER_COLUMN * widest // max(rows, 1))
+    return max(_LEAST_RUNS, -(-_ROWS_PER_COLUMN * widest // max(rows, 1)))
 
 
 def _caches(graph: ir.Graph, segment: Segment) -> list[str]:
