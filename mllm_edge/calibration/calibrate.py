@@ -17,7 +17,7 @@ from mllm_edge.calibration.collect import Feeds
 from mllm_edge.calibration.decide import Decision
 from mllm_edge.calibration.findings import Findings, is_whole
 from mllm_edge.calibration.int8_cache import largest, rotated
-from mllm_edge.calibration.linears import Group, find_groups, find_layers
+from mllm_edge.calibration.linears import Group, Layer, find_groups, find_layers
 from mllm_edge.calibration.passing import PassingReader, PassingWriter
 from mllm_edge.calibration.segments import Segment, cut, extract
 from mllm_edge.calibration.statistics import HELD_BYTES, InputStatistics
@@ -36,6 +36,7 @@ _ROWS = ("inputs_embeds", "logits_indices")
 _HELD, _ENOUGH, _FEWEST = 5, 24, 4
 # Of what a layer's weights are fitted to, for each of its columns.
 _ROWS_PER_COLUMN, _LEAST_RUNS = 24, 64
+_CHEAP = 1e12  # products in a pass over all runs: some ten seconds on two cores
 _LOOKED_AT = 8  # runs, for the number of their rows
 # The values between pieces: of the float model, and of one whose earlier pieces are rounded.
 _EXACT, _ROUNDED = "exact", "rounded"
@@ -65,7 +66,9 @@ def calibrate(
     folder.mkdir(parents=True, exist_ok=True)
     groups = {layer.name: group for group in find_groups(find_layers(model.graph)) for layer in group.layers}
     if variant.kv_mode is None:
-        feeds = feeds.spread(_enough(feeds, variant, max((group.width for group in groups.values()), default=1)))
+        feeds = feeds.spread(
+            _enough(feeds, variant, [layer for group in set(groups.values()) for layer in group.layers])
+        )
     sequential = sequential and any("gptq" in precision(name).method for name in groups)
     segments = cut(model.graph, 0 if sequential else SEGMENT_BYTES)
     state = _State(model, folder, feeds, graph_file, variant, backend, progress, sequential)
@@ -91,14 +94,15 @@ def calibrate(
     return findings
 
 
-def _enough(feeds: Feeds, variant: Variant, widest: int) -> int:
-    """How many runs of a component that sees images give enough rows to fit its widest layer. (A decoder's rows are as
-    different as what is asked: of those none is too many.)"""
+def _enough(feeds: Feeds, variant: Variant, layers: Sequence[Layer]) -> int:
+    """How many runs of a component that sees images give enough rows to fit its widest layer, or more where they cost
+    little. (A decoder's rows are as different as what is asked: of those none is too many.)"""
     name, shape = variant.inputs[0].name, variant.outputs[0].shape
     per_slice = math.prod(size for size in shape[1:-1] if isinstance(size, int))
     some = [feeds.read(i * len(feeds) // _LOOKED_AT, [name])[name] for i in range(_LOOKED_AT)] if len(feeds) else []
     rows = min((len(pixels) for pixels in some), default=1) * per_slice
-    return max(_LEAST_RUNS, -(-_ROWS_PER_COLUMN * widest // max(rows, 1)))
+    widest, weights = max((layer.shape[1] for layer in layers), default=1), sum(math.prod(a.shape) for a in layers)
+    return max(_LEAST_RUNS, -(-_ROWS_PER_COLUMN * widest // rows), int(_CHEAP / max(weights * rows, 1)))
 
 
 def _caches(graph: ir.Graph, segment: Segment) -> list[str]:
