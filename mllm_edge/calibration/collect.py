@@ -26,7 +26,6 @@ __all__ = [
     "is_recorded",
     "mark_recorded",
     "record",
-    "recorded_answers",
 ]
 
 _ANSWER_TOKENS = 64
@@ -34,7 +33,6 @@ _TOGETHER = 8  # samples that are asked before what they were fed is written
 _CACHE_BYTES = 128 << 20  # of the decoder, while it answers several
 _SHAPES = "state"  # of a decoder's state, in a file of what it was fed
 _KEPT_BYTES = 64 << 20  # of what a component was fed
-_ANSWERS = "answers.npz"
 
 
 class Feeds:
@@ -84,29 +82,21 @@ def record(
     folder: Path,
     progress: Callable[[int], None] = lambda samples: None,
 ) -> None:
-    """Run the samples and leave each component's inputs in `folder`/{component}, and the answers, see
-    `recorded_answers`. `progress(1)` after each sample.
+    """Run the samples and leave each component's inputs in `folder`/{component}; `progress(1)` after each sample.
 
     The decoder sees the prompt and the answer in one piece, from an empty cache; where a sample has no answer, the
     model's own greedy one. Raises DataError naming the sample that cannot be used.
     """
-    recorder, said = _Recorder(backend, bundle, folder), list[np.ndarray]()
+    recorder = _Recorder(backend, bundle, folder)
     with VLM(bundle, recorder) as vlm:
         for start in range(0, len(samples), _TOGETHER):
             recorder.decoder = False
             asked = [_ask(vlm, sample) for sample in samples[start : start + _TOGETHER]]
             answers = _answers(vlm, asked)
-            recorder.decoder, said = True, said + answers
+            recorder.decoder = True
             for one, answer in zip(asked, answers, strict=True):
                 _write(vlm, one, answer)
                 progress(1)
-    save_arrays(folder / _ANSWERS, {f"{i:06d}": answer for i, answer in enumerate(said)}, durable=False)
-
-
-def recorded_answers(folder: Path) -> list[np.ndarray]:
-    """The ids [n] of each sample's answer, as `record` left them in `folder`: the one it has, or the model's own."""
-    with np.load(folder / _ANSWERS) as data:
-        return [data[name] for name in sorted(data)]
 
 
 def mark_recorded(note: Path, folder: Path) -> None:
@@ -120,7 +110,7 @@ def is_recorded(note: Path, folder: Path) -> bool:
     """Whether `note` says that all samples are recorded in `folder`, and all of that is there and can be read."""
     try:
         names = json.loads(note.read_text(encoding="utf-8"))
-        return _ANSWERS in names and all(is_whole(folder / name) for name in names)
+        return all(is_whole(folder / name) for name in names)
     except (OSError, ValueError, TypeError):
         return False
 

@@ -16,9 +16,9 @@ from mllm_edge.json_form import to_json
 from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.vlm import VLM
 
-__all__ = ["Distance", "Proof", "led_tokens", "prove"]
+__all__ = ["LED_TOKENS", "Distance", "Proof", "led_tokens", "prove"]
 
-_TOKENS = 32
+LED_TOKENS = 32  # of an answer along which bundles are compared
 _POSITIONS = 8  # of the answer that are reported one by one
 
 
@@ -87,13 +87,13 @@ def prove(
 
 
 def led_tokens(
-    vlm: VLM, samples: Sequence[Sample], prompts: Sequence[Encoded], known: Sequence[np.ndarray] | None = None
+    vlm: VLM, samples: Sequence[Sample], prompts: Sequence[Encoded]
 ) -> list[np.ndarray]:
     """The tokens [n] along which bundles are compared: each sample's answer or, where it has none, the greedy one of
-    the float bundle opened as `vlm`; `known` are all of them, if they are."""
-    answers = [answer_tokens(vlm, sample) for sample in samples] if known is None else known
+    the float bundle opened as `vlm`."""
+    answers = [answer_tokens(vlm, sample) for sample in samples]
     asked = [i for i, answer in enumerate(answers) if answer is None]
-    together = answered_together(vlm, [prompts[i] for i in asked], _TOKENS)
+    together = answered_together(vlm, [prompts[i] for i in asked], LED_TOKENS)
     greedy = {asked[n]: answer for n, answer in together.items()}
     led = []
     for i, (answer, prompt) in enumerate(zip(answers, prompts, strict=True)):
@@ -103,7 +103,7 @@ def led_tokens(
 
 
 def _most(vlm: VLM, prompt: Encoded) -> int:
-    return min(_TOKENS, vlm.context_length - len(prompt))
+    return min(LED_TOKENS, vlm.context_length - len(prompt))
 
 
 def _pair(a: VLM, b: VLM, sample: Sample) -> tuple[_Run, _Run, np.ndarray | None]:

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from mllm_edge.bundle import Bundle, file_entries, write_manifest
 from mllm_edge.calibration.bits import fits, measured, told
 from mllm_edge.calibration.calibrate import calibrate
-from mllm_edge.calibration.collect import Feeds, is_recorded, mark_recorded, record, recorded_answers
+from mllm_edge.calibration.collect import Feeds, is_recorded, mark_recorded, record
 from mllm_edge.calibration.data import Sample
 from mllm_edge.calibration.evaluate import Proof, prove
 from mllm_edge.calibration.findings import Findings
@@ -151,10 +151,8 @@ class QuantizeJob:
             return findings, None
         self._progress.stage("comparing with plain rounding")
         folder, layers = self._work / "against_rounding", layers_of(self._source, "decoder")
-        answers = recorded_answers(self._work / "feeds")
-        losses = against_rounding(
-            self._source, self._backend, self._samples, answers, self._recipe, layers, findings["decoder"], folder
-        )
+        feeds, found = Feeds(self._work / "feeds" / "decoder"), findings["decoder"]
+        losses = against_rounding(self._source, self._backend, feeds, self._recipe, layers, found, folder)
         if losses is not None and calibration_costs(losses):
             findings = {**findings, "decoder": Findings(findings["decoder"].folder, ignored=True)}
         return findings, losses

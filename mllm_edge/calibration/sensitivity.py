@@ -2,8 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,9 @@ import numpy as np
 import onnx_ir as ir
 
 from mllm_edge.bundle import Bundle
+from mllm_edge.calibration.collect import Feeds
 from mllm_edge.calibration.data import Sample
-from mllm_edge.calibration.evaluate import divergence, led_tokens
+from mllm_edge.calibration.evaluate import LED_TOKENS, divergence, led_tokens
 from mllm_edge.calibration.linears import Layer, find_layers
 from mllm_edge.files import write_whole
 from mllm_edge.runtime.backends.base import Backend, Session
@@ -24,7 +26,7 @@ from mllm_edge.runtime.prompt.processor import Prompt
 from mllm_edge.runtime.vlm import VLM
 from mllm_edge.spec import Variant
 
-__all__ = ["Asked", "Turn", "Unit", "affordable", "answered", "measure", "measure_ways"]
+__all__ = ["Asked", "Recorded", "Turn", "Unit", "affordable", "answered", "measure", "measure_ways"]
 
 _MOST_SAMPLES = 4
 # Parameters times runs: some minutes on two cores for prompts of a few hundred tokens.
@@ -52,6 +54,15 @@ class Turn:
     answer: np.ndarray
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """The decoder's `runs` over prompts with their answers, as `collect.record` left their inputs in `feeds`: no
+    picture is looked at again."""
+
+    feeds: Feeds
+    runs: tuple[int, ...]
+
+
 Asked = Callable[[VLM], list[Turn]]
 
 
@@ -60,14 +71,13 @@ def affordable(units: int, parameters: float, most: int = _MOST_SAMPLES) -> int:
     return min(most, int(_MOST_WORK / max(units * parameters, 1.0)))
 
 
-def answered(samples: Sequence[Sample], answers: Sequence[np.ndarray] | None = None) -> Asked:
-    """The samples and their `answers`, where those are known; else their own, or the model's greedy ones. Empty ones
-    are left out."""
+def answered(samples: Sequence[Sample]) -> Asked:
+    """The samples and their answers: their own, or the model's greedy ones. Empty ones are left out."""
 
     def turns(vlm: VLM) -> list[Turn]:
         prompts = [vlm.processor.process(sample.prompt, sample.images) for sample in samples]
         encoded = [vlm.encode(prompt) for prompt in prompts]
-        led = led_tokens(vlm, samples, encoded, answers)
+        led = led_tokens(vlm, samples, encoded)
         return [Turn(*found) for found in zip(prompts, encoded, led, strict=True) if len(found[2])]
 
     return turns
@@ -112,7 +122,7 @@ def measure(
 def measure_ways(
     bundle: Bundle,
     backend: Backend,
-    asked: Asked,
+    asked: Asked | Recorded,
     unit: Unit,
     ways: Mapping[str, Callable[[str], np.ndarray]],
     folder: Path,
@@ -122,24 +132,44 @@ def measure_ways(
     Empty where no prompt leaves room for an answer.
     """
     exchanging, found = _Exchanging(backend, bundle, folder / "graphs", {unit.component}), {}
-    with VLM(bundle, exchanging) as vlm:
-        turns, session = asked(vlm), exchanging.sessions[unit.component]
-        exact = [_logits(vlm, turn) for turn in turns]
-        if not turns:
+    with _scores(bundle, exchanging, asked) as scores:
+        session = exchanging.sessions[unit.component]
+        exact = [score() for score in scores]
+        if not scores:
             return {way: (np.zeros(0), np.zeros(0, bool)) for way in ways}
         with ThreadPoolExecutor(1) as pool:
             for way, weight in ways.items():
                 session.exchange(unit.layers, weight)
-                # Turn by turn, beside the next run: of all together, distributions in double precision are half a
+                # One by one, beside the next run: of all together, distributions in double precision are half a
                 # gigabyte.
-                pairs = zip(turns, exact, strict=True)
-                compared = [pool.submit(_compared, logits, _logits(vlm, turn)) for turn, logits in pairs]
+                pairs = zip(scores, exact, strict=True)
+                compared = [pool.submit(_compared, logits, score()) for score, logits in pairs]
                 kl, same = (np.concatenate(part) for part in zip(*(each.result() for each in compared), strict=True))
                 found[way] = kl, same
                 session.restore()
     shutil.rmtree(folder, ignore_errors=True)
     give_back_memory()
     return found
+
+
+@contextmanager
+def _scores(
+    bundle: Bundle, exchanging: "_Exchanging", asked: Asked | Recorded
+) -> Iterator[Sequence[Callable[[], np.ndarray]]]:
+    """What each of the answers is given with the weights as they are when it is called: logits [n, V]."""
+    if isinstance(asked, Recorded):
+        variant = bundle.variant("decoder", exchanging.target)
+        session = exchanging.open(bundle.listed(variant.file), variant)
+        yield [partial(_logits_of_run, session, variant, asked.feeds, run) for run in asked.runs]
+        return
+    with VLM(bundle, exchanging) as vlm:
+        yield [partial(_logits, vlm, turn) for turn in asked(vlm)]
+
+
+def _logits_of_run(session: Session, variant: Variant, feeds: Feeds, run: int) -> np.ndarray:
+    """Along the answer of a recorded run; the row behind its end tells nothing."""
+    (logits,) = session.run(feeds.read(run, [v.name for v in variant.inputs]))["logits"]
+    return logits[:-1][:LED_TOKENS].copy()
 
 
 def _loss(vlm: VLM, component: str, turn: Turn, exact: np.ndarray) -> float:

@@ -9,12 +9,13 @@ import numpy as np
 
 from mllm_edge.bundle import Bundle
 from mllm_edge.calibration.calibrate import held_apart
+from mllm_edge.calibration.collect import Feeds
 from mllm_edge.calibration.data import Sample
 from mllm_edge.calibration.decide import shipped
 from mllm_edge.calibration.findings import Findings
 from mllm_edge.calibration.linears import Layer
 from mllm_edge.calibration.recipes import Recipe, precision_of
-from mllm_edge.calibration.sensitivity import Unit, affordable, answered, measure_ways
+from mllm_edge.calibration.sensitivity import Recorded, Unit, affordable, answered, measure_ways
 from mllm_edge.graph.precision import Precision
 from mllm_edge.runtime.backends.base import Backend
 
@@ -28,23 +29,22 @@ _AS_UNITS = 64  # a decoder whose weights lie in memory twice is for models of u
 def against_rounding(
     bundle: Bundle,
     backend: Backend,
-    samples: Sequence[Sample],
-    answers: Sequence[np.ndarray],
+    feeds: Feeds,
     recipe: Recipe,
     layers: Sequence[Layer],
     findings: Findings,
     folder: Path,
 ) -> Losses | None:
-    """Divergence in nats from the float `bundle`'s next token, over up to 32 of the samples that calibration held
+    """Divergence in nats from the float `bundle`'s next token, over up to 32 of the runs that calibration held
     apart: with the weights of the decoder's `layers` that were found, with those rounded to nearest, and the standard
-    error of the difference. `answers` [n] are the ids that each sample was recorded with.
+    error of the difference. `feeds`: of the decoder, as they were recorded.
 
     None where there is nothing to compare: recipes that raise layers afterwards or give inputs a range, models too
-    large to run a few times, no samples held apart, or none that leaves room for an answer.
+    large to run a few times, no runs held apart, or none that leaves room for an answer.
     """
     names = tuple(findings.errors())
     precisions = {name: precision_of(recipe, "decoder", name) for name in names}
-    held = [i for i in range(len(samples)) if held_apart(i, len(samples))]
+    held = [i for i in range(len(feeds)) if held_apart(i, len(feeds))]
     count = affordable(_WAYS, sum(math.prod(layer.shape) for layer in layers), _JUDGES)
     if not names or not held or not count or recipe.raised is not None:
         return None
@@ -62,8 +62,7 @@ def against_rounding(
         return shipped(stored[name].read_weight(), precisions[name])
 
     ways = {"found": found, "rounded": rounded}
-    asked = answered([samples[i] for i in held[:count]], [answers[i] for i in held[:count]])
-    losses = measure_ways(bundle, backend, asked, Unit("decoder", names), ways, folder)
+    losses = measure_ways(bundle, backend, Recorded(feeds, tuple(held[:count])), Unit("decoder", names), ways, folder)
     one, other = losses["found"][0], losses["rounded"][0]
     if not len(one):
         return None
