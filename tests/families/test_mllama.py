@@ -18,10 +18,10 @@ from mllm_edge.export.family import family_for
 from mllm_edge.export.pipeline import export
 from mllm_edge.export.quantize import quantize
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
+from mllm_edge.runtime.budget import memory
 from mllm_edge.runtime.onnx_file.cost import graph_cost, read_graph
 from mllm_edge.runtime.profiling.memory import predict_activations
 from mllm_edge.runtime.profiling.roofline import MachineLimits, Workload, roofline
-from mllm_edge.runtime.budget import memory
 from mllm_edge.runtime.profiling.shapes import crossed_bytes
 from mllm_edge.runtime.prompt.layout import layout_of
 from tests.export.test_adapters import train
@@ -131,7 +131,10 @@ def test_what_images_cost(plain: Exported) -> None:
         assert one.kv_cache_bytes - none.kv_cache_bytes == kept
     (needs,) = [found for found in memory(bundle, 64) if found.target == "cpu"]
     assert (needs.cross_kv, needs.resident) == (kept, sum(needs.weights.values()) + needs.kv_cache + kept)
-    assert "keys and values of an image" in CliRunner().invoke(main, ["inspect", str(plain.bundle), "--context", "64"]).output
+    assert (
+        "keys and values of an image"
+        in CliRunner().invoke(main, ["inspect", str(plain.bundle), "--context", "64"]).output
+    )
     with VLM.load(plain.bundle) as vlm:
         assert vlm.image_features(vlm.processor.process("Hi", [image])).shape == (TILES * PATCHES, 64)
     assert (one.image_tokens, one.tiles) == (1, 3)

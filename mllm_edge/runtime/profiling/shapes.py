@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 
-
 from mllm_edge.runtime.limits import TILES_PER_RUN
 from mllm_edge.runtime.prompt.layout import Layout, layout_of
 from mllm_edge.runtime.prompt.tables import table_inputs
