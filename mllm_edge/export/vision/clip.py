@@ -69,5 +69,13 @@ class MlpConnector(nn.Module):
 def _pooled(hidden: torch.Tensor, pool: int) -> torch.Tensor:
     """hidden [N, p², D] → [N, p² / pool², D], row by row."""
     side, width = math.isqrt(hidden.shape[1]) // pool, hidden.shape[-1]
-    cells = hidden.view(-1, side, pool, side, pool, width)
-    return cells.mean((2, 4)).reshape(-1, side * side, width)
+    # As sums of slices: ONNX Runtime has no AveragePool for CUDA, and TensorRT no ReduceMean of axes as it is traced.
+    rows = _summed(hidden.reshape(-1, side, pool * side * pool * width), pool)
+    return _summed(rows.reshape(-1, side * side, pool * width), pool) / pool**2
+
+
+def _summed(x: torch.Tensor, parts: int) -> torch.Tensor:
+    """x [..., parts · size] → [..., size], the sum of the parts."""
+    size = x.shape[-1] // parts
+    first, *others = (x[..., i * size : (i + 1) * size] for i in range(parts))
+    return sum(others, first)
