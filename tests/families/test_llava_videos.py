@@ -11,6 +11,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from mllm_edge import VLM, Video
 from mllm_edge.bundle import Bundle
+from mllm_edge.calibration.collect import Feeds, record
+from mllm_edge.calibration.data import Sample
 from mllm_edge.errors import PromptError
 from mllm_edge.export.checkpoint.source import open_source
 from mllm_edge.export.family import family_for, open_weights, understand
@@ -150,6 +152,17 @@ def test_the_export_compares_what_runs_for_videos(pair: Pair) -> None:
     for name in alone:
         assert 0 < manifest.parity["errors"][name] <= manifest.parity["limits"][name]
     assert any("torchvision" in note for note in manifest.parity["notes"])
+
+
+def test_calibration_shows_its_pictures_as_frames(pair: Pair, tmp_path: Path) -> None:
+    bundle = Bundle.load(pair.bundle)
+    samples = [Sample("Which?", tuple(shown([(40, 30), (50, 60)])), "Yes.", "1"), Sample("Hi.", (), "Ho.", "2")]
+    record(bundle, OnnxRuntimeCpu(), samples, tmp_path)
+    alone = [stage.component for stage in bundle.manifest.model.stages if stage.shows == "video"]
+    for name in alone:
+        (tensor,), feeds = bundle.variant(name, "cpu").inputs, Feeds(tmp_path / name)
+        assert len(feeds) == 1
+        assert len(feeds.read(0, [tensor.name])[tensor.name]) == 2
 
 
 @pytest.mark.parametrize("save", [save_tiny_llava_next_video, save_tiny_video_llava])

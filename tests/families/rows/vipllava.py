@@ -25,6 +25,7 @@ ROW = Row(
     compared=("three_layers",),
     probed=("three_layers",),
     spared={
+        "calibration": "layers as those of llava, behind norms as in every tower",
         "int8_cache": _LLAVA,
         "segments": _LLAVA,
         "speculation": _LLAVA,
