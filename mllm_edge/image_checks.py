@@ -81,7 +81,11 @@ def _video(image: ImageSpec, video: VideoSpec, model: ModelSpec) -> Iterator[str
         yield "videos are not transformed, or have no placeholder of their own"
     if not 0 <= video.token_id < model.embedding.rows or video.token_id == image.prompt.token_id:
         yield f"video token {video.token_id} of {model.embedding.rows}"
-    if image.patches is not None or math.isqrt(image.features) ** 2 != image.features:
+    if video.features is not None:
+        yield from positive("model.image.video.features", video.features)
+        if video.end or image.patches is not None:
+            yield "a video's features are its tokens, and something stands behind them, or images are cells of patches"
+    elif image.patches is not None or math.isqrt(image.features) ** 2 != image.features:
         yield f"a video's features are pooled, and {image.features} of a frame are no square"
 
 

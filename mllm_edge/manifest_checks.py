@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from typing import get_args
+from typing import Literal, get_args
 
 from mllm_edge.errors import BundleError
 from mllm_edge.image_checks import LARGEST, image_problems, positive
@@ -18,6 +18,7 @@ from mllm_edge.spec import (
     ModelSpec,
     PositionSpec,
     RopeSpec,
+    Stage,
     StateKind,
     StateSpec,
     TensorSpec,
@@ -266,6 +267,9 @@ def _stages(manifest: Manifest) -> Iterator[str]:
             yield f"no stage runs {name}"
     if len(set(names)) != len(names) or DECODER in names:
         yield f"the stages are {', '.join(names)}"
+    for stage in stages:
+        if stage.shows == "video" and (image is None or image.video is None):
+            yield f"{stage.component} runs for videos, and the model takes none"
     whole = [stage.component for stage in stages if stage.per == "prompt"]
     if whole != names[len(names) - len(whole) :]:
         yield f"{', '.join(whole)} run for whole prompts, and others behind them"
@@ -276,8 +280,15 @@ def _stages(manifest: Manifest) -> Iterator[str]:
         yield f"images have {', '.join(tables)}, and no stage runs for one image"
     for target in dict.fromkeys(v.target for name in names for v in components[name].variants):
         found = {n: next((v for v in components[n].variants if v.target == target), None) for n in (*names, DECODER)}
-        variants = {name: found[name] for name in names}
-        yield from _chain(target, variants, image, tables, manifest.model.hidden_size, found[DECODER], whole)
+        for run in _chains(image, stages):
+            variants = {name: found[name] for name in run}
+            yield from _chain(target, variants, image, tables, manifest.model.hidden_size, found[DECODER], whole)
+
+
+def _chains(image: ImageSpec, stages: Sequence[Stage]) -> list[tuple[str, ...]]:
+    """The components that run for images and, where they are others, those for videos."""
+    kinds: tuple[Literal["image", "video"], ...] = ("image", "video") if image.video is not None else ("image",)
+    return list(dict.fromkeys(tuple(stage.component for stage in stages if stage.is_for(kind)) for kind in kinds))
 
 
 def _chain(

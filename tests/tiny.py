@@ -35,6 +35,7 @@ __all__ = [
     "QWEN_TEMPLATE",
     "TEMPLATE",
     "Names",
+    "as_on_the_hub",
     "byte_tokenizer",
     "make_tokenizer",
     "qwen_tokenizer",
@@ -212,7 +213,7 @@ def save_tiny_llava(
     if names == "state_dict":
         save_state_dict(folder, model)
     elif names == "hub":
-        _as_on_the_hub(folder, processor)
+        as_on_the_hub(folder, processor)
     return model
 
 
@@ -233,12 +234,13 @@ def _llava_config(
     )
 
 
-def _as_on_the_hub(folder: Path, processor: LlavaProcessor) -> None:
-    """Older names of files and tensors, with the tables that older versions stored."""
-    _rename(folder / "model.safetensors", lambda name: name.replace("vision_tower.", "vision_tower.vision_model."))
+def as_on_the_hub(folder: Path, processor: Any) -> None:
+    """Give a LLaVA or its like older names of files and tensors, with the tables that older versions stored."""
+    _rename(folder / "model.safetensors", lambda name: name.replace("_tower.", "_tower.vision_model."))
     stated = json.loads((folder / "processor_config.json").read_text())
     (folder / "preprocessor_config.json").write_text(json.dumps(stated.pop("image_processor")))
-    (folder / "processor_config.json").write_text(json.dumps({"processor_class": "LlavaProcessor"}))
+    kept = {key: stated[key] for key in ("processor_class", "video_token") if key in stated}
+    (folder / "processor_config.json").write_text(json.dumps(kept))
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": processor.chat_template}))
     (folder / "chat_template.jinja").unlink()
 

@@ -16,6 +16,7 @@ from mllm_edge.errors import ContextError, DataError, ImageError
 from mllm_edge.files import sync, write_whole
 from mllm_edge.runtime.backends.base import Backend, Buffer, Session
 from mllm_edge.runtime.decode.encoded import Encoded
+from mllm_edge.runtime.prompt.sources import Video
 from mllm_edge.runtime.vlm import VLM
 from mllm_edge.spec import Variant, is_state
 
@@ -147,6 +148,9 @@ def _ask(vlm: VLM, sample: Sample) -> _Asked:
     with _naming(sample):
         prompt = vlm.processor.process(sample.prompt, sample.images)
         encoded = vlm.encode(prompt)
+        if sample.images and any(stage.shows == "video" for stage in vlm.spec.stages):
+            # What runs for videos alone is shown the same pictures, as frames.
+            vlm.encode(vlm.processor.process(sample.prompt, Video(sample.images)))
         room = vlm.context_length - len(encoded)
         return _Asked(sample, encoded, answer_tokens(vlm, sample), room)
 

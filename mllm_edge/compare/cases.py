@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-__all__ = ["Case", "synthetic_cases"]
+__all__ = ["Case", "synthetic_cases", "synthetic_frames"]
 
 _SEED = 0
 
@@ -34,6 +34,12 @@ def synthetic_cases(takes_images: bool) -> list[Case]:
         cases.append(case("What is in the picture?", (240, 320)))
         cases.append(case("Compare the two pictures.", (97, 131), (180, 77)))
     return cases
+
+
+def synthetic_frames() -> list[Image.Image]:
+    """The frames of a short video."""
+    random = np.random.default_rng(_SEED)
+    return [_smooth(random, 90, 120) for _ in range(3)]
 
 
 def _smooth(random: np.random.Generator, height: int, width: int) -> Image.Image:

@@ -112,8 +112,9 @@ class Family:
     the reference's own processor without torchvision, `load_model` (the source; how many layers of the decoder, None:
     all) in float32, and `image_features` (model, inputs): its tensors that answer to the components' outputs
     `vision_hidden` and `image_features` (or `encoder_hidden_states`). `pixel_values` (model, inputs): those of its
-    processor, where they differ from the bundle's by more than their shape; `note`: what every comparison says of the
-    reference.
+    processor, where they differ from the bundle's by more than their shape; `video_features` (model, pixels of the
+    frames of a video) as `image_features`, where stages of their own show videos; `note`: what every comparison says of
+    the reference.
 
     A layout that transformers does not know has `own_layouts`, its model types; `renames`, from its names to
     transformers', by regular expressions that are applied in order; and `translated`, the source with its configuration
@@ -128,6 +129,7 @@ class Family:
     load_processor: Callable[[Source], Any]
     image_features: Callable[[Any, Mapping[str, Any]], tuple[Any, Any]]
     pixel_values: Callable[[Any, Mapping[str, Any]], Any] = _given_pixels
+    video_features: Callable[[Any, Any], tuple[Any, Any]] | None = None
     note: str = ""
     text: str = "model.language_model"
     image_token: str = "image_token_id"

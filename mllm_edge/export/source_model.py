@@ -15,6 +15,7 @@ from mllm_edge.export.checkpoint.source import Source
 from mllm_edge.export.family import family_for
 from mllm_edge.export.reference import adapted, behind, cache_name, forget_prompts
 from mllm_edge.runtime.decode.encoded import Encoded
+from mllm_edge.runtime.encode import FEATURES
 from mllm_edge.spec import ENCODED
 
 __all__ = ["Reference", "Scope", "source_outputs"]
@@ -72,6 +73,15 @@ class Reference:
                 found["image_features"] = found[ENCODED] = features.numpy()
             found.update(self._greedy(inputs))
         return found
+
+    def video(self, pixel_values: np.ndarray) -> dict[str, np.ndarray]:
+        """What the stages for videos make of frames [frames, …], by the names of their outputs; nothing where videos
+        have no stages of their own."""
+        if self.family.video_features is None:
+            return {}
+        with self.torch.no_grad():
+            hidden, features = self.family.video_features(self.model, self.torch.from_numpy(pixel_values))
+        return {"vision_hidden": hidden.numpy(), FEATURES: features.numpy()}
 
     def _inputs(self, prompt: str, images: list[Any], rendered: str) -> tuple[str, Any]:
         """The rendered prompt and the model's inputs, by transformers' apply_chat_template alone where it can."""

@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from mllm_edge.compare.cases import Case
-from mllm_edge.compare.outputs import LOGITS, bundle_outputs, errors_of, in_order
+from mllm_edge.compare.cases import Case, synthetic_frames
+from mllm_edge.compare.metrics import relative_error
+from mllm_edge.compare.outputs import LOGITS, bundle_outputs, errors_of, in_order, named_outputs, seen
 from mllm_edge.errors import ParityError, PromptError
 from mllm_edge.export.loss import keep_encoded
 from mllm_edge.export.source_model import Reference, source_outputs
+from mllm_edge.runtime.prompt.sources import Video
 
 __all__ = ["Parity", "limits_of", "verify"]
 
@@ -63,9 +65,10 @@ def verify(
 
 def _verify_target(reference: Reference, folder: Path, recipe: str, target: str, cases: Sequence[Case]) -> Parity:
     scope, results = reference.scope, [_compare(reference, folder, case, target) for case in cases]
+    found = [*(r.errors for r in results), _video_errors(reference, folder, target)]
     # A NaN stays one.
-    names = dict.fromkeys(name for r in results for name in r.errors)
-    errors = in_order({name: float(np.max([r.errors[name] for r in results if name in r.errors])) for name in names})
+    names = dict.fromkeys(name for errors in found for name in errors)
+    errors = in_order({name: float(np.max([errors[name] for errors in found if name in errors])) for name in names})
     agreed, total = sum(r.agreed for r in results), sum(r.total for r in results)
     pixels = max(r.pixels for r in results)
     parity = Parity(
@@ -116,6 +119,22 @@ def _compare(reference: Reference, folder: Path, case: Case, target: str) -> _Ou
         keep_encoded(vlm, prompt, case.images, found.encoded, reference.encoded)
     same = found.tokens == source.tokens
     return _Outcome(errors_of(source, found), pixels, int(same.sum()), len(same))
+
+
+def _video_errors(reference: Reference, folder: Path, target: str) -> dict[str, float]:
+    """Of the components that run for videos, where some run for these alone."""
+    from mllm_edge.bundle import Bundle
+    from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
+    from mllm_edge.runtime.vlm import VLM
+
+    bundle = Bundle.load(folder)
+    if all(stage.shows is None for stage in bundle.manifest.model.stages):
+        return {}
+    with VLM(bundle, OnnxRuntimeCpu(target=target)) as vlm:
+        prompt = vlm.processor.process("What happens?", Video(synthetic_frames()))
+        assert prompt.pixel_values is not None
+        expected, (_, found) = named_outputs(bundle, reference.video(prompt.pixel_values)), seen(vlm, prompt)
+    return {name: relative_error(expected[name], output) for name, output in found.items()}
 
 
 def _require_plain(spelled: Sequence[str], question: str) -> None:

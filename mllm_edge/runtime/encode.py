@@ -1,13 +1,14 @@
 """From a prompt to what the decoder gets of it: the stages before the decoder, in the order that the bundle states."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import groupby
 
 import numpy as np
 
 from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.decode.masks import cross_bias
 from mllm_edge.runtime.prompt.processor import Prompt
+from mllm_edge.runtime.prompt.sources import Kind
 from mllm_edge.runtime.prompt.tables import table_inputs
 from mllm_edge.runtime.trace import Trace
 from mllm_edge.spec import CROSS_BIAS, CROSS_ROWS, ImageSpec, ModelSpec, Stage, is_cross
@@ -28,10 +29,9 @@ class Components:
         """`slices`: how many of an image's slices a run takes at most, where they are independent."""
         self.model, self.slices, self._inputs, self._run = model, slices, inputs, run
 
-    @property
-    def for_images(self) -> tuple[Stage, ...]:
-        """The stages that run for slices or images."""
-        return tuple(stage for stage in self.model.stages if stage.per != "prompt")
+    def showing(self, kind: Kind) -> tuple[Stage, ...]:
+        """The stages that run for slices or images, or for those of videos."""
+        return tuple(stage for stage in self.model.stages if stage.per != "prompt" and stage.is_for(kind))
 
     @property
     def for_prompt(self) -> tuple[Stage, ...]:
@@ -61,8 +61,8 @@ def stage_runs(
     if image is None or prompt.pixel_values is None:
         return
     whole, rows = components.taken(components.for_prompt), dict[str, list[np.ndarray]]()
-    for given in _image_inputs(components, image, prompt, arrays):
-        run = components.run(components.for_images, given, trace)
+    for stages, given in _image_inputs(components, image, prompt, arrays):
+        run = components.run(stages, given, trace)
         yield run
         for name, array in ((n, a) for outputs in run.values() for n, a in outputs.items() if n in whole):
             rows.setdefault(name, []).append(array.reshape(1, -1, array.shape[-1]))
@@ -113,29 +113,32 @@ def _crossed(image: ImageSpec | None, prompt: Prompt) -> Arrays:
 
 def _image_inputs(
     components: Components, image: ImageSpec, prompt: Prompt, arrays: Mapping[str, np.ndarray]
-) -> Iterator[Arrays]:
-    """The inputs of each run: some slices of all images, or those of one image or grid with its tables."""
+) -> Iterator[tuple[tuple[Stage, ...], Arrays]]:
+    """The stages and the inputs of each run: some slices of all images, or those of one image or grid with its tables.
+    Images and videos that the same stages show are one."""
     pixel_values = prompt.pixel_values
     assert pixel_values is not None
-    if all(stage.per == "slice" for stage in components.for_images):
-        for start in range(0, len(pixel_values), components.slices):
-            yield {"pixel_values": pixel_values[start : start + components.slices]}
-        return
     start, grid, tables = 0, (0, 0), Arrays()
-    for slices, rows, cols in chain.from_iterable(layout.runs for layout in prompt.layouts):
-        if (rows, cols) != grid:  # tiles are alike
-            grid, tables = (rows, cols), table_inputs(image, rows, cols, arrays)
-        yield {"pixel_values": pixel_values[start : start + slices], **tables}
-        start += slices
+    for stages, group in groupby(prompt.layouts, key=lambda layout: components.showing(layout.kind)):
+        runs = [run for layout in group for run in layout.runs]
+        if all(stage.per == "slice" for stage in stages):
+            shown = pixel_values[start : start + sum(slices for slices, _, _ in runs)]
+            for first in range(0, len(shown), components.slices):
+                yield stages, {"pixel_values": shown[first : first + components.slices]}
+            start += len(shown)
+            continue
+        for slices, rows, cols in runs:
+            if (rows, cols) != grid:  # tiles are alike
+                grid, tables = (rows, cols), table_inputs(image, rows, cols, arrays)
+            yield stages, {"pixel_values": pixel_values[start : start + slices], **tables}
+            start += slices
 
 
 def _tokens(prompt: Prompt, rows: np.ndarray, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     """The rows [tokens, H] of all image tokens, of the features [n, H] of all images."""
     if all(layout.pack is None for layout in prompt.layouts):
         return rows
-    counts = [layout.slices for layout in prompt.layouts]
-    ends = np.cumsum(counts) * (len(rows) // sum(counts))
-    images = np.split(rows, ends[:-1])
+    images = np.split(rows, np.cumsum([layout.features for layout in prompt.layouts])[:-1])
     packs = [layout.pack for layout in prompt.layouts]
     return np.concatenate(
         [part if pack is None else pack.apply(part, arrays) for pack, part in zip(packs, images, strict=True)]

@@ -343,14 +343,17 @@ Pack = Unpad | Shrink | RowEnd
 
 @dataclass(frozen=True)
 class VideoSpec:
-    """From the frames of a video to tokens. `transforms` make one tile of each; its features, a square, are brought to
-    half the side (rounded up), bilinearly. Behind those of the last frame stands row 0 of the bundle's array `end`.
-    `token`, `token_id`: the placeholder."""
+    """From the frames of a video to tokens. `transforms` make one tile of each. `token`, `token_id`: the placeholder.
+
+    `features`: a frame's, where stages of their own show videos; each is a token. None: as many as a tile's of images,
+    a square, which is brought to half the side (rounded up), bilinearly; behind those of the last frame stands row 0 of
+    the bundle's array `end`."""
 
     transforms: tuple[Transform, ...]
     token: str
     token_id: int
-    end: str
+    end: str = ""
+    features: int | None = None
 
 
 @dataclass(frozen=True)
@@ -407,5 +410,5 @@ class ImageSpec:
     def arrays(self) -> tuple[str, ...]:
         """The bundle's arrays that images need."""
         steps = tuple(step.file for step in self.pack if isinstance(step, RowEnd))
-        ends = () if self.video is None or self.video.end in steps else (self.video.end,)
+        ends = () if self.video is None or self.video.end in ("", *steps) else (self.video.end,)
         return steps + ends + tuple(table.file for table in self.tables if isinstance(table, LearnedPositions))

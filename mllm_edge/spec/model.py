@@ -53,12 +53,18 @@ class Stage:
     `role` decides about precision. What a run takes, `per`: slice (any number of slices, of any images), image (all
     slices of one, with its tables; of an image that is several grids of cells, those of one grid), prompt (outputs of
     earlier stages, [1, N, F]: the rows of all images one behind the other; stages of this kind come last, and run only
-    where there are images).
+    where there are images). `shows`: it runs for images alone, or for videos, whose slices are their frames; None: for
+    both.
     """
 
     component: str
     role: Role
     per: Literal["slice", "image", "prompt"]
+    shows: Literal["image", "video"] | None = None
+
+    def is_for(self, kind: Literal["image", "video"]) -> bool:
+        """Whether it runs for images, or for videos."""
+        return self.shows in (None, kind)
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,13 @@ def for_images(cls: Any) -> Any:
     """A processor class of transformers that takes images and text only: its part for video needs torchvision."""
     from transformers import ProcessorMixin
 
-    class ForImages(cls):
+    class Parts(ProcessorMixin):
+        """Stands behind `cls`, which hands its parts on in their order, and none for video."""
+
+        def __init__(self, *parts: Any, **settings: Any):
+            super().__init__(*(part for part in parts if part is not None), **settings)
+
+    class ForImages(cls, Parts):
         @classmethod
         def get_attributes(cls) -> list[str]:
             return [name for name in super().get_attributes() if name != "video_processor"]

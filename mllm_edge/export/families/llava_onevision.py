@@ -12,16 +12,17 @@ from typing import Any
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.image_settings import resample_name, value_transforms
 from mllm_edge.export.checkpoint.processing import read_video_settings
-from mllm_edge.export.checkpoint.processor import (
-    OWN_PROCESSOR,
-    load_processor,
-    require_switched_on,
-    require_tile,
-    require_tokens,
-)
+from mllm_edge.export.checkpoint.processor import load_processor, require_switched_on, require_tile, require_tokens
 from mllm_edge.export.checkpoint.source import Source
+from mllm_edge.export.families.llava_parts import (
+    NEWLINE,
+    SIGLIP,
+    newline_array,
+    read_resolutions,
+    read_vision,
+    tapped_states,
+)
 from mllm_edge.export.family import Checkpoint, Family, Parts
-from mllm_edge.export.plan import tile_components
 from mllm_edge.spec import (
     ImagePrompt,
     ImageSpec,
@@ -36,8 +37,6 @@ from mllm_edge.spec import (
 
 __all__ = ["FAMILY"]
 
-_VISION = "model.vision_tower."
-_NEWLINE = "image_newline.npy"
 _ANYRES = "anyres_max_"
 _VIDEO_TOKEN = "video_token_index"
 _VIDEO_DEFAULTS = {
@@ -62,35 +61,11 @@ _TEMPLATE = (
 
 
 def _describe(checkpoint: Checkpoint) -> Parts:
-    from mllm_edge.export.vision.clip import MlpConnector
-    from mllm_edge.export.vision.modules import ACTIVATIONS
-    from mllm_edge.export.vision.siglip import SiglipConfig, SiglipFeatures, Taps
-
-    top, vision, hidden = checkpoint.top, checkpoint.vision, checkpoint.decoder.hidden_size
-    top.require("vision_feature_select_strategy", "full")
-    taps = Taps.read(top, vision.take("num_hidden_layers"))
-    tower = SiglipConfig.read(vision, layers=max(taps.states))
-    vision.take("vision_use_head")  # of the tower's other uses
-    activation, bias = top.require("projector_hidden_act", *ACTIVATIONS), bool(top.take("multimodal_projector_bias"))
-    tokens, width, tile = tower.patches**2, tower.hidden_size * len(taps.states), tower.tile
-    positions = checkpoint.weights.use(
-        f"{_VISION}embeddings.position_embedding.weight", (tower.grid**2, tower.hidden_size)
-    )
-    traced = tile_components(
-        lambda: SiglipFeatures(tower, taps),
-        lambda: MlpConnector(width, hidden, activation, bias),
-        (tower.channels, tile, tile),
-        (tokens, width),
-        (tokens, hidden),
-        (_VISION, "model.multi_modal_projector."),
-        {"embeddings.positions": positions},
-    )
-    newline = checkpoint.weights.use("model.image_newline", (hidden,))
-    behind = range(tower.layers, checkpoint.config.vision_config.num_hidden_layers)
-    ignored = (*(f"encoder.layers.{i}." for i in behind), "post_layernorm.", "head.")
-    image = _image_spec(checkpoint, tile, tokens)
-    arrays = {_NEWLINE: lambda: newline()[None]}
-    return Parts(traced, image, tuple(_VISION + part for part in ignored), arrays=arrays)
+    checkpoint.top.require("vision_feature_select_strategy", "full")
+    bias = bool(checkpoint.top.take("multimodal_projector_bias"))
+    seen = read_vision(checkpoint, skip=False, towers=(SIGLIP,), bias=bias)
+    traced, image = seen.components(checkpoint), _image_spec(checkpoint, seen.tile, seen.tokens)
+    return Parts(traced, image, seen.ignored(checkpoint), arrays=newline_array(checkpoint))
 
 
 def _load_processor(source: Source) -> Any:
@@ -112,23 +87,14 @@ def _load_processor(source: Source) -> Any:
 def _image_features(model: Any, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
     import torch
 
-    layers = model.config.vision_feature_layer
     given = {key: inputs[key] for key in ("pixel_values", "image_sizes", "batch_num_images")}
     found = model.model.get_image_features(**given, return_dict=True, output_hidden_states=True)
-    states = [found.hidden_states[i] for i in ([layers] if isinstance(layers, int) else layers)]
-    return torch.cat(states, -1), torch.cat(list(found.pooler_output))
+    return tapped_states(model, found, skip=False), torch.cat(list(found.pooler_output))
 
 
 def _image_spec(checkpoint: Checkpoint, tile: int, tokens: int) -> ImageSpec:
-    source, processor, top = checkpoint.source, checkpoint.processor, checkpoint.top
-    settings, stated = processor.image_processor, [tuple(size) for size in top.take("image_grid_pinpoints")]
-    resolutions = tuple(tuple(size) for size in settings.image_grid_pinpoints)
-    if list(resolutions) != stated:
-        raise ConfigError(f"{source.folder}: image_grid_pinpoints of model and image processor differ", OWN_PROCESSOR)
-    if not resolutions or any(len(size) != 2 or size[0] % tile or size[1] % tile for size in resolutions):
-        raise ConfigError(
-            f"{source.folder}: image_grid_pinpoints are no multiples of the vision tower's {tile} px", OWN_PROCESSOR
-        )
+    source, processor = checkpoint.source, checkpoint.processor
+    settings, resolutions = processor.image_processor, read_resolutions(checkpoint, tile)
     require_switched_on(source, settings, "do_convert_rgb", "do_resize")
     require_tile(source, None if settings.do_center_crop else (settings.size.height, settings.size.width), tile)
     require_tokens(source, f"num_image_tokens = {processor.num_image_tokens}", processor.num_image_tokens, tokens)
@@ -140,7 +106,7 @@ def _image_spec(checkpoint: Checkpoint, tile: int, tokens: int) -> ImageSpec:
         tile,
         tile,
         tokens,
-        pack=(Unpad(), Shrink(_most_tiles(checkpoint)), RowEnd(_NEWLINE)),
+        pack=(Unpad(), Shrink(_most_tiles(checkpoint)), RowEnd(NEWLINE)),
         several=(background, Resize(tile, tile, resample), *values),
         video=_video_spec(checkpoint, tile),
     )
@@ -161,7 +127,7 @@ def _video_spec(checkpoint: Checkpoint, tile: int) -> VideoSpec | None:
             "use the video_preprocessor_config.json that belongs to this model",
         )
     transforms = (Resize(tile, tile, resample_name(settings.resample)), *value_transforms(settings))
-    return VideoSpec(transforms, token, token_id, _NEWLINE)
+    return VideoSpec(transforms, token, token_id, NEWLINE)
 
 
 def _most_tiles(checkpoint: Checkpoint) -> int:

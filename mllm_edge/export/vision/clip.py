@@ -3,6 +3,8 @@
 Parameter names follow the checkpoint (`pre_layrnorm` is CLIP's own spelling), so that weights stream in by name.
 """
 
+import math
+
 import torch
 from torch import nn
 
@@ -44,13 +46,36 @@ class _Embeddings(nn.Module):
 
 
 class MlpConnector(nn.Module):
-    """vision_hidden [N, S, inputs] → image_features [N, S, outputs]: linear, activation, linear."""
+    """vision_hidden [N, S, inputs] → image_features [N, S / pool², outputs]: linear, activation, linear. Before them a
+    norm, where `norm_eps` is told, and the mean of each pool × pool neighbours of a square of features."""
 
-    def __init__(self, inputs: int, outputs: int, activation: str, bias: bool):
+    def __init__(
+        self, inputs: int, outputs: int, activation: str, bias: bool, norm_eps: float | None = None, pool: int = 1
+    ):
         super().__init__()
-        self.activation = activation
+        self.activation, self.pool = activation, pool
+        self.projector_layernorm = None if norm_eps is None else nn.LayerNorm(inputs, eps=norm_eps)
         self.linear_1 = Linear(inputs, outputs, bias)
         self.linear_2 = Linear(outputs, outputs, bias)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.projector_layernorm is not None:
+            hidden = self.projector_layernorm(hidden)
+        if self.pool > 1:
+            hidden = _pooled(hidden, self.pool)
         return self.linear_2(activate(self.activation, self.linear_1(hidden)))
+
+
+def _pooled(hidden: torch.Tensor, pool: int) -> torch.Tensor:
+    """hidden [N, p², D] → [N, p² / pool², D], row by row."""
+    side, width = math.isqrt(hidden.shape[1]) // pool, hidden.shape[-1]
+    # As sums of slices: ONNX Runtime has no AveragePool for CUDA, and TensorRT no ReduceMean of axes as it is traced.
+    rows = _summed(hidden.reshape(-1, side, pool * side * pool * width), pool)
+    return _summed(rows.reshape(-1, side * side, pool * width), pool) / pool**2
+
+
+def _summed(x: torch.Tensor, parts: int) -> torch.Tensor:
+    """x [..., parts · size] → [..., size], the sum of the parts."""
+    size = x.shape[-1] // parts
+    first, *others = (x[..., i * size : (i + 1) * size] for i in range(parts))
+    return sum(others, first)

@@ -34,6 +34,7 @@ def stage_runs(
 ) -> list[tuple[dict[str, int], int]]:
     """The dimensions of each run of a stage that images of these layouts take, by symbol, and the sequences that see
     themselves in it; `variants`: the graph that each component runs."""
+    layouts = [layout for layout in layouts if stage.is_for(layout.kind)]
     if model.image is None or not layouts:
         return []
     if stage.per == "prompt":

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mllm_edge.runtime.prompt.pack import PackedFrames, PackedTiles, packed, packed_frames
+from mllm_edge.runtime.prompt.sources import Kind
 from mllm_edge.runtime.prompt.transforms.apply import cut_of
 from mllm_edge.spec import ImagePrompt, ImageSpec
 
@@ -21,7 +22,7 @@ class Layout:
     `tokens`: its tokens in the prompt, as many as `text` has placeholders. `pack`: how features become tokens, None:
     each is one, in their order. `tiles`: how many pictures the vision encoder sees of it. `grids`: rows and columns of
     cells of each, where they are cut into cells; `rows` × `cols` is then the grid of cells of one alone, else that of
-    the tiles.
+    the tiles. `kind`: what it is.
     """
 
     rows: int
@@ -32,6 +33,12 @@ class Layout:
     text: str
     pack: PackedTiles | PackedFrames | None
     grids: tuple[tuple[int, int], ...] = ()
+    kind: Kind = "image"
+
+    @property
+    def features(self) -> int:
+        """How many the stages make of it, where they take the places of tokens."""
+        return self.tokens if self.pack is None else self.pack.features
 
     @property
     def runs(self) -> tuple[tuple[int, int, int], ...]:
@@ -60,8 +67,10 @@ def video_layout(image: ImageSpec, frames: int, height: int, width: int) -> Layo
     """The layout of a video of so many frames of `height` × `width` px (upright); errors as of `layout_of`."""
     assert image.video is not None
     cut_of(height, width, image.video.transforms)
-    pack = packed_frames(image, image.video, frames)
-    return Layout(1, 1, frames, frames, len(pack), image.video.token * len(pack), pack)
+    own = image.video.features
+    pack = packed_frames(image, image.video, frames) if own is None else None
+    tokens = len(pack) if pack is not None else frames * (own or 0)
+    return Layout(1, 1, frames, frames, tokens, image.video.token * tokens, pack, kind="video")
 
 
 def image_text(prompt: ImagePrompt, rows: int, cols: int, features: int, of_overview: int) -> str:

@@ -43,6 +43,11 @@ class PackedTiles:
     grid: _Grid | None
     row_end: str
 
+    @property
+    def features(self) -> int:
+        """How many it is made of."""
+        return self.side**2 * (1 if self.grid is None else 1 + self.rows * self.cols)
+
     def __len__(self) -> int:
         """The number of tokens."""
         if self.grid is None:
@@ -74,6 +79,11 @@ class PackedFrames:
     side: int
     pooled: int
     end: str
+
+    @property
+    def features(self) -> int:
+        """How many it is made of."""
+        return self.frames * self.side**2
 
     def __len__(self) -> int:
         """The number of tokens."""
