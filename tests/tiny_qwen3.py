@@ -5,10 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from transformers import (
     PreTrainedTokenizerFast,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     Qwen3VLProcessor,
 )
 
@@ -16,6 +19,10 @@ from tests.tiny import Names, qwen_config, qwen_tokenizer, random_model, save_qw
 
 __all__ = ["QWEN3_TEMPLATE", "save_tiny_qwen3_vl"]
 
+_CLASSES: dict[str, tuple[Any, Any]] = {
+    "qwen3_vl": (Qwen3VLForConditionalGeneration, Qwen3VLConfig),
+    "qwen3_vl_moe": (Qwen3VLMoeForConditionalGeneration, Qwen3VLMoeConfig),
+}
 # No system message of its own; placeholders of videos, too.
 QWEN3_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
@@ -36,18 +43,21 @@ def save_tiny_qwen3_vl(
     image_settings: Mapping[str, Any] | None = None,
     template: str | None = QWEN3_TEMPLATE,
     names: Names = "saved",
+    model_type: str = "qwen3_vl",
     seed: int = 0,
     shard_size: str = "5GB",
 ) -> Any:
     """Save a random Qwen3-VL with its processor files to `folder` and return the model in float32.
 
     The defaults: 8 px patches, cells of 2 × 2, learned positions for 6 × 6 patches, up to 64 cells, 3 + 2 layers of
-    which the tower's first and second are merged for the decoder's, hidden sizes 64 (text) and 48 (tower).
+    which the tower's first and second are merged for the decoder's, hidden sizes 64 (text) and 48 (tower); of
+    `qwen3_vl_moe` two of four experts.
     """
     tokenizer = qwen_tokenizer()
-    model = random_model(
-        Qwen3VLForConditionalGeneration, _config(Qwen3VLConfig, tokenizer, text, vision, config), tokenizer, seed
-    )
+    architecture, config_class = _CLASSES[model_type]
+    if model_type == "qwen3_vl_moe":
+        text = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, **(text or {})}
+    model = random_model(architecture, _config(config_class, tokenizer, text, vision, config), tokenizer, seed)
     processor = save_qwen(folder, model, Qwen3VLProcessor, tokenizer, image_settings, template, shard_size)
     if names == "state_dict":
         save_state_dict(folder, model)
@@ -89,6 +99,8 @@ def _as_on_the_hub(folder: Path, processor: Qwen3VLProcessor) -> None:
         "mrope_section": rope["mrope_section"],
         "rope_type": "default",
     }
+    if "num_local_experts" in text:
+        text["num_experts"] = text.pop("num_local_experts")
     tower["model_type"] = config["model_type"]
     tower.pop("rope_parameters")
     (folder / "config.json").write_text(json.dumps(config))
@@ -98,3 +110,10 @@ def _as_on_the_hub(folder: Path, processor: Qwen3VLProcessor) -> None:
     (folder / "processor_config.json").unlink()
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": processor.chat_template}))
     (folder / "chat_template.jinja").unlink()
+    path = folder / "model.safetensors"
+    save_file({name: _transposed_experts(name, tensor) for name, tensor in load_file(path).items()}, path)
+
+
+def _transposed_experts(name: str, tensor: Any) -> Any:
+    """On the hub they are stored [experts, in, out]."""
+    return tensor.transpose(1, 2).contiguous() if ".mlp.experts." in name else tensor

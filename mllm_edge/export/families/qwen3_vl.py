@@ -1,5 +1,5 @@
 """Qwen3-VL: Qwen2-VL's images, a tower with learned positions beside its rope, features of some of its layers that are
-added behind the first layers of a Qwen3 decoder."""
+added behind the first layers of a Qwen3 decoder, dense or with experts."""
 
 from typing import Any
 
@@ -65,9 +65,9 @@ def _load_processor(source: Source) -> Any:
 
 FAMILY = Family(
     name="qwen3_vl",
-    model_types=("qwen3_vl",),
-    decoders=("qwen3",),
-    examples=("Qwen/Qwen3-VL-2B-Instruct", "nvidia/Cosmos-Reason2-2B"),
+    model_types=("qwen3_vl", "qwen3_vl_moe"),
+    decoders=("qwen3", "qwen3_moe"),
+    examples=("Qwen/Qwen3-VL-2B-Instruct", "Qwen/Qwen3-VL-30B-A3B-Instruct", "nvidia/Cosmos-Reason2-2B"),
     describe=_describe,
     load_processor=_load_processor,
     image_features=image_features,
