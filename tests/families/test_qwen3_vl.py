@@ -1,18 +1,29 @@
 """Qwen3-VL: features behind the decoder's first layers, in conversations, in chunks and behind a prompt."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from mllm_edge import VLM, Video
+from mllm_edge.bundle import Bundle
+from mllm_edge.calibration.recipes import Recipe
 from mllm_edge.errors import PromptError
+from mllm_edge.export.pipeline import export
+from mllm_edge.export.quantize import quantize
+from mllm_edge.graph.precision import Precision
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.limits import PREFILL_CHUNK
 from mllm_edge.runtime.profiling.memory import predict_activations
 from mllm_edge.runtime.prompt.tokenizer import ChatTemplate
+from tests.export.test_adapters import train
+from tests.export.test_quantize import samples
 from tests.families.parity import FLOAT32_TARGETS, Exported, check_messages, export_tiny, make_image
 from tests.families.test_qwen2_vl import CONVERSATIONS
+from tests.families.test_recurrent import TARGETS, logits
 from tests.tiny_qwen3 import QWEN3_TEMPLATE, save_tiny_qwen3_vl
 
 
@@ -92,6 +103,45 @@ def test_memory_is_predicted_with_them(plain: Exported) -> None:
     bundle = plain.vlm("cpu").bundle
     few, many = (predict_activations(bundle, "cpu", tokens, []) for tokens in (PREFILL_CHUNK, PREFILL_CHUNK + 100))
     assert many - few == 2 * 100 * 64 * 4
+
+
+# A layer of experts and a dense one.
+EXPERTS: dict[str, Any] = {"model_type": "qwen3_vl_moe", "text": {"mlp_only_layers": [1]}}
+
+
+def test_adapters_are_merged_on_the_way(tmp_path: Path) -> None:
+    model = save_tiny_qwen3_vl(tmp_path / "checkpoint", **EXPERTS)
+    adapter = train(model, tmp_path / "adapter", target_modules=["q_proj", "o_proj", "qkv", "linear_fc1"], r=4)
+    report = export(str(tmp_path / "checkpoint"), tmp_path / "out", recipe_name="fp32", adapters=[adapter])
+    assert report.parity["greedy_agreement"] == 1.0
+    export(str(tmp_path / "checkpoint"), tmp_path / "plain", recipe_name="fp32", verify_mode="off")
+    for graph in ("vision_encoder", "connector", "decoder"):
+        found, before = ((tmp_path / name / f"{graph}.onnx.data").read_bytes() for name in ("out", "plain"))
+        assert found != before
+
+
+def test_factors_of_layers_alone_change_nothing(tmp_path: Path) -> None:
+    """Folded into norms between which something is added, and into those that experts and their router read."""
+    float_bundle = export_tiny(tmp_path, save_tiny_qwen3_vl, **EXPERTS).bundle
+    part = Precision("float32", method="smoothquant")
+    quantize(float_bundle, tmp_path / "out", recipe=Recipe("factors", part, part, part, part), data=samples())
+    for target in FLOAT32_TARGETS:
+        before, found = (logits(Bundle.load(folder), target) for folder in (float_bundle, tmp_path / "out"))
+        assert np.abs(found - before).max() <= 1e-3 * np.ptp(before)
+    layers = Bundle.load(tmp_path / "out").manifest.accuracy["layers"]
+    assert {f"deepstack_merger_list.{k}.linear_fc1" for k in range(2)} <= set(layers["vision_encoder"])
+
+
+@pytest.mark.parametrize(("config", "recipe"), [({}, "int4"), (EXPERTS, "int8")], ids=["dense", "experts"])
+def test_calibrated_weights(tmp_path: Path, config: dict[str, Any], recipe: str) -> None:
+    """More bits for experts: what is a little off chooses others."""
+    save_tiny_qwen3_vl(tmp_path / "checkpoint", **config)
+    export(str(tmp_path / "checkpoint"), tmp_path / "fp16", targets=TARGETS, recipe_name="fp16", verify_mode="off")
+    quantize(tmp_path / "fp16", tmp_path / "out", recipe=recipe, data=samples())
+    exact, found = (logits(Bundle.load(tmp_path / name), "cpu") for name in ("fp16", "out"))
+    assert np.corrcoef(found.ravel(), exact.ravel())[0, 1] > 0.95
+    for target in TARGETS[1:]:
+        assert np.abs(logits(Bundle.load(tmp_path / "out"), target) - found).max() <= 0.15 * np.ptp(found)
 
 
 def test_videos_are_refused_by_name(plain: Exported) -> None:

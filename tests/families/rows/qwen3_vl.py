@@ -29,21 +29,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
                 "mrope_interleaved": True,
             },
         },
+        "vision": {"num_position_embeddings": 400},
         "shard_size": "200KB",
         "seed": 3,
     },
     "cells_of_one_patch": {
+        "names": "state_dict",
+        "image_settings": {"min_pixels": 1, "max_pixels": 30 * 8**2},
         "vision": {
             "spatial_merge_size": 1,
+            "temporal_patch_size": 1,
             "num_position_embeddings": 1,
             "deepstack_visual_indexes": [1],
             "hidden_act": "gelu",
-        }
-    },
-    "state_dict_names": {
-        "names": "state_dict",
-        "image_settings": {"min_pixels": 1, "max_pixels": 30 * 16**2},
-        "vision": {"num_position_embeddings": 400, "temporal_patch_size": 1},
+        },
     },
     # Gate and up together are as high as they are wide.
     "experts": {"model_type": "qwen3_vl_moe", "text": {"moe_intermediate_size": 32}},
@@ -83,7 +82,7 @@ ROW = Row(
     probed=("three_taps_hub", "experts"),
     layouts=("two_taps", "experts"),
     spared={
-        "calibration": "cells as those of qwen2_vl, internvl's Qwen3; with what is added behind layers: test_qwen3_vl.py",
+        "calibration": "qwen2_vl's cells, internvl's Qwen3; what is added behind layers: test_qwen3_vl.py",
         "int8_cache": "what is added behind layers meets no cache",
     },
     targets=("two_taps", "experts"),
