@@ -11,6 +11,7 @@ from mllm_edge.image_checks import LARGEST, image_problems, positive
 from mllm_edge.spec import (
     CROSS_BIAS,
     DECODER,
+    DEEPSTACK,
     Component,
     FileEntry,
     ImageSpec,
@@ -341,14 +342,20 @@ def _chain(
 
 
 def _crossed(decoder: Variant, image: ImageSpec, made: Mapping[str, TensorSpec]) -> Iterator[str]:
-    """Whether the decoder looks at what is made for it to look at."""
+    """Whether the decoder looks at what is made for it to look at, and adds what is made for it to add."""
     inputs = {tensor.name: tensor for tensor in decoder.inputs}
     looked_at = [name for name in inputs if is_cross(name)]
     if bool(looked_at) != (image.into == "cross_attention") or (looked_at and CROSS_BIAS not in inputs):
         yield f"it looks at {', '.join(looked_at) or 'nothing'}, and features go into {image.into}"
-    for name in looked_at:
+    added, features = ({name for name in names if name.startswith(DEEPSTACK)} for names in (inputs, made))
+    for name in sorted(features - added):
+        yield f"it has no input {name}, which a stage makes"
+    for name in (*looked_at, *sorted(added)):
         if name not in made:
             yield f"nothing gives its input {name}"
+        elif name in added:
+            if _differs(inputs[name].shape[-1:], made[name].shape[-1:]):
+                yield f"{name} ends with {inputs[name].shape[-1]}, it is given {made[name].shape[-1]}"
         elif len(made[name].shape) != 4 or _differs(inputs[name].shape, made[name].shape):
             yield f"{name} has the shape {list(inputs[name].shape)}, it is given {list(made[name].shape)}"
 

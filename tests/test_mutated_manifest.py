@@ -131,6 +131,10 @@ def drop(tensors: list[dict[str, Any]], name: str) -> None:
     tensors[:] = [tensor for tensor in tensors if tensor["name"] != name]
 
 
+def added(name: str, size: int) -> dict[str, Any]:
+    return {"name": name, "dtype": "float32", "shape": ["batch", "sequence", size]}
+
+
 def several(m: dict[str, Any], resolutions: list[list[int]]) -> None:
     """Other transforms for several images."""
     fitted = {"op": "select_resolution", "resolutions": resolutions, "size": 64, "resample": "bicubic"}
@@ -208,6 +212,21 @@ CONTRADICTIONS: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     (
         "connector for cpu: nothing gives its input x",
         lambda m: m["components"]["connector"]["variants"][0]["inputs"][0].update(name="x"),
+    ),
+    (
+        r"decoder for cpu: nothing gives its input deepstack\.0",
+        lambda m: decoder(m)["inputs"].append(added("deepstack.0", 64)),
+    ),
+    (
+        r"decoder for cpu: it has no input deepstack\.0, which a stage makes",
+        lambda m: m["components"]["connector"]["variants"][0]["outputs"].append(added("deepstack.0", 64)),
+    ),
+    (
+        r"decoder for cpu: deepstack\.0 ends with 64, it is given 65",
+        lambda m: (
+            decoder(m)["inputs"].append(added("deepstack.0", 64)),
+            m["components"]["connector"]["variants"][0]["outputs"].append(added("deepstack.0", 65)),
+        ),
     ),
     ("context_length is 0", lambda m: m["model"].update(context_length=0)),
     ("hidden_size is -64", lambda m: m["model"].update(hidden_size=-64)),

@@ -35,7 +35,7 @@ from mllm_edge.export.known import known_systems
 from mllm_edge.export.plan import Plan, TracedComponent
 from mllm_edge.export.reference import load_reference
 from mllm_edge.graph.decoder_spec import DecoderSpec
-from mllm_edge.spec import CROSS_KV, EmbeddingSpec, ImageSpec, ModelSpec, Stage
+from mllm_edge.spec import CROSS_KV, DEEPSTACK, EmbeddingSpec, ImageSpec, ModelSpec, Stage
 
 __all__ = [
     "Checkpoint",
@@ -215,9 +215,9 @@ def understand(source: Source, weights: Weights) -> Plan:
     ConfigError, WeightsError or SourceError that names what does not fit."""
     family = family_for(source)
     checkpoint = _opened(family, source, weights)
-    top, decoder = checkpoint.top, checkpoint.decoder
-    context = checkpoint.text.take("max_position_embeddings")
+    top, context = checkpoint.top, checkpoint.text.take("max_position_embeddings")
     parts = family.describe(checkpoint)
+    decoder = _with_deepstack(checkpoint.decoder, parts.traced)
     for reader in (top, checkpoint.text, checkpoint.vision):
         reader.finish()
     image = parts.image
@@ -245,6 +245,11 @@ def understand(source: Source, weights: Weights) -> Plan:
     )
     ignored = tuple(name for name in weights if name.endswith(_TABLES) or name.startswith(parts.ignored))
     return Plan(model, decoder, parts.traced, embedding, family.texts(checkpoint), ignored, parts.arrays)
+
+
+def _with_deepstack(decoder: DecoderSpec, traced: tuple[TracedComponent, ...]) -> DecoderSpec:
+    """With an input for each output of the stages that is added behind a layer."""
+    return replace(decoder, deepstack=sum(t.name.startswith(DEEPSTACK) for part in traced for t in part.outputs))
 
 
 def _opened(family: Family, source: Source, weights: Weights) -> Checkpoint:

@@ -10,6 +10,7 @@ from mllm_edge.export.checkpoint.texts import Texts
 from mllm_edge.graph.decoder_spec import DecoderSpec
 from mllm_edge.graph.ranges import TILES, TOKENS, symbols
 from mllm_edge.spec import (
+    DEEPSTACK,
     AspectRatioId,
     GridRope,
     ImageSpec,
@@ -94,19 +95,23 @@ def cell_components(
     sizes: tuple[int, int],
     prefixes: tuple[str, str],
     derived: Mapping[str, Callable[[], np.ndarray]],
+    deepstack: int = 0,
 ) -> tuple[TracedComponent, TracedComponent]:
     """Vision encoder and connector of images as cells of patches, one grid a run: pixel_values [cells, merge², values]
-    and the image's tables → vision_hidden [cells, merge², D] → image_features [cells, H]. `sizes` are D and H."""
+    and the image's tables → vision_hidden [cells, merge², D] → image_features [cells, H]. `sizes` are D and H.
+
+    The encoder also gives `deepstack` further features, deepstack.{k} [cells, H]."""
     patches = image.patches
     assert patches is not None
     seen = TensorSpec("vision_hidden", "float32", ("cells", patches.merge**2, sizes[0]))
     shown = TensorSpec("pixel_values", "float32", ("cells", *image.shape))
     found = TensorSpec("image_features", "float32", ("cells", sizes[1]))
+    added = tuple(TensorSpec(f"{DEEPSTACK}{k}", "float32", found.shape) for k in range(deepstack))
     ranges = _cell_ranges(image)
     inputs = (shown, *(spec for table in image.tables for spec in table_specs(table, patches.merge)))
     return (
         TracedComponent(
-            Stage("vision_encoder", "vision", "image"), encoder, inputs, (seen,), prefixes[0], derived, ranges
+            Stage("vision_encoder", "vision", "image"), encoder, inputs, (seen, *added), prefixes[0], derived, ranges
         ),
         TracedComponent(
             Stage("connector", "connector", "image"), connector, (seen,), (found,), prefixes[1], ranges=ranges

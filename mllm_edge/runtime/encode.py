@@ -11,12 +11,11 @@ from mllm_edge.runtime.prompt.processor import Prompt
 from mllm_edge.runtime.prompt.sources import Kind
 from mllm_edge.runtime.prompt.tables import table_inputs
 from mllm_edge.runtime.trace import Trace
-from mllm_edge.spec import CROSS_BIAS, CROSS_ROWS, ImageSpec, ModelSpec, Stage, is_cross
+from mllm_edge.spec import CROSS_BIAS, CROSS_ROWS, DEEPSTACK, ImageSpec, ModelSpec, Stage, is_cross
 
 __all__ = ["FEATURES", "Components", "encoded", "stage_runs"]
 
 FEATURES = "image_features"
-_DEEPSTACK = "deepstack."
 Arrays = dict[str, np.ndarray]
 
 
@@ -86,7 +85,7 @@ def encoded(
         each(run)
         for outputs in run.values():
             for name, array in outputs.items():
-                if name == FEATURES or name.startswith(_DEEPSTACK):
+                if name == FEATURES or name.startswith(DEEPSTACK):
                     rows = array.reshape(-1, array.shape[-1]).astype(np.float32, copy=False)
                     parts.setdefault(name, []).append(rows)
                 elif is_cross(name):

@@ -39,6 +39,7 @@ from mllm_edge.spec.images import (
 )
 from mllm_edge.spec.model import (
     DECODER,
+    DEEPSTACK,
     SCHEMA_VERSION,
     Component,
     EmbeddingSpec,
@@ -87,6 +88,7 @@ __all__ = [
     "state_names",
     "state_output",
     "DECODER",
+    "DEEPSTACK",
     "Role",
     "Stage",
     "Unpad",

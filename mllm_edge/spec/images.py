@@ -291,11 +291,13 @@ class GridWindows:
 @dataclass(frozen=True)
 class LearnedPositions:
     """An input [cells, merge², dim] float32: the bundle's array `file` [side², dim], which holds what was learned for
-    side × side patches row by row, brought to the image's grid of patches, bilinearly with antialiasing."""
+    side × side patches row by row, brought to the image's grid of patches, bilinearly. Both grids have the same edges,
+    and a smaller one averages; with `corners` they have the same corner patches, and nothing is averaged."""
 
     file: str
     side: int
     dim: int
+    corners: bool = False
     names: tuple[str, ...] = ("position_embeds",)
     op: Literal["learned_positions"] = "learned_positions"
 

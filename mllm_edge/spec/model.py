@@ -10,6 +10,7 @@ from mllm_edge.spec.state import StateSpec
 
 __all__ = [
     "DECODER",
+    "DEEPSTACK",
     "Role",
     "Stage",
     "Component",
@@ -27,6 +28,7 @@ __all__ = [
 
 SCHEMA_VERSION = 2
 DECODER = "decoder"  # the component that every model ends with
+DEEPSTACK = "deepstack."  # and a layer's number: what is added to the hidden states behind it, token by token
 
 Role = Literal["vision", "connector", "text"]
 

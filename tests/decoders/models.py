@@ -29,6 +29,8 @@ from transformers import (
     Qwen3Config,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
 from mllm_edge.calibration.overflow import widen
@@ -195,11 +197,20 @@ CONFIGS: dict[str, Any] = {
     ),
     "qwen2_vl": qwen_vl(Qwen2VLConfig),
     "qwen3_vl": qwen_vl(Qwen3VLConfig, head_dim=16),
+    "qwen3_vl_moe": qwen_vl(
+        Qwen3VLMoeConfig,
+        head_dim=16,
+        num_experts=5,
+        num_experts_per_tok=2,
+        moe_intermediate_size=48,
+        mlp_only_layers=[1],
+    ),
 }
 _CLASSES = {
     "chameleon": ChameleonForConditionalGeneration,
     "qwen2_vl": Qwen2VLForConditionalGeneration,
     "qwen3_vl": Qwen3VLForConditionalGeneration,
+    "qwen3_vl_moe": Qwen3VLMoeForConditionalGeneration,
 }
 
 

@@ -8,6 +8,7 @@ import torch
 from transformers.models.lfm2_vl.modeling_lfm2_vl import Lfm2VlModel
 from transformers.models.mllama.modeling_mllama import MllamaVisionModel
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from mllm_edge.export.checkpoint.safetensors import Weights
 from mllm_edge.export.plan import TracedComponent
@@ -16,7 +17,7 @@ from mllm_edge.export.vision.qwen25_vl import Qwen25VlConfig, Qwen25VlTower
 from mllm_edge.export.vision.siglip2 import Siglip2Tower, read_siglip2
 from mllm_edge.runtime.backends.tensorrt_build import Range, build, check_network
 from mllm_edge.spec import TensorSpec
-from tests.export import test_mllama, test_qwen25_vl, test_siglip2
+from tests.export import test_mllama, test_qwen3_vl, test_qwen25_vl, test_siglip2
 from tests.export.towers import HALF, component, opened, randomized, reader, saved
 
 # Least, usual and most: one cell in one window, 4 × 6 cells in windows of 3 × 3, 8 × 8.
@@ -43,6 +44,13 @@ def qwen25_vl(folder: Path) -> tuple[TracedComponent, Weights]:
     return tower, saved(model, folder)
 
 
+def qwen3_vl(folder: Path) -> tuple[TracedComponent, Weights]:
+    """With the features of some layers beside the last one's."""
+    settings = test_qwen3_vl.config()
+    model = randomized(Qwen3VLVisionModel(settings))
+    return test_qwen3_vl.parts(model, settings)[0], saved(model, folder)
+
+
 def mllama(folder: Path) -> tuple[TracedComponent, Weights]:
     settings = test_mllama.config()
     weights, sizes = saved(randomized(MllamaVisionModel(settings)), folder), MllamaConfig.read(reader(settings))
@@ -67,7 +75,7 @@ def siglip2(folder: Path) -> tuple[TracedComponent, Weights]:
 
 
 @pytest.mark.parametrize("dialect", ["opset24", "opset17"])
-@pytest.mark.parametrize("tower", [qwen25_vl, mllama, siglip2], ids=lambda tower: tower.__name__)
+@pytest.mark.parametrize("tower", [qwen25_vl, qwen3_vl, mllama, siglip2], ids=lambda tower: tower.__name__)
 def test_tensorrt_builds_the_tower(
     tmp_path: Path, dialect: str, tower: Callable[[Path], tuple[TracedComponent, Weights]]
 ) -> None:

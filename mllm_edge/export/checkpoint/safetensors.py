@@ -167,7 +167,7 @@ class Weights:
     def read(self, name: str) -> np.ndarray:
         """A copy of the tensor in float32."""
         if name in self._derived:
-            return self.view(name).astype(np.float32)
+            return self.view(name).astype(np.float32, order="C")
         entry = self._entry(name)
         self._used.add(name)
         values = np.empty(entry.shape, np.float32)

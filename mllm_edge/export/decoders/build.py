@@ -15,7 +15,7 @@ from mllm_edge.graph.dialects.base import Dialect
 from mllm_edge.graph.dialects.known import DIALECTS
 from mllm_edge.graph.gate import check_cuda_graph, check_graph
 from mllm_edge.graph.linear import linear
-from mllm_edge.spec import CROSS_BIAS, CROSS_KV, CROSS_ROWS, ENCODED, cross_names
+from mllm_edge.spec import CROSS_BIAS, CROSS_KV, CROSS_ROWS, DEEPSTACK, ENCODED, cross_names
 
 __all__ = ["build_cross_kv", "build_decoder", "build_text_encoder"]
 
@@ -49,7 +49,7 @@ def build_decoder(
         for branch in layer.branches:
             layers.branch(stream, i, layer, branch, inputs)
         if i < spec.deepstack:
-            stream.pending = graph.node("Add", [stream.pending, inputs[f"deepstack.{i}"]], f"layers.{i}.deepstack")
+            stream.pending = graph.node("Add", [stream.pending, inputs[f"{DEEPSTACK}{i}"]], f"layers.{i}.deepstack")
     # Rows are picked before the last norm: prefill projects one row, not all of them.
     stream.pick(indices)
     head = layers.linear(
@@ -125,7 +125,7 @@ def _optional_inputs(ops: Dialect, spec: DecoderSpec) -> dict[str, ir.Value]:
     for state in spec.state_specs():
         if state.kind == "recurrent":
             shapes |= dict.fromkeys(state.inputs, ("batch", *state.shape))
-    shapes |= {f"deepstack.{k}": ("batch", "sequence", spec.hidden_size) for k in range(spec.deepstack)}
+    shapes |= {f"{DEEPSTACK}{k}": ("batch", "sequence", spec.hidden_size) for k in range(spec.deepstack)}
     return {name: ops.graph.input(name, ops.graph.float_type, shape) for name, shape in shapes.items()}
 
 

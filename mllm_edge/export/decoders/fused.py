@@ -6,7 +6,7 @@ import numpy as np
 
 from mllm_edge.export.checkpoint.safetensors import Weights
 
-__all__ = ["cut_groups", "cut_rows"]
+__all__ = ["cut_experts", "cut_groups", "cut_rows"]
 
 
 def cut_rows(weights: Weights, source: str, parts: Mapping[str, int], row: int | None) -> None:
@@ -39,4 +39,21 @@ def cut_groups(weights: Weights, source: str, parts: Mapping[str, int], groups: 
             return fused.reshape(groups, stride, dim, *columns)[:, start:end].reshape(-1, *columns)
 
         weights.derive(name, source, (groups * heads * dim, *columns), cut)
+        start = end
+
+
+def cut_experts(weights: Weights, source: str, parts: Mapping[str, int], experts: int, row: int) -> None:
+    """The weights of `experts` in `source`, [experts, Σ rows, row] or, where that is not its shape, [experts, row,
+    Σ rows]: `parts` maps each new name, in which `{e}` is the expert, to its number of rows, in order."""
+    total, start = sum(parts.values()), 0
+    turned = weights.shape(source) == (experts, row, total) and row != total
+    weights.use(source, (experts, row, total) if turned else (experts, total, row))  # for the error of another shape
+    for name, rows in parts.items():
+        end = start + rows
+        for expert in range(experts):
+
+            def cut(fused: np.ndarray, expert: int = expert, start: int = start, end: int = end) -> np.ndarray:
+                return fused[expert][:, start:end].T if turned else fused[expert][start:end]
+
+            weights.derive(name.replace("{e}", str(expert)), source, (rows, row), cut)
         start = end

@@ -53,6 +53,7 @@ _KINDS = {
     "qwen2_moe": _Kind(qkv_bias=True),
     "qwen2_vl_text": _Kind(qkv_bias=True, mrope="sectioned"),
     "qwen3": _Kind(qkv_bias=None, output_bias=None, qk_norm=True),
+    "qwen3_vl_moe_text": _Kind(qkv_bias=None, output_bias=None, qk_norm=True, mrope="interleaved"),
     "qwen3_vl_text": _Kind(qkv_bias=None, output_bias=None, qk_norm=True, mrope="interleaved"),
 }
 

@@ -1,16 +1,19 @@
-"""Mixtures of experts in a Llama frame: Mixtral, and Qwen2-MoE with an expert that every token shares."""
+"""Mixtures of experts in a Llama frame: Mixtral, Qwen2-MoE with an expert that every token shares, and the text model
+of Qwen3-VL-MoE, whose experts are stored as one tensor."""
 
 from dataclasses import replace
 
-from mllm_edge.export.checkpoint.config import ConfigReader
+from mllm_edge.errors import ConfigError
+from mllm_edge.export.checkpoint.config import OWN_CONFIG, ConfigReader
 from mllm_edge.export.checkpoint.safetensors import Weights
 from mllm_edge.export.decoders import llama
+from mllm_edge.export.decoders.fused import cut_experts
 from mllm_edge.export.decoders.place import Place
 from mllm_edge.graph.decoder_spec import Branch, DecoderSpec, LayerSpec, MoeSpec
 
 __all__ = ["MODEL_TYPES", "spec"]
 
-MODEL_TYPES = ("mixtral", "qwen2_moe")
+MODEL_TYPES = ("mixtral", "qwen2_moe", "qwen3_vl_moe_text")
 
 _MOE = LayerSpec((Branch("attention", pre="input_norm"), Branch("moe", pre="post_attention_norm")))
 _MIXTRAL = {
@@ -19,12 +22,16 @@ _MIXTRAL = {
     "expert_up_proj": "block_sparse_moe.experts.{{e}}.w3",
     "expert_down_proj": "block_sparse_moe.experts.{{e}}.w2",
 }
-_QWEN2_MOE = {
+_QWEN3_MOE = {
     "router": "mlp.gate",
     **{f"expert_{part}_proj": f"mlp.experts.{{{{e}}}}.{part}_proj" for part in ("gate", "up", "down")},
+}
+_QWEN2_MOE = {
+    **_QWEN3_MOE,
     **{f"shared_{part}_proj": f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")},
     "shared_router": "mlp.shared_expert_gate",
 }
+_PARTS = ("gate", "up", "down")
 # Losses and noise of training.
 _INERT = ("router_aux_loss_coef", "router_jitter_noise", "output_router_logits")
 
@@ -32,6 +39,8 @@ _INERT = ("router_aux_loss_coef", "router_jitter_noise", "output_router_logits")
 def spec(config: ConfigReader, weights: Weights, place: Place, model_type: str) -> DecoderSpec:
     """The decoder at `place`; errors as in `llama`."""
     plain = llama.spec(config, weights, place, model_type)
+    if model_type == "qwen3_vl_moe_text":
+        return _qwen3_moe(config, plain, place, weights)
     return (_mixtral if model_type == "mixtral" else _qwen2_moe)(config, plain, place)
 
 
@@ -51,9 +60,30 @@ def _qwen2_moe(config: ConfigReader, plain: DecoderSpec, place: Place) -> Decode
         shared_inner=config.take("shared_expert_intermediate_size"),
         shared_gate=True,
     )
+    return _with_experts(config, plain, place, moe, _QWEN2_MOE, _sparse(config, plain.layers, moe.experts))
+
+
+def _qwen3_moe(config: ConfigReader, plain: DecoderSpec, place: Place, weights: Weights) -> DecoderSpec:
+    """The largest few renormalized, nothing shared; the experts of a layer are two tensors, cut here by expert."""
+    experts, top_k = config.positive("num_local_experts"), config.positive("num_experts_per_tok")
+    if top_k > experts:
+        raise ConfigError(f"text_config: num_experts_per_tok {top_k} of {experts} experts", OWN_CONFIG)
+    moe = MoeSpec(experts, top_k, config.positive("moe_intermediate_size"))
+    sparse = _sparse(config, plain.layers, moe.experts)
+    found = _with_experts(config, plain, place, moe, _QWEN3_MOE, sparse)
+    width, parts = plain.hidden_size, {k: f"{found.names.layer[f'expert_{k}_proj']}.weight" for k in _PARTS}
+    for i in sparse:
+        gate, up, down = (parts[k].replace("{i}", str(i)) for k in _PARTS)
+        stored = f"{place.prefix}.layers.{i}.mlp.experts"
+        cut_experts(weights, f"{stored}.gate_up_proj", {gate: moe.inner, up: moe.inner}, experts, width)
+        cut_experts(weights, f"{stored}.down_proj", {down: width}, experts, moe.inner)
+    return found
+
+
+def _sparse(config: ConfigReader, layers: int, experts: int) -> list[int]:
+    """Qwen's layers with experts."""
     dense, step = config.take("mlp_only_layers") or (), config.take("decoder_sparse_step", 1)
-    sparse = [i for i in range(plain.layers) if i not in dense and moe.experts and (i + 1) % step == 0]
-    return _with_experts(config, plain, place, moe, _QWEN2_MOE, sparse)
+    return [i for i in range(layers) if i not in dense and experts and (i + 1) % step == 0]
 
 
 def _with_experts(

@@ -7,14 +7,21 @@ from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.config import OWN_CONFIG
 from mllm_edge.export.checkpoint.processor import load_processor
 from mllm_edge.export.checkpoint.source import Source
-from mllm_edge.export.families.qwen_images import END, START, TEMPLATE, grid_rope, image_spec, read_patches
+from mllm_edge.export.families.qwen_images import (
+    END,
+    START,
+    TEMPLATE,
+    VISION,
+    grid_rope,
+    image_spec,
+    patch_weights,
+    read_patches,
+)
 from mllm_edge.export.family import Checkpoint, Family, Parts
 from mllm_edge.export.plan import cell_components
 from mllm_edge.spec import GridWindows
 
 __all__ = ["FAMILY"]
-
-_VISION = "model.visual."
 
 
 def _describe(checkpoint: Checkpoint) -> Parts:
@@ -26,20 +33,15 @@ def _describe(checkpoint: Checkpoint) -> Parts:
     if stated != text_hidden:
         raise ConfigError(f"vision_config: out_hidden_size {stated}, but the text model's is {text_hidden}", OWN_CONFIG)
     vision.take("tokens_per_second")  # of videos
-    for unused in ("video_token_id", "vision_start_token_id", "vision_end_token_id"):  # the template names them
-        checkpoint.top.take(unused)
     tables = (grid_rope(vision, sizes.hidden_size // sizes.heads), GridWindows(tower.side))
     image = image_spec(checkpoint, patches, tables)
-    # A convolution over patches that do not overlap is a linear layer over flattened ones.
-    sides = (3, patches.frames, patches.patch, patches.patch)
-    convolution = checkpoint.weights.use(f"{_VISION}patch_embed.proj.weight", (sizes.hidden_size, *sides))
     traced = cell_components(
         lambda: Qwen25VlTower(tower),
         lambda: qwen25_merger(tower, text_hidden),
         image,
         (sizes.hidden_size, text_hidden),
-        (_VISION, f"{_VISION}merger."),
-        {"patch_embed.proj.weight": lambda: convolution().reshape(sizes.hidden_size, -1)},
+        (VISION, f"{VISION}merger."),
+        patch_weights(checkpoint, patches, sizes.hidden_size),
     )
     return Parts(traced, image, markers=(START, END), images="grid")
 
@@ -65,7 +67,7 @@ FAMILY = Family(
     name="qwen2_5_vl",
     model_types=("qwen2_5_vl",),
     decoders=("qwen2",),
-    examples=("Qwen/Qwen2.5-VL-3B-Instruct",),
+    examples=("Qwen/Qwen2.5-VL-3B-Instruct", "microsoft/Fara-7B"),
     describe=_describe,
     load_processor=_load_processor,
     image_features=_image_features,

@@ -1,6 +1,9 @@
 """Images of Qwen's vision-language models: any size, as a grid of cells of patches, one feature each."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import numpy as np
 
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.config import ConfigReader
@@ -10,20 +13,35 @@ from mllm_edge.export.checkpoint.source import Source
 from mllm_edge.export.family import Checkpoint
 from mllm_edge.spec import GridRope, ImagePrompt, ImageSpec, Patchify, ResizeToPixels, Table
 
-__all__ = ["END", "START", "TEMPLATE", "grid_rope", "image_spec", "read_patches"]
+__all__ = [
+    "END",
+    "START",
+    "TEMPLATE",
+    "TURNS",
+    "VISION",
+    "grid_rope",
+    "image_features",
+    "image_spec",
+    "patch_weights",
+    "read_patches",
+]
 
+VISION = "model.visual."
 START, END = "<|vision_start|>", "<|vision_end|>"
 _MAX_RATIO = 200.0  # of an image's sides; fixed in the reference
-# For checkpoints that come without a template: turns between <|im_start|> and <|im_end|>, a system message first.
-TEMPLATE = (
-    "{% if messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+# For checkpoints that come without a template: turns between <|im_start|> and <|im_end|>.
+TURNS = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}"
     "{% else %}{% for part in message['content'] %}"
     "{{ part['text'] if part['type'] == 'text' else '<|vision_start|><|image_pad|><|vision_end|>' }}"
     "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{{ '<|im_start|>assistant\n' if add_generation_prompt else '' }}"
+)
+# With a system message first.
+TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}" + TURNS
 )
 
 
@@ -41,8 +59,27 @@ def grid_rope(vision: ConfigReader, dim: int) -> GridRope:
     return GridRope(float(rope["rope_theta"]), dim)
 
 
+def patch_weights(checkpoint: Checkpoint, patches: Patchify, hidden: int) -> Mapping[str, Callable[[], np.ndarray]]:
+    """The tower's first layer: a convolution over patches that do not overlap is a linear layer over flattened ones."""
+    name = "patch_embed.proj.weight"
+    shape = (hidden, 3, patches.frames, patches.patch, patches.patch)
+    convolution = checkpoint.weights.use(f"{VISION}{name}", shape)
+    return {name: lambda: convolution().reshape(hidden, -1)}
+
+
+def image_features(model: Any, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The reference's patches behind its tower, by cells, and their features."""
+    import torch
+
+    found = model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True)
+    cell = model.config.vision_config.spatial_merge_size**2
+    return found.last_hidden_state.unflatten(0, (-1, cell)), torch.cat(list(found.pooler_output))
+
+
 def image_spec(checkpoint: Checkpoint, patches: Patchify, tables: tuple[Table, ...]) -> ImageSpec:
     """Images as cells of patches; raises ConfigError where the image processor makes others."""
+    for unused in ("video_token_id", "vision_start_token_id", "vision_end_token_id"):  # the template names them
+        checkpoint.top.take(unused)
     source, loaded, processor = checkpoint.source, checkpoint.processor, checkpoint.processor.image_processor
     sizes = {"patch_size": patches.patch, "merge_size": patches.merge, "temporal_patch_size": patches.frames}
     for key, value in sizes.items():

@@ -10,7 +10,7 @@ from mllm_edge.runtime.decode.encoded import REPEATED
 from mllm_edge.runtime.decode.masks import RelativeBias, attention_bias
 from mllm_edge.runtime.decode.positions import RotaryTable
 from mllm_edge.runtime.decode.state import Cache
-from mllm_edge.spec import CROSS_BIAS, CROSS_ROWS, ModelSpec, TensorSpec, Variant, is_cross
+from mllm_edge.spec import CROSS_BIAS, CROSS_ROWS, DEEPSTACK, ModelSpec, TensorSpec, Variant, is_cross
 
 __all__ = ["Contract", "Step", "contract_for"]
 
@@ -140,7 +140,7 @@ class _Shared:
     def _neutral(self, batch: int, tokens: int) -> dict[str, np.ndarray]:
         feeds = {}
         for name, tensor in self._inputs.items():
-            if name.startswith("deepstack."):
+            if name.startswith(DEEPSTACK):
                 feeds[name] = np.zeros((batch, tokens, *_sizes(tensor, 0)), self._dtype)
         if CROSS_BIAS in self._inputs:
             feeds[CROSS_BIAS] = np.zeros((batch, 1, tokens, self._features), self._dtype)

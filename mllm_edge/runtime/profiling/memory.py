@@ -18,7 +18,7 @@ from mllm_edge.runtime.machine.cpu import peak_rss
 from mllm_edge.runtime.profiling.shapes import crossed_bytes, layouts_of, stage_runs
 from mllm_edge.runtime.prompt.layout import Layout
 from mllm_edge.runtime.trace import Metrics, Trace
-from mllm_edge.spec import Variant
+from mllm_edge.spec import DECODER, DEEPSTACK, Variant
 
 __all__ = [
     "MemoryUse",
@@ -168,13 +168,15 @@ def measured(
 
 def predict_activations(bundle: Bundle, target: str, prompt_tokens: int, layouts: Sequence[Layout]) -> int:
     """Bytes that the largest run of each component works in, for images of these layouts: its outputs as its variant
-    states them, times the values that live at once. An attention that keeps all its scores takes more."""
+    states them, times the values that live at once, and what is added behind the decoder's layers, for the whole
+    prompt. An attention that keeps all its scores takes more."""
     model = bundle.manifest.model
     rows = min(prompt_tokens, PREFILL_CHUNK)
     variants = {name: bundle.variant(name, target) for name in bundle.manifest.components}
     runs = {s.component: [sizes for sizes, _ in stage_runs(model, s, variants, layouts)] for s in model.stages}
     stages = sum(_largest(variants[component], sizes) for component, sizes in runs.items())
-    return 4 * (_LIVE * (rows * model.hidden_size + stages) + model.vocab_size)
+    added = sum(t.name.startswith(DEEPSTACK) for t in variants[DECODER].inputs) * prompt_tokens * model.hidden_size
+    return 4 * (_LIVE * (rows * model.hidden_size + stages) + added + model.vocab_size)
 
 
 def predict_images(bundle: Bundle, layouts: Sequence[Layout], sizes: Sequence[tuple[int, int]]) -> int:

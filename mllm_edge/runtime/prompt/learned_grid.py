@@ -5,20 +5,22 @@ import numpy as np
 __all__ = ["cell_positions", "interpolated_positions"]
 
 
-def cell_positions(table: np.ndarray, rows: int, cols: int, merge: int) -> np.ndarray:
+def cell_positions(table: np.ndarray, rows: int, cols: int, merge: int, corners: bool = False) -> np.ndarray:
     """The learned positions [n, n, D] for rows × cols cells of merge × merge patches: [rows · cols, merge², D] float32,
-    in the cells' order."""
-    places = interpolated_positions(table, rows * merge, cols * merge)
+    in the cells' order; `corners` as in LearnedPositions."""
+    places = interpolated_positions(table, rows * merge, cols * merge, corners)
     cells = places.reshape(rows, merge, cols, merge, -1).swapaxes(1, 2)
     return cells.reshape(rows * cols, merge**2, -1)
 
 
-def interpolated_positions(table: np.ndarray, rows: int, cols: int) -> np.ndarray:
+def interpolated_positions(table: np.ndarray, rows: int, cols: int, corners: bool = False) -> np.ndarray:
     """The learned positions [n, n, D] for a grid of rows × cols patches: [rows, cols, D] float32, bilinear, and where
-    the grid is smaller an average over all that a place covers."""
+    the grid is smaller an average over all that a place covers. `corners`: without that, the first and the last place
+    of a side staying what they are."""
     side, _, width = table.shape
-    across = _weights(side, cols) @ table.astype(np.float32)
-    return (_weights(side, rows) @ across.reshape(side, -1)).reshape(rows, cols, width)
+    weights = _weights_between if corners else _weights
+    across = weights(side, cols) @ table.astype(np.float32)
+    return (weights(side, rows) @ across.reshape(side, -1)).reshape(rows, cols, width)
 
 
 def _weights(side: int, places: int) -> np.ndarray:
@@ -28,3 +30,10 @@ def _weights(side: int, places: int) -> np.ndarray:
     distance = np.abs(np.arange(side) - centers[:, None]) / max(scale, 1.0)
     weights = np.maximum(1 - distance, 0)
     return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+
+
+def _weights_between(side: int, places: int) -> np.ndarray:
+    """[places, side] float32: how much each learned place counts at each of `places`, which go from the first to the
+    last: the two beside it, by their distance. One place alone is the first."""
+    centers = np.arange(places) * (side - 1) / max(places - 1, 1)
+    return np.maximum(1 - np.abs(np.arange(side) - centers[:, None]), 0).astype(np.float32)
