@@ -10,7 +10,7 @@ from mllm_edge.runtime.decode.masks import cross_bias
 from mllm_edge.runtime.prompt.processor import Prompt
 from mllm_edge.runtime.prompt.tables import table_inputs
 from mllm_edge.runtime.trace import Trace
-from mllm_edge.spec import CROSS_BIAS, CROSS_ROWS, ImageSpec, ModelSpec, Stage, is_cross
+from mllm_edge.spec import CROSS_BIAS, CROSS_ROWS, PIXELS, ImageSpec, ModelSpec, Stage, is_cross
 
 __all__ = ["FEATURES", "Components", "encoded", "stage_runs"]
 
@@ -115,17 +115,17 @@ def _image_inputs(
     components: Components, image: ImageSpec, prompt: Prompt, arrays: Mapping[str, np.ndarray]
 ) -> Iterator[Arrays]:
     """The inputs of each run: some slices of all images, or those of one image or grid with its tables."""
-    pixel_values = prompt.pixel_values
-    assert pixel_values is not None
+    assert prompt.pixel_values is not None
+    pixels = {PIXELS: prompt.pixel_values, **prompt.views}
     if all(stage.per == "slice" for stage in components.for_images):
-        for start in range(0, len(pixel_values), components.slices):
-            yield {"pixel_values": pixel_values[start : start + components.slices]}
+        for start in range(0, len(prompt.pixel_values), components.slices):
+            yield {name: rows[start : start + components.slices] for name, rows in pixels.items()}
         return
     start, grid, tables = 0, (0, 0), Arrays()
     for slices, rows, cols in chain.from_iterable(layout.runs for layout in prompt.layouts):
         if (rows, cols) != grid:  # tiles are alike
             grid, tables = (rows, cols), table_inputs(image, rows, cols, arrays)
-        yield {"pixel_values": pixel_values[start : start + slices], **tables}
+        yield {**{name: rows[start : start + slices] for name, rows in pixels.items()}, **tables}
         start += slices
 
 

@@ -182,7 +182,7 @@ def predict_images(bundle: Bundle, layouts: Sequence[Layout], sizes: Sequence[tu
     image = bundle.manifest.model.image
     if image is None:
         return 0
-    values = sum(layout.slices for layout in layouts) * math.prod(image.shape)
+    values = sum(layout.slices for layout in layouts) * sum(map(math.prod, image.inputs.values()))
     return 3 * sum(width * height for width, height in sizes) + 4 * values
 
 
