@@ -322,6 +322,8 @@ def _chain(
         yield f"for {target}: no stage takes {name}"
     if decoder is not None:
         yield from (f"decoder for {target}: {what}" for what in _crossed(decoder, image, made))
+        if image.both_ways is not None and all(t.name != "attention_bias" for t in decoder.inputs):
+            yield f"decoder for {target}: tokens see each other in both directions, and it takes no attention_bias"
     if image.into == "cross_attention":
         return
     features = made.get("image_features")

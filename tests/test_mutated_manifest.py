@@ -202,6 +202,7 @@ CONTRADICTIONS: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     (r"large\.width is 0", lambda m: view(m, width=0)),
     ("several inputs of images are called .*pixel_values", lambda m: view(m, name="pixel_values")),
     (r"large is made of whole images, and these are cut \(split_tiles\)", view),
+    ("it takes no attention_bias", lambda m: m["model"]["image"].update(both_ways="image")),
     ("decoder has no variants", lambda m: m["components"]["decoder"].update(variants=[])),
     ("decoder has several variants for cpu", lambda m: m["components"]["decoder"]["variants"].append(decoder(m))),
     ("decoder for gpu: no such target", lambda m: decoder(m).update(target="gpu")),

@@ -221,9 +221,10 @@ def understand(source: Source, weights: Weights) -> Plan:
     ConfigError, WeightsError or SourceError that names what does not fit."""
     family = family_for(source)
     checkpoint = _opened(family, source, weights)
-    top, decoder = checkpoint.top, checkpoint.decoder
+    top = checkpoint.top
     context = checkpoint.text.take("max_position_embeddings")
     parts = family.describe(checkpoint)
+    decoder = replace(checkpoint.decoder, spans=parts.image.both_ways is not None)
     for reader in (top, checkpoint.text, checkpoint.vision):
         reader.finish()
     image = parts.image

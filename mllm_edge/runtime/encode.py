@@ -99,7 +99,18 @@ def encoded(
         per_token = {name: _placed(rows, prompt) for name, rows in rows_of.items()}
         if cross:
             per_token |= _crossed(components.model.image, prompt)
-        return Encoded(embeds, prompt.positions, per_token=per_token, cross=cross)
+        return Encoded(embeds, prompt.positions, _spans(components.model.image, prompt), per_token, cross)
+
+
+def _spans(image: ImageSpec | None, prompt: Prompt) -> np.ndarray | None:
+    """Which tokens see each other in both directions, as of `Encoded`."""
+    if image is not None and image.both_ways == "prompt":
+        return np.ones(len(prompt.token_ids), np.int64)
+    if image is None or image.both_ways is None or not prompt.layouts:
+        return None
+    spans, counts = np.zeros(len(prompt.token_ids), np.int64), [layout.tokens for layout in prompt.layouts]
+    spans[prompt.image_positions] = np.repeat(np.arange(1, len(counts) + 1), counts)
+    return spans
 
 
 def _crossed(image: ImageSpec | None, prompt: Prompt) -> Arrays:

@@ -399,6 +399,9 @@ class ImageSpec:
     go. `tokens`: they take the places of its tokens. `cross_attention`: that looks at all features of all images, those
     of zeros too, from the image's token on until the next image's; of images one behind the other, at all of these.
     Such an image is one token, which keeps its embedding.
+
+    `both_ways`: which tokens see each other in both directions, beside what each sees of those before it: those of an
+    `image`, or all of a `prompt`, with images or without.
     """
 
     transforms: tuple[Transform, ...]
@@ -414,6 +417,7 @@ class ImageSpec:
     into: Literal["tokens", "cross_attention"] = "tokens"
     video: VideoSpec | None = None
     views: tuple[View, ...] = ()
+    both_ways: Literal["image", "prompt"] | None = None
 
     @property
     def patches(self) -> Patchify | None:

@@ -170,7 +170,8 @@ def predict_activations(bundle: Bundle, target: str, prompt_tokens: int, layouts
     """Bytes that the largest run of each component works in, for images of these layouts: its outputs as its variant
     states them, times the values that live at once. An attention that keeps all its scores takes more."""
     model = bundle.manifest.model
-    rows = min(prompt_tokens, PREFILL_CHUNK)
+    whole = model.image is not None and model.image.both_ways == "prompt"
+    rows = prompt_tokens if whole else min(prompt_tokens, PREFILL_CHUNK)
     variants = {name: bundle.variant(name, target) for name in bundle.manifest.components}
     runs = {s.component: [sizes for sizes, _ in stage_runs(model, s, variants, layouts)] for s in model.stages}
     stages = sum(_largest(variants[component], sizes) for component, sizes in runs.items())
