@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from mllm_edge.spec import (
     MOST_PIXELS,
+    PIXELS,
     AspectRatioId,
     FitCanvas,
     GridWindows,
@@ -17,6 +18,7 @@ from mllm_edge.spec import (
     Table,
     Transform,
     VideoSpec,
+    View,
 )
 
 __all__ = ["LARGEST", "image_problems", "positive"]
@@ -25,6 +27,7 @@ LARGEST = (1 << 31) - 1  # of any size
 _TABLE_INPUTS = {"grid_rope": 2, "grid_windows": 3, "learned_positions": 1, "aspect_ratio_id": 1}
 _LARGEST_WINDOW = 64  # patches along a side: the bias of a window is that to the fourth power
 _MOST_TILES = 1024  # of a canvas
+_CUTTING = {"split_tiles", "select_tiles", "select_resolution", "fit_canvas", "split_large", "patchify"}
 _MAY_BE_ZERO = {"min_pixels"}  # of the sizes of transforms
 
 
@@ -43,7 +46,8 @@ def image_problems(image: ImageSpec, model: ModelSpec) -> Iterator[str]:
     if not image.transforms:
         yield "images are not transformed"
     video = image.video.transforms if image.video is not None else ()
-    for k, transform in enumerate((*image.transforms, *(image.several or ()), *video)):
+    views = [transform for view in image.views for transform in view.transforms]
+    for k, transform in enumerate((*image.transforms, *(image.several or ()), *video, *views)):
         for field in dataclasses.fields(transform):
             for number in _numbers(getattr(transform, field.name)):
                 where = f"model.image.transforms[{k}].{field.name}"
@@ -67,9 +71,11 @@ def image_problems(image: ImageSpec, model: ModelSpec) -> Iterator[str]:
             yield from positive("model.image.pack.most", step.most)
     if image.pack and (image.patches is not None or math.isqrt(image.features) ** 2 != image.features):
         yield f"features are packed, and {image.features} of a tile are no square"
-    names = [name for table in image.tables for name in table.names]
-    if len(set(names)) != len(names):
-        yield f"several tables of images are called {names}"
+    names = [*(view.name for view in image.views), *(name for table in image.tables for name in table.names)]
+    if len(set(names)) != len(names) or PIXELS in names:
+        yield f"several inputs of images are called {names}"
+    for view in image.views:
+        yield from _view(view, image)
     for table in image.tables:
         yield from _table(table, image)
     yield from _canvas(image)
@@ -87,6 +93,18 @@ def _video(image: ImageSpec, video: VideoSpec, model: ModelSpec) -> Iterator[str
             yield "a video's features are its tokens, and something stands behind them, or images are cells of patches"
     elif image.patches is not None or math.isqrt(image.features) ** 2 != image.features:
         yield f"a video's features are pooled, and {image.features} of a frame are no square"
+
+
+def _view(view: View, image: ImageSpec) -> Iterator[str]:
+    """Beside an image that is one slice."""
+    yield from _order(view.transforms)
+    for name in ("height", "width"):
+        yield from positive(f"{view.name}.{name}", getattr(view, name))
+    if not view.transforms:
+        yield f"the view {view.name} is not transformed"
+    cut = [t.op for t in (*image.transforms, *(image.several or ()), *view.transforms) if t.op in _CUTTING]
+    if cut or image.tiles is not None or image.video is not None:
+        yield f"{view.name} is made of whole images, and these are cut ({', '.join(cut)}), filled up or a video's"
 
 
 def _canvas(image: ImageSpec) -> Iterator[str]:

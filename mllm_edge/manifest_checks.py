@@ -12,6 +12,7 @@ from mllm_edge.spec import (
     CROSS_BIAS,
     DECODER,
     DEEPSTACK,
+    PIXELS,
     Component,
     FileEntry,
     ImageSpec,
@@ -302,7 +303,8 @@ def _chain(
     whole: Sequence[str],
 ) -> Iterator[str]:
     """What the stages for one target are given, and what they make; those of `whole` run for whole prompts."""
-    given: dict[str, int | None] = {"pixel_values": 1 + len(image.shape), **dict.fromkeys(tables)}
+    pixels = {name: 1 + len(shape) for name, shape in image.inputs.items()}
+    given: dict[str, int | None] = {**pixels, **dict.fromkeys(tables)}
     made: dict[str, TensorSpec] = {}
     used: set[str] = set()
     for name, variant in variants.items():
@@ -318,18 +320,22 @@ def _chain(
                 shape = list(tensor.shape)
                 yield f"{where}: {tensor.name} has the shape {shape}, it is given {given[tensor.name]} axes"
             used.add(tensor.name)
-            wanted = image.shape if image.tiles is None else (image.tiles, *image.shape)
-            if tensor.name == "pixel_values" and _differs(tensor.shape[-len(wanted) :], wanted):
+            wanted = image.inputs.get(tensor.name, ())
+            if tensor.name == PIXELS and image.tiles is not None:
+                wanted = (image.tiles, *wanted)
+            if wanted and _differs(tensor.shape[-len(wanted) :], wanted):
                 shape = list(tensor.shape)
-                yield f"{where}: pixel_values has the shape {shape}, the image processing makes {list(wanted)}"
+                yield f"{where}: {tensor.name} has the shape {shape}, the image processing makes {list(wanted)}"
         made |= {tensor.name: tensor for tensor in variant.outputs}
         given |= {tensor.name: len(tensor.shape) for tensor in variant.outputs}
     if None in variants.values():
         return
-    for name in (n for n in ("pixel_values", *tables) if n not in used):
+    for name in (n for n in (*pixels, *tables) if n not in used):
         yield f"for {target}: no stage takes {name}"
     if decoder is not None:
         yield from (f"decoder for {target}: {what}" for what in _crossed(decoder, image, made))
+        if image.both_ways is not None and all(t.name != "attention_bias" for t in decoder.inputs):
+            yield f"decoder for {target}: tokens see each other in both directions, and it takes no attention_bias"
     if image.into == "cross_attention":
         return
     features = made.get("image_features")

@@ -157,6 +157,12 @@ def learned(side: int, dim: int) -> dict[str, Any]:
     return {"op": "learned_positions", "file": "tokenizer.json", "side": side, "dim": dim, "names": ["a"]}
 
 
+def view(m: dict[str, Any], **changes: Any) -> None:
+    """A further view of images, which are cut."""
+    image = m["model"]["image"]
+    image["views"] = [{"name": "large", "transforms": image["transforms"][-2:], "height": 64, "width": 64, **changes}]
+
+
 CONTRADICTIONS: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     ("there is no decoder", lambda m: m["components"].pop("decoder")),
     ("there is no vision_encoder", lambda m: m["components"].pop("vision_encoder")),
@@ -196,6 +202,11 @@ CONTRADICTIONS: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
         "places.npy is not in the manifest",
         lambda m: m["model"]["image"].update(tables=[{**learned(3, 4), "file": "places.npy"}]),
     ),
+    ("the view large is not transformed", lambda m: view(m, transforms=[])),
+    (r"large\.width is 0", lambda m: view(m, width=0)),
+    ("several inputs of images are called .*pixel_values", lambda m: view(m, name="pixel_values")),
+    (r"large is made of whole images, and these are cut \(split_tiles\)", view),
+    ("it takes no attention_bias", lambda m: m["model"]["image"].update(both_ways="image")),
     ("decoder has no variants", lambda m: m["components"]["decoder"].update(variants=[])),
     ("decoder has several variants for cpu", lambda m: m["components"]["decoder"]["variants"].append(decoder(m))),
     ("decoder for gpu: no such target", lambda m: decoder(m).update(target="gpu")),

@@ -323,7 +323,9 @@ class ExportJob:
 
     def _ranges(self, name: str, form: Form) -> Mapping[str, SymbolRange]:
         if name in ("decoder", CROSS_KV):
-            return decoder_ranges(form.kv_mode, crossed_range(self._plan.model.image))
+            image = self._plan.model.image
+            whole = image is not None and image.both_ways == "prompt"
+            return decoder_ranges(form.kv_mode, crossed_range(image), whole)
         return next(c for c in self._plan.traced if c.name == name).all_ranges
 
     def _precision(self, name: str, chosen: Recipe | None = None) -> Precision:

@@ -217,7 +217,7 @@ def understand(source: Source, weights: Weights) -> Plan:
     checkpoint = _opened(family, source, weights)
     top, context = checkpoint.top, checkpoint.text.take("max_position_embeddings")
     parts = family.describe(checkpoint)
-    decoder = _with_deepstack(checkpoint.decoder, parts.traced)
+    decoder = _fitted(checkpoint.decoder, parts)
     for reader in (top, checkpoint.text, checkpoint.vision):
         reader.finish()
     image = parts.image
@@ -247,9 +247,11 @@ def understand(source: Source, weights: Weights) -> Plan:
     return Plan(model, decoder, parts.traced, embedding, family.texts(checkpoint), ignored, parts.arrays)
 
 
-def _with_deepstack(decoder: DecoderSpec, traced: tuple[TracedComponent, ...]) -> DecoderSpec:
-    """With an input for each output of the stages that is added behind a layer."""
-    return replace(decoder, deepstack=sum(t.name.startswith(DEEPSTACK) for part in traced for t in part.outputs))
+def _fitted(decoder: DecoderSpec, parts: Parts) -> DecoderSpec:
+    """With an input for each output of the stages that is added behind a layer, and a mask where tokens see each other
+    in both directions."""
+    added = sum(t.name.startswith(DEEPSTACK) for part in parts.traced for t in part.outputs)
+    return replace(decoder, deepstack=added, spans=parts.image.both_ways is not None)
 
 
 def _opened(family: Family, source: Source, weights: Weights) -> Checkpoint:

@@ -80,7 +80,8 @@ def greedy_answers(
     tokens, logits = [], []
     ended = torch.zeros(len(prompts), dtype=torch.bool)
     with torch.no_grad():
-        out = model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1)
+        types = _token_types(model, ids, [0] * len(prompts))
+        out = model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1, **types)
         while True:
             logits.append(out.logits[:, -1].float())
             tokens.append(logits[-1].argmax(dim=-1, keepdim=True))
@@ -103,10 +104,22 @@ def scores(model: Any, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarr
 
     forget_prompts(model)
     ids, mask = _left_padded([np.concatenate([p, a[:-1]]) for p, a in zip(prompts, answers, strict=True)])
+    types = _token_types(model, ids, [len(answer) - 1 for answer in answers])
     with torch.no_grad():
-        out = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=max(map(len, answers)))
+        out = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=max(map(len, answers)), **types)
     forget_prompts(model)
     return [out.logits[row, -len(answer) :].float().numpy() for row, answer in enumerate(answers)]
+
+
+def _token_types(model: Any, ids: Any, answered: Sequence[int]) -> dict[str, Any]:
+    """Where a prompt's tokens see each other both ways (PaliGemma), what tells these, 0, from so many `answered` ones
+    behind them, 1; `ids` [rows, longest]."""
+    import torch
+
+    if not getattr(model.config.get_text_config(), "use_bidirectional_attention", False):
+        return {}
+    behind = torch.arange(ids.shape[1])[None] >= ids.shape[1] - torch.tensor(answered)[:, None]
+    return {"token_type_ids": behind.long()}
 
 
 @contextmanager

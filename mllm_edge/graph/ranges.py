@@ -23,16 +23,18 @@ def crossed_range(image: ImageSpec | None) -> SymbolRange:
     return SymbolRange(usual=rows, limit="max_images", times=rows)
 
 
-def decoder_ranges(kv_mode: Literal["in_place", "append"], features: SymbolRange = TOKENS) -> dict[str, SymbolRange]:
-    """Of a decoder. Every number of new tokens may stand behind every past; which of them there is room for is the
-    caller's concern in `append`, where the mask is as long as both. There is always a past there, if only one hidden
-    row: nobody promises that kernels take an empty one."""
+def decoder_ranges(
+    kv_mode: Literal["in_place", "append"], features: SymbolRange = TOKENS, whole: bool = False
+) -> dict[str, SymbolRange]:
+    """Of a decoder; `whole`: prompts come in one piece. Every number of new tokens may stand behind every past; which
+    of them there is room for is the caller's concern in `append`, where the mask is as long as both. There is always a
+    past there, if only one hidden row: nobody promises that kernels take an empty one."""
     append = kv_mode == "append"
     spanned = SymbolRange(sum_of=("past", "sequence")) if append else SymbolRange(1, 256, None, "max_seq", share=0.5)
     return {
         "batch": SymbolRange(most=1) if append else _BATCH,
         "rows": SymbolRange(limit="max_rows"),
-        "sequence": SymbolRange(usual=256, limit="max_new"),
+        "sequence": SymbolRange(usual=256, limit="max_prompt" if whole else "max_new"),
         "past": SymbolRange(1, 1, None, "max_past", share=0.5),
         "length": spanned,
         "capacity": SymbolRange(None, limit="max_seq"),

@@ -11,7 +11,7 @@ from mllm_edge.runtime.prompt.processor import Prompt
 from mllm_edge.runtime.prompt.sources import Kind
 from mllm_edge.runtime.prompt.tables import table_inputs
 from mllm_edge.runtime.trace import Trace
-from mllm_edge.spec import CROSS_BIAS, CROSS_ROWS, DEEPSTACK, ImageSpec, ModelSpec, Stage, is_cross
+from mllm_edge.spec import CROSS_BIAS, CROSS_ROWS, DEEPSTACK, PIXELS, ImageSpec, ModelSpec, Stage, is_cross
 
 __all__ = ["FEATURES", "Components", "encoded", "stage_runs"]
 
@@ -98,7 +98,18 @@ def encoded(
         per_token = {name: _placed(rows, prompt) for name, rows in rows_of.items()}
         if cross:
             per_token |= _crossed(components.model.image, prompt)
-        return Encoded(embeds, prompt.positions, per_token=per_token, cross=cross)
+        return Encoded(embeds, prompt.positions, _spans(components.model.image, prompt), per_token, cross)
+
+
+def _spans(image: ImageSpec | None, prompt: Prompt) -> np.ndarray | None:
+    """Which tokens see each other in both directions, as of `Encoded`."""
+    if image is not None and image.both_ways == "prompt":
+        return np.ones(len(prompt.token_ids), np.int64)
+    if image is None or image.both_ways is None or not prompt.layouts:
+        return None
+    spans, counts = np.zeros(len(prompt.token_ids), np.int64), [layout.tokens for layout in prompt.layouts]
+    spans[prompt.image_positions] = np.repeat(np.arange(1, len(counts) + 1), counts)
+    return spans
 
 
 def _crossed(image: ImageSpec | None, prompt: Prompt) -> Arrays:
@@ -115,21 +126,22 @@ def _image_inputs(
 ) -> Iterator[tuple[tuple[Stage, ...], Arrays]]:
     """The stages and the inputs of each run: some slices of all images, or those of one image or grid with its tables.
     Images and videos that the same stages show are one."""
-    pixel_values = prompt.pixel_values
-    assert pixel_values is not None
+    assert prompt.pixel_values is not None
+    pixels = {PIXELS: prompt.pixel_values, **prompt.views}
     start, grid, tables = 0, (0, 0), Arrays()
     for stages, group in groupby(prompt.layouts, key=lambda layout: components.showing(layout.kind)):
         runs = [run for layout in group for run in layout.runs]
         if all(stage.per == "slice" for stage in stages):
-            shown = pixel_values[start : start + sum(slices for slices, _, _ in runs)]
-            for first in range(0, len(shown), components.slices):
-                yield stages, {"pixel_values": shown[first : first + components.slices]}
-            start += len(shown)
+            end = start + sum(slices for slices, _, _ in runs)
+            for first in range(start, end, components.slices):
+                last = min(first + components.slices, end)
+                yield stages, {name: rows[first:last] for name, rows in pixels.items()}
+            start = end
             continue
         for slices, rows, cols in runs:
             if (rows, cols) != grid:  # tiles are alike
                 grid, tables = (rows, cols), table_inputs(image, rows, cols, arrays)
-            yield stages, {"pixel_values": pixel_values[start : start + slices], **tables}
+            yield stages, {**{name: made[start : start + slices] for name, made in pixels.items()}, **tables}
             start += slices
 
 

@@ -7,6 +7,7 @@ that the bundle was made by a newer version.
 from mllm_edge.spec.cross import CROSS_BIAS, CROSS_KV, CROSS_ROWS, ENCODED, cross_bytes, cross_names, is_cross
 from mllm_edge.spec.images import (
     MOST_PIXELS,
+    PIXELS,
     AspectRatioId,
     CenterCrop,
     FitCanvas,
@@ -26,6 +27,7 @@ from mllm_edge.spec.images import (
     ResizeShortestEdge,
     ResizeToMultiple,
     ResizeToPixels,
+    ResizeToSide,
     RowEnd,
     SelectResolution,
     SelectTiles,
@@ -36,6 +38,7 @@ from mllm_edge.spec.images import (
     Transform,
     Unpad,
     VideoSpec,
+    View,
 )
 from mllm_edge.spec.model import (
     DECODER,
@@ -78,6 +81,7 @@ __all__ = [
     "AspectRatioId",
     "FitCanvas",
     "MOST_PIXELS",
+    "PIXELS",
     "StateKind",
     "StateSpec",
     "input_of",
@@ -93,6 +97,7 @@ __all__ = [
     "Stage",
     "Unpad",
     "VideoSpec",
+    "View",
     "Table",
     "Shrink",
     "SelectResolution",
@@ -122,6 +127,7 @@ __all__ = [
     "ResizeShortestEdge",
     "ResizeToMultiple",
     "ResizeToPixels",
+    "ResizeToSide",
     "RopeSpec",
     "SCHEMA_VERSION",
     "SelectTiles",

@@ -5,6 +5,7 @@ from typing import Literal
 
 __all__ = [
     "MOST_PIXELS",
+    "PIXELS",
     "AspectRatioId",
     "CenterCrop",
     "FitCanvas",
@@ -24,6 +25,7 @@ __all__ = [
     "ResizeShortestEdge",
     "ResizeToMultiple",
     "ResizeToPixels",
+    "ResizeToSide",
     "RowEnd",
     "SelectResolution",
     "SelectTiles",
@@ -34,9 +36,12 @@ __all__ = [
     "Transform",
     "Unpad",
     "VideoSpec",
+    "View",
 ]
 
 MOST_PIXELS = 178_956_970  # of an image at any time; Pillow refuses larger files, too
+
+PIXELS = "pixel_values"  # the input that every image becomes
 
 Resample = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 
@@ -60,6 +65,17 @@ class ResizeShortestEdge:
     shortest_edge: int
     resample: Resample
     op: Literal["resize_shortest_edge"] = "resize_shortest_edge"
+
+
+@dataclass(frozen=True)
+class ResizeToSide:
+    """Scale so that the longer side is `side` px, keeping the aspect ratio; the shorter side is rounded to an integer
+    (halves to the even one), `least` px at least."""
+
+    side: int
+    least: int
+    resample: Resample
+    op: Literal["resize_to_side"] = "resize_to_side"
 
 
 @dataclass(frozen=True)
@@ -227,6 +243,7 @@ class Patchify:
 Transform = (
     ResizeLongestEdge
     | ResizeShortestEdge
+    | ResizeToSide
     | ResizeToMultiple
     | Resize
     | CenterCrop
@@ -359,13 +376,25 @@ class VideoSpec:
 
 
 @dataclass(frozen=True)
+class View:
+    """What else is made of an image that is one slice: an input `name` [images, channels, height, width] float32 of the
+    components, beside `pixel_values`."""
+
+    name: str
+    transforms: tuple[Transform, ...]
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
 class ImageSpec:
     """From an RGB image to `pixel_values` float32, to prompt text, and from its features to tokens.
 
     An image becomes slices: tiles of one size, `pixel_values` [tiles, channels, height, width], or, where the last
     transform is Patchify, cells of patches, [cells, merge², channels · frames · patch²], as many as the image's size
     asks for; `height` and `width` are then a cell's. The connector makes `features` rows of each slice. `tables`:
-    further inputs of the components, made of an image's grid, or of each of its grids where tiles become cells.
+    further inputs of the components, made of an image's grid, or of each of its grids where tiles become cells;
+    `views`: made of its pixels.
 
     `pack`: where it is not empty, the features of an image's tiles are a grid of rows, square in each tile, which it
     changes in its order; the overview's come before them, untouched. `several`: the transforms for a prompt with more
@@ -375,6 +404,9 @@ class ImageSpec:
     go. `tokens`: they take the places of its tokens. `cross_attention`: that looks at all features of all images, those
     of zeros too, from the image's token on until the next image's; of images one behind the other, at all of these.
     Such an image is one token, which keeps its embedding.
+
+    `both_ways`: which tokens see each other in both directions, beside what each sees of those before it: those of an
+    `image`, or all of a `prompt`, with images or without.
     """
 
     transforms: tuple[Transform, ...]
@@ -389,6 +421,8 @@ class ImageSpec:
     tiles: int | None = None
     into: Literal["tokens", "cross_attention"] = "tokens"
     video: VideoSpec | None = None
+    views: tuple[View, ...] = ()
+    both_ways: Literal["image", "prompt"] | None = None
 
     @property
     def patches(self) -> Patchify | None:
@@ -403,6 +437,11 @@ class ImageSpec:
         if patches is None:
             return (self.channels, self.height, self.width)
         return (patches.merge**2, self.channels * patches.frames * patches.patch**2)
+
+    @property
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of one slice's inputs that are made of pixels, by name."""
+        return {PIXELS: self.shape, **{view.name: (self.channels, view.height, view.width) for view in self.views}}
 
     def transforms_for(self, images: int) -> tuple[Transform, ...]:
         """Those of each image of a prompt with so many."""

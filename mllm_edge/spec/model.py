@@ -138,14 +138,15 @@ class SymbolRange:
     `limit` names what the build of an engine bounds `most` by; None for `most`: by that alone, for `least`: always as
     large as `most`. `usual` is at least the part `share` of `most`. `times`: so many for each one of the limit.
     `sum_of`, in place of all these: the symbols whose sizes it adds up. Limits: `max_seq`, tokens of prompt and answer;
-    `max_past`, those that one run of a decoder may have behind it; `max_new`, its own; `max_images`, images or tiles in
-    one run; `max_batch`, sequences; `max_rows`, tokens whose logits are wanted.
+    `max_past`, those that one run of a decoder may have behind it; `max_new`, its own, where a prompt may come in
+    pieces, else `max_prompt`; `max_images`, images or tiles in one run; `max_batch`, sequences; `max_rows`, tokens
+    whose logits are wanted.
     """
 
     least: int | None = 1
     usual: int = 1
     most: int | None = None
-    limit: Literal["max_seq", "max_past", "max_new", "max_images", "max_batch", "max_rows"] | None = None
+    limit: Literal["max_seq", "max_past", "max_new", "max_prompt", "max_images", "max_batch", "max_rows"] | None = None
     share: float = 0.0
     times: int = 1
     sum_of: tuple[str, ...] = ()

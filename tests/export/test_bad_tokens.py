@@ -36,6 +36,10 @@ def add_tokens(checkpoint: Path, *tokens: tuple[str, int]) -> None:
     path.write_text(json.dumps(state))
 
 
+def vocabulary(checkpoint: Path) -> int:
+    return int(json.loads((checkpoint / "config.json").read_text())["text_config"]["vocab_size"])
+
+
 def assert_refused(checkpoint: Path, *words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         export(str(checkpoint), checkpoint.parent / "out", recipe_name="fp32", verify_mode="off")
@@ -63,8 +67,9 @@ def test_padding_that_no_prompt_needs_may_be_missing(checkpoint: Path) -> None:
 
 def test_more_ids_than_the_vocabulary(checkpoint: Path) -> None:
     filled = len(json.loads((checkpoint / "tokenizer.json").read_text())["added_tokens"]) + 256
-    add_tokens(checkpoint, *((f"<more_{i}>", i) for i in range(filled, 322)))
-    assert_refused(checkpoint, "ids reach 321", "vocab_size is 320")
+    size = vocabulary(checkpoint)
+    add_tokens(checkpoint, *((f"<more_{i}>", i) for i in range(filled, size + 2)))
+    assert_refused(checkpoint, f"ids reach {size + 1}", f"vocab_size is {size}")
 
 
 def test_more_ids_than_embeddings(checkpoint: Path) -> None:
@@ -79,8 +84,9 @@ def test_more_ids_than_embeddings(checkpoint: Path) -> None:
     assert_refused(checkpoint, f"ids reach {last}", "embeddings for 260 only")
 
 
-@pytest.mark.parametrize("number", [320, -1, [257, 999]])
+@pytest.mark.parametrize("number", ["vocab_size", -1, [257, 9999]])
 def test_stop_id_that_is_none(checkpoint: Path, number: Any) -> None:
+    number = vocabulary(checkpoint) if number == "vocab_size" else number
     edit(checkpoint / "generation_config.json", eos_token_id=number)
     wrong = number[-1] if isinstance(number, list) else number
     assert_refused(checkpoint, f"eos_token_id {wrong}", "never end")

@@ -29,13 +29,21 @@ def asked(
     return reference, bundle, ask(reference, bundle)
 
 
+def prompt_types(model: Any, text: torch.Tensor, prompt: int) -> dict[str, torch.Tensor]:
+    """What transformers' `generate` gives a model whose prompts of so many tokens see each other both ways."""
+    if not getattr(model.config.get_text_config(), "use_bidirectional_attention", False):
+        return {}
+    return {"token_type_ids": (torch.arange(text.shape[1]) >= prompt).long()[None]}
+
+
 def steps(model: Any, ids: np.ndarray, tokens: int) -> np.ndarray:
     """Logits [tokens, V] of greedy steps, each with the whole text before it and no cache."""
     rows, text = [], torch.tensor(ids)[None]
     with torch.no_grad():
         for _ in range(tokens):
             forget_prompts(model)
-            rows.append(model(input_ids=text, use_cache=False).logits[0, -1].numpy())
+            types = prompt_types(model, text, len(ids))
+            rows.append(model(input_ids=text, use_cache=False, **types).logits[0, -1].numpy())
             text = torch.cat([text, torch.tensor([[int(rows[-1].argmax())]])], dim=1)
     return np.stack(rows)
 
@@ -116,9 +124,10 @@ def test_eight_bits_are_those_of_a_rounded_source(asked: tuple[Any, Path, Refere
     found = []
     for answered in references.answered:
         forget_prompts(copy)
-        whole = np.concatenate([answered.ids, answered.tokens[:-1]])
+        whole = torch.tensor(np.concatenate([answered.ids, answered.tokens[:-1]]))[None]
         with torch.no_grad():
-            logits = copy(input_ids=torch.tensor(whole)[None], use_cache=False).logits[0]
+            types = prompt_types(copy, whole, len(answered.ids))
+            logits = copy(input_ids=whole, use_cache=False, **types).logits[0]
         found.append(logits[-len(answered.tokens) :].numpy())
     kl, agreement = compared([a.logits for a in references.answered], found)
     before = steps(reference.model, references.answered[0].ids, 2)

@@ -99,7 +99,7 @@ def test_report_and_manifest_hold_the_proof(quantized: Any) -> None:
 def test_targets_answer_alike(quantized: Any) -> None:
     """The same codes and ranges in every dialect: differences are those of half precision and symmetric ranges."""
     bundle = quantized[2]
-    logits = {target: _logits(bundle, target) for target in TARGETS}
+    logits = {target: _logits(bundle, target) for target in rows()[bundle.manifest.model.family].reached}
     spread = np.ptp(logits["cpu"])
     # Half precision rounds a value to another code now and then; ranges that need not be symmetric, and activations in
     # 8 bits beside weights in blocks, make `cpu` the odd one out.
@@ -108,7 +108,8 @@ def test_targets_answer_alike(quantized: Any) -> None:
         np.abs(logits["tensorrt"] - logits["tensorrt-10.3"]).max() <= (0.15 if quantized[0] == "fp8" else 0.05) * spread
     )
     assert np.abs(logits["tensorrt"] - logits["cpu"]).max() <= (0.25 if quantized[0] == "fp8" else 0.15) * spread
-    assert np.abs(logits["cuda"] - logits["cpu"]).max() <= 0.15 * spread
+    if "cuda" in logits:
+        assert np.abs(logits["cuda"] - logits["cpu"]).max() <= 0.15 * spread
 
 
 # The lowest compute capabilities that TensorRT has each form for, and newer ones.

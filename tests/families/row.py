@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from mllm_edge.export.targets import TARGETS
 from tests.families.parity import PROMPTS
 
 __all__ = ["MECHANISMS", "Bad", "Row", "Tensor", "families_of", "rows", "sets"]
@@ -54,7 +55,8 @@ class Row:
     `probed`: those that are compared by their first layers; `layouts`: one for each kind of files, and `targets`: those
     that are exported for every target; the first, if none is told.
 
-    `rewindable`: whether tokens can be forgotten again, which speculation needs. `spared`: the `MECHANISMS` whose long
+    `rewindable`: whether tokens can be forgotten again, which speculation needs. `refused`: targets that there is no
+    form for, and what the error says. `spared`: the `MECHANISMS` whose long
     tests the family does not go through, and why: what another family shows as well, or where else it is shown.
 
     Of wrong checkpoints: `bad`; `needed`, without which an export fails; `unneeded`, which it does not drop silently;
@@ -69,6 +71,7 @@ class Row:
     layouts: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
     rewindable: bool = True
+    refused: Mapping[str, str] = field(default_factory=dict)
     spared: Mapping[str, str] = field(default_factory=dict)
     bad: tuple[Bad, ...] = ()
     needed: tuple[Tensor, ...] = ()
@@ -79,6 +82,11 @@ class Row:
     def __post_init__(self) -> None:
         assert set(self.spared) <= set(MECHANISMS)
         assert all(self.spared.values())
+
+    @property
+    def reached(self) -> tuple[str, ...]:
+        """The targets that there is a form for."""
+        return tuple(target for target in TARGETS if target not in self.refused)
 
     @property
     def first(self) -> str:
@@ -95,9 +103,9 @@ def rows() -> Mapping[str, Row]:
     return {row.family: row for row in found}
 
 
-def families_of(mechanism: str) -> list[Any]:
-    """Parameters: the families that go through the tests of a mechanism, or of "" all. Those of a family go to one
-    process, where they share its checkpoint, its traces and its bundles."""
+def families_of(mechanism: str, target: str = "cpu") -> list[Any]:
+    """Parameters: the families that go through the tests of a mechanism, or of "" all, and have a form for the target.
+    Those of a family go to one process, where they share its checkpoint, its traces and its bundles."""
     assert mechanism in ("", *MECHANISMS)
-    going = (family for family, row in rows().items() if mechanism not in row.spared)
+    going = (family for family, row in rows().items() if mechanism not in row.spared and target in row.reached)
     return [pytest.param(family, marks=pytest.mark.xdist_group(f"bundle-{family}")) for family in going]

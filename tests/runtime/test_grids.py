@@ -19,7 +19,7 @@ from mllm_edge.runtime.prompt.learned_grid import cell_positions
 from mllm_edge.runtime.prompt.processor import Prompt
 from mllm_edge.runtime.prompt.tables import grid_rope
 from mllm_edge.runtime.trace import Trace
-from mllm_edge.spec import GridRope, ImagePrompt, ImageSpec, LearnedPositions, Patchify, Stage
+from mllm_edge.spec import GridRope, ImagePrompt, ImageSpec, LearnedPositions, Patchify, Stage, View
 from tests.runtime.reference import model_spec
 
 IMAGE = 9
@@ -87,7 +87,12 @@ PROMPT = ImagePrompt("<image>", IMAGE, "{image}")
 
 
 def runs_of(
-    image: ImageSpec, per: str, pixel_values: np.ndarray, layouts: list[Layout], **arrays: np.ndarray
+    image: ImageSpec,
+    per: str,
+    pixel_values: np.ndarray,
+    layouts: list[Layout],
+    views: dict[str, np.ndarray] | None = None,
+    **arrays: np.ndarray,
 ) -> list[dict[str, np.ndarray]]:
     """What one stage is given, run by run."""
     given: list[dict[str, np.ndarray]] = []
@@ -97,9 +102,9 @@ def runs_of(
         given.append(inputs)
         return {"vision_hidden": inputs["pixel_values"]}
 
-    names = ["pixel_values", *(name for table in image.tables for name in table.names)]
+    names = [*image.inputs, *(name for table in image.tables for name in table.names)]
     model = replace(model_spec(image), stages=(Stage("encoder", "vision", per),))
-    prompt = Prompt("", np.zeros(0, np.int64), pixel_values, np.zeros(0, np.int64), tuple(layouts))
+    prompt = Prompt("", np.zeros(0, np.int64), pixel_values, np.zeros(0, np.int64), tuple(layouts), None, views or {})
     made = list(stage_runs(Components(model, {"encoder": names}, run, slices=4), prompt, arrays, Trace()))
     for outputs, inputs in zip(made, given, strict=True):
         np.testing.assert_array_equal(outputs["encoder"]["vision_hidden"], inputs["pixel_values"])
@@ -166,3 +171,14 @@ def test_some_tiles_per_run() -> None:
     assert all(list(feeds) == ["pixel_values"] for feeds in runs)
     np.testing.assert_array_equal(np.concatenate([feeds["pixel_values"] for feeds in runs]), pixel_values)
     assert [len(feeds["pixel_values"]) for feeds in runs] == [4, 4, 1]
+
+
+@pytest.mark.parametrize(("per", "counts"), [("slice", [4, 1]), ("image", [1] * 5)])
+def test_views_go_with_their_images(per: str, counts: list[int]) -> None:
+    image = ImageSpec((), PROMPT, 2, 2, 3, views=(View("large", (), 4, 4),))
+    assert image.inputs == {"pixel_values": (3, 2, 2), "large": (3, 4, 4)}
+    small, large = (np.random.default_rng(0).standard_normal((5, 3, side, side)) for side in (2, 4))
+    runs = runs_of(image, per, small, [Layout(1, 1, 1, 1, 3, "", None)] * 5, {"large": large})
+    assert [len(feeds["large"]) for feeds in runs] == counts
+    np.testing.assert_array_equal(np.concatenate([feeds["large"] for feeds in runs]), large)
+    np.testing.assert_array_equal(np.concatenate([feeds["pixel_values"] for feeds in runs]), small)

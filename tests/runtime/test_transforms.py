@@ -6,6 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.deepseek_vl.image_processing_pil_deepseek_vl import DeepseekVLImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -23,6 +24,7 @@ from mllm_edge.spec import (
     ResizeShortestEdge,
     ResizeToMultiple,
     ResizeToPixels,
+    ResizeToSide,
     SplitTiles,
 )
 
@@ -95,6 +97,14 @@ def test_padding_to_a_square_equals_the_source_library(size):
     color = tuple(int(value * 255) for value in CLIP_MEAN)
     steps = (PadToSquare(color), ResizeShortestEdge(48, "bicubic"), CenterCrop(48, 48), *CLIP_VALUES)
     assert_equal_to(source, size, steps)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("side", "least"), [(48, 14), (33, 33), (64, 1)])
+def test_longer_side_in_a_square_equals_the_source_library(size, side, least):
+    source = DeepseekVLImageProcessorPil(size={"height": side, "width": side}, min_size=least)
+    color = tuple(int(value * 255) for value in CLIP_MEAN)
+    assert_equal_to(source, size, (ResizeToSide(side, least, "bicubic"), PadToSquare(color), *CLIP_VALUES))
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

@@ -80,7 +80,7 @@ class Limits:
         new, ranges = min(_DECODE if decode else PREFILL_CHUNK, self.max_seq), variant.ranges
         # A long run begins where it ends within the context: memory for scores is that of the longest one's.
         past = self.max_seq if decode else min(self.max_seq, max(_PLACES, self.max_seq - new))
-        bounds = asdict(self) | {"max_past": past, "max_new": new}
+        bounds = asdict(self) | {"max_past": past, "max_new": new, "max_prompt": new if decode else self.max_seq}
         found = {symbol: _sizes(r, bounds, decode) for symbol, r in ranges.items() if not r.sum_of}
         sums = {symbol: [found[part] for part in r.sum_of] for symbol, r in ranges.items() if r.sum_of}
         for symbol, parts in sums.items():
@@ -313,7 +313,8 @@ def _sizes(symbol: SymbolRange, bounds: Mapping[str, int], decode: bool) -> Size
     allowed = [size for size in (symbol.most, bound) if size is not None]
     most = min(allowed)
     least = most if symbol.least is None else min(symbol.least, most)
-    usual = least if decode and symbol.limit == "max_new" else max(least, symbol.usual, int(symbol.share * most))
+    own = symbol.limit in ("max_new", "max_prompt")
+    usual = least if decode and own else max(least, symbol.usual, int(symbol.share * most))
     return least, min(usual, most), most
 
 

@@ -171,7 +171,8 @@ def predict_activations(bundle: Bundle, target: str, prompt_tokens: int, layouts
     states them, times the values that live at once, and what is added behind the decoder's layers, for the whole
     prompt. An attention that keeps all its scores takes more."""
     model = bundle.manifest.model
-    rows = min(prompt_tokens, PREFILL_CHUNK)
+    whole = model.image is not None and model.image.both_ways == "prompt"
+    rows = prompt_tokens if whole else min(prompt_tokens, PREFILL_CHUNK)
     variants = {name: bundle.variant(name, target) for name in bundle.manifest.components}
     runs = {s.component: [sizes for sizes, _ in stage_runs(model, s, variants, layouts)] for s in model.stages}
     stages = sum(_largest(variants[component], sizes) for component, sizes in runs.items())
@@ -184,7 +185,7 @@ def predict_images(bundle: Bundle, layouts: Sequence[Layout], sizes: Sequence[tu
     image = bundle.manifest.model.image
     if image is None:
         return 0
-    values = sum(layout.slices for layout in layouts) * math.prod(image.shape)
+    values = sum(layout.slices for layout in layouts) * sum(map(math.prod, image.inputs.values()))
     return 3 * sum(width * height for width, height in sizes) + 4 * values
 
 

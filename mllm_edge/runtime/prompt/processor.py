@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import numpy as np
@@ -18,12 +18,13 @@ from mllm_edge.runtime.prompt.sources import Kind, Source, Video, as_sources, en
 from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
 from mllm_edge.runtime.prompt.transforms.apply import apply_transforms, first_size
 from mllm_edge.runtime.prompt.transforms.tiles import filled
-from mllm_edge.spec import ImagePrompt, ImageSpec, ModelSpec, Transform
+from mllm_edge.spec import PIXELS, ImagePrompt, ImageSpec, ModelSpec, Transform
 
 __all__ = ["Message", "Messages", "Processor", "Prompt"]
 
 Message = Mapping[str, Any]
 Messages = str | Sequence[Message]
+Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +35,7 @@ class Prompt:
     `pixel_values` [slices, …] float32, the slices (see `ImageSpec`) of all images and videos as they follow each other
     in the text, or None without any. `image_positions` [N] int64: where in `token_ids` their tokens are, in order.
     `layouts`: of each image and video. `positions` [3, S] int64 for the decoder; None: the places in the sequence.
+    `views`: what else is made of the images, by its name (see `View`).
     """
 
     text: str
@@ -42,6 +44,7 @@ class Prompt:
     image_positions: np.ndarray
     layouts: tuple[Layout, ...]
     positions: np.ndarray | None = None
+    views: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 class Processor:
@@ -264,61 +267,70 @@ class Processor:
             return video_layout(self._image, frames[0], height, width)
         return layout_of(self._image, height, width, images)
 
-    def _load(self, sources: Sequence[Source]) -> list[tuple[Layout, np.ndarray]]:
-        """The layout and the pixel values of each image or video."""
-        processed: list[tuple[Layout, np.ndarray]] = []
+    def _load(self, sources: Sequence[Source]) -> list[tuple[Layout, Arrays]]:
+        """The layout of each image or video, its pixel values and further views."""
+        processed: list[tuple[Layout, Arrays]] = []
         images = sum(not isinstance(source, Video) for source in sources)
         for i, source in enumerate(sources):
             spec = self._image
             assert spec is not None
             try:
                 if isinstance(source, Video):
-                    layout, pixel_values = self._decoded_video(source, spec)
+                    layout, made = self._decoded_video(source, spec)
                 else:
-                    layout, pixel_values = self._decoded(source, spec, images)
+                    layout, made = self._decoded(source, spec, images)
             except ImageError as error:
                 if len(sources) == 1:
                     raise
                 raise ImageError(f"{kind_of(source)} {i + 1} of {len(sources)}: {error.message}", error.fix) from error
-            if pixel_values.shape[1:] != spec.shape:
-                raise BundleError(
-                    f"the transforms give tiles of {pixel_values.shape[1:]}, the model takes {spec.shape}",
-                    "export the bundle again",
-                )
-            processed.append((layout, pixel_values))
+            for name, shape in spec.inputs.items():
+                if made[name].shape[1:] != shape:
+                    raise BundleError(
+                        f"the transforms give {name} of {made[name].shape[1:]}, the model takes {shape}",
+                        "export the bundle again",
+                    )
+            processed.append((layout, made))
         return processed
 
-    def _decoded(self, source: ImageSource, spec: ImageSpec, images: int) -> tuple[Layout, np.ndarray]:
-        pixels, size = self._transformed(source, spec.transforms_for(images))
+    def _decoded(self, source: ImageSource, spec: ImageSpec, images: int) -> tuple[Layout, Arrays]:
+        ways = spec.transforms_for(images), *(view.transforms for view in spec.views)
+        (pixels, *views), size = self._transformed(source, ways)
         layout = layout_of(spec, *size, images)
-        return layout, pixels if spec.tiles is None else filled(pixels, layout.slices)
+        pixels = pixels if spec.tiles is None else filled(pixels, layout.slices)
+        return layout, dict(zip(spec.inputs, (pixels, *views), strict=True))
 
-    def _decoded_video(self, video: Video, spec: ImageSpec) -> tuple[Layout, np.ndarray]:
+    def _decoded_video(self, video: Video, spec: ImageSpec) -> tuple[Layout, Arrays]:
         assert spec.video is not None
         frames = []
         for i, frame in enumerate(video.frames):
             try:
-                frames.append(self._transformed(frame, spec.video.transforms))
+                frames.append(self._transformed(frame, (spec.video.transforms,)))
             except ImageError as error:
                 where = f"frame {i + 1} of {len(video.frames)}"
                 raise ImageError(f"{where}: {error.message}", error.fix) from error
-        return video_layout(spec, len(frames), *frames[0][1]), np.concatenate([pixels for pixels, _ in frames])
+        pixel_values = np.concatenate([pixels for (pixels,), _ in frames])
+        return video_layout(spec, len(frames), *frames[0][1]), {PIXELS: pixel_values}
 
-    def _transformed(self, source: ImageSource, transforms: Sequence[Transform]) -> tuple[np.ndarray, tuple[int, int]]:
-        """Pixel values of an image, and its size (height, width) as it is before it was decoded at a smaller scale."""
+    def _transformed(
+        self, source: ImageSource, ways: Sequence[Sequence[Transform]]
+    ) -> tuple[list[np.ndarray], tuple[int, int]]:
+        """What several ways make of an image, and its size (height, width) as it is before it was decoded at a smaller
+        scale."""
         sizes = list[tuple[int, int]]()
 
         def wanted(height: int, width: int) -> tuple[int, int] | None:
-            size = first_size(height, width, transforms)
-            sizes.extend([(height, width)] if size else [])
-            return size
+            firsts = [size for transforms in ways if (size := first_size(height, width, transforms))]
+            if len(firsts) < len(ways):
+                return None
+            sizes.append((height, width))
+            return max(height for height, _ in firsts), max(width for _, width in firsts)
 
         image = load_image(source, wanted) if self._fast_jpeg else load_image(source)
         size = sizes[0] if sizes else (image.height, image.width)
-        return apply_transforms(image, transforms, size), size
+        return [apply_transforms(image, transforms, size) for transforms in ways], size
 
     def _assemble(
-        self, pieces: Sequence[Piece], images: list[tuple[Layout, np.ndarray]], add_special_tokens: bool | None
+        self, pieces: Sequence[Piece], images: list[tuple[Layout, Arrays]], add_special_tokens: bool | None
     ) -> Prompt:
         layouts = tuple(layout for layout, _ in images)
         token_ids = np.array(self._encode(pieces, layouts, add_special_tokens), np.int64)
@@ -337,10 +349,13 @@ class Processor:
             if images and self._follows_grids:
                 starts = where[np.cumsum([0, *counts[:-1]])]
                 positions = grid_positions(len(token_ids), starts.tolist(), layouts)
-        pixels = [pixel_values for _, pixel_values in images]
-        pixel_values = None if not pixels else pixels[0] if len(pixels) == 1 else np.concatenate(pixels)
+        made = {name: _joined([made[name] for _, made in images]) for name in (images[0][1] if images else ())}
         text = "".join(piece.text for piece in pieces)
-        return Prompt(text, token_ids, pixel_values, where, layouts, positions)
+        return Prompt(text, token_ids, made.pop(PIXELS, None), where, layouts, positions, made)
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _placeholders(image: ImageSpec | None) -> dict[str, Kind]:

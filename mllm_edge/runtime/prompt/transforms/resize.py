@@ -15,6 +15,7 @@ from mllm_edge.spec import (
     ResizeShortestEdge,
     ResizeToMultiple,
     ResizeToPixels,
+    ResizeToSide,
 )
 
 __all__ = ["RESIZES", "whole_sides"]
@@ -45,6 +46,12 @@ def _resize_shortest_edge_cut(cut: Cut, transform: ResizeShortestEdge) -> Cut:
     if width <= height:
         return cut._replace(height=int(edge * height / width), width=edge)
     return cut._replace(height=edge, width=int(edge * width / height))
+
+
+def _resize_to_side_cut(cut: Cut, transform: ResizeToSide) -> Cut:
+    scale = transform.side / max(cut.height, cut.width)
+    height, width = (max(round(side * scale), transform.least) for side in (cut.height, cut.width))
+    return cut._replace(height=height, width=width)
 
 
 def _resize_to_multiple_cut(cut: Cut, transform: ResizeToMultiple) -> Cut:
@@ -119,6 +126,7 @@ def _round_up(length: int, multiple: int) -> int:
 RESIZES: Mapping[type, How] = {
     ResizeLongestEdge: How(_resize_longest_edge_cut),
     ResizeShortestEdge: How(_resize_shortest_edge_cut),
+    ResizeToSide: How(_resize_to_side_cut),
     ResizeToMultiple: How(_resize_to_multiple_cut),
     ResizeToPixels: How(_resize_to_pixels_cut),
     Resize: How(_fixed_cut),

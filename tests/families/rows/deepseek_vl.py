@@ -1,0 +1,65 @@
+"""DeepSeek-VL."""
+
+from typing import Any
+
+from tests.families.parity import PROMPTS
+from tests.families.row import Bad, Row, Tensor, sets
+from tests.tiny_deepseek import save_tiny_deepseek_vl
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "tied_no_template": {
+        "config": {"tie_word_embeddings": True},
+        "vision": {"vision_use_head": False},
+        "template": None,
+    },
+    "all_heads_sharded": {"text": {"num_key_value_heads": 4}, "shard_size": "200KB", "seed": 3},
+    "published_names_wide_strips": {"names": "hub", "image_settings": {"min_size": 20, "resample": 2}},
+    "state_dict_names": {"names": "state_dict", "vision": {"image_size": 54}},
+}
+CASES = {
+    **PROMPTS,
+    "strip": ("Read.", [(3, 350)]),
+    "large": ("Describe.", [(401, 517)]),
+    "pixel": ("What?", [(1, 1)]),
+}
+_PROCESSOR = "processor_config.json"
+
+ROW = Row(
+    "deepseek_vl",
+    save_tiny_deepseek_vl,
+    CONFIGS,
+    CASES,
+    compared=("llama",),
+    probed=("llama",),
+    spared={
+        "calibration": "tower and decoder as those of llava",
+        "int8_cache": "llava's decoder",
+        "segments": "llava's decoder",
+        "speculation": "llava's decoder",
+    },
+    placeholder="<image_placeholder>",
+    bad=(
+        Bad("vision_config.model_type = 'clip_vision_model'", sets("vision_config", model_type="clip_vision_model")),
+        Bad("hidden_act = 'swish'", sets("vision_config", hidden_act="swish")),
+        Bad("56×56 px", sets("image_processor", size={"height": 56, "width": 56}), _PROCESSOR),
+        Bad("do_pad", sets("image_processor", do_pad=False), _PROCESSOR),
+        Bad("do_resize", sets("image_processor", do_resize=False), _PROCESSOR),
+        Bad("do_rescale", sets("image_processor", do_rescale=False), _PROCESSOR),
+        Bad("min_size 49", sets("image_processor", min_size=49), _PROCESSOR),
+        Bad("resample", sets("image_processor", resample=9), _PROCESSOR),
+        Bad("num_image_tokens = 576", sets(num_image_tokens=576), _PROCESSOR),
+        Bad("image_token_id = 3", sets(image_token_id=3)),
+        Bad("position_embedding", sets("vision_config", patch_size=16), error="WeightsError"),
+    ),
+    needed=(
+        Tensor("model.aligner.linear2.weight"),
+        Tensor("model.vision_model.post_layernorm.weight"),
+        Tensor("lm_head.weight"),
+    ),
+    unneeded=(
+        Tensor("model.aligner.linear3.weight"),
+        Tensor("model.vision_model.encoder.layers.7.mlp.fc1.weight"),
+        Tensor("model.language_model.layers.7.mlp.up_proj.weight"),
+    ),
+)
