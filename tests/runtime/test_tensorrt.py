@@ -326,6 +326,26 @@ def test_what_cannot_change_is_uploaded_once(machine: StandIn, bundle: Path) -> 
     assert run(view)[0] == pixels.nbytes
 
 
+def test_zeros_that_are_added_behind_layers_are_uploaded_once(
+    machine: StandIn, floats: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Of a Qwen3-VL, where no image is looked at; and again behind a prompt that has one."""
+    path = Path(shutil.copytree(floats("qwen3_vl"), tmp_path / "bundle"))
+    with load(path, "tensorrt")[0] as vlm:
+        zeros = 2 * 4 * vlm.spec.hidden_size
+        for images in ([], IMAGES):
+            prompt = vlm.encode(vlm.processor.process("Hello.", images))
+            vlm.decoder.start(prompt, 3)
+            vlm.decoder.forward(prompt)
+            steps = []
+            for token in range(3):
+                before = machine.counts["bytes uploaded"]
+                vlm.decoder.forward(vlm.embed(np.array([token])))
+                steps.append(machine.counts["bytes uploaded"] - before)
+            assert steps[0] - steps[1] >= zeros
+            assert steps[1] == steps[2] > 0
+
+
 # ---------------------------------------------------------------- limits
 def test_the_context_ends_with_the_engine(machine: StandIn, bundle: Path) -> None:
     vlm, _ = load(bundle, "tensorrt", max_context=64)

@@ -146,7 +146,8 @@ class _Shared:
             feeds[CROSS_BIAS] = np.zeros((batch, 1, tokens, self._features), self._dtype)
         if CROSS_ROWS in self._inputs:
             feeds[CROSS_ROWS] = np.full((batch, tokens, 1), 0 if self._silent else 1, self._dtype)
-        return feeds | {name: np.repeat(row, tokens, axis=-2) for name, row in self.last.items()}
+        feeds |= {name: np.repeat(row, tokens, axis=-2) for name, row in self.last.items()}
+        return {name: _fixed(array) for name, array in feeds.items()}
 
     def _same_rows_for_all(self) -> bool:
         return not any(spec.depends_on_length for spec in self._specs)
