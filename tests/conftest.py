@@ -164,6 +164,7 @@ def rounded_int4(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(RECIPES, "int4", replace(RECIPES["int4"], decoder=BLOCKS_4, more_bits_above=None))
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that share fixtures go to one process: those of a file, but for groups that it makes itself."""
     for item in items:

@@ -17,7 +17,7 @@ __all__ = ["command"]
 _LOSS = "what quantization cost is a fact of a bundle: export and quantize tell it, mllm-edge inspect BUNDLE shows it"
 
 
-@click.command("families", short_help="List the models that can be exported, and those that cannot.")
+@click.command("families", short_help="List the models that can be exported.")
 @json_option("Print the list as JSON.")
 def command(as_json: bool) -> None:
     """List model types of config.json: those that are exported, with decoders, the smallest public checkpoint, and the
