@@ -15,7 +15,7 @@ from mllm_edge import VLM, Video
 from mllm_edge.bundle import Bundle
 from mllm_edge.calibration.collect import Feeds, record
 from mllm_edge.calibration.data import Sample
-from mllm_edge.errors import BundleError, PromptError
+from mllm_edge.errors import BundleError, ConfigError, PromptError
 from mllm_edge.export.checkpoint.source import open_source
 from mllm_edge.export.family import family_for, open_weights, understand
 from mllm_edge.export.pipeline import export
@@ -184,6 +184,14 @@ def test_a_contradiction_is_named(pair: Pair, tmp_path: Path, words: str, change
     (bundle / "manifest.json").write_text(json.dumps(data))
     with pytest.raises(BundleError, match=words):
         Bundle.load(bundle)
+
+
+def test_an_odd_number_of_patches_is_refused(tmp_path: Path) -> None:
+    """The reference's processor counts a quarter of all, its model pools what is left of whole pairs."""
+    config = {"image_grid_pinpoints": [[56, 56], [112, 56]]}
+    save_tiny_llava_next_video(tmp_path / "model", vision={"image_size": 56}, config=config)
+    with pytest.raises(ConfigError, match="spatial_pool_stride = 2, and the tower has 7 patches a side"):
+        export(str(tmp_path / "model"), tmp_path / "bundle", recipe_name="fp32")
 
 
 @pytest.mark.parametrize("save", [save_tiny_llava_next_video, save_tiny_video_llava])
