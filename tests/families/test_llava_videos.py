@@ -1,5 +1,7 @@
 """Videos as frames: LLaVA-NeXT-Video and Video-LLaVA beside transformers, whose video processors need torchvision."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +15,7 @@ from mllm_edge import VLM, Video
 from mllm_edge.bundle import Bundle
 from mllm_edge.calibration.collect import Feeds, record
 from mllm_edge.calibration.data import Sample
-from mllm_edge.errors import PromptError
+from mllm_edge.errors import BundleError, ConfigError, PromptError
 from mllm_edge.export.checkpoint.source import open_source
 from mllm_edge.export.family import family_for, open_weights, understand
 from mllm_edge.export.pipeline import export
@@ -163,6 +165,33 @@ def test_calibration_shows_its_pictures_as_frames(pair: Pair, tmp_path: Path) ->
         (tensor,), feeds = bundle.variant(name, "cpu").inputs, Feeds(tmp_path / name)
         assert len(feeds) == 1
         assert len(feeds.read(0, [tensor.name])[tensor.name]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "change"),
+    [
+        ("runs for videos, and the model takes none", lambda m: m["image"].update(video=None)),
+        ("no stage has the output image_features", lambda m: m["stages"][-1].update(shows="image")),
+        ("something stands behind them", lambda m: m["image"]["video"].update(end="embed_tokens.npy")),
+        (r"video\.features is 0", lambda m: m["image"]["video"].update(features=0)),
+    ],
+)
+def test_a_contradiction_is_named(pair: Pair, tmp_path: Path, words: str, change: Callable[[Any], Any]) -> None:
+    bundle = Path(shutil.copytree(pair.bundle, tmp_path / "bundle"))
+    data = json.loads((bundle / "manifest.json").read_text())
+    del data["checksum"]
+    change(data["model"])
+    (bundle / "manifest.json").write_text(json.dumps(data))
+    with pytest.raises(BundleError, match=words):
+        Bundle.load(bundle)
+
+
+def test_an_odd_number_of_patches_is_refused(tmp_path: Path) -> None:
+    """The reference's processor counts a quarter of all, its model pools what is left of whole pairs."""
+    config = {"image_grid_pinpoints": [[56, 56], [112, 56]]}
+    save_tiny_llava_next_video(tmp_path / "model", vision={"image_size": 56}, config=config)
+    with pytest.raises(ConfigError, match="spatial_pool_stride = 2, and the tower has 7 patches a side"):
+        export(str(tmp_path / "model"), tmp_path / "bundle", recipe_name="fp32")
 
 
 @pytest.mark.parametrize("save", [save_tiny_llava_next_video, save_tiny_video_llava])

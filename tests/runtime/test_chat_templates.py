@@ -1,7 +1,9 @@
 """Chat templates render as transformers renders them, wherever a checkpoint keeps them, and cannot get out."""
 
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from datetime import datetime
 from functools import partial
@@ -261,6 +263,24 @@ def test_every_family_has_a_template_of_its_own(saved: Callable[..., Path], tmp_
     assert asked.startswith(answerless)
     assert asked != answerless
     assert "Three." in asked
+
+
+def test_a_probe_that_fails_keeps_nobody_alive() -> None:
+    """Else a model that is dropped stays until garbage is collected, with all its sessions."""
+
+    class Caller:
+        pass
+
+    def probe() -> Any:
+        caller = Caller()
+        assert not ChatTemplate("{{ messages[0]['content'][0]['text'] + '.' }}", {}).accepts_strings()
+        return weakref.ref(caller)
+
+    gc.disable()
+    try:
+        assert probe()() is None
+    finally:
+        gc.enable()
 
 
 # ---------------------------------------------------------------- templates from strangers

@@ -175,7 +175,10 @@ class ChatTemplate:
     def _try_messages(self, messages: Sequence[Mapping[str, Any]]) -> str:
         try:
             return self.render(messages)
-        except PromptError:
+        except PromptError as error:
+            if error.__cause__ is not None:
+                # Jinja's leads back to its own error: all frames around would stay until garbage is collected.
+                error.__cause__.__traceback__ = None
             return ""
 
 
