@@ -18,15 +18,15 @@ class PoolingConnector(nn.Module):
     def __init__(self, patches: int, side: int, inputs: int, outputs: int, eps: float):
         super().__init__()
         self.pooled, self.side = patches // side, side
-        self.shares = nn.Parameter(torch.empty(self.pooled**2, 1))
+        self.shares = nn.Parameter(torch.empty(1, self.pooled**2))
         self.mm_soft_emb_norm = RmsNorm(inputs, eps)
         self.projection = Linear(inputs, outputs, bias=False)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         width = hidden.shape[-1]
-        cells = hidden.reshape(-1, self.side, self.pooled, self.side, self.pooled, width).permute(0, 1, 3, 5, 2, 4)
-        # A product, which every runtime has: a mean over axes is none that all of them parse.
-        tokens = (cells.reshape(-1, self.side**2, width, self.pooled**2) @ self.shares).squeeze(-1)
+        cells = hidden.reshape(-1, self.side, self.pooled, self.side, self.pooled, width).transpose(2, 3)
+        # A product, which every runtime has: a mean over axes, as it is traced, not all of them parse.
+        tokens = (self.shares @ cells.reshape(-1, self.side**2, self.pooled**2, width)).squeeze(2)
         return self.projection(self.mm_soft_emb_norm(tokens))
 
 
@@ -38,7 +38,7 @@ def pooling_derived(
     scale = weights.use(f"{prefix}mm_soft_emb_norm.weight", (inputs,))
     projection = weights.use(f"{prefix}mm_input_projection_weight", (inputs, outputs))
     return {
-        "shares": lambda: np.full((pooled**2, 1), pooled**-2, np.float32),
+        "shares": lambda: np.full((1, pooled**2), pooled**-2, np.float32),
         "mm_soft_emb_norm.weight": lambda: scale() + 1,
         "projection.weight": lambda: np.ascontiguousarray(projection().T),
     }
