@@ -38,7 +38,7 @@ class _Device:
         if self._pair is None:
             self._pair = Memory(self.cuda, self._slow), Memory(self.cuda, self._slow)
         for _ in range(_SLOW_COPIES):
-            self.cuda.copy(self._pair[0].address, self._pair[1].address, self._slow)
+            self.cuda.copy((self._pair[0].address, self._pair[1].address, self._slow))
 
     def send(self, address: int, array: np.ndarray) -> None:
         """Copy pageable memory, without waiting."""
@@ -107,7 +107,7 @@ def _round_trip(device: _Device) -> str:
     cuda, values = device.cuda, np.random.default_rng(0).integers(0, 256, 1 << 20, dtype=np.uint8)
     first, second = Memory(cuda, values.nbytes), Memory(cuda, values.nbytes)
     cuda.upload(first.address, values)
-    cuda.copy(second.address, first.address, values.nbytes)
+    cuda.copy((second.address, first.address, values.nbytes))
     same = np.array_equal(device.bytes_at(second.address, values.nbytes), values)
     cuda.clear(second.address, values.nbytes)
     return _agrees(same and not device.bytes_at(second.address, values.nbytes).any())

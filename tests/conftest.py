@@ -1,6 +1,6 @@
 """Fixtures shared by all tests: one tiny checkpoint and one bundle of it, made once."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from types import FunctionType
@@ -135,6 +135,22 @@ def _read_operators_once(patch: pytest.MonkeyPatch) -> None:
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
     patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(cache(ONNXRegistry.from_torchlib)))
+
+
+@pytest.fixture
+def proves(record_property: Callable[[str, object], None]) -> Callable[[str, str, Iterable[str]], None]:
+    """`proves(family, kind, values)`: what the test has shown of a family, see `tests/proven.py`."""
+    from tests.proven import proves_with
+
+    return proves_with(record_property)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Several processes send their reports to one."""
+    from tests.proven import Proven
+
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Proven(config))
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ FLOORS = {
     ),
     "export": (
         ("checkpoint",),
-        ("decoders", "vision", "loss_questions", "workspace"),
+        ("decoders", "vision", "known", "loss_questions", "workspace"),
         ("plan", "reference", "targets", "trace"),
         ("family",),
         ("families",),

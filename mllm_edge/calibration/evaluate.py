@@ -86,9 +86,7 @@ def prove(
         return tally.proof(a.bundle.nbytes, b.bundle.nbytes)
 
 
-def led_tokens(
-    vlm: VLM, samples: Sequence[Sample], prompts: Sequence[Encoded]
-) -> list[np.ndarray]:
+def led_tokens(vlm: VLM, samples: Sequence[Sample], prompts: Sequence[Encoded]) -> list[np.ndarray]:
     """The tokens [n] along which bundles are compared: each sample's answer or, where it has none, the greedy one of
     the float bundle opened as `vlm`."""
     answers = [answer_tokens(vlm, sample) for sample in samples]

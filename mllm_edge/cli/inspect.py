@@ -105,7 +105,9 @@ def _costs(bundle: "Bundle", image: "str | tuple[int, int] | None") -> "ImageCos
 
 def _memory(needs: "Memory") -> str:
     rows = [[name, bytes_text(nbytes)] for name, nbytes in needs.weights.items()]
-    rows += [["KV cache", bytes_text(needs.kv_cache)], ["resident", bytes_text(needs.resident)]]
+    rows += [["KV cache", bytes_text(needs.kv_cache)]]
+    rows += [["keys and values of an image", bytes_text(needs.cross_kv)]] if needs.cross_kv else []
+    rows += [["resident", bytes_text(needs.resident)]]
     rows += [["embeddings, read from disk", bytes_text(needs.mapped)]]
     return table([f"memory for {needs.context} tokens ({needs.target})", ""], rows)
 

@@ -31,6 +31,7 @@ from mllm_edge.export.checkpoint.texts import Texts, read_texts
 from mllm_edge.export.checkpoint.vocabulary import check_vocabulary
 from mllm_edge.export.decoders.find import decoder_for
 from mllm_edge.export.decoders.place import Place
+from mllm_edge.export.known import known_systems
 from mllm_edge.export.plan import Plan, TracedComponent
 from mllm_edge.export.reference import load_reference
 from mllm_edge.graph.decoder_spec import DecoderSpec
@@ -44,7 +45,6 @@ __all__ = [
     "family_for",
     "open_weights",
     "reading",
-    "summaries",
     "understand",
 ]
 
@@ -156,10 +156,16 @@ def family_for(source: Source) -> Family:
         known = sorted(families())
         near = nearest(source.model_type, known)
         raise UnsupportedModelError(
-            f"{source.folder / 'config.json'}: model_type {source.model_type!r} is not supported",
+            f"{source.folder / 'config.json'}: model_type {source.model_type!r} is not supported{_known(source)}",
             f"supported: {', '.join(known)}" + (f"; the nearest is {near}" if near else ""),
         )
     return family
+
+
+def _known(source: Source) -> str:
+    """What is known of a system that is not exported."""
+    known = {entry["model_type"]: entry for entry in known_systems()}.get(source.model_type)
+    return f" ({known['name']}: {known.get('why') or 'planned'})" if known else ""
 
 
 @contextmanager
@@ -178,20 +184,6 @@ def reading(source: Source) -> Iterator[None]:
             f"{source.folder}: a setting has a value that cannot be used ({type(e).__name__}: {reason:.200})",
             "compare the JSON files with those of the model's own repository; --debug shows where it was read",
         ) from e
-
-
-def summaries() -> list[dict[str, Any]]:
-    """What each family says of itself: `family`, `model_types`, `decoders` and `examples`."""
-    found = {family.name: family for family in families().values()}
-    return [
-        {
-            "family": name,
-            "model_types": list(family.model_types),
-            "decoders": list(family.decoders),
-            "examples": list(family.examples),
-        }
-        for name, family in sorted(found.items())
-    ]
 
 
 def open_weights(source: Source) -> Weights:

@@ -11,7 +11,7 @@ from mllm_edge.errors import ContextError, ImageError
 from mllm_edge.runtime.prompt.image import ImageSource, load_image
 from mllm_edge.runtime.prompt.processor import Processor
 from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
-from mllm_edge.spec import MOST_PIXELS, state_bytes
+from mllm_edge.spec import MOST_PIXELS, ImageSpec, cross_bytes, state_bytes
 
 __all__ = ["ImageCost", "Memory", "image_cost", "memory"]
 
@@ -19,18 +19,20 @@ __all__ = ["ImageCost", "Memory", "image_cost", "memory"]
 @dataclass(frozen=True)
 class Memory:
     """Bytes. `weights` per component stay in memory, as stored in the bundle (a runtime may pack copies of its own);
-    `mapped` files are read row by row from disk; `kv_cache` holds `context` tokens."""
+    `mapped` files are read row by row from disk; `kv_cache` holds `context` tokens, and `cross_kv` what
+    cross-attention looks at of one image, where images are looked at so."""
 
     target: str
     context: int
     weights: Mapping[str, int]
     kv_cache: int
+    cross_kv: int
     mapped: int
 
     @property
     def resident(self) -> int:
-        """Weights and cache."""
-        return sum(self.weights.values()) + self.kv_cache
+        """Weights, cache, and the image."""
+        return sum(self.weights.values()) + self.kv_cache + self.cross_kv
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,15 @@ def memory(bundle: Bundle, context: int) -> list[Memory]:
             sizes[name] += data.nbytes if data else 0
         held = state_bytes(model.state, {t.name: t.dtype for t in variants["decoder"].inputs}, context)
         mapped = bundle.manifest.files[model.embedding.file].nbytes
-        found.append(Memory(target, context, sizes, held, mapped))
+        crossed = cross_bytes((t for v in variants.values() for t in v.outputs), _features(model.image))
+        found.append(Memory(target, context, sizes, held, crossed, mapped))
     return found
+
+
+def _features(image: ImageSpec | None) -> int:
+    """Of one image, that cross-attention looks at."""
+    crossed = image is not None and image.into == "cross_attention"
+    return image.features * (image.tiles or 1) if image is not None and crossed else 0
 
 
 def image_cost(bundle: Bundle, image: ImageSource | tuple[int, int]) -> ImageCost:

@@ -23,7 +23,7 @@ from mllm_edge.runtime.arguments import (
     named,
     stop_strings,
 )
-from mllm_edge.runtime.backends.base import Backend, Session
+from mllm_edge.runtime.backends.base import Backend, Keeping, Session
 from mllm_edge.runtime.backends.choose import open_backend
 from mllm_edge.runtime.backends.components import open_component
 from mllm_edge.runtime.decode import along
@@ -82,6 +82,7 @@ class VLM:
         opened = {name: open_component(bundle, name, backend, threads, notice) for name in names}
         self._types = {name: {t.name: t.dtype for t in component.variant.inputs} for name, component in opened.items()}
         self._sessions = {name: component.session for name, component in opened.items()}
+        self._kept = False
         self._engine_context = self._sessions["decoder"].limits.get("capacity", self.spec.context_length)
         longest = min(self._engine_context, self.spec.context_length)
         wanted = longest if max_context is None else whole("max_context", max_context, 1)
@@ -385,6 +386,7 @@ class VLM:
                     continue
                 finished = piece.result is not None
                 if finished:
+                    self._keep()
                     self._turns.release(turn)
                     _log(piece.result)
                 call.pace.hand_out()
@@ -394,6 +396,15 @@ class VLM:
             self._turns.release(turn)
             with native.section():
                 pieces.close()
+
+    def _keep(self) -> None:
+        """What the first answer made engines compile stays, however this process ends."""
+        if not self._kept:
+            with native.section():
+                for session in self._sessions.values():
+                    if isinstance(session, Keeping):
+                        session.keep()
+            self._kept = True
 
     def _pieces(self, call: Call) -> Generator[Chunk | None, None, None]:
         try:

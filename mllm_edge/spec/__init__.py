@@ -1,10 +1,10 @@
 """What a bundle says about its model, as frozen dataclasses (their JSON form: `json_form.py`).
 
 This is the closed vocabulary of the device side. Nothing here knows a model family; a word that is not here means
-that the bundle was made by a newer version. Only numpy-free standard library is imported.
+that the bundle was made by a newer version.
 """
 
-from mllm_edge.spec.cross import CROSS_BIAS, CROSS_KV, CROSS_ROWS, ENCODED, cross_names, is_cross
+from mllm_edge.spec.cross import CROSS_BIAS, CROSS_KV, CROSS_ROWS, ENCODED, cross_bytes, cross_names, is_cross
 from mllm_edge.spec.images import (
     MOST_PIXELS,
     PIXELS,
@@ -74,6 +74,7 @@ __all__ = [
     "CROSS_KV",
     "CROSS_ROWS",
     "ENCODED",
+    "cross_bytes",
     "cross_names",
     "is_cross",
     "AspectRatioId",

@@ -117,6 +117,7 @@ def test_memory_is_what_a_call_allocates(cli: Cli, tiny_bundle: Path) -> None:
         name: files[f"{name}.onnx"].nbytes + files[f"{name}.onnx.data"].nbytes
         for name in ("vision_encoder", "connector", "decoder")
     }
+    assert needs["cross_kv"] == 0
     assert needs["resident"] == sum(needs["weights"].values()) + needs["kv_cache"]
     assert needs["mapped"] == files["embed_tokens.npy"].nbytes
     text = cli("inspect", tiny_bundle, "--context", "256").stdout

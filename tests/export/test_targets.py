@@ -1,6 +1,6 @@
 """Targets: which forms a bundle gets, what TensorRT makes of them, and what half precision costs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,9 @@ def exported(request: pytest.FixtureRequest, of: tuple[str, str], compared: Call
     return report, Bundle.load(path)
 
 
-def test_every_form_agrees_with_the_source(exported: Any) -> None:
+def test_every_form_agrees_with_the_source(
+    exported: Any, of: tuple[str, str], proves: Callable[[str, str, Iterable[str]], None]
+) -> None:
     report, bundle = exported
     assert report.targets == rows()[bundle.manifest.model.family].reached
     results = [bundle.manifest.parity, *bundle.manifest.parity["targets"].values()]
@@ -46,6 +48,8 @@ def test_every_form_agrees_with_the_source(exported: Any) -> None:
     for parity in [*results, proof] if proof else results:
         assert parity["limits"] or proof
         assert all(0 < parity["errors"][name] <= limit for name, limit in parity["limits"].items())
+    proves(of[0], "targets", report.targets)
+    proves(of[0], "precisions", [report.recipe])
 
 
 def test_variants_state_what_they_are(exported: Any) -> None:

@@ -18,6 +18,7 @@ from mllm_edge.export.family import family_for
 from mllm_edge.export.pipeline import export
 from mllm_edge.export.quantize import quantize
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
+from mllm_edge.runtime.budget import memory
 from mllm_edge.runtime.onnx_file.cost import graph_cost, read_graph
 from mllm_edge.runtime.profiling.memory import predict_activations
 from mllm_edge.runtime.profiling.roofline import MachineLimits, Workload, roofline
@@ -126,7 +127,15 @@ def test_what_images_cost(plain: Exported) -> None:
     assert crossed_bytes(model, variants, layouts) == 4 * 2 * LAYERS * 2 * 16 * features
     with VLM.load(plain.bundle) as vlm:
         one, none = (vlm.generate("Hi", shown, max_new_tokens=2).metrics for shown in ([image], []))
-        assert one.kv_cache_bytes - none.kv_cache_bytes == 4 * 2 * LAYERS * 2 * 16 * TILES * PATCHES
+        kept = 4 * 2 * LAYERS * 2 * 16 * TILES * PATCHES
+        assert one.kv_cache_bytes - none.kv_cache_bytes == kept
+    (needs,) = [found for found in memory(bundle, 64) if found.target == "cpu"]
+    assert (needs.cross_kv, needs.resident) == (kept, sum(needs.weights.values()) + needs.kv_cache + kept)
+    assert (
+        "keys and values of an image"
+        in CliRunner().invoke(main, ["inspect", str(plain.bundle), "--context", "64"]).output
+    )
+    with VLM.load(plain.bundle) as vlm:
         assert vlm.image_features(vlm.processor.process("Hi", [image])).shape == (TILES * PATCHES, 64)
     assert (one.image_tokens, one.tiles) == (1, 3)
     assert predict_activations(bundle, "cpu", 30, layouts) > predict_activations(bundle, "cpu", 30, layouts[:1])

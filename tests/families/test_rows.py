@@ -1,6 +1,6 @@
 """Every family, as its row says: parity in every dialect, export beside its source, large and sharded checkpoints."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,13 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.parametrize(("exported", "case"), each(of="configs", cases=True), indirect=["exported"], scope="module")
-def test_parity(exported: Exported, case: str, request: pytest.FixtureRequest) -> None:
+def test_parity(
+    exported: Exported, case: str, request: pytest.FixtureRequest, proves: Callable[[str, str, Iterable[str]], None]
+) -> None:
     family, _ = request.node.callspec.params["exported"]
     check_parity(exported, case, ROWS[family].cases)
+    proves(family, "precisions", ["fp32"])
+    proves(family, "components", exported.vlm("cpu").bundle.manifest.components)
 
 
 def test_every_family_has_a_row() -> None:

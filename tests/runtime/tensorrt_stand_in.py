@@ -1,20 +1,18 @@
 """A stand-in for the part of TensorRT and CUDA that the backend uses, on a machine that has neither.
 
-Device memory is memory that the stand-in hands out and checks every access to. An engine holds the graph, its profiles
-and the folder of its weights, and executes them on ONNX Runtime's CPU provider. What the real ones refuse is refused
-here: shapes outside the profile, addresses that are missing, freed or too small, caches that are not updated in place,
-copies while a graph is recorded, timings of another GPU. Each version has the names and takes the operators of its own.
+An engine holds the graph, its profiles and the folder of its weights, and executes them on ONNX Runtime's CPU provider
+when the stream comes to it (see `cuda_stand_in.py`). What the real ones refuse is refused here: shapes outside the
+profile, addresses that are missing, freed or too small, caches that are not updated in place, recording what did not
+run before as it is, timings of another GPU. Each version has the names and takes the operators of its own.
 """
 
 import base64
-import ctypes
 import enum
 import hashlib
 import json
 import sys
 import weakref
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -24,43 +22,32 @@ import onnx
 import onnxruntime
 import pytest
 
+from tests.runtime.cuda_stand_in import BAD_ADDRESS, CudaStandIn, cudart
 from tests.runtime.tensorrt_versions import refused, without
 
 __all__ = ["StandIn", "install"]
 
-_BAD_ADDRESS, _NO_MEMORY, _CAPTURING, _NO_DRIVER = 700, 2, 900, 35
-_NAMES = {_BAD_ADDRESS: b"cudaErrorIllegalAddress", _NO_MEMORY: b"cudaErrorMemoryAllocation"}
-_NAMES |= {_CAPTURING: b"cudaErrorStreamCaptureUnsupported", _NO_DRIVER: b"cudaErrorInsufficientDriver"}
-_STREAM, _ALIGNMENT = 77, 256
+_ALIGNMENT, _MOST_TOP = 256, 3840
 
 
-class StandIn:
-    """The made-up machine. `counts`: builds, runs, records, replays; `refuse`: what a build logs before it fails, for
-    graphs whose path contains the key; `warn`: what building and opening ("build", "open") warn of; `trouble`: a number
-    to return from a CUDA function, by name; `spoil`: what an output is multiplied by. `model`: name and multiprocessors
-    of its GPU; `log`: the logger that TensorRT took first."""
+class StandIn(CudaStandIn):
+    """The made-up machine. `counts`: builds, runs, and what CUDA's stand-in counts; `refuse`: what a build logs before
+    it fails, for graphs whose path contains the key; `warn`: what building and opening ("build", "open") warn of;
+    `spoil`: what an output is multiplied by; `unknown`: outputs whose size TensorRT does not tell before they ran;
+    `warm`: runs of a context until TensorRT for RTX has compiled its kernels; `strategies`: how its contexts record
+    graphs; `log`: the logger that TensorRT took first."""
 
     def __init__(self, version: str, capability: tuple[int, int], gpus: int = 1, rtx: bool = False) -> None:
-        self.version, self.capability, self.gpus, self.rtx = version, capability, gpus, rtx
-        self.model = ("Orin", 16)
+        super().__init__(capability, gpus)
+        self.version, self.rtx = version, rtx
         self.warn: dict[str, str] = {}
         self._log: weakref.ref[_Logger] | None = None
-        self.memory: dict[int, np.ndarray] = {}
-        self.pinned: dict[int, np.ndarray] = {}
-        self.free, self.total = 8 << 30, 16 << 30  # other processes have the difference
-        self.counts: Counter[str] = Counter()
         self.refuse: dict[str, str] = {}
-        self.trouble: dict[str, int] = {}
         self.workspaces: list[int] = []
         self.spoil: dict[str, Any] = {}
-        self.recording: list[Callable[[], bool]] | None = None
-
-    def view(self, address: int, nbytes: int) -> np.ndarray | None:
-        """Memory that the device reaches, as bytes; None where it is not all of one allocation."""
-        for begin, memory in (self.memory | self.pinned).items():
-            if begin <= address and address + nbytes <= begin + len(memory):
-                return memory[address - begin : address - begin + nbytes]
-        return None
+        self.unknown: Sequence[str] = ()
+        self.warm = 3
+        self.strategies: list[str] = []
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -80,9 +67,6 @@ class StandIn:
         elif self.log is not log:
             self.log.log(_Severity.WARNING, "The logger differs from one already provided; it is ignored.")
 
-    def allocated(self) -> int:
-        return sum(len(memory) for memory in self.memory.values())
-
 
 def install(
     patch: pytest.MonkeyPatch,
@@ -94,7 +78,7 @@ def install(
     """Make `import tensorrt` (or, with `rtx`, tensorrt_rtx) and `import cuda.bindings.runtime` find the stand-in; the
     other TensorRT is not found."""
     machine = StandIn(version, capability, gpus, rtx)
-    trt, bindings, runtime = _tensorrt(machine), ModuleType("cuda.bindings"), _cudart(machine)
+    trt, bindings, runtime = _tensorrt(machine), ModuleType("cuda.bindings"), cudart(machine)
     bindings.runtime = runtime  # type: ignore[attr-defined]
     package = ModuleType("cuda")
     package.bindings = bindings  # type: ignore[attr-defined]
@@ -109,134 +93,6 @@ def install(
     for name, module in found.items():
         patch.setitem(sys.modules, name, module)
     return machine
-
-
-# ---------------------------------------------------------------- CUDA
-def _cudart(machine: StandIn) -> ModuleType:
-    api = ModuleType("cuda.bindings.runtime")
-    calls = _Calls(machine)
-    for name in [n for n in dir(calls) if n.startswith("cuda")]:
-        setattr(api, name, _troubled(machine, name, getattr(calls, name)))
-    kinds = {"cudaMemcpyHostToDevice": 1, "cudaMemcpyDeviceToHost": 2, "cudaMemcpyDefault": 4}
-    api.cudaMemcpyKind = enum.IntEnum("Kind", kinds)  # type: ignore[attr-defined]
-    api.cudaStreamCaptureMode = enum.IntEnum("Mode", {"cudaStreamCaptureModeRelaxed": 2})  # type: ignore[attr-defined]
-    names = {"cudaDevAttrComputeCapabilityMajor": 75, "cudaDevAttrComputeCapabilityMinor": 76}
-    api.cudaDeviceAttr = enum.IntEnum("Attribute", names)  # type: ignore[attr-defined]
-    return api
-
-
-def _troubled(machine: StandIn, name: str, function: Callable[..., tuple]) -> Callable[..., tuple]:
-    def call(*arguments: Any) -> tuple:
-        if name in machine.trouble:
-            return machine.trouble[name], None
-        return function(*arguments)
-
-    return call
-
-
-class _Calls:
-    """The runtime's functions: a status first, then what they return."""
-
-    def __init__(self, machine: StandIn):
-        self._machine = machine
-
-    def cudaGetDeviceCount(self) -> tuple:
-        return (0, self._machine.gpus) if self._machine.gpus else (_NO_DRIVER, None)
-
-    def cudaSetDevice(self, device: int) -> tuple:
-        return (0,)
-
-    def cudaDeviceGetAttribute(self, attribute: int, device: int) -> tuple:
-        return 0, self._machine.capability[attribute - 75]
-
-    def cudaGetDeviceProperties(self, device: int) -> tuple:
-        if not self._machine.gpus:
-            return _NO_DRIVER, None
-        name, multiprocessors = self._machine.model
-        return 0, SimpleNamespace(name=name.encode().ljust(256, b"\0"), multiProcessorCount=multiprocessors)
-
-    def cudaGetErrorName(self, status: int) -> tuple:
-        return 0, _NAMES[status]
-
-    def cudaStreamCreate(self) -> tuple:
-        return 0, _STREAM
-
-    def cudaStreamDestroy(self, stream: int) -> tuple:
-        return (0,)
-
-    def cudaStreamSynchronize(self, stream: int) -> tuple:
-        self._machine.counts[f"waits for stream {stream}"] += 1
-        return (_CAPTURING if self._machine.recording is not None else 0,)
-
-    def cudaMemGetInfo(self) -> tuple:
-        return 0, self._machine.free - self._machine.allocated(), self._machine.total
-
-    def cudaMalloc(self, nbytes: int) -> tuple:
-        if nbytes > self._machine.free - self._machine.allocated():
-            return _NO_MEMORY, None
-        memory = np.full(nbytes + _ALIGNMENT, 0xAB, np.uint8)  # what was there before
-        memory = memory[-memory.ctypes.data % _ALIGNMENT :][:nbytes]
-        self._machine.memory[memory.ctypes.data] = memory
-        return 0, memory.ctypes.data
-
-    def cudaFree(self, address: int) -> tuple:
-        self._machine.memory.pop(address)
-        return (0,)
-
-    def cudaMallocHost(self, nbytes: int) -> tuple:
-        memory = np.zeros(nbytes, np.uint8)
-        self._machine.pinned[memory.ctypes.data] = memory
-        return 0, memory.ctypes.data
-
-    def cudaFreeHost(self, address: int) -> tuple:
-        self._machine.pinned.pop(address)
-        return (0,)
-
-    def cudaMemsetAsync(self, address: int, value: int, nbytes: int, stream: int) -> tuple:
-        def fill() -> bool:
-            memory = self._machine.view(address, nbytes)
-            if memory is not None:
-                memory[:] = value
-            return memory is not None
-
-        if self._machine.recording is not None:
-            self._machine.recording.append(fill)
-            return (0,)
-        return (0 if fill() else _BAD_ADDRESS,)
-
-    def cudaMemcpyAsync(self, target: int, source: int, nbytes: int, kind: int, stream: int) -> tuple:
-        if self._machine.recording is not None:
-            return (_CAPTURING,)
-        device = {1: [target], 2: [source], 4: [target, source]}[kind]
-        if any(self._machine.view(address, nbytes) is None for address in device):
-            return (_BAD_ADDRESS,)
-        self._machine.counts["bytes copied on the device"] += nbytes if kind == 4 else 0
-        self._machine.counts["bytes uploaded"] += nbytes if kind == 1 else 0
-        self._machine.counts["bytes downloaded"] += nbytes if kind == 2 else 0
-        ctypes.memmove(target, source, nbytes)
-        return (0,)
-
-    def cudaStreamBeginCapture(self, stream: int, mode: int) -> tuple:
-        self._machine.recording = []
-        return (0,)
-
-    def cudaStreamEndCapture(self, stream: int) -> tuple:
-        recorded, self._machine.recording = self._machine.recording, None
-        return 0, recorded
-
-    def cudaGraphInstantiate(self, graph: list, flags: int) -> tuple:
-        self._machine.counts["records"] += 1
-        return 0, list(graph)
-
-    def cudaGraphLaunch(self, graph: list, stream: int) -> tuple:
-        self._machine.counts["replays"] += 1
-        return (0 if all(run() for run in graph) else _BAD_ADDRESS,)
-
-    def cudaGraphDestroy(self, graph: list) -> tuple:
-        return (0,)
-
-    def cudaGraphExecDestroy(self, graph: list) -> tuple:
-        return (0,)
 
 
 # ---------------------------------------------------------------- TensorRT: building
@@ -355,10 +211,11 @@ class _Network:
     num_outputs = property(lambda self: len(self.outputs))
     num_layers = property(lambda self: len(self.layers))
 
-    def add_topk(self, tensor: _Tensor, operation: enum.IntEnum, k: int, axes: int) -> _Added:
+    def add_topk(self, tensor: _Tensor, operation: enum.IntEnum, k: int, axes: int) -> _Added | None:
         """Of equal values those with the highest ids, as no one says which are taken."""
+        if k > _MOST_TOP:
+            return None
         assert operation.name == "MAX"
-        assert 0 < k <= 3840, "a top-k layer of that many is not made"
         like, axis, size = self._found(tensor, axes)
         make, name = onnx.helper.make_node, tensor.name
         for what, values in (("back", np.arange(size)[::-1].copy()), ("k", np.array([k])), ("end", np.array(size - 1))):
@@ -457,7 +314,11 @@ class _Config:
     def __init__(self) -> None:
         self.profiles: list[_Profile] = []
         self.workspace, self.timings = 0, None
+        self.flags: list[str] = []
         self.capabilities: dict[int, str] = {}
+
+    def set_flag(self, flag: Any) -> None:
+        self.flags.append(flag.name)
 
     def add_optimization_profile(self, profile: _Profile) -> int:
         self.profiles.append(profile)
@@ -547,6 +408,7 @@ def _tensorrt(machine: StandIn) -> ModuleType:
                 "folder": str(Path(network.path).parent),
                 "profiles": [profile.shapes for profile in config.profiles],
                 "version": machine.version,
+                "flags": config.flags,
                 "gpu": list(machine.model),
                 "capabilities": list(config.capabilities.values()) or [_name_of(machine.capability)],
             }
@@ -575,7 +437,9 @@ def _tensorrt(machine: StandIn) -> ModuleType:
     names = {
         "__version__": machine.version,
         "Builder": Builder,
+        "BuilderFlag": enum.IntEnum("BuilderFlag", ["FP16", *(["REQUIRE_USER_ALLOCATION"] if machine.rtx else [])]),
         "ExecutionContextAllocationStrategy": enum.IntEnum("Strategy", ["STATIC", "USER_MANAGED"]),
+        "IExecutionContext": _Context,
         "ILogger": _Logger,
         "IProfiler": _Profiler,
         "IProgressMonitor": _Monitor,
@@ -597,6 +461,7 @@ def _tensorrt(machine: StandIn) -> ModuleType:
         names["IRuntimeConfig"] = _RuntimeConfig
     if machine.rtx:
         names["IRuntimeCache"] = _RuntimeCache
+        names["CudaGraphStrategy"] = enum.IntEnum("CudaGraphStrategy", ["DISABLED", "WHOLE_GRAPH_CAPTURE"])
         names["ComputeCapability"] = enum.IntEnum("ComputeCapability", ["CURRENT", "SM86", "SM89"])
     for name, value in names.items():
         setattr(trt, name, value)
@@ -652,6 +517,7 @@ class _RuntimeCache:
 class _RuntimeConfig:
     def __init__(self, machine: StandIn):
         self._machine, self.cache, self.strategy = machine, None, None  # type: StandIn, _RuntimeCache | None, Any
+        self.cuda_graph_strategy: Any = None
 
     def create_runtime_cache(self) -> _RuntimeCache:
         return _RuntimeCache(self._machine)
@@ -666,7 +532,7 @@ class _RuntimeConfig:
 
 class _Engine:
     def __init__(self, machine: StandIn, log: _Logger, plan: dict[str, Any]):
-        self.machine, self.log, self.profiles = machine, log, plan["profiles"]
+        self.machine, self.log, self.profiles, self.flags = machine, log, plan["profiles"], plan["flags"]
         data = base64.b64decode(plan["model"])
         self.key = hashlib.sha256(data).hexdigest()[:8]
         network = _Network()
@@ -690,14 +556,14 @@ class _Engine:
     def get_tensor_mode(self, name: str) -> _Mode:
         return _Mode.INPUT if name in self.inputs else _Mode.OUTPUT
 
-    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return (self.inputs | self.outputs)[name].shape
+    def get_tensor_shape(self, name: str) -> "_Dims":
+        return _Dims((self.inputs | self.outputs)[name].shape)
 
     def get_tensor_location(self, name: str) -> Any:
         return _Location.DEVICE
 
-    def get_tensor_profile_shape(self, name: str, profile: int) -> list[list[int]]:
-        return self.profiles[profile].get(name) or [list(self.inputs[name].shape)] * 3
+    def get_tensor_profile_shape(self, name: str, profile: int) -> "list[_Dims]":
+        return [_Dims(shape) for shape in self.profiles[profile].get(name) or [self.inputs[name].shape] * 3]
 
     def get_aliased_input_tensor(self, name: str) -> str | None:
         return self.aliases.get(name)
@@ -707,12 +573,29 @@ class _Engine:
         if isinstance(how, _RuntimeConfig):
             assert how.cache is not None
             how.cache.kernels |= {self.key}
+            self.machine.strategies.append(getattr(how.cuda_graph_strategy, "name", "DISABLED"))
             how = how.strategy
         assert how.name == "USER_MANAGED"
         return _Context(self)
 
     def create_runtime_config(self) -> "_RuntimeConfig":
         return _RuntimeConfig(self.machine)
+
+
+class _Dims:
+    """A shape as the bindings return it, which is no tuple."""
+
+    def __init__(self, sizes: Sequence[int]):
+        self._sizes = list(sizes)
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def __getitem__(self, index: int) -> int:
+        return self._sizes[index]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._sizes)
 
 
 class _Context:
@@ -722,62 +605,92 @@ class _Context:
         self._engine, self._machine = engine, engine.machine
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
-        self._profile, self._work, self._changes = -1, False, 0
+        self._profile, self._runs = -1, 0
+        self._work: tuple[int, int] = (0, 0)
+        self._ran: Any = None
+        self._known: dict[str, tuple[int, ...]] | None = None
 
     def set_device_memory(self, address: int, nbytes: int) -> None:
-        self._work = self._machine.view(address, nbytes) is not None and nbytes >= _Engine.device_memory_size_v2
+        assert self._machine.view(address, nbytes) is not None
+        self._work = (address, nbytes)
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
-        self._profile = profile
-        return stream == _STREAM
+        """As the bindings do, it raises where others return False; shapes have to be told anew."""
+        if self._machine.trouble.get("profile"):
+            self._fail("the profile is in use")
+            raise RuntimeError("Error in set optimization profile.")
+        self._machine.stream(stream)
+        self._profile, self._shapes, self._known = profile, {}, None
+        return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        if self._profile < 0:
+            return self._fail("no optimization profile is set")
         smallest, _, largest = self._engine.get_tensor_profile_shape(name, self._profile)
         fits = all(a <= b <= c for a, b, c in zip(smallest, shape, largest, strict=True))
         if fits:
-            self._shapes[name] = tuple(shape)
-            self._changes += 1
+            self._shapes[name], self._known = tuple(shape), None
         return fits or self._fail(f"{name} {shape} is outside the profile")
 
-    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        """The symbols of an output are those of the inputs."""
-        graph = self._engine.session
-        symbols: dict[Any, int] = {}
-        for value in graph.get_inputs():
-            symbols |= dict(zip(value.shape, self._shapes[value.name], strict=True))
-        (output,) = [value for value in graph.get_outputs() if value.name == name]
-        return tuple(d if isinstance(d, int) else symbols[d] for d in output.shape)
+    def get_tensor_shape(self, name: str) -> _Dims:
+        """Of outputs that are `unknown` only what the graph says."""
+        if name in self._machine.unknown:
+            return _Dims(self._engine.outputs[name].shape)
+        if self._known is None:
+            self._known = self._sized(self._shapes)
+        return _Dims(self._known[name])
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self._addresses[name] = address
-        self._changes += 1
-        return address % _ALIGNMENT == 0 or self._fail(f"the address of {name} is not aligned")
+        return (address > 0 and address % _ALIGNMENT == 0) or self._fail(
+            f"the address of {name} is null or not aligned"
+        )
 
     def execute_async_v3(self, stream: int) -> bool:
-        assert stream == _STREAM
-        if self._machine.recording is not None:
+        """Everything is then as it is now, whenever the stream comes to it or a graph is replayed."""
+        machine, state = self._machine, (dict(self._shapes), dict(self._addresses), self._work)
+        captured = machine.stream(stream).captured is not None
+        if captured and state != self._ran:
+            return self._fail("it has to run as it is before it is captured")
+        if captured and machine.rtx and "REQUIRE_USER_ALLOCATION" not in self._engine.flags:
+            return self._fail("the engine allocates while it runs, and cannot be captured")
+        if machine.executes and not self._is_complete(*state):
+            return False
+        if captured:
             assert self.profiler is None, "a replayed graph tells nothing"
-            changes = self._changes
-            self._machine.recording.append(lambda: changes == self._changes and self._run())
-            return True
-        self._machine.counts["runs"] += 1
-        return self._run()
-
-    def _run(self) -> bool:
-        if not self._work:
-            return self._fail("no memory to work in")
-        feeds = {name: self._view(name, tensor) for name, tensor in self._engine.inputs.items()}
-        targets = {name: self._view(name, tensor) for name, tensor in self._engine.outputs.items()}
-        if any(view is None for view in (*feeds.values(), *targets.values())):
-            return self._fail("an address is missing, freed or too small")
-        for name, past in self._engine.aliases.items():
-            if self._addresses[name] != self._addresses[past]:
-                return self._fail(f"{name} is not where {past} is")
-        for name, result in zip(targets, self._engine.session.run(list(targets), feeds), strict=True):
-            targets[name][...] = result * self._machine.spoil.get(name, 1)  # type: ignore[index]
+            machine.counts["fallback records"] += machine.rtx and self._runs < machine.warm
+        else:
+            machine.counts["runs"] += 1
+            self._runs, self._ran = self._runs + 1, state
+        machine.enqueue(stream, lambda: self._run(*state))
         if self.profiler is not None:
+            machine.synchronize(stream)
             self._report()
         return True
+
+    def _is_complete(self, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int], work: Any) -> bool:
+        """What TensorRT finds when a run is enqueued."""
+        if self._machine.view(*work) is None or work[1] < _Engine.device_memory_size_v2:
+            return self._fail("no memory to work in")
+        if any(view is None for view in self._views(shapes, addresses).values()):
+            return self._fail("an address is missing, freed or too small")
+        for name, past in self._engine.aliases.items():
+            if addresses[name] != addresses[past]:
+                return self._fail(f"{name} is not where {past} is")
+        return True
+
+    def _run(self, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int], work: tuple[int, int]) -> int:
+        """What the GPU does, long after the call."""
+        if not self._machine.executes:
+            return 0
+        views, area = self._views(shapes, addresses), self._machine.view(*work)
+        if area is None or any(view is None for view in views.values()):
+            return BAD_ADDRESS
+        area[:] = 0xEE
+        feeds, names = {name: views[name] for name in self._engine.inputs}, list(self._engine.outputs)
+        for name, result in zip(names, self._engine.session.run(names, feeds), strict=True):
+            views[name][...] = result * self._machine.spoil.get(name, 1)  # type: ignore[index]
+        return 0
 
     def _report(self) -> None:
         """A microsecond for the first node, two for the next, and so on."""
@@ -785,11 +698,23 @@ class _Context:
         for i, layer in enumerate(layer for layer in self._engine.layers if layer.name):
             self.profiler.report_layer_time(f"{layer.name}{suffix}", (i + 1) / 1e3)
 
-    def _view(self, name: str, tensor: _Tensor) -> np.ndarray | None:
-        shape = self._shapes[name] if name in self._shapes else self.get_tensor_shape(name)
-        nbytes = int(np.prod(shape)) * tensor.dtype.itemsize
-        memory = self._machine.view(self._addresses.get(name, 0), nbytes)
-        return None if memory is None else memory.view(tensor.dtype).reshape(shape)
+    def _sized(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """Shapes of inputs and outputs: the symbols of outputs are those of the inputs."""
+        graph, symbols = self._engine.session, dict[Any, int]()
+        for value in graph.get_inputs():
+            symbols |= dict(zip(value.shape, shapes[value.name], strict=True))
+        outputs = {v.name: tuple(d if isinstance(d, int) else symbols[d] for d in v.shape) for v in graph.get_outputs()}
+        return {**shapes, **outputs}
+
+    def _views(
+        self, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]
+    ) -> dict[str, np.ndarray | None]:
+        found: dict[str, np.ndarray | None] = {}
+        sized = self._sized(shapes)
+        for name, tensor in (self._engine.inputs | self._engine.outputs).items():
+            memory = self._machine.view(addresses.get(name, 0), int(np.prod(sized[name])) * tensor.dtype.itemsize)
+            found[name] = None if memory is None else memory.view(tensor.dtype).reshape(sized[name])
+        return found
 
     def _fail(self, message: str) -> bool:
         self._engine.log.log(_Severity.ERROR, message)

@@ -130,12 +130,12 @@ def test_it_is_used_where_it_lies_and_given_back_once(machine: StandIn, cuda: Cu
 
 def test_page_locked_memory_is_reached_by_the_device_and_knows_no_stream(machine: StandIn, cuda: Cuda) -> None:
     expected = values()
-    pinned = Pinned(cuda, expected.shape, expected.dtype)
-    pinned.array[...] = expected
-    lent = Lent(pinned.array.ctypes.data, expected.shape, (CUDA_HOST, 0))
+    pinned = Pinned(cuda, expected.nbytes)
+    pinned.bytes[...] = expected.reshape(-1).view(np.uint8)
+    lent = Lent(pinned.address, expected.shape, (CUDA_HOST, 0))
     array = taken(cuda, "x", lent)
     assert isinstance(array, CudaArray)
-    assert array.address == pinned.array.ctypes.data
+    assert array.address == pinned.address
     assert lent.streams == [None]
 
 
@@ -250,8 +250,8 @@ def test_a_component_reads_it_where_it_lies(machine: StandIn, bundle: Path, kind
             memory = uploaded(cuda, pixels, offset)
             address = memory.address
         else:
-            pinned = Pinned(cuda, (512 + offset + pixels.nbytes,), np.uint8)
-            address = pinned.array.ctypes.data + -pinned.array.ctypes.data % 256
+            pinned = Pinned(cuda, 512 + offset + pixels.nbytes)
+            address = pinned.address + -pinned.address % 256
             ctypes.memmove(address + offset, pixels.ctypes.data, pixels.nbytes)
         lent = Lent(address, pixels.shape, (kind, 0), offset=offset)
         machine.counts.clear()

@@ -72,11 +72,11 @@ def test_answers_are_those_of_onnxruntime(machine: StandIn, exported: Path, tmp_
         growing = [spec for spec in vlm.spec.state if spec.kind == "growing"]
     assert len(notices) == machine.counts["builds"] == len(vlm.bundle.manifest.components) >= 3
     assert all("building the engine" in notice and "GB of memory" in notice for notice in notices)
-    # Caches are never copied; new rows of an append cache are, where they begin at an odd place.
+    # Caches are never copied; new rows of an append cache are, which every step leaves at the same place.
     row, copied = 4 * sum(spec.values(1) for spec in growing), machine.counts["bytes copied on the device"]
     assert copied == 0 if target == "tensorrt" else 0 < copied <= 2 * new * row
-    # Steps over a cache in place keep their shapes for 64 tokens; an append cache has another past at each step.
-    assert (machine.counts["replays"] > 50) == (target == "tensorrt")
+    # Steps keep their shapes and addresses for 64 tokens.
+    assert machine.counts["replays"] > 100
     assert not machine.memory, "everything was freed"
 
 
@@ -96,9 +96,11 @@ def test_tensorrt_for_rtx(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_kernels_that_tensorrt_for_rtx_compiles_are_kept(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = install(monkeypatch, "1.7.1", (8, 6), rtx=True)
     with load(bundle, "tensorrt")[0] as vlm:
+        assert not list((bundle / FOLDER).glob("*.engine.cache"))
+        vlm.generate("Hi.", max_new_tokens=2)
+        caches = sorted((bundle / FOLDER).glob("*.engine.cache"))
+        assert len(caches) == 3, "however the process ends"
         expected = answers(vlm)
-    caches = sorted((bundle / FOLDER).glob("*.engine.cache"))
-    assert len(caches) == 3
     assert machine.counts["caches taken"] == machine.counts["caches refused"] == 0
     written = [cache.read_bytes() for cache in caches]
     times = [cache.stat().st_mtime_ns for cache in caches]
@@ -266,7 +268,7 @@ def test_memory_of_other_libraries_is_used_where_it_lies(machine: StandIn, bundl
     class Lent:
         def __init__(self, buffer: Any, **changes: Any):
             facts = {"data": (buffer.address, False), "shape": buffer.shape, "typestr": "<f2", "strides": None}
-            self.__cuda_array_interface__ = {**facts, **changes}
+            self.__cuda_array_interface__ = {"version": 3, **facts, **changes}
 
     opened = Bundle.load(bundle)
     variant, chosen = opened.variant("vision_encoder", "tensorrt"), open_backend("tensorrt")
@@ -280,9 +282,11 @@ def test_memory_of_other_libraries_is_used_where_it_lies(machine: StandIn, bundl
     found = session.run({"pixel_values": Lent(buffer)})  # type: ignore[dict-item]
     assert np.array_equal(found["vision_hidden"], expected)
     assert machine.allocated() == before
-    for stream, waits in ((None, 0), (1, 0), (5, 1)):
+    other = machine.new_stream(blocking=False)
+    for stream, waits in ((None, 0), (1, 1), (other, 1)):
         session.run({"pixel_values": Lent(buffer, stream=stream)})  # type: ignore[dict-item]
         assert machine.counts[f"waits for stream {stream}"] == waits
+    assert not machine.counts["waits for all"]
     with load(bundle, "tensorrt")[0] as vlm:
         found = vlm.component("vision_encoder", {"pixel_values": Lent(buffer)})
         assert np.array_equal(found["vision_hidden"], expected)

@@ -47,7 +47,8 @@ OWN = {
         "trt",
         "engine",
         "check",
-        "ranges",
+        "profiles",
+        "said",
         "inputs",
         "open",
     },
@@ -143,7 +144,7 @@ def test_names_of_cuda() -> None:
     attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     used = {name for name in strings | attributes if name.startswith("cuda") and name.isalnum() and name != "cuda"}
     assert {"cudaMalloc", "cudaFree", "cudaMemcpyAsync", "cudaGraphLaunch", "cudaMemGetInfo"} <= used
-    source = (Path(__file__).parent / "tensorrt_stand_in.py").read_text(encoding="utf-8")
+    source = (Path(__file__).parent / "cuda_stand_in.py").read_text(encoding="utf-8")
     assert all(name in source for name in used)
     if importlib.util.find_spec("cuda") is not None:
         runtime = importlib.import_module("cuda.bindings.runtime")

@@ -93,12 +93,13 @@ class QwenVlAttention(nn.Module):
     def forward(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        # [N, S, 3, heads, size]. Slices, because a split is traced to sequences.
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
-        half = qkv.shape[-1] // 2
-        first, second = qkv[:, :, :2, :, :half], qkv[:, :, :2, :, half:]
-        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-        query, key, value = (part.flatten(2) for part in (turned[:, :, 0], turned[:, :, 1], qkv[:, :, 2]))
+        qkv, width = self.qkv(x), x.shape[-1]
+        # [N, S, 2, heads, size]. Slices, because a split is traced to sequences.
+        both = qkv[..., : 2 * width].unflatten(-1, (2, self.heads, -1))
+        half = both.shape[-1] // 2
+        first, second = both[..., :half], both[..., half:]
+        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(2)
+        query, key, value = turned[..., :width], turned[..., width:], qkv[..., 2 * width :]
         return self.proj(attention(query, key, value, self.heads, bias))
 
 

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from mllm_edge.spec import Variant
 
-__all__ = ["BACKENDS", "HIDDEN", "TENSORRT", "Backend", "Buffer", "Session"]
+__all__ = ["BACKENDS", "HIDDEN", "TENSORRT", "Backend", "Buffer", "Keeping", "Session", "Sliding"]
 
 TENSORRT = ("tensorrt", "tensorrt-10.3")
 # What `attention_bias` holds for what a token may not see: within half precision's range; e^−30000 is 0 in every type.
@@ -54,6 +54,25 @@ class Session(Protocol):
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
         """Keep buffers (or arrays) bound to inputs and outputs for all later runs; contents are read at each run.
         Outputs that `limits["top_logits"]` stands for are left out unless bound; None for one of them unbinds it."""
+        ...
+
+
+@runtime_checkable
+class Sliding(Protocol):
+    """A session that need not be told each part of a cache it appends to: that would take longer than a step."""
+
+    def slide(self, past: int, end: int) -> bool:
+        """The growing state is bound as parts of the same buffers as before, but the past ends with `past` rows, and
+        the present goes on from there to `end`. False: bind the parts."""
+        ...
+
+
+@runtime_checkable
+class Keeping(Protocol):
+    """A session whose engine compiles while it runs."""
+
+    def keep(self) -> None:
+        """Write what was compiled since it was opened, so that it need not be again."""
         ...
 
 

@@ -12,7 +12,7 @@ from mllm_edge.errors import BackendError
 from mllm_edge.install import install_hint
 from mllm_edge.runtime.foreign import pass_on
 
-__all__ = ["OLD_DRIVER", "Cuda", "Graph", "Memory", "Pinned", "gpu_model", "gpu_problem"]
+__all__ = ["OLD_DRIVER", "Cuda", "Graph", "Memory", "Pinned", "Staging", "gpu_model", "gpu_problem"]
 
 # What CUDA says where its library, which cuda-bindings hold from 12.9 on, is newer than the driver.
 OLD_DRIVER = "cudaErrorInsufficientDriver"
@@ -21,8 +21,11 @@ _INSTALL = f"{install_hint('rtx')}, or on a Jetson with jetson in the place of r
 
 
 class Cuda:
-    """One stream on the first GPU; everything is enqueued there in order. Raises BackendError when there is no GPU or
-    no cuda-bindings."""
+    """One stream on the first GPU; everything is enqueued there in order. It waits for no other stream by itself: work
+    of other libraries is put before ours by `order`. `waits` counts how often all that was enqueued was waited for.
+
+    Raises BackendError when there is no GPU or no cuda-bindings.
+    """
 
     def __init__(self) -> None:
         self._api = _import()
@@ -38,8 +41,13 @@ class Cuda:
         major = self.call("cudaDeviceGetAttribute", attributes.cudaDevAttrComputeCapabilityMajor, 0)
         minor = self.call("cudaDeviceGetAttribute", attributes.cudaDevAttrComputeCapabilityMinor, 0)
         self.capability = f"sm{major}{minor}"
-        self._stream = self.call("cudaStreamCreate")
+        # A stream that waits for the legacy one would forbid its use to everyone while a graph is recorded.
+        self._stream = self.call("cudaStreamCreateWithFlags", self._api.cudaStreamNonBlocking)
         self.stream = int(self._stream)
+        self.waits = 0
+        kinds = self._api.cudaMemcpyKind
+        self._up, self._down = kinds.cudaMemcpyHostToDevice, kinds.cudaMemcpyDeviceToHost
+        self._between = kinds.cudaMemcpyDefault  # the source may be page-locked, on the host
         _free_with(self, self, "cudaStreamDestroy", self._stream)
 
     def call(self, name: str, *arguments: Any) -> Any:
@@ -61,20 +69,35 @@ class Cuda:
     def upload(self, address: int, array: np.ndarray) -> None:
         """Copy a C-contiguous array to the device; it may be changed as soon as this returns."""
         if array.nbytes:
-            kind = self._api.cudaMemcpyKind.cudaMemcpyHostToDevice
-            self.call("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, kind, self._stream)
+            self._copy(address, array.ctypes.data, array.nbytes, self._up)
+            self.wait()  # some devices read pageable memory in place, and late
+
+    def send(self, address: int, source: int, nbytes: int) -> None:
+        """Copy page-locked memory to the device; it must stay as it is until `wait`."""
+        self._copy(address, source, nbytes, self._up)
+
+    def fetch(self, target: int, address: int, nbytes: int) -> None:
+        """Copy from the device to page-locked memory; it is there after `wait`."""
+        self._copy(target, address, nbytes, self._down)
 
     def download(self, array: np.ndarray, address: int) -> None:
         """Copy from the device into a C-contiguous array; it is there after `wait`."""
         if array.nbytes:
-            kind = self._api.cudaMemcpyKind.cudaMemcpyDeviceToHost
-            self.call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, self._stream)
+            self._copy(array.ctypes.data, address, array.nbytes, self._down)
 
-    def copy(self, target: int, source: int, nbytes: int) -> None:
-        """Copy from memory that the device reaches to its own."""
-        if nbytes:
-            kind = self._api.cudaMemcpyKind.cudaMemcpyDefault  # the source may be page-locked, on the host
-            self.call("cudaMemcpyAsync", target, source, nbytes, kind, self._stream)
+    def copy(self, *copies: tuple[int, int, int]) -> None:
+        """Copy from memory that the device reaches to its own: to where, from where, how many bytes."""
+        enqueue, kind, stream = self._api.cudaMemcpyAsync, self._between, self._stream
+        for target, source, nbytes in copies:
+            if nbytes:
+                (status, *_) = enqueue(target, source, nbytes, kind, stream)
+                if status:
+                    raise BackendError(f"CUDA: cudaMemcpyAsync failed: {_name(self._api, status)}")
+
+    def _copy(self, target: int, source: int, nbytes: int, kind: Any) -> None:
+        (status, *_) = self._api.cudaMemcpyAsync(target, source, nbytes, kind, self._stream)
+        if status:
+            raise BackendError(f"CUDA: cudaMemcpyAsync failed: {_name(self._api, status)}")
 
     def clear(self, address: int, nbytes: int) -> None:
         """Fill with zeros."""
@@ -84,9 +107,22 @@ class Cuda:
     def wait(self) -> None:
         """Until everything enqueued is done."""
         self.call("cudaStreamSynchronize", self._stream)
+        self.waits += 1
 
-    def capture(self, enqueue: Callable[[], None]) -> "Graph":
-        """Record what `enqueue` puts on the stream, without running it; raises BackendError when it cannot be."""
+    def order(self, stream: int | None) -> None:
+        """What others have enqueued comes before all that is enqueued here from now on. `stream`: theirs, as
+        `__cuda_array_interface__` numbers them; None: any."""
+        if stream is None:
+            self.call("cudaDeviceSynchronize")
+        else:
+            self.call("cudaStreamSynchronize", stream)
+
+    def capture(self, enqueue: Callable[[], None], instead_of: "Graph | None" = None) -> "Graph":
+        """Record what `enqueue` puts on the stream, without running it; raises BackendError when it cannot be.
+
+        `instead_of`: a graph that is not wanted any more; where the new one differs in shapes and addresses only, it
+        becomes the new one, which costs a fraction.
+        """
         self.call("cudaStreamBeginCapture", self._stream, self._api.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed)
         try:
             enqueue()
@@ -96,13 +132,17 @@ class Cuda:
         if int(status):
             raise BackendError(f"CUDA: the step cannot be captured: {_name(self._api, status)}")
         try:
+            if instead_of is not None and not int(self._api.cudaGraphExecUpdate(instead_of.handle, graph)[0]):
+                return instead_of
             return Graph(self, self.call("cudaGraphInstantiate", graph, 0))
         finally:
             self.call("cudaGraphDestroy", graph)
 
     def launch(self, graph: "Graph") -> None:
         """Enqueue a recorded graph."""
-        self.call("cudaGraphLaunch", graph.handle, self._stream)
+        (status, *_) = self._api.cudaGraphLaunch(graph.handle, self._stream)
+        if status:
+            raise BackendError(f"CUDA: cudaGraphLaunch failed: {_name(self._api, status)}")
 
 
 class Graph:
@@ -130,14 +170,62 @@ class Memory:
 
 
 class Pinned:
-    """Page-locked host memory as an array, freed with this object: copies from the device take one hop less."""
+    """Page-locked host memory as bytes, freed with this object: copies to and from the device take one hop less."""
 
-    def __init__(self, cuda: Cuda, shape: tuple[int, ...], dtype: Any):
+    def __init__(self, cuda: Cuda, nbytes: int):
+        self.address = int(cuda.call("cudaMallocHost", max(nbytes, 1)))
+        memory: Any = (ctypes.c_byte * nbytes).from_address(self.address)
+        self.bytes = np.frombuffer(memory, np.uint8)
+        _free_with(self, cuda, "cudaFreeHost", self.address)
+
+
+class Staging:
+    """Page-locked host memory and device memory of one layout, so that what lies side by side crosses in one copy. It
+    never shrinks: addresses stay."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        self._cuda, self._sent = cuda, -1
+        self._host: Pinned | None = None
+        self._device: Memory | None = None
+
+    @property
+    def address(self) -> int:
+        """Where it begins on the device."""
+        assert self._device is not None, "reserve() comes first"
+        return self._device.address
+
+    def reserve(self, nbytes: int, most: int) -> bool:
+        """Room for so many bytes, or when that is more than before, for `most` at once; whether something lay there."""
+        before = self._device
+        if before is not None and before.nbytes >= nbytes:
+            return False
+        if before is not None:
+            self._cuda.wait()  # what is on its way lands
+            nbytes = max(nbytes, most)
+        self._host, self._device = Pinned(self._cuda, nbytes), Memory(self._cuda, nbytes)
+        return before is not None
+
+    def view(self, offset: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """A part of the host's side as an array."""
+        assert self._host is not None, "reserve() comes first"
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-        address = int(cuda.call("cudaMallocHost", max(nbytes, 1)))
-        memory = (ctypes.c_byte * nbytes).from_address(address)
-        self.array = np.frombuffer(memory, np.uint8).view(dtype).reshape(shape)
-        _free_with(self, cuda, "cudaFreeHost", address)
+        return self._host.bytes[offset : offset + nbytes].view(dtype).reshape(shape)
+
+    def begin(self) -> None:
+        """What was sent before has left the host's side, which may be written now."""
+        if self._sent == self._cuda.waits:
+            self._cuda.wait()
+
+    def send(self, begin: int, end: int) -> None:
+        """Copy a part to the device."""
+        assert self._host is not None, "reserve() comes first"
+        self._cuda.send(self.address + begin, self._host.address + begin, end - begin)
+        self._sent = self._cuda.waits
+
+    def fetch(self, begin: int, end: int) -> None:
+        """Copy a part from the device; it is there after `Cuda.wait`."""
+        assert self._host is not None, "reserve() comes first"
+        self._cuda.fetch(self._host.address + begin, self.address + begin, end - begin)
 
 
 def gpu_problem() -> str:

@@ -9,15 +9,15 @@ import numpy as np
 
 from mllm_edge.errors import BackendError
 from mllm_edge.runtime.arrays import in_cuda_memory, on_host
-from mllm_edge.runtime.backends.cuda import Cuda
+from mllm_edge.runtime.backends.cuda import Cuda, Memory
 from mllm_edge.runtime.backends.dlpack import Borrowed
 
-__all__ = ["CudaArray", "taken"]
+__all__ = ["ALIGNMENT", "CudaArray", "taken"]
 
 # What TensorRT demands of every address.
-_ALIGNMENT = 256
-# The stream of `__cuda_array_interface__` that CUDA's other streams wait for.
-_LEGACY_STREAM = 1
+ALIGNMENT = 256
+# Since this version `__cuda_array_interface__` tells the stream of the last work on it, and None says: it is done.
+_TELLS_STREAM = 3
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,13 @@ class CudaArray:
     @property
     def aligned(self) -> bool:
         """Whether TensorRT takes the address."""
-        return self.address % _ALIGNMENT == 0
+        return self.address % ALIGNMENT == 0
+
+    @property
+    def room(self) -> int:
+        """Bytes from where it begins to the end of the memory that it is a part of; of foreign memory its own."""
+        mine = isinstance(self.owner, Memory)
+        return self.owner.address + self.owner.nbytes - self.address if mine else self.nbytes
 
     def read(self, axis: int, length: int) -> np.ndarray:
         values = np.empty((*self.shape[:axis], length, *self.shape[axis + 1 :]), self.dtype)
@@ -64,24 +70,27 @@ class CudaArray:
 
 
 def taken(cuda: Cuda, name: str, value: Any) -> CudaArray | np.ndarray:
-    """The value of an input: where it lies when that is CUDA memory, by `__cuda_array_interface__` or else DLPack;
-    any other as a C-contiguous array. Raises BackendError for CUDA memory that is not C-contiguous."""
+    """The value of an input: where it lies when that is CUDA memory, by DLPack or else `__cuda_array_interface__`;
+    any other as a C-contiguous array. What its owner has enqueued so far comes before what we enqueue from now on.
+
+    Raises BackendError for CUDA memory that is not C-contiguous.
+    """
     if isinstance(value, CudaArray):
         return value
     if not in_cuda_memory(value):
         return on_host(value)
-    interface = getattr(value, "__cuda_array_interface__", None)
-    if interface is None:
+    if hasattr(value, "__dlpack__"):
         borrowed = Borrowed(name, value, cuda.stream)
         array = CudaArray(cuda, borrowed, borrowed.address, borrowed.shape, borrowed.dtype)
         strides = borrowed.strides
     else:
+        interface = value.__cuda_array_interface__
         dtype = np.dtype(interface["typestr"])
         array = CudaArray(cuda, value, interface["data"][0], tuple(interface["shape"]), dtype)
         strides = interface.get("strides")
         stream = interface.get("stream")
-        if stream not in (None, _LEGACY_STREAM):  # with which ours keeps order by itself
-            cuda.call("cudaStreamSynchronize", stream)
+        if stream is not None or interface.get("version", 0) < _TELLS_STREAM:
+            cuda.order(stream)
     if strides is not None and not _contiguous(array, strides):
         raise BackendError(f"input {name} is not C-contiguous", "make it contiguous first")
     return array

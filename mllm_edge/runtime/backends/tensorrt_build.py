@@ -221,6 +221,8 @@ def _build(
         config.num_compute_capabilities = len(names)
         for i, name in enumerate(names):
             config.set_compute_capability(getattr(trt.ComputeCapability, name), i)
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # contexts get their memory; only so are runs recorded
     for ranges in profiles:
         config.add_optimization_profile(parsed.profile(ranges))
     if options.workspace:

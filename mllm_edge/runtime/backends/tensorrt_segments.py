@@ -9,7 +9,7 @@ import numpy as np
 
 from mllm_edge.bundle import Bundle
 from mllm_edge.errors import BackendError
-from mllm_edge.runtime.backends.base import Session
+from mllm_edge.runtime.backends.tensorrt_session import EngineSession
 from mllm_edge.runtime.backends.top_logits import OUTPUTS
 from mllm_edge.runtime.onnx_file.split import Piece, partitions
 from mllm_edge.spec import TensorSpec, Variant
@@ -69,7 +69,10 @@ class SegmentedSession:
     """The sessions of all segments as one. What passes from one to the next stays in memory of the device."""
 
     def __init__(
-        self, sessions: Sequence[Session], segments: Sequence[Segment], allocate: Callable[[tuple[int, ...], str], Any]
+        self,
+        sessions: Sequence[EngineSession],
+        segments: Sequence[Segment],
+        allocate: Callable[[tuple[int, ...], str], Any],
     ):
         # The largest logits are found where the logits are: by the last one.
         self.limits = {**sessions[0].limits, **sessions[-1].limits}
@@ -102,6 +105,14 @@ class SegmentedSession:
         for session in self._sessions:
             found |= session.run({})
         return found
+
+    def slide(self, past: int, end: int) -> bool:
+        return all(session.slide(past, end) for session in self._sessions)
+
+    def keep(self) -> None:
+        """As of a single session."""
+        for session in self._sessions:
+            session.keep()
 
     def _bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
         """Everything to the sessions that have it."""

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from mllm_edge.errors import ContextError
-from mllm_edge.runtime.backends.base import Backend, Buffer, Session
+from mllm_edge.runtime.backends.base import Backend, Buffer, Session, Sliding
 from mllm_edge.spec import StateKind, StateSpec, rewindable, state_input, state_names, state_output
 
 __all__ = ["Cache", "CacheMode", "Snapshot"]
@@ -109,7 +109,10 @@ class Cache:
         if self.mode == "append":
             if row is None and self.batch != 1:
                 raise ValueError(f"an append cache advances one sequence at a time, not {self.batch}")
-            self._bind_prefix(session, row or 0, int(self.lengths[row or 0]), int(lengths[0]))
+            past, end = int(self.lengths[row or 0]), int(lengths[0])
+            bound = self._bound == (session, row)
+            if not (bound and isinstance(session, Sliding) and session.slide(past, end)):
+                self._bind_prefix(session, row or 0, past, end)
         elif self._bound != (session, row):
             self._bind_whole(session, row)
         if self._pairs:

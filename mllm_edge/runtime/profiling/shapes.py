@@ -1,16 +1,13 @@
 """What the dynamic dimensions of the stages' graphs are for given images, from their sizes alone."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 
-import numpy as np
-
 from mllm_edge.runtime.limits import TILES_PER_RUN
 from mllm_edge.runtime.prompt.layout import Layout, layout_of
 from mllm_edge.runtime.prompt.tables import table_inputs
-from mllm_edge.spec import ImageSpec, LearnedPositions, ModelSpec, Stage, Variant, is_cross
+from mllm_edge.spec import ImageSpec, LearnedPositions, ModelSpec, Stage, Variant, cross_bytes
 
 __all__ = ["crossed", "crossed_bytes", "layouts_of", "stage_runs"]
 
@@ -29,10 +26,7 @@ def crossed(model: ModelSpec, layouts: Sequence[Layout]) -> int:
 
 def crossed_bytes(model: ModelSpec, variants: Mapping[str, Variant], layouts: Sequence[Layout]) -> int:
     """Bytes of the keys and values that cross-attention keeps of these images, for as long as they are talked about."""
-    sizes = {"batch": 1, "features": crossed(model, layouts)}
-    kept = [tensor for variant in variants.values() for tensor in variant.outputs if is_cross(tensor.name)]
-    shapes = [[size if isinstance(size, int) else sizes[size] for size in tensor.shape] for tensor in kept]
-    return sum(math.prod(s) * np.dtype(t.dtype).itemsize for s, t in zip(shapes, kept, strict=True))
+    return cross_bytes((t for variant in variants.values() for t in variant.outputs), crossed(model, layouts))
 
 
 def stage_runs(
