@@ -268,7 +268,8 @@ class ImagePrompt:
     An image that is one tile, or whose features are packed, becomes `single`; one of several becomes `begin`, then, row
     by row, `tile` for each followed by `row_end`, and at the end `overview`. `inline`: what a chat template for plain
     text gets in a message for an image, `{image}` being one placeholder. `reserved`: further words that stand for
-    pictures or videos, which no text of a user's may become.
+    pictures or videos, which no text of a user's may become. `placeholder`: what stands for an image in a rendered text
+    before it becomes all this, where that is not the `token` of its features.
     """
 
     token: str
@@ -280,6 +281,12 @@ class ImagePrompt:
     begin: str = ""
     inline: str = "{image}"
     reserved: tuple[str, ...] = ()
+    placeholder: str = ""
+
+    @property
+    def written(self) -> str:
+        """What stands for an image in a rendered text."""
+        return self.placeholder or self.token
 
 
 # ---------------------------------------------------------------- what follows an image's grid

@@ -56,8 +56,10 @@ def test_named_token_missing_from_the_vocabulary(checkpoint: Path, name: str) ->
 
 
 def test_token_of_the_template_missing_from_the_vocabulary(checkpoint: Path) -> None:
-    edit(checkpoint / "tokenizer_config.json", extra_special_tokens={"boi_token": "<begin>"})
-    assert_refused(checkpoint, "boi_token = '<begin>'")
+    stated = json.loads((checkpoint / "tokenizer_config.json").read_text()).get("extra_special_tokens")
+    named = stated if isinstance(stated, dict) else {}
+    edit(checkpoint / "tokenizer_config.json", extra_special_tokens={**named, "boa_token": "<begin>"})
+    assert_refused(checkpoint, "boa_token = '<begin>'")
 
 
 def test_padding_that_no_prompt_needs_may_be_missing(checkpoint: Path) -> None:

@@ -256,7 +256,7 @@ def test_every_family_has_a_template_of_its_own(saved: Callable[..., Path], tmp_
     plan = understand(source, open_weights(source))
     template = ChatTemplate(plan.texts.chat_template, plan.texts.generation.special_tokens)
     assert plan.model.image is not None
-    token = plan.model.image.prompt.token
+    token = plan.model.image.prompt.written
     assert template.render(CONVERSATIONS["pictures"]).count(token) == 3
     assert template.accepts_lists(token)
     answerless, asked = template.render(CONVERSATIONS["pictures"], False), template.render(CONVERSATIONS["pictures"])

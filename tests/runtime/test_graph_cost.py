@@ -164,3 +164,12 @@ def test_the_dialects_cost_the_same(tiny_checkpoint: Path, tmp_path: Path) -> No
     graphs = [read_graph(out / f"decoder{suffix}.onnx") for suffix in ("", ".tensorrt", ".tensorrt-10.3")]
     fused, *others = (graph_cost(graph, sizes, 1, pairs=50).flops for graph in graphs)
     assert others == [fused, fused]
+
+
+def test_each_row_meets_one_matrix_of_a_stack(tmp_path: Path) -> None:
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [3, S, d]) for n, d in (("x", K), ("y", N)))
+    weight = numpy_helper.from_array(np.ones((3, K, N), np.float32), "w")
+    graph = helper.make_graph([node("MatMul", "x w")], "g", [x], [y], [weight])
+    onnx.save(helper.make_model(graph), tmp_path / "graph.onnx")
+    found = graph_cost(read_graph(tmp_path / "graph.onnx"), {}, S, 0.0)
+    assert found == GraphCost(4 * 3 * K * N, {"float32": 2.0 * 3 * S * K * N})

@@ -182,3 +182,21 @@ def test_views_go_with_their_images(per: str, counts: list[int]) -> None:
     assert [len(feeds["large"]) for feeds in runs] == counts
     np.testing.assert_array_equal(np.concatenate([feeds["large"] for feeds in runs]), large)
     np.testing.assert_array_equal(np.concatenate([feeds["pixel_values"] for feeds in runs]), small)
+
+
+@pytest.mark.parametrize(
+    ("both_ways", "spans", "of_text"),
+    [(None, None, None), ("image", [0, 1, 1, 0, 2, 2, 0], None), ("prompt", [1] * 7, [1, 1])],
+)
+def test_what_sees_each_other(both_ways: Any, spans: list[int] | None, of_text: list[int] | None) -> None:
+    image = ImageSpec((), PROMPT, 2, 2, 2, both_ways=both_ways)
+    model = replace(model_spec(image), stages=(Stage("encoder", "vision", "slice"),))
+    run = lambda component, inputs: {"image_features": np.ones((2, 2, 5), np.float32)}  # noqa: E731
+    components = Components(model, {"encoder": ["pixel_values"]}, run, 4)
+    ids = np.array([7, IMAGE, IMAGE, 7, IMAGE, IMAGE, 7])
+    layouts = (Layout(1, 1, 1, 1, 2, "", None),) * 2
+    shown = Prompt("", ids, np.zeros((2, 3, 2, 2), np.float32), np.array([1, 2, 4, 5]), layouts)
+    told = Prompt("", ids[[0, 3]], None, np.zeros(0, np.int64), ())
+    for prompt, expected in ((shown, spans), (told, of_text)):
+        found = encoded(components, prompt, lambda ids: np.zeros((len(ids), 5)), {}, Trace()).spans
+        assert found is None if expected is None else found.tolist() == expected

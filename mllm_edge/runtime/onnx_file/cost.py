@@ -106,7 +106,7 @@ class _Counter:
         for node in self.graph.nodes:
             weight = self._weight(node)
             if weight is not None:
-                count = 2.0 * _values(node, weight) * self._rows(node)
+                count = 2.0 * self._products(node, weight)
             elif node.kind in _ATTENTION:
                 count = 4.0 * (crossed if self._crosses(node) else pairs) * self._width(node)
             elif node.kind in _MATRICES:  # scores, or the values that they weigh
@@ -145,6 +145,13 @@ class _Counter:
         if tensor is None or maker.kind != "Transpose":
             return tensor
         return Tensor(tensor.dtype, (*tensor.shape[:-2], *reversed(tensor.shape[-2:])))
+
+    def _products(self, node: Node, weight: Tensor) -> float:
+        """Multiplications with a weight. Of a stack of matrices each row meets one."""
+        made = self._shape(node.outputs[0])
+        if node.kind == "MatMul" and len(weight.shape) > 2 and made is not None:
+            return math.prod(made) * _depth(node, weight)
+        return _values(node, weight) * self._rows(node)
 
     def _rows(self, node: Node) -> float:
         """How often a product's weights are used: the tokens of a matrix, the places of a convolution."""

@@ -57,7 +57,7 @@ class Processor:
         self._follows_grids = spec.positions.images == "grid"
         self._tokenizer = tokenizer
         self._template = template
-        self._placeholder = spec.image.prompt.token if spec.image else None
+        self._placeholder = spec.image.prompt.written if spec.image else None
         self._kinds = _placeholders(spec.image)
         self._written = re.compile("|".join(map(re.escape, sorted(self._kinds, key=len, reverse=True))) or r"(?!)")
         control = _control_tokens(spec.image, tokenizer, template)
@@ -360,7 +360,7 @@ def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
 
 def _placeholders(image: ImageSpec | None) -> dict[str, Kind]:
     """Token → what it stands for."""
-    found: dict[str, Kind] = {} if image is None else {image.prompt.token: "image"}
+    found: dict[str, Kind] = {} if image is None else {image.prompt.written: "image"}
     if image is not None and image.video is not None:
         found[image.video.token] = "video"
     return found
@@ -381,7 +381,8 @@ def _control_tokens(image: ImageSpec | None, tokenizer: Tokenizer, template: Cha
 
 def _image_markers(prompt: ImagePrompt, added_tokens: Iterable[str]) -> tuple[str, ...]:
     """The added tokens of the vocabulary that the expansion of images uses, the placeholder first."""
-    texts = prompt.single + image_text(prompt, 1, 1, 1, 1) + "\0".join((prompt.inline, *prompt.reserved))
+    others = prompt.inline, prompt.placeholder, *prompt.reserved
+    texts = prompt.single + image_text(prompt, 1, 1, 1, 1) + "\0".join(others)
     numbered = prompt.tile.replace("{image}", "")
     for row in range(1, 17):
         texts += "".join(numbered.replace("{row}", str(row)).replace("{col}", str(col)) for col in range(1, 17))
