@@ -49,6 +49,10 @@ def samples(count: int = 12) -> list[dict[str, Any]]:
     ]
 
 
+# What happens around a calibration is the same for all.
+ONE = pytest.mark.parametrize("family", families_of("calibration")[:1], scope="module")
+
+
 @pytest.fixture(scope="module", params=families_of("calibration"))
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -199,6 +203,7 @@ def test_calibration_loses_less_than_rounding(float_bundle: Path, tmp_path: Path
     assert kl["int4"] < 0.7 * kl["rtn"]
 
 
+@ONE
 def test_the_whole_decoder_is_rounded_where_that_is_better(
     float_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,6 +257,7 @@ def _logits(bundle: Bundle, target: str) -> np.ndarray:
         return vlm.steps(vlm.encode(prompt), np.zeros(1, np.int64))[0]
 
 
+@ONE
 @pytest.mark.parametrize("size", [0.55, 0.7])
 def test_mixed_keeps_to_its_size(float_bundle: Path, size: float, tmp_path: Path) -> None:
     """Of the first target's files; a quantized graph itself is some kilobytes longer."""
@@ -267,6 +273,7 @@ def test_mixed_keeps_to_its_size(float_bundle: Path, size: float, tmp_path: Path
     assert nbytes[1] / nbytes[0] < size + 0.02
 
 
+@ONE
 def test_mixed_takes_as_many_bits_as_a_gate_wants(float_bundle: Path, tmp_path: Path) -> None:
     def layers_raised(gate: Gate | None, name: str) -> tuple[int, float]:
         report = quantize(float_bundle, tmp_path / name, recipe="mixed", data=samples(), gate=gate)
@@ -282,6 +289,7 @@ def test_mixed_takes_as_many_bits_as_a_gate_wants(float_bundle: Path, tmp_path: 
         layers_raised(Gate(max_kl=1e-12), "impossible")
 
 
+@ONE
 def test_layers_are_not_tuned_to_errors_that_raising_takes_away(
     float_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,6 +297,7 @@ def test_layers_are_not_tuned_to_errors_that_raising_takes_away(
     assert quantize(float_bundle, tmp_path / "out", recipe="mixed", data=samples()).layers["decoder"]
 
 
+@ONE
 def test_missed_gate_names_layers_and_writes_nothing(float_bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(AccuracyError, match=r"KL divergence .* > 1e-12\. Layers with the largest error: decoder: "):
         quantize(float_bundle, tmp_path / "out", recipe="int4", data=samples(), gate=Gate(max_kl=1e-12))
@@ -297,6 +306,7 @@ def test_missed_gate_names_layers_and_writes_nothing(float_bundle: Path, tmp_pat
         quantize(float_bundle, tmp_path / "out", recipe="int4", data=samples(), gate=Gate(min_agreement=1.0001))
 
 
+@ONE
 def test_interrupted_calibration_goes_on(float_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = quantize(float_bundle, tmp_path / "whole", recipe="int4", data=samples())
     decided: list[str] = []
@@ -328,6 +338,7 @@ def test_interrupted_calibration_goes_on(float_bundle: Path, tmp_path: Path, mon
     assert not (tmp_path / ".out.calibration").exists()
 
 
+@ONE
 def test_other_data_starts_anew(float_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stale = tmp_path / ".out.calibration"
     stale.mkdir()
@@ -337,6 +348,7 @@ def test_other_data_starts_anew(float_bundle: Path, tmp_path: Path, monkeypatch:
     assert Bundle.load(tmp_path / "out").manifest.accuracy["calibration_samples"] == 9
 
 
+@ONE
 def test_checkpoint_is_exported_on_the_way(family: str, saved: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint = saved(family)
     report = quantize(
@@ -348,6 +360,7 @@ def test_checkpoint_is_exported_on_the_way(family: str, saved: Callable[..., Pat
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@ONE
 def test_what_cannot_be_quantized(float_bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     quantize(float_bundle, out, recipe="int4", data=samples())
@@ -379,6 +392,7 @@ def test_what_cannot_be_quantized(float_bundle: Path, tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"empty", "out", "r.toml"}
 
 
+@ONE
 def test_broken_image_names_its_line(float_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no image")
     lines = [json.dumps({"images": ["a.png"], "prompt": f"{i}?"}) for i in range(8)]
@@ -387,6 +401,7 @@ def test_broken_image_names_its_line(float_bundle: Path, tmp_path: Path) -> None
         quantize(float_bundle, tmp_path / "out", recipe="int4", data=tmp_path / "data.jsonl")
 
 
+@ONE
 def test_text_only_recipe_takes_text_only_data(float_bundle: Path, tmp_path: Path) -> None:
     part = Precision("float16", 16)
     recipe = replace(CALIBRATED["int4"], vision=part, connector=part)
