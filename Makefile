@@ -17,11 +17,12 @@ INSTALLED := $(VENV)/.installed
 # For one test, in a process of its own: transformers takes a torchvision that it finds for every image.
 TORCHVISION := build/torchvision/.installed
 
-.PHONY: help demo test lint install clean
+.PHONY: help demo test test-quick lint install clean
 
 help:
 	@echo "make demo     export the sample model and ask it about the example images"
 	@echo "make test     the whole test suite"
+	@echo "make test-quick  the part of it to run between two changes"
 	@echo "make lint     ruff and mypy"
 	@echo "make install  only set up .venv"
 	@echo "make clean    remove .venv, caches and the demo's bundle"
@@ -32,6 +33,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED) $(TORCHVISION)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadgroup
+
+test-quick: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadgroup --quick
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -145,6 +145,10 @@ def proves(record_property: Callable[[str, object], None]) -> Callable[[str, str
     return proves_with(record_property)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="the quick tier alone, see tests/quick.py")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Several processes send their reports to one."""
     from tests.proven import Proven
@@ -165,8 +169,14 @@ def rounded_int4(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests that share fixtures go to one process: those of a file, but for groups that it makes itself."""
+    from tests.quick import is_quick
+
+    if config.option.quick:
+        left_out = [item for item in items if not is_quick(item)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if is_quick(item)]
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.path.as_posix()))

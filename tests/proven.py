@@ -44,7 +44,7 @@ class Proven:
         """In a run of everything that passed the file must say what was found; else what it should say is beside it."""
         option = self._config.option
         whole = self._config.args_source is pytest.Config.ArgsSource.TESTPATHS
-        if exitstatus or not whole or option.keyword or option.markexpr or option.collectonly:
+        if exitstatus or not whole or option.keyword or option.markexpr or option.collectonly or option.quick:
             return
         found = self.as_json()
         if found != FILE.read_text(encoding="utf-8"):

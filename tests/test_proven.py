@@ -24,7 +24,7 @@ def test_every_family_is_proven() -> None:
 
 def ended(tmp_path: Any, passed: list[tuple[str, str]], exitstatus: int = 0, **options: Any) -> tuple[Any, Any]:
     """A session of two tests, and what the file should say."""
-    chosen = {"keyword": "", "markexpr": "", "collectonly": False, **options}
+    chosen = {"keyword": "", "markexpr": "", "collectonly": False, "quick": False, **options}
     source: Any = pytest.Config.ArgsSource.TESTPATHS
     plugin = Proven(SimpleNamespace(option=SimpleNamespace(**chosen), args_source=source, rootpath=tmp_path))  # type: ignore[arg-type]
     for outcome, what in passed:
@@ -41,7 +41,9 @@ def test_what_did_not_pass_is_not_proven(tmp_path: Any) -> None:
     assert json.loads(file.read_text()) == {"a": {"targets": ["cpu"]}}
 
 
-@pytest.mark.parametrize(("exitstatus", "options"), [(1, {}), (0, {"keyword": "x"}), (0, {"collectonly": True})])
+@pytest.mark.parametrize(
+    ("exitstatus", "options"), [(1, {}), (0, {"keyword": "x"}), (0, {"collectonly": True}), (0, {"quick": True})]
+)
 def test_a_part_of_the_tests_says_nothing(tmp_path: Any, exitstatus: int, options: dict[str, Any]) -> None:
     session, file = ended(tmp_path, [("passed", "a targets cpu")], exitstatus, **options)
     assert session.exitstatus == exitstatus

@@ -51,6 +51,10 @@ def samples() -> list[Sample]:
     return found
 
 
+def both_ways(vlm: VLM) -> str | None:
+    return vlm.spec.image.both_ways if vlm.spec.image is not None else None
+
+
 def alone(vlm: VLM, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
     """Embeddings [S, H] of the prompt, and the model's own answer to it."""
     prompt = vlm.processor.process(sample.prompt, sample.images)
@@ -75,11 +79,12 @@ def test_recorded_answers_are_those_of_each_prompt_alone(
                 answer = collect.answer_tokens(vlm, sample)
             found = feeds.read(i, ["inputs_embeds"])["inputs_embeds"][0]
             np.testing.assert_array_equal(found, np.concatenate([embeds, vlm.embed(answer)]))
-        # Images have positions on axes, or are looked at.
+        # Images have positions on axes, are looked at, or see themselves in both directions.
         apart = bool(vlm.spec.positions.ropes[0].sections) or any(s.component == CROSS_KV for s in vlm.spec.stages)
-        rewindable = vlm.decoder.rewindable
+        apart = apart or both_ways(vlm) == "image"
+        alone_only = not vlm.decoder.rewindable or both_ways(vlm) == "prompt"
     # Without an answer are six of the first eight, four of the next, and the last.
-    assert together == ({1} if cache == 1 or not rewindable else {2, 1} if apart else {6, 4, 1})
+    assert together == ({1} if cache == 1 or alone_only else {2, 1} if apart else {6, 4, 1})
 
 
 def test_one_that_ends_waits_for_the_others(bundle: Path, sizes: list[int]) -> None:
@@ -91,9 +96,9 @@ def test_one_that_ends_waits_for_the_others(bundle: Path, sizes: list[int]) -> N
         assert len({len(answer) for answer in expected}) > 1
         sizes.clear()
         assert [answer.tolist() for answer in vlm.greedy(prompts, MOST)] == expected
-        # Padding would go into a recurrent state.
-        lengths = [len(answer) for answer in expected]
-        assert sizes == ([3] * max(lengths) if vlm.decoder.rewindable else [1] * sum(lengths))
+        # Padding would go into a recurrent state, or be seen by a prompt that sees itself in both directions.
+        lengths, together = [len(answer) for answer in expected], vlm.decoder.rewindable and both_ways(vlm) != "prompt"
+        assert sizes == ([3] * max(lengths) if together else [1] * sum(lengths))
 
 
 def test_a_prompt_without_room_is_named(bundle: Path, tmp_path: Path) -> None:

@@ -16,11 +16,12 @@ from mllm_edge.runtime.backends.tensorrt_sizes import shape_of
 from mllm_edge.runtime.backends.tensorrt_steps import Context, Step
 from mllm_edge.spec import TensorSpec, Variant
 
-__all__ = ["Fit", "Plan", "Planner"]
+__all__ = ["Fit", "Plan", "Planner", "is_zero"]
 
 # Plans that are remembered: one for each width of a step, and more where buffers take turns.
 _MOST_PLANS = 64
-_SHARED = -1  # in place of a profile's number: all
+# In place of a profile's number: all, and zeros, which nothing writes to.
+_SHARED, _ZEROS = -1, -2
 # Symbols that a step's rounding may change.
 _VARYING = frozenset({"length", "past", "rows", "sequence"})
 Shape = tuple[int, ...]
@@ -86,8 +87,9 @@ class Planner:
         return plan
 
     def upload(self, name: str, array: np.ndarray) -> None:
-        """Bring an input that is read-only to its memory."""
-        self._cuda.upload(self._rooms[_SHARED, name].address, array)
+        """Bring an input that is read-only to its memory; zeros are there."""
+        if not is_zero(array):
+            self._cuda.upload(self._rooms[_SHARED, name].address, array)
 
     def _made(self, fit: Fit, values: Mapping[str, Any], targets: Mapping[str, Any]) -> Plan:
         context, shapes = self._contexts[fit.index], {t.name: shape_of(t, fit.sizes) for t in self._variant.inputs}
@@ -128,10 +130,12 @@ class Planner:
                 if not value.aligned or value.room < _nbytes(tensor, shape):
                     addresses[name] = self._room(plan, tensor, shape).address
                     plan.before += [(addresses[name], value.address, value.nbytes)] if value.nbytes else []
+            elif is_zero(value):
+                addresses[name] = self._room(plan, tensor, shape, _ZEROS).address
             elif value.flags.writeable or _VARYING.intersection(tensor.shape):
                 host[name] = shape
             else:
-                addresses[name] = self._room(plan, tensor, shape, shared=True).address
+                addresses[name] = self._room(plan, tensor, shape, _SHARED).address
         offsets, plan.sent = self._layout(host)
         if host:
             most = self._grown(plan.fit, host)
@@ -177,14 +181,14 @@ class Planner:
         plan.rows.append((begin, row, room.address, _nbytes(tensor, exact)))
         return room.address
 
-    def _room(self, plan: Plan, tensor: TensorSpec, shape: Shape, shared: bool = False) -> Memory:
-        """Device memory of a tensor by itself, of the plan's profile or `shared` by all. It never shrinks, and what is
-        in it is finite from the start."""
-        index, nbytes = _SHARED if shared else plan.fit.index, _nbytes(tensor, shape)
+    def _room(self, plan: Plan, tensor: TensorSpec, shape: Shape, shared: int | None = None) -> Memory:
+        """Device memory of a tensor by itself, of the plan's profile or `shared` by all. It never shrinks, and is zero
+        from the start."""
+        index, nbytes = plan.fit.index if shared is None else shared, _nbytes(tensor, shape)
         memory = self._rooms.get((index, tensor.name))
         if memory is None or memory.nbytes < nbytes:
             if memory is not None:
-                nbytes = nbytes if shared else self._grown(plan.fit, {tensor.name: shape})
+                nbytes = nbytes if index < 0 else self._grown(plan.fit, {tensor.name: shape})
                 self._forget(index)
             memory = self._rooms[index, tensor.name] = Memory(self._cuda, nbytes)
             self._cuda.clear(memory.address, nbytes)
@@ -211,9 +215,14 @@ class Planner:
     def _forget(self, index: int) -> None:
         """Memory was given back that plans and graphs of a profile, or of all, used."""
         for i, context in enumerate(self._contexts):
-            if index in (i, _SHARED):
+            if index < 0 or index == i:
                 context.forget()
         self._plans.clear()
+
+
+def is_zero(value: np.ndarray) -> bool:
+    """Whether it is zeros, and stays so."""
+    return not value.flags.writeable and not value.any()
 
 
 def _nbytes(tensor: TensorSpec, shape: Shape) -> int:

@@ -11,7 +11,7 @@ from mllm_edge.runtime.backends.cuda import Cuda, Memory
 from mllm_edge.runtime.backends.cuda_arrays import CudaArray, taken
 from mllm_edge.runtime.backends.tensorrt_layers import Runs
 from mllm_edge.runtime.backends.tensorrt_opened import OpenedEngine
-from mllm_edge.runtime.backends.tensorrt_plans import Fit, Plan, Planner
+from mllm_edge.runtime.backends.tensorrt_plans import Fit, Plan, Planner, is_zero
 from mllm_edge.runtime.backends.tensorrt_prefix import Prefix
 from mllm_edge.runtime.backends.tensorrt_sizes import Rounding, Sizes, bounds
 from mllm_edge.runtime.backends.tensorrt_steps import Context, Workspace
@@ -148,7 +148,8 @@ class EngineSession:
         found: list[object] = [self._prefix.follows]
         for name in self._inputs:
             value = self._values[name]
-            found.append(value.address if isinstance(value, CudaArray) else value.flags.writeable)
+            device = isinstance(value, CudaArray)
+            found.append(value.address if device else "zeros" if is_zero(value) else value.flags.writeable)
         for name, target in self._targets.items():
             if name not in self._prefix.outputs:
                 found += [name, target.shape, target.address if isinstance(target, CudaArray) else None]
