@@ -81,14 +81,19 @@ def serve(folder: str, stand_ins: str) -> None:
     save_tiny_idefics3(checkpoint, text=_TEXT)
     export(str(checkpoint), bundle, targets=tuple(_MOST_MS), recipe_name="fp16", verify_mode="off")
     with pytest.MonkeyPatch.context() as patch:
-        machine = _stand_in(Path(stand_ins)).install(patch)
+        stand_in = _stand_in(Path(stand_ins))
+        # It is stricter than when an earlier build was made, about engines; what they take to run is measured here.
+        patch.setattr(stand_in, "_check_shapes", lambda *_: None)
+        patch.setattr(stand_in, "refused", lambda *_: [])
+        patch.setattr(stand_in.StandIn, "take", lambda machine, log: setattr(machine, "_log", lambda: log))
+        machine = stand_in.install(patch)
         for line in sys.stdin:
             print(json.dumps(_figures(bundle, line.strip(), machine)), flush=True)
 
 
 def _stand_in(root: Path) -> Any:
     """The stand-in of a checkout, whichever one the package is of."""
-    for name in ("cuda_stand_in", "tensorrt_stand_in"):
+    for name in ("cuda_stand_in", "tensorrt_versions", "tensorrt_stand_in"):
         path = root / "tests" / "runtime" / f"{name}.py"
         spec = importlib.util.spec_from_file_location(f"tests.runtime.{name}", path)
         assert spec is not None
