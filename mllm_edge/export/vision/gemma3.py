@@ -25,7 +25,7 @@ class PoolingConnector(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         width = hidden.shape[-1]
         cells = hidden.reshape(-1, self.side, self.pooled, self.side, self.pooled, width).transpose(2, 3)
-        # A product, which every runtime has: a mean over axes, as it is traced, not all of them parse.
+        # A product: a mean over axes is traced with these reshaped, which TensorRT's parser does not take for constant.
         tokens = (self.shares @ cells.reshape(-1, self.side**2, self.pooled**2, width)).squeeze(2)
         return self.projection(self.mm_soft_emb_norm(tokens))
 
