@@ -58,11 +58,63 @@ def qwen2_vl_2b(folder: Path) -> None:
     _write(folder, tiny.save_tiny_qwen2_vl, text, vision, {}, images, {})
 
 
+def llava_onevision_05b(folder: Path) -> None:
+    """SigLIP-so400m at 384 px (26 layers), Qwen2-0.5B, up to 36 tiles whose features are brought to those of nine."""
+    from tests.tiny_onevision import save_tiny_onevision
+
+    text = {**_text(896, 4864, 24, 14, 2, 151936, 1e6), "model_type": "qwen2", "max_position_embeddings": 32768}
+    sides = [[384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)]
+    top = {"image_grid_pinpoints": sides, "vision_aspect_ratio": "anyres_max_9"}
+    images = {"size": {"height": 384, "width": 384}, "image_grid_pinpoints": sides}
+    processor = {"num_image_tokens": 729, "vision_aspect_ratio": "anyres_max_9"}
+    _write(folder, save_tiny_onevision, text, _vision(1152, 4304, 26, 16, 384, 14), top, images, processor)
+
+
+def qwen3_vl_2b(folder: Path) -> None:
+    """Qwen3-VL-2B with its own bounds on an image's pixels."""
+    from tests.tiny_qwen3 import save_tiny_qwen3_vl
+
+    text = {**_text(2048, 6144, 28, 16, 8, 151936, 5e6), "head_dim": 128}
+    text["rope_parameters"] |= {"mrope_section": [24, 20, 20], "mrope_interleaved": True}
+    vision = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "patch_size": 16}
+    vision |= {"num_position_embeddings": 2304, "out_hidden_size": 2048, "deepstack_visual_indexes": [5, 11, 17]}
+    images = {"size": {"shortest_edge": 65536, "longest_edge": 16777216}, "patch_size": 16}
+    _write(folder, save_tiny_qwen3_vl, text, vision, {}, images, {})
+
+
+def deepseek_vl_13b(folder: Path) -> None:
+    """SigLIP-L/16 at 384 px and DeepSeek-LLM-1.3B."""
+    from tests.tiny_deepseek import save_tiny_deepseek_vl
+
+    text = _text(2048, 5632, 24, 16, 16, 102400, 1e4)
+    images = {"size": {"height": 384, "width": 384}}
+    top = {"tie_word_embeddings": False}
+    vision = _vision(1024, 4096, 24, 16, 384, 16)
+    _write(folder, save_tiny_deepseek_vl, text, vision, top, images, {"num_image_tokens": 576})
+
+
+def gemma3_4b(folder: Path) -> None:
+    """SigLIP-so400m at 896 px and Gemma-3-4B: five layers with a window of 1024 tokens for each that sees all."""
+    from tests.tiny_gemma3 import save_tiny_gemma3
+
+    text = {**_text(2560, 10240, 34, 8, 4, 262208, 1e6), "head_dim": 256, "query_pre_attn_scalar": 256}
+    text |= {"sliding_window": 1024}
+    del text["rope_parameters"]  # its class has those of the two kinds of layers
+    top = {"mm_tokens_per_image": 256}
+    images = {"size": {"height": 896, "width": 896}}
+    vision = _vision(1152, 4304, 27, 16, 896, 14)
+    _write(folder, save_tiny_gemma3, text, vision, top, images, {"image_seq_length": 256})
+
+
 GEOMETRIES: Mapping[str, Callable[[Path], None]] = {
     "SmolVLM-256M": smolvlm_256m,
     "LLaVA, SigLIP-so400m + Qwen2-0.5B": llava_onevision_like,
     "InternVL2.5-1B": internvl25_1b,
     "Qwen2-VL-2B": qwen2_vl_2b,
+    "LLaVA-OneVision-0.5B": llava_onevision_05b,
+    "Qwen3-VL-2B": qwen3_vl_2b,
+    "DeepSeek-VL-1.3B": deepseek_vl_13b,
+    "Gemma-3-4B": gemma3_4b,
 }
 
 
@@ -107,7 +159,8 @@ def _write(
     (folder / "model.safetensors").unlink()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config = {**config, "tie_word_embeddings": True, **top}
-    config["text_config"] = {**config["text_config"], "layer_types": None, "tie_word_embeddings": True, **text}
+    config["text_config"] = {**config["text_config"], "tie_word_embeddings": config["tie_word_embeddings"], **text}
+    config["text_config"].pop("layer_types", None)  # of two layers
     config["vision_config"] = {**config["vision_config"], **vision}
     kind = config.pop("model_type")
     write_random(AutoConfig.for_model(kind, **config), folder)
