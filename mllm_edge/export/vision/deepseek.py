@@ -1,4 +1,4 @@
-"""The aligners of DeepSeek-VL, and the two towers of its hybrid.
+"""The aligners of DeepSeek-VL and Janus, and the two towers of its hybrid.
 
 Parameter names follow the checkpoint, so that weights stream in by name.
 """
@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from mllm_edge.export.checkpoint.safetensors import Weights
-from mllm_edge.export.vision.modules import Linear
+from mllm_edge.export.vision.modules import Linear, activate
 from mllm_edge.export.vision.sam import SamConfig, SamEncoder, SamNeck, sam_derived
 from mllm_edge.export.vision.siglip import SiglipConfig, SiglipTower
 
-__all__ = ["Aligner", "HybridAligner", "HybridTowers", "hybrid_derived"]
+__all__ = ["Aligner", "DeepAligner", "HybridAligner", "HybridTowers", "hybrid_derived"]
 
 _SAM = "high_res_vision_model.vision_encoder."
 
@@ -28,6 +28,22 @@ class Aligner(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.linear2(nn.functional.gelu(self.linear1(hidden)))
+
+
+class DeepAligner(nn.Module):
+    """vision_hidden [N, S, inputs] → image_features [N, S, outputs]: `depth` linear layers with activations between."""
+
+    def __init__(self, inputs: int, outputs: int, depth: int, activation: str):
+        super().__init__()
+        self.activation = activation
+        self.fc1 = Linear(inputs, outputs)
+        self.hidden_layers = nn.ModuleList([Linear(outputs, outputs) for _ in range(1, depth)])
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        hidden = self.fc1(hidden)
+        for layer in self.hidden_layers:
+            hidden = layer(activate(self.activation, hidden))
+        return hidden
 
 
 class HybridAligner(nn.Module):

@@ -29,7 +29,7 @@ __all__ = [
 @dataclass(frozen=True)
 class SiglipConfig:
     """Sizes of the tower. `tile` is the side in px of the square images it sees, `grid` that of the trained positions
-    in patches."""
+    in patches. `projection`: what the layer behind attention is called."""
 
     hidden_size: int
     intermediate_size: int
@@ -41,11 +41,19 @@ class SiglipConfig:
     grid: int
     norm_eps: float
     activation: str
+    projection: str = "out_proj"
 
     @classmethod
-    def read(cls, vision: ConfigReader, tile: int | None = None, layers: int | None = None) -> "SiglipConfig":
-        """A tower's settings; `tile`: where it is not `image_size`; `layers`: where not all of them are run. Raises
-        ConfigError."""
+    def read(
+        cls,
+        vision: ConfigReader,
+        tile: int | None = None,
+        layers: int | None = None,
+        inner: int | None = None,
+        projection: str = "out_proj",
+    ) -> "SiglipConfig":
+        """A tower's settings; `tile`: where it is not `image_size`; `layers`: where not all of them are run; `inner`:
+        where no `intermediate_size` is stated. Raises ConfigError."""
         image, patch = vision.side("image_size"), vision.side("patch_size")
         if tile is not None and tile % patch:
             raise ConfigError(
@@ -55,7 +63,7 @@ class SiglipConfig:
         hidden, heads = vision.heads()
         return cls(
             hidden_size=hidden,
-            intermediate_size=vision.take("intermediate_size"),
+            intermediate_size=vision.take("intermediate_size") if inner is None else inner,
             layers=vision.take("num_hidden_layers") if layers is None else layers,
             heads=heads,
             channels=vision.require("num_channels", 3),
@@ -64,6 +72,7 @@ class SiglipConfig:
             grid=image // patch,
             norm_eps=vision.take("layer_norm_eps"),
             activation=vision.require("hidden_act", *ACTIVATIONS),
+            projection=projection,
         )
 
     @property
@@ -165,13 +174,13 @@ class _Attention(nn.Module):
     def __init__(self, config: SiglipConfig):
         super().__init__()
         self.heads = config.heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
-            Linear(config.hidden_size, config.hidden_size) for _ in range(4)
-        )
+        self.q_proj, self.k_proj, self.v_proj = (Linear(config.hidden_size, config.hidden_size) for _ in range(3))
+        self.projection = config.projection
+        self.add_module(config.projection, Linear(config.hidden_size, config.hidden_size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         qkv = packed_linear(x, [self.q_proj, self.k_proj, self.v_proj])
-        return self.out_proj(packed_attention(qkv, self.heads))
+        return self.get_submodule(self.projection)(packed_attention(qkv, self.heads))
 
 
 class PixelShuffleConnector(nn.Module):
