@@ -17,7 +17,7 @@ from mllm_edge.export.checkpoint.config import OWN_CONFIG, ConfigReader
 from mllm_edge.export.checkpoint.safetensors import Weights
 from mllm_edge.export.vision.modules import ACTIVATIONS, Linear, activate, attention
 
-__all__ = ["SamConfig", "SamEncoder", "SamNeck", "sam_derived"]
+__all__ = ["SamConfig", "SamEncoder", "SamNeck", "SamTower", "sam_derived"]
 
 _NECK_EPS = 1e-6  # fixed in the reference
 
@@ -79,13 +79,10 @@ class SamConfig:
         return self.patches if layer in self.whole or self.window < 1 else self.window
 
 
-class SamEncoder(nn.Module):
-    """pixel_values [1, C, tile, tile] → the neck's output [1, outputs, patches, patches], and the output of the layer
-    `tap` [1, patches, patches, D]."""
+class _Sam(nn.Module):
 
-    def __init__(self, config: SamConfig, tap: int):
+    def __init__(self, config: SamConfig):
         super().__init__()
-        self.tap = tap
         self.patch_embed = nn.ModuleDict(
             {"projection": nn.Conv2d(config.channels, config.hidden_size, config.patch, config.patch)}
         )
@@ -93,13 +90,33 @@ class SamEncoder(nn.Module):
         self.layers = nn.ModuleList([_Layer(config, config.seen(i)) for i in range(config.layers)])
         self.neck = SamNeck(config)
 
-    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden = self.patch_embed["projection"](pixel_values).permute(0, 2, 3, 1) + self.pos_embed
-        states = []
+    def states(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        """The output of each layer [1, patches, patches, D]."""
+        hidden, states = self.patch_embed["projection"](pixel_values).permute(0, 2, 3, 1) + self.pos_embed, []
         for layer in self.layers:
             hidden = layer(hidden)
             states.append(hidden)
-        return self.neck(hidden), states[self.tap]
+        return states
+
+
+class SamTower(_Sam):
+    """pixel_values [1, C, tile, tile] → the neck's output [1, outputs, patches, patches]."""
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.neck(self.states(pixel_values)[-1])
+
+
+class SamEncoder(_Sam):
+    """pixel_values [1, C, tile, tile] → the neck's output [1, outputs, patches, patches], and the output of the layer
+    `tap` [1, patches, patches, D]."""
+
+    def __init__(self, config: SamConfig, tap: int):
+        super().__init__(config)
+        self.tap = tap
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        states = self.states(pixel_values)
+        return self.neck(states[-1]), states[self.tap]
 
 
 class SamNeck(nn.Module):
