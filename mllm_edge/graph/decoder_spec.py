@@ -123,7 +123,7 @@ class Branch:
     """One residual branch of a layer: h ← after(h + tanh(gate) · post(f(pre(h)))).
 
     `pre`, `post`, `after` and `gate` are keys of `WeightNames.layer`, None where there is no such thing. `silenced`:
-    multiplied by `cross_attention_rows`.
+    multiplied by `cross_attention_rows`. `beside`: f's input is that of the branch before it, whose norm is the same.
     """
 
     kind: Literal["attention", "cross_attention", "conv", "mlp", "moe"]
@@ -132,6 +132,7 @@ class Branch:
     after: str | None = None
     gate: str | None = None
     silenced: bool = False
+    beside: bool = False
 
 
 @dataclass(frozen=True)

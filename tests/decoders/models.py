@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     ChameleonConfig,
     ChameleonForConditionalGeneration,
+    Cohere2Config,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -194,6 +195,10 @@ CONFIGS: dict[str, Any] = {
         attention_bias=True,
         vocabulary_map={"<image>": 8711},
         vq_config={"base_channels": 32, "num_res_blocks": 1, "channel_multiplier": [1], "resolution": 32},
+    ),
+    "cohere2": Cohere2Config(**SIZES, sliding_window=6, logit_scale=0.5, attention_bias=True),
+    "cohere2_types": Cohere2Config(
+        **SIZES, sliding_window=5, layer_types=["full_attention", "sliding_attention", "full_attention"]
     ),
     "qwen2_vl": qwen_vl(Qwen2VLConfig),
     "qwen3_vl": qwen_vl(Qwen3VLConfig, head_dim=16),

@@ -1,4 +1,4 @@
-"""Fused projections: parts of one stored weight get the names that the builder asks for."""
+"""Stored weights in the order of their rows that the builder asks for: parts of fused projections, pairs of a rope."""
 
 from collections.abc import Mapping
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from mllm_edge.export.checkpoint.safetensors import Weights
 
-__all__ = ["cut_experts", "cut_groups", "cut_rows"]
+__all__ = ["cut_experts", "cut_groups", "cut_rows", "part_pairs"]
 
 
 def cut_rows(weights: Weights, source: str, parts: Mapping[str, int], row: int | None) -> None:
@@ -40,6 +40,19 @@ def cut_groups(weights: Weights, source: str, parts: Mapping[str, int], groups: 
 
         weights.derive(name, source, (groups * heads * dim, *columns), cut)
         start = end
+
+
+def part_pairs(weights: Weights, source: str, name: str, heads: int, dim: int, row: int, bias: bool) -> None:
+    """The projection `source` to `heads` whose rope turns neighbours, as `name`, in which it turns an element and that
+    half a head behind it. Keys and queries change alike, and their products not at all."""
+    for kind, columns in (("weight", (row,)), ("bias", ())):
+        if kind == "weight" or bias:
+
+            def parted(stored: np.ndarray, columns: tuple[int, ...] = columns) -> np.ndarray:
+                return stored.reshape(heads, dim // 2, 2, *columns).swapaxes(1, 2).reshape(-1, *columns)
+
+            weights.use(f"{source}.{kind}", (heads * dim, *columns))  # for the error if the shape is another
+            weights.derive(f"{name}.{kind}", f"{source}.{kind}", (heads * dim, *columns), parted)
 
 
 def cut_experts(weights: Weights, source: str, parts: Mapping[str, int], experts: int, row: int) -> None:

@@ -55,15 +55,20 @@ class Layers:
         evened = recipe.decoder.method == "evened"
         self._weights: Weights | EvenedWeights = EvenedWeights(weights, spec) if evened else weights
         self._cached = self._crossed = 0
+        self._read: ir.Value | None = None  # the input of the last branch
         self.recurrent: list[ir.Value] = []  # what the recurrent state becomes, layer by layer
 
     def branch(self, stream: Stream, i: int, layer: LayerSpec, branch: Branch, inputs: "dict[str, ir.Value]") -> None:
         """Append one residual branch of layer i; `inputs` are the graph's, by name."""
         ops, name = self._ops, f"layers.{i}.{branch.kind}"
-        if branch.pre is not None:
+        if branch.beside:
+            assert self._read is not None
+            x, total = self._read, stream.total(f"{name}.beside")
+        elif branch.pre is not None:
             x, total = stream.normed(f"layers.{i}.{branch.pre}", self.norm(i, branch.pre))
         else:
             x = total = stream.total(f"{name}.input")
+        self._read = x
         out = self._output(i, layer, branch, x, inputs)
         if branch.silenced:
             out = ops.graph.node("Mul", [out, inputs[CROSS_ROWS]], f"{name}.silenced")

@@ -80,7 +80,6 @@ class SamConfig:
 
 
 class _Sam(nn.Module):
-
     def __init__(self, config: SamConfig):
         super().__init__()
         self.patch_embed = nn.ModuleDict(
