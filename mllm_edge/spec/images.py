@@ -28,7 +28,7 @@ PIXELS = "pixel_values"  # the input that every image becomes
 @dataclass(frozen=True)
 class ImagePrompt:
     """How one image becomes text before tokenization. In the templates `{image}` stands for a placeholder per feature,
-    `{row}` and `{col}` for 1-based coordinates of a tile or cell.
+    `{row}` and `{col}` for 1-based coordinates of a tile or cell, `{number}` for its number among them.
 
     An image that is one tile, or whose features are packed, becomes `single`; one of several becomes `begin`, then, row
     by row, `tile` for each followed by `row_end`, and at the end `overview`. `inline`: what a chat template for plain

@@ -79,7 +79,8 @@ def image_text(prompt: ImagePrompt, rows: int, cols: int, features: int, of_over
     parts = [prompt.begin]
     for row in range(1, rows + 1):
         of_row = tile.replace("{row}", str(row))
-        parts += [of_row.replace("{col}", str(col)) for col in range(1, cols + 1)]
+        for col in range(1, cols + 1):
+            parts.append(of_row.replace("{col}", str(col)).replace("{number}", str((row - 1) * cols + col)))
         parts.append(prompt.row_end)
     parts.append(prompt.overview.replace("{image}", prompt.token * of_overview))
     return "".join(parts)

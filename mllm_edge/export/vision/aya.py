@@ -1,0 +1,30 @@
+"""The connector of Aya Vision.
+
+Parameter names follow the checkpoint, so that weights stream in by name.
+"""
+
+import torch
+from torch import nn
+
+from mllm_edge.export.vision.modules import Linear
+
+__all__ = ["GatedConnector"]
+
+
+class GatedConnector(nn.Module):
+    """vision_hidden [N, p², D] → image_features [N, p²/s², outputs]: s×s neighbouring patches through a norm, and a
+    gated MLP of which half of `inner` is the gate."""
+
+    def __init__(self, patches: int, scale: int, size: int, inner: int, outputs: int, norm_eps: float):
+        super().__init__()
+        self.patches, self.scale, self.half = patches, scale, inner // 2
+        self.layernorm = nn.LayerNorm(size * scale**2, eps=norm_eps)
+        self.linear_1, self.linear_2 = Linear(size * scale**2, inner), Linear(inner // 2, outputs)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        scale, side, width = self.scale, self.patches // self.scale, hidden.shape[-1]
+        grid = hidden.view(-1, side, scale, side, scale, width)
+        tokens = grid.permute(0, 1, 3, 2, 4, 5).reshape(-1, side * side, scale * scale * width)
+        both = self.linear_1(self.layernorm(tokens))
+        values, gate = both[..., : self.half], both[..., self.half :]
+        return self.linear_2(nn.functional.silu(gate) * values)
