@@ -5,6 +5,7 @@ from itertools import groupby
 
 import numpy as np
 
+from mllm_edge.errors import ContextError
 from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.decode.masks import cross_bias
 from mllm_edge.runtime.decode.text_inputs import text_inputs
@@ -89,7 +90,9 @@ def encoded(
     each: Callable[[dict[str, Arrays]], None] = lambda outputs: None,
 ) -> Encoded:
     """All that a prompt is to the decoder. `embed`: ids [S] → rows [S, H]; `arrays`: the bundle's that
-    `ModelSpec.arrays` names; `each` gets the outputs of each run of the stages, by component."""
+    `ModelSpec.arrays` names; `each` gets the outputs of each run of the stages, by component.
+
+    Raises ContextError for a prompt that is longer than a text encoder reads."""
     model, parts, cross = components.model, dict[str, list[np.ndarray]](), Arrays()
     for run in stage_runs(components, prompt, arrays, trace):
         each(run)
@@ -109,6 +112,11 @@ def encoded(
             per_token |= _crossed(model.image, prompt)
     if model.text_encoder is None:
         return Encoded(embeds, prompt.positions, _spans(model.image, prompt), per_token, cross)
+    if len(embeds) > model.context_length:
+        raise ContextError(
+            f"the prompt has {len(embeds)} tokens, and the text encoder reads {model.context_length}",
+            "use fewer or smaller images, or a shorter prompt",
+        )
     run = components.run(components.for_prompt, text_inputs(model.text_encoder, embeds, arrays), trace)
     each(run)
     with trace.span("embed"):

@@ -111,13 +111,15 @@ def _texts(checkpoint: Checkpoint) -> Texts:
 # ---------------------------------------------------------------- the reference
 def _load_processor(source: Source) -> Any:
     """transformers' own; a text that the template has rendered, it leaves as it is."""
-    import transformers
+    from transformers import Florence2Processor, ProcessorMixin
 
-    class Rendered(transformers.Florence2Processor):  # type: ignore[misc,name-defined]
+    base: Any = Florence2Processor
+
+    class Rendered(base):  # type: ignore[misc]
         def prepare_inputs_layout(self, images: Any = None, text: Any = None, **options: Any) -> Any:
             texts = [text] if isinstance(text, str) else text
             if texts and all(part.startswith(self.image_token) for part in texts):
-                return transformers.ProcessorMixin.prepare_inputs_layout(self, images=images, text=text, **options)
+                return ProcessorMixin.prepare_inputs_layout(self, images=images, text=text, **options)
             return super().prepare_inputs_layout(images=images, text=text, **options)
 
     processor = load_processor(source, "Florence2Processor", ("CLIPImageProcessor",), "", cls=Rendered)

@@ -115,7 +115,7 @@ class DavitTower(nn.Module):
         self.convs = nn.ModuleList([_Patches(before[i], stage) for i, stage in enumerate(config.stages)])
         self.blocks = nn.ModuleList(
             [
-                nn.ModuleList([_Pair(config, stage, side) for _ in range(stage.depth)])
+                nn.Sequential(*(_Pair(config, stage, side) for _ in range(stage.depth)))
                 for stage, side in zip(config.stages, config.sides(tile), strict=True)
             ]
         )
@@ -123,9 +123,7 @@ class DavitTower(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         hidden = pixel_values
         for conv, blocks in zip(self.convs, self.blocks, strict=True):
-            hidden = conv(hidden)
-            for block in blocks:
-                hidden = block(hidden)
+            hidden = blocks(conv(hidden))
         return hidden.flatten(2).transpose(1, 2)
 
 
