@@ -10,9 +10,11 @@ from mllm_edge.errors import BundleError
 from mllm_edge.image_checks import LARGEST, image_problems, positive
 from mllm_edge.spec import (
     CROSS_BIAS,
+    CROSS_KV,
     DECODER,
     DEEPSTACK,
     PIXELS,
+    TEXT_ENCODER,
     Component,
     FileEntry,
     ImageSpec,
@@ -24,6 +26,7 @@ from mllm_edge.spec import (
     StateKind,
     StateSpec,
     TensorSpec,
+    TextEncoderSpec,
     Variant,
     is_cross,
     is_state,
@@ -38,6 +41,8 @@ _DTYPES = {"bfloat16", "bool", "float16", "float32", "int32", "int64", "int8", "
 # Of targets for which engines are built, each for a range of shapes.
 _BUILT = ("opset24", "opset17")
 _PLACES = {"contrib": ("seqlens_k", "total_sequence_length"), "opset24": ("write_indices",), "opset17": ()}
+# What a text encoder gets, by the number of axes.
+_READ: dict[str, int | None] = {"inputs_embeds": 3, "attention_bias": 4}
 _DIGITS = 16  # of a block's checksum
 # Kinds of ropes that are made from the length they were trained for.
 _TRAINED = ("dynamic", "llama3", "yarn", "longrope")
@@ -61,8 +66,8 @@ def check_manifest(manifest: Manifest) -> None:
 def _files(manifest: Manifest) -> Iterator[str]:
     for name, entry in manifest.files.items():
         yield from (f"files: {name}: {what}" for what in _entry(entry))
-    arrays = manifest.model.image.arrays if manifest.model.image is not None else ()
-    for name in filter(None, (manifest.model.embedding.file, manifest.model.positions.table, *arrays)):
+    model = manifest.model
+    for name in filter(None, (model.embedding.file, model.positions.table, *model.arrays)):
         if name not in manifest.files:
             yield f"{name} is not in the manifest's list of files"
 
@@ -88,8 +93,21 @@ def _model(model: ModelSpec) -> Iterator[str]:
     if not math.isfinite(model.embedding.scale) or not model.embedding.scale:
         yield f"model.embedding.scale is {model.embedding.scale}"
     yield from _positions(model.positions, model)
+    if model.text_encoder is not None:
+        yield from _text_encoder(model.text_encoder, model)
     if model.image is not None:
         yield from image_problems(model.image, model)
+
+
+def _text_encoder(encoder: TextEncoderSpec, model: ModelSpec) -> Iterator[str]:
+    positions = encoder.positions
+    yield from (f"model.text_encoder: {what}" for what in _positions(positions, model))
+    if positions.ropes or positions.windows != (None,) or positions.images != "sequence":
+        yield "model.text_encoder.positions are those of a decoder"
+    if model.image is not None and model.image.into != "tokens":
+        yield f"a text encoder reads features of images, and they go into {model.image.into}"
+    if not encoder.start or any(not 0 <= token < model.embedding.rows for token in encoder.start):
+        yield f"model.text_encoder.start is {list(encoder.start)}, of {model.embedding.rows} tokens"
 
 
 def _state(state: Sequence[StateSpec]) -> Iterator[str]:
@@ -275,6 +293,9 @@ def _stages(manifest: Manifest) -> Iterator[str]:
     whole = [stage.component for stage in stages if stage.per == "prompt"]
     if whole != names[len(names) - len(whole) :]:
         yield f"{', '.join(whole)} run for whole prompts, and others behind them"
+    reads = manifest.model.text_encoder is not None
+    if reads != (TEXT_ENCODER in whole) or (reads and whole != [TEXT_ENCODER, CROSS_KV]):
+        yield f"model.text_encoder {'is stated' if reads else 'is not'}, and {whole} run for whole prompts"
     if image is None or not {*names, DECODER} <= set(components):
         return
     tables = [name for table in image.tables for name in table.names]
@@ -284,7 +305,7 @@ def _stages(manifest: Manifest) -> Iterator[str]:
         found = {n: next((v for v in components[n].variants if v.target == target), None) for n in (*names, DECODER)}
         for run in _chains(image, stages):
             variants = {name: found[name] for name in run}
-            yield from _chain(target, variants, image, tables, manifest.model.hidden_size, found[DECODER], whole)
+            yield from _chain(target, variants, manifest.model, image, tables, found[DECODER], whole)
 
 
 def _chains(image: ImageSpec, stages: Sequence[Stage]) -> list[tuple[str, ...]]:
@@ -296,9 +317,9 @@ def _chains(image: ImageSpec, stages: Sequence[Stage]) -> list[tuple[str, ...]]:
 def _chain(
     target: str,
     variants: Mapping[str, Variant | None],
+    model: ModelSpec,
     image: ImageSpec,
     tables: Sequence[str],
-    hidden: int,
     decoder: Variant | None,
     whole: Sequence[str],
 ) -> Iterator[str]:
@@ -312,7 +333,8 @@ def _chain(
             continue
         where = f"{name} for {target}"
         if name == next(iter(whole), None):
-            given = dict.fromkeys(made, 3)  # rows of all images, [1, N, F]
+            # Rows of all images, [1, N, F]; or all that a text encoder gets of a prompt.
+            given = dict(_READ) if model.text_encoder is not None else dict.fromkeys(made, 3)
         for tensor in variant.inputs:
             if tensor.name not in given:
                 yield f"{where}: nothing gives its input {tensor.name}"
@@ -333,7 +355,8 @@ def _chain(
     for name in (n for n in (*pixels, *tables) if n not in used):
         yield f"for {target}: no stage takes {name}"
     if decoder is not None:
-        yield from (f"decoder for {target}: {what}" for what in _crossed(decoder, image, made))
+        crosses = image.into == "cross_attention" or model.text_encoder is not None
+        yield from (f"decoder for {target}: {what}" for what in _crossed(decoder, crosses, image.into, made))
         if image.both_ways is not None and all(t.name != "attention_bias" for t in decoder.inputs):
             yield f"decoder for {target}: tokens see each other in both directions, and it takes no attention_bias"
     if image.into == "cross_attention":
@@ -342,17 +365,17 @@ def _chain(
     if features is None:
         yield f"for {target}: no stage has the output image_features"
         return
-    last = features.shape[-1:]
+    last, hidden = features.shape[-1:], model.hidden_size
     if not last or (isinstance(last[0], int) and last[0] != hidden):
         yield f"for {target}: image_features ends with {list(last)}, the model's hidden size is {hidden}"
 
 
-def _crossed(decoder: Variant, image: ImageSpec, made: Mapping[str, TensorSpec]) -> Iterator[str]:
+def _crossed(decoder: Variant, crosses: bool, into: str, made: Mapping[str, TensorSpec]) -> Iterator[str]:
     """Whether the decoder looks at what is made for it to look at, and adds what is made for it to add."""
     inputs = {tensor.name: tensor for tensor in decoder.inputs}
     looked_at = [name for name in inputs if is_cross(name)]
-    if bool(looked_at) != (image.into == "cross_attention") or (looked_at and CROSS_BIAS not in inputs):
-        yield f"it looks at {', '.join(looked_at) or 'nothing'}, and features go into {image.into}"
+    if bool(looked_at) != crosses or (looked_at and CROSS_BIAS not in inputs):
+        yield f"it looks at {', '.join(looked_at) or 'nothing'}, and features go into {into}"
     added, features = ({name for name in names if name.startswith(DEEPSTACK)} for names in (inputs, made))
     for name in sorted(features - added):
         yield f"it has no input {name}, which a stage makes"

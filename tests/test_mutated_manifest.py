@@ -19,6 +19,7 @@ from mllm_edge.errors import BundleError, MllmEdgeError
 from mllm_edge.export.pipeline import export
 from mllm_edge.export.targets import TARGETS
 from mllm_edge.manifest_checks import DIALECTS
+from tests.tiny_florence2 import save_tiny_florence2
 from tests.tiny_mllama import save_tiny_mllama
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
@@ -287,6 +288,7 @@ def cross_kv(m: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+PARTS = ("key", "value")
 CROSSING: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     ("there is no cross_kv", lambda m: m["components"].pop("cross_kv")),
     ("cross_kv run for whole prompts, and others behind", lambda m: m["model"]["stages"].reverse()),
@@ -327,12 +329,74 @@ def test_a_contradiction_about_cross_attention_is_named(
         (crossing / "manifest.json").write_text(text)
 
 
+@pytest.fixture(scope="module")
+def reading(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle whose prompts a text encoder reads."""
+    folder = tmp_path_factory.mktemp("reading")
+    save_tiny_florence2(folder / "model")
+    export(str(folder / "model"), folder / "bundle", recipe_name="fp32", verify_mode="off")
+    return folder / "bundle"
+
+
+def encoder(m: dict[str, Any], **changes: Any) -> None:
+    m["model"]["text_encoder"].update(changes)
+
+
+def read(m: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = m["components"]["text_encoder"]["variants"][0]
+    return found
+
+
+READING: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
+    ("there is no text_encoder", lambda m: m["components"].pop("text_encoder")),
+    ("text_encoder is not, and .* run for whole prompts", lambda m: m["model"].pop("text_encoder")),
+    ("no stage runs cross_kv", lambda m: m["model"]["stages"].pop()),
+    (
+        "text_encoder is stated, and .* run for whole prompts",
+        lambda m: m["model"]["stages"].insert(2, m["model"]["stages"].pop()),
+    ),
+    (r"start is \[\], of 280 tokens", lambda m: encoder(m, start=[])),
+    (r"start is \[280\], of 280 tokens", lambda m: encoder(m, start=[280])),
+    ("text_encoder: positions of kind none", lambda m: m["model"]["text_encoder"]["positions"].update(kind="none")),
+    ("are those of a decoder", lambda m: m["model"]["text_encoder"]["positions"].update(windows=[4])),
+    (
+        "nothing.npy is not in the manifest",
+        lambda m: m["model"]["text_encoder"]["positions"].update(table="nothing.npy"),
+    ),
+    ("text_encoder for cpu: nothing gives its input x", lambda m: read(m)["inputs"][0].update(name="x")),
+    ("attention_bias has the shape .*, it is given 4 axes", lambda m: read(m)["inputs"][1].update(shape=[1, 64])),
+    ("nothing gives its input encoder_hidden_states", lambda m: read(m)["outputs"][0].update(name="x")),
+    ("reads features of images, and they go into cross_attention", lambda m: image(m, into="cross_attention")),
+    ("it looks at nothing", lambda m: [drop(decoder(m)["inputs"], f"cross.{i}.{p}") for i in (0, 1) for p in PARTS]),
+    (
+        "no stage has the output image_features",
+        lambda m: m["components"]["connector"]["variants"][0]["outputs"][0].update(name="x"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("words", "change"), READING, ids=[f"{i}-{words}" for i, (words, _) in enumerate(READING)])
+def test_a_contradiction_about_a_text_encoder_is_named(
+    reading: Path, words: str, change: Callable[[dict[str, Any]], Any]
+) -> None:
+    test_a_contradiction_about_cross_attention_is_named(reading, words, change)
+
+
+def test_any_change_of_a_model_with_a_text_encoder(reading: Path, tmp_path: Path) -> None:
+    any_change(reading, tmp_path, "text_encoder")
+
+
 def test_any_change_of_a_model_with_cross_attention(crossing: Path, tmp_path: Path) -> None:
-    bundle = Path(shutil.copytree(crossing, tmp_path / "bundle"))
-    data = json.loads((crossing / "manifest.json").read_text())
+    any_change(crossing, tmp_path, "image")
+
+
+def any_change(source: Path, folder: Path, part: str) -> None:
+    """Of a part of the model, and what its prompts are looked at by."""
+    bundle = Path(shutil.copytree(source, folder / "bundle"))
+    data = json.loads((source / "manifest.json").read_text())
     del data["checksum"]
-    places = [path for path in nodes(data) if path[:1] == ("model",) and path[1:2] in (("image",), ("stages",))]
-    places += [path for path in nodes(data) if path[:2] == ("components", "cross_kv")]
+    places = [path for path in nodes(data) if path[:1] == ("model",) and path[1:2] in ((part,), ("stages",))]
+    places += [p for p in nodes(data) if p[:2] in (("components", "cross_kv"), ("components", "text_encoder"))]
     chosen = random.Random(0)
     for _ in range(150):
         path, value = chosen.choice(places), chosen.choice(VALUES)

@@ -321,7 +321,7 @@ def save_qwen(
 
 def save_state_dict(folder: Path, model: Any) -> None:
     """Write the weights again, under the names that the model itself has for them."""
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+    save_file({k: v.clone().contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
 
 
 def qwen_config(tokenizer: PreTrainedTokenizerFast, text: Mapping[str, Any] | None) -> dict[str, Any]:

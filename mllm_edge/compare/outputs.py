@@ -36,13 +36,14 @@ class Outputs:
 def bundle_outputs(vlm: VLM, case: Case, tokens: np.ndarray | None = None) -> Outputs:
     """Run a case along `tokens` [steps], or along its own greedy ones. Raises ContextError when it does not fit."""
     prompt = vlm.processor.process(case.prompt, case.images)
-    steps = min(TOKENS, vlm.context_length - len(prompt.token_ids)) if tokens is None else len(tokens)
+    room = vlm.context_length - vlm.spec.begun(len(prompt.token_ids))
+    steps = min(TOKENS, room) if tokens is None else len(tokens)
     if steps < 2:
         raise ContextError(f"{case.description}: {len(prompt.token_ids)} tokens leave no room", "use a shorter prompt")
     encoded, components = seen(vlm, prompt)
     for name, output in _output_names(vlm.bundle).items():
         if name in components and output == FEATURES:  # as the decoder gets them
-            components[name] = encoded.embeds[prompt.image_positions]
+            components[name] = encoded.prompt[prompt.image_positions]
     logits = vlm.steps(encoded, vlm.greedy([encoded], steps, stop_ids=())[0] if tokens is None else tokens)
     return Outputs(prompt.token_ids, logits, logits.argmax(axis=1), components, encoded)
 

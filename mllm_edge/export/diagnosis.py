@@ -13,7 +13,7 @@ from mllm_edge.errors import MllmEdgeError, SourceError
 from mllm_edge.export.checkpoint.safetensors import Weights
 from mllm_edge.export.checkpoint.source import Source, open_source
 from mllm_edge.export.checkpoint.vocabulary import check_generation
-from mllm_edge.export.decoders.build import build_cross_kv, build_decoder
+from mllm_edge.export.decoders.build import build_cross_kv, build_decoder, build_text_encoder
 from mllm_edge.export.early import check_checkpoint
 from mllm_edge.export.family import family_for, open_weights, reading, understand
 from mllm_edge.export.pipeline import WHOLE_LIMIT, require_all_used
@@ -200,6 +200,8 @@ def _decoder_bytes(plan: Plan, weights: Weights, chosen: Recipe) -> int:
 
 def _cross_bytes(plan: Plan, weights: Weights, chosen: Recipe) -> int:
     sink = DryFile()
+    if plan.decoder.encoder is not None:
+        build_text_encoder(plan.decoder.encoder, weights, chosen, sink)
     if plan.decoder.crossed:
         build_cross_kv(plan.decoder, weights, chosen, sink)
     return sink.nbytes

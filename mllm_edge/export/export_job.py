@@ -24,7 +24,7 @@ from mllm_edge.errors import ExportError
 from mllm_edge.export.checkpoint.files import local_path
 from mllm_edge.export.checkpoint.safetensors import Weights
 from mllm_edge.export.checkpoint.source import Source
-from mllm_edge.export.decoders.build import build_cross_kv, build_decoder
+from mllm_edge.export.decoders.build import build_cross_kv, build_decoder, build_text_encoder
 from mllm_edge.export.judge import Allowance, asked, judged, loss_of
 from mllm_edge.export.loss import turns_of
 from mllm_edge.export.plan import Plan
@@ -36,6 +36,7 @@ from mllm_edge.graph.builder import save_model, tensor_specs
 from mllm_edge.graph.datafile import DataFile, DataSink, DryFile
 from mllm_edge.graph.decoder_spec import DecoderSpec
 from mllm_edge.graph.precision import Precision
+from mllm_edge.graph.ranges import TEXT_ENCODER as READING
 from mllm_edge.graph.ranges import crossed_range, decoder_ranges
 from mllm_edge.json_form import to_json
 from mllm_edge.loss import Loss
@@ -44,12 +45,12 @@ from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.spec import (
     CROSS_KV,
     SCHEMA_VERSION,
+    TEXT_ENCODER,
     Component,
     EmbeddingSpec,
     FileEntry,
     Manifest,
     ModelSpec,
-    PositionSpec,
     SymbolRange,
     Variant,
 )
@@ -61,7 +62,6 @@ _PROBE_LAYERS = 2
 _FLOAT_LIMIT = 500_000_000
 _FIXED = "leave out --most-bits, or use mllm-edge quantize with questions of your own"
 _EVENED = 0.5  # of what rounding costs, evened out columns and searched scales leave on trained decoders
-_POSITION_TABLE = "position_table.npy"
 _ROWS = 1024  # of the embeddings at a time
 
 
@@ -102,11 +102,10 @@ class ExportJob:
         shape = (embedding.rows, self._plan.model.hidden_size)
         self._weights.use(self._plan.embedding, shape)
         sizes["embed_tokens"] = int(np.prod(shape)) * 2
-        table = self._plan.decoder.table
-        if table is not None:
+        for file, table in self._plan.tables.items():
             rows = self._weights.shape(table.tensor)
             self._weights.use(table.tensor, rows)
-            sizes["position_table"] = int(np.prod(rows)) * 4
+            sizes[Path(file).stem] = int(np.prod(rows)) * 4
         sizes |= {Path(name).stem: read().nbytes for name, read in self._plan.arrays.items()}
         return sizes
 
@@ -117,7 +116,8 @@ class ExportJob:
             for name in self._components
         }
         model = self._write_embeddings(folder)
-        model = replace(model, positions=self._write_positions(folder))
+        for name, table in self._plan.tables.items():
+            np.save(folder / name, self._weights.view(table.tensor)[table.skip :].astype(np.float32))
         for name, read in self._plan.arrays.items():
             np.save(folder / name, read().astype(np.float32))
         self._write_texts(folder)
@@ -313,6 +313,9 @@ class ExportJob:
     def _build(
         self, name: str, form: Form, sink: DataSink, decoder: DecoderSpec, chosen: Recipe | None = None
     ) -> ir.Model:
+        if name == TEXT_ENCODER and decoder.encoder is not None:
+            of = chosen or self._recipe
+            return build_text_encoder(decoder.encoder, self._weights, of, sink, form.dialect, form.float_type)
         if name in ("decoder", CROSS_KV):
             build = build_decoder if name == "decoder" else build_cross_kv
             return build(decoder, self._weights, chosen or self._recipe, sink, form.dialect, form.float_type)
@@ -322,6 +325,8 @@ class ExportJob:
         return lower(component, traced, self._weights, precision, sink, form.dialect, form.float_type)
 
     def _ranges(self, name: str, form: Form) -> Mapping[str, SymbolRange]:
+        if name == TEXT_ENCODER:
+            return READING
         if name in ("decoder", CROSS_KV):
             image = self._plan.model.image
             whole = image is not None and image.both_ways == "prompt"
@@ -378,15 +383,6 @@ class ExportJob:
                 f.write(rows.astype(dtype).data)
                 self._progress.advance(len(rows))
         return replace(self._plan.model, embedding=replace(embedding, dtype=dtype))
-
-    def _write_positions(self, folder: Path) -> PositionSpec:
-        """Learned positions or scores of distances, which the host adds, in float32."""
-        table = self._plan.decoder.table
-        if table is None:
-            return self._plan.model.positions
-        rows = self._weights.view(table.tensor)[table.skip :].astype(np.float32)
-        np.save(folder / _POSITION_TABLE, rows)
-        return self._plan.decoder.position_spec(_POSITION_TABLE)
 
     def _fits_half(self, name: str, exactly: bool) -> bool:
         for rows in self._pieces(name):

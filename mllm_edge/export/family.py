@@ -23,6 +23,7 @@ from mllm_edge.export.checkpoint.config import (
     model_readers,
     nearest,
 )
+from mllm_edge.export.checkpoint.generation import decoder_start
 from mllm_edge.export.checkpoint.safetensors import Weights
 from mllm_edge.export.checkpoint.skeleton import skeleton
 from mllm_edge.export.checkpoint.source import Source
@@ -32,10 +33,19 @@ from mllm_edge.export.checkpoint.vocabulary import check_vocabulary
 from mllm_edge.export.decoders.find import decoder_for
 from mllm_edge.export.decoders.place import Place
 from mllm_edge.export.known import known_systems
-from mllm_edge.export.plan import Plan, TracedComponent
+from mllm_edge.export.plan import POSITIONS, TEXT_POSITIONS, Plan, TracedComponent
 from mllm_edge.export.reference import load_reference
-from mllm_edge.graph.decoder_spec import DecoderSpec
-from mllm_edge.spec import CROSS_KV, DEEPSTACK, EmbeddingSpec, ImageSpec, ModelSpec, Stage
+from mllm_edge.graph.decoder_spec import DecoderSpec, EncoderSpec
+from mllm_edge.spec import (
+    CROSS_KV,
+    DEEPSTACK,
+    TEXT_ENCODER,
+    EmbeddingSpec,
+    ImageSpec,
+    ModelSpec,
+    Stage,
+    TextEncoderSpec,
+)
 
 __all__ = [
     "Checkpoint",
@@ -222,14 +232,16 @@ def understand(source: Source, weights: Weights) -> Plan:
         reader.finish()
     image = parts.image
     check_vocabulary(source, {image.prompt.token: image.prompt.token_id}, parts.markers, decoder.vocab_size)
-    embedding = Place(family.text).embedding
-    if bool(decoder.crossed) != (image.into == "cross_attention"):
+    encoder = decoder.encoder
+    embedding = Place(family.text).embedding if encoder is None else encoder.embedding
+    if bool(decoder.crossed) != (image.into == "cross_attention" or encoder is not None):
         raise ConfigError(
             f"{source.folder / 'config.json'}: the decoder has {decoder.crossed} layers of cross-attention, and "
             f"features of images go into {image.into.replace('_', '-')}",
             OWN_CONFIG,
         )
     crossed = (Stage(CROSS_KV, "text", "prompt"),) if decoder.crossed else ()
+    read = (Stage(TEXT_ENCODER, "text", "prompt"),) if encoder is not None else ()
     model = ModelSpec(
         family=family.name,
         model_type=source.model_type,
@@ -238,13 +250,19 @@ def understand(source: Source, weights: Weights) -> Plan:
         context_length=context,
         parameters=weights.parameters,
         embedding=EmbeddingSpec("embed_tokens.npy", weights.shape(embedding)[0], scale=decoder.embedding_scale),
-        positions=replace(decoder.position_spec(), images=parts.images),
+        positions=replace(decoder.position_spec(POSITIONS), images=parts.images),
         state=decoder.state_specs(),
         image=image,
-        stages=(*(component.stage for component in parts.traced), *crossed),
+        stages=(*(component.stage for component in parts.traced), *read, *crossed),
+        text_encoder=None if encoder is None else _reading(checkpoint, encoder),
     )
     ignored = tuple(name for name in weights if name.endswith(_TABLES) or name.startswith(parts.ignored))
     return Plan(model, decoder, parts.traced, embedding, family.texts(checkpoint), ignored, parts.arrays)
+
+
+def _reading(checkpoint: Checkpoint, encoder: EncoderSpec) -> TextEncoderSpec:
+    start = decoder_start(checkpoint.source, checkpoint.config.text_config.to_dict())
+    return TextEncoderSpec(encoder.position_spec(TEXT_POSITIONS), start)
 
 
 def _fitted(decoder: DecoderSpec, parts: Parts) -> DecoderSpec:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mllm_edge.export.checkpoint.texts import Texts
-from mllm_edge.graph.decoder_spec import DecoderSpec
+from mllm_edge.graph.decoder_spec import DecoderSpec, PositionTable
 from mllm_edge.graph.ranges import TILES, TOKENS, symbols
 from mllm_edge.spec import (
     DEEPSTACK,
@@ -27,7 +27,18 @@ from mllm_edge.spec import (
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Plan", "TracedComponent", "cell_components", "table_specs", "tile_components"]
+__all__ = [
+    "POSITIONS",
+    "TEXT_POSITIONS",
+    "Plan",
+    "TracedComponent",
+    "cell_components",
+    "table_specs",
+    "tile_components",
+]
+
+# Files of the bundle: what the host needs for the positions of a decoder, and of a text encoder.
+POSITIONS, TEXT_POSITIONS = "position_table.npy", "text_position_table.npy"
 
 
 @dataclass(frozen=True)
@@ -158,3 +169,10 @@ class Plan:
     texts: Texts
     ignored: tuple[str, ...] = ()
     arrays: Mapping[str, Callable[[], np.ndarray]] = field(default_factory=dict)
+
+    @property
+    def tables(self) -> dict[str, PositionTable]:
+        """Learned positions or scores of distances, which the host adds, by the file that holds them."""
+        encoder = self.decoder.encoder
+        found = {POSITIONS: self.decoder.table, TEXT_POSITIONS: None if encoder is None else encoder.table}
+        return {file: table for file, table in found.items() if table is not None}

@@ -19,6 +19,7 @@ from mllm_edge.graph.precision import Precision, block_size
 
 __all__ = [
     "adapted",
+    "before",
     "behind",
     "cache_name",
     "forget_prompts",
@@ -34,6 +35,7 @@ _OWN_NAMES = (
 )
 # A place where no adapter lies: from_pretrained would merge one that is in the checkpoint's folder by itself.
 _NO_ADAPTER = {"subfolder": "no-adapter"}
+_DECODER_LAYERS = ("decoder_layers", "num_decoder_layers")  # of encoder-decoders
 
 
 def load_reference(source: Source, decoder_layers: int | None = None) -> Any:
@@ -44,7 +46,8 @@ def load_reference(source: Source, decoder_layers: int | None = None) -> Any:
     config = without_quantization(AutoConfig.from_pretrained(source.folder))  # the weights were found to be float
     if decoder_layers is not None:
         text = config.get_text_config()
-        text.num_hidden_layers = min(decoder_layers, text.num_hidden_layers)
+        name = next((n for n in _DECODER_LAYERS if hasattr(text, n)), "num_hidden_layers")
+        setattr(text, name, min(decoder_layers, getattr(text, name)))
     return AutoModelForImageTextToText.from_pretrained(
         source.folder, config=config, dtype=torch.float32, low_cpu_mem_usage=True, adapter_kwargs=_NO_ADAPTER
     )
@@ -57,9 +60,30 @@ def forget_prompts(model: Any) -> None:
             module.rope_deltas = None
 
 
-def behind(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a prompt's inputs what a token behind it has, too, as in `generate`: it sees what the last one sees."""
-    return {name: inputs[name][:, -1:] for name in ("cross_attention_mask",) if name in inputs}
+def before(model: Any, rows: int = 1) -> dict[str, Any]:
+    """The ids [rows, n] that the decoder of an encoder-decoder begins with, as in `generate`, as an input of the model;
+    none in other models, whose decoders begin with the prompt."""
+    import torch
+
+    if not model.config.is_encoder_decoder:
+        return {}
+    own, text = model.generation_config, model.config.get_text_config()
+    start = [own.decoder_start_token_id, getattr(text, "decoder_start_token_id", None), own.bos_token_id]
+    ids = [next(token for token in start if token is not None), own.forced_bos_token_id]
+    return {"decoder_input_ids": torch.tensor([[token for token in ids if token is not None]] * rows)}
+
+
+def behind(model: Any, inputs: Mapping[str, Any], out: Any, tokens: Any) -> dict[str, Any]:
+    """The inputs of a step with `tokens` [rows, 1], behind a run that gave `out` of a prompt with these `inputs`, as in
+    `generate`: they see what its last token sees."""
+    from transformers.modeling_outputs import BaseModelOutput
+
+    cache = {cache_name(model): out.past_key_values, "use_cache": True}
+    if model.config.is_encoder_decoder:
+        read = {"encoder_outputs": BaseModelOutput(last_hidden_state=out.encoder_last_hidden_state)}
+        return {"decoder_input_ids": tokens, "attention_mask": inputs.get("attention_mask"), **read, **cache}
+    seen = {name: inputs[name][:, -1:] for name in ("cross_attention_mask",) if name in inputs}
+    return {"input_ids": tokens, **seen, **cache}
 
 
 def cache_name(model: Any) -> str:
@@ -76,21 +100,23 @@ def greedy_answers(
     import torch
 
     forget_prompts(model)
-    ids, mask = _left_padded(prompts)
+    ids, mask = _padded(model, prompts)
     tokens, logits = [], []
     ended = torch.zeros(len(prompts), dtype=torch.bool)
     with torch.no_grad():
         types = _token_types(model, ids, [0] * len(prompts))
-        out = model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1, **types)
+        first = before(model, len(prompts))
+        out = model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1, **types, **first)
         while True:
             logits.append(out.logits[:, -1].float())
             tokens.append(logits[-1].argmax(dim=-1, keepdim=True))
             ended |= torch.isin(tokens[-1][:, 0], torch.tensor(sorted(stops), dtype=torch.int64))
             if len(tokens) == most or bool(ended.all()):
                 break
-            mask = torch.cat([mask, torch.ones_like(tokens[-1])], dim=1)
-            cache = {cache_name(model): out.past_key_values}
-            out = model(input_ids=tokens[-1], attention_mask=mask, **cache, use_cache=True, logits_to_keep=1)
+            if not first:  # else the mask is that of the prompt alone
+                mask = torch.cat([mask, torch.ones_like(tokens[-1])], dim=1)
+            step = behind(model, {}, out, tokens[-1])
+            out = model(**{**step, "attention_mask": mask}, logits_to_keep=1)
     forget_prompts(model)
     answers = [_ended(answer, stops) for answer in torch.cat(tokens, dim=1).numpy()]
     rows = [np.stack([step[i].numpy() for step in logits[: len(answer)]]) for i, answer in enumerate(answers)]
@@ -103,12 +129,27 @@ def scores(model: Any, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarr
     import torch
 
     forget_prompts(model)
-    ids, mask = _left_padded([np.concatenate([p, a[:-1]]) for p, a in zip(prompts, answers, strict=True)])
+    if model.config.is_encoder_decoder:
+        return _decoded_scores(model, prompts, answers)
+    ids, mask = _padded(model, [np.concatenate([p, a[:-1]]) for p, a in zip(prompts, answers, strict=True)])
     types = _token_types(model, ids, [len(answer) - 1 for answer in answers])
     with torch.no_grad():
         out = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=max(map(len, answers)), **types)
     forget_prompts(model)
     return [out.logits[row, -len(answer) :].float().numpy() for row, answer in enumerate(answers)]
+
+
+def _decoded_scores(model: Any, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """As `scores`, of an encoder-decoder, which reads the prompts and begins the answers with tokens of its own."""
+    import torch
+
+    ids, mask = _padded(model, prompts)
+    start = before(model)["decoder_input_ids"][0].numpy()
+    begun, _ = _padded(model, [np.concatenate([start, answer[:-1]]) for answer in answers])
+    with torch.no_grad():
+        out = model(input_ids=ids, attention_mask=mask, decoder_input_ids=begun, use_cache=False)
+    rows = [slice(len(start) - 1, len(start) - 1 + len(answer)) for answer in answers]
+    return [out.logits[i, part].float().numpy() for i, part in enumerate(rows)]
 
 
 def _token_types(model: Any, ids: Any, answered: Sequence[int]) -> dict[str, Any]:
@@ -131,7 +172,8 @@ def rounded(
     TensorRT."""
     import torch
 
-    chosen = {m: layers for m in model.get_decoder().modules() if isinstance(m, torch.nn.Linear)}
+    sides = (model.get_encoder(), model.get_decoder()) if model.config.is_encoder_decoder else (model.get_decoder(),)
+    chosen = {m: layers for side in sides for m in side.modules() if isinstance(m, torch.nn.Linear)}
     chosen[model.get_output_embeddings()] = head
 
     def forward(module: Any, precision: Precision, x: Any) -> Any:
@@ -162,14 +204,16 @@ def _positive_blocks(weight: np.ndarray, precision: Precision) -> np.ndarray:
     return np.ascontiguousarray(values.reshape(rows, -1)[:, :row])
 
 
-def _left_padded(rows: Sequence[np.ndarray]) -> tuple[Any, Any]:
-    """Ids [rows, longest] with zeros before the shorter ones, and where they are not."""
+def _padded(model: Any, rows: Sequence[np.ndarray]) -> tuple[Any, Any]:
+    """Ids [rows, longest] with zeros before the shorter ones, and where they are not; in an encoder-decoder, where
+    nothing comes behind them, they stand behind."""
     import torch
 
     longest = max(map(len, rows))
     ids, mask = (np.zeros((len(rows), longest), np.int64) for _ in range(2))
     for i, row in enumerate(rows):
-        ids[i, longest - len(row) :], mask[i, longest - len(row) :] = row, 1
+        first = 0 if model.config.is_encoder_decoder else longest - len(row)
+        ids[i, first : first + len(row)], mask[i, first : first + len(row)] = row, 1
     return torch.from_numpy(ids), torch.from_numpy(mask)
 
 

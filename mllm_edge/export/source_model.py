@@ -13,7 +13,7 @@ from mllm_edge.export.answers import References
 from mllm_edge.export.checkpoint.quiet import quiet_transformers
 from mllm_edge.export.checkpoint.source import Source
 from mllm_edge.export.family import family_for
-from mllm_edge.export.reference import adapted, behind, cache_name, forget_prompts
+from mllm_edge.export.reference import adapted, before, behind, forget_prompts
 from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.encode import FEATURES
 from mllm_edge.spec import ENCODED
@@ -71,7 +71,7 @@ class Reference:
                 hidden, features = self.family.image_features(self.model, inputs)
                 found["vision_hidden"] = hidden.numpy()
                 found["image_features"] = found[ENCODED] = features.numpy()
-            found.update(self._greedy(inputs))
+            found.update(self._greedy(inputs))  # of an encoder-decoder what its cross-attention looks at, too
         return found
 
     def video(self, pixel_values: np.ndarray) -> dict[str, np.ndarray]:
@@ -124,14 +124,16 @@ class Reference:
             self.notes.append(text)
 
     def _greedy(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        out = self.model(**inputs, use_cache=True, logits_to_keep=1)
-        cache, logits, tokens = cache_name(self.model), [], []  # type: str, list[np.ndarray], list[int]
+        out = self.model(**inputs, **before(self.model), use_cache=True, logits_to_keep=1)
+        read = getattr(out, "encoder_last_hidden_state", None)
+        logits, tokens = list[np.ndarray](), list[int]()
         for _ in range(_STEPS):
             logits.append(out.logits[0, -1].numpy())
             tokens.append(int(out.logits[0, -1].argmax()))
             token = self.torch.tensor([[tokens[-1]]])
-            out = self.model(input_ids=token, **{cache: out.past_key_values}, use_cache=True, **behind(inputs))
-        return {"logits": np.stack(logits), "tokens": np.array(tokens)}
+            out = self.model(**behind(self.model, inputs, out, token))
+        found = {"logits": np.stack(logits), "tokens": np.array(tokens)}
+        return found if read is None else {ENCODED: read.numpy(), **found}
 
 
 def _opened(image: Any) -> Any:

@@ -1,7 +1,7 @@
 """What a decoder is made of: the frozen description that the graph is built from."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mllm_edge.spec import PositionSpec, RopeSpec, StateSpec
@@ -162,6 +162,10 @@ class PositionTable:
     skip: int = 0
     max_distance: int = 0
 
+    def position_spec(self, file: str) -> PositionSpec:
+        """The positions for the manifest; `file` is where the bundle keeps the tensor."""
+        return PositionSpec(self.kind, table=file, max_distance=self.max_distance)
+
 
 @dataclass(frozen=True)
 class DecoderSpec:
@@ -173,7 +177,7 @@ class DecoderSpec:
     [B, S, H]. `embedding_scale` multiplies token embeddings (and not image features), on the host; `head_scale` the
     last hidden state, `logits_cap` c bounds logits by c·tanh(l/c), `head_bias`
     names a vector [V] to add to them; `banned`: token ids that are never chosen. `lm_head` may name the embedding
-    matrix (tied).
+    matrix (tied). `encoder`: the text encoder that reads the prompt, in an encoder-decoder.
     """
 
     hidden_size: int
@@ -196,6 +200,7 @@ class DecoderSpec:
     head_bias: str | None = None
     banned: tuple[int, ...] = ()
     logits_cap: float | None = None
+    encoder: "EncoderSpec | None" = None
 
     @property
     def layers(self) -> int:
@@ -234,13 +239,14 @@ class DecoderSpec:
     def position_spec(self, file: str = "") -> PositionSpec:
         """Positions and masks, for the manifest; `file` is where the bundle keeps `table`."""
         if self.table is not None:
-            return PositionSpec(self.table.kind, self.ropes, self.windows, file, self.table.max_distance)
+            return replace(self.table.position_spec(file), ropes=self.ropes, windows=self.windows)
         return PositionSpec("rope" if self.ropes else "none", self.ropes, self.windows)
 
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """A text encoder: layers without a cache, in which every token sees every other. Fields as in DecoderSpec."""
+    """A text encoder: layers without a cache, in which every token sees every other. Fields as in DecoderSpec;
+    `embedding` is the tensor of the token embeddings, which its decoder shares."""
 
     hidden_size: int
     norm: NormSpec
@@ -248,7 +254,12 @@ class EncoderSpec:
     mlp: MlpSpec
     names: WeightNames
     stack: tuple[LayerSpec, ...]
+    embedding: str
     table: PositionTable | None = None
+
+    def position_spec(self, file: str) -> PositionSpec:
+        """As of `DecoderSpec`."""
+        return PositionSpec("none") if self.table is None else self.table.position_spec(file)
 
     @property
     def heads_in_bias(self) -> int:

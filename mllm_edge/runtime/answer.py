@@ -106,8 +106,8 @@ def answer(
     context_length: int,
 ) -> Generator[Chunk | None, None, None]:
     """The pieces of the answer to the prompt as it was `encoded`; None stands for a token that completes none."""
-    prompt, stops, trace, most = call.prompt, call.stops, call.trace, call.max_new_tokens
-    capacity = -(-(len(prompt.token_ids) + most) // _CAPACITY_STEP) * _CAPACITY_STEP
+    stops, trace, most = call.stops, call.trace, call.max_new_tokens
+    capacity = -(-(len(encoded) + most) // _CAPACITY_STEP) * _CAPACITY_STEP
     with trace.span("allocate"):
         cache = decoder.start(encoded, min(capacity, context_length) - len(encoded))
     text = StreamDecoder(tokenizer)

@@ -11,7 +11,7 @@ from mllm_edge.errors import ContextError, ImageError
 from mllm_edge.runtime.prompt.image import ImageSource, load_image
 from mllm_edge.runtime.prompt.processor import Processor
 from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
-from mllm_edge.spec import MOST_PIXELS, ImageSpec, cross_bytes, state_bytes
+from mllm_edge.spec import MOST_PIXELS, ModelSpec, cross_bytes, state_bytes
 
 __all__ = ["ImageCost", "Memory", "image_cost", "memory"]
 
@@ -20,7 +20,7 @@ __all__ = ["ImageCost", "Memory", "image_cost", "memory"]
 class Memory:
     """Bytes. `weights` per component stay in memory, as stored in the bundle (a runtime may pack copies of its own);
     `mapped` files are read row by row from disk; `kv_cache` holds `context` tokens, and `cross_kv` what
-    cross-attention looks at of one image, where images are looked at so."""
+    cross-attention looks at: of one image, where images are looked at so, or a prompt of `context` tokens."""
 
     target: str
     context: int
@@ -31,7 +31,7 @@ class Memory:
 
     @property
     def resident(self) -> int:
-        """Weights, cache, and the image."""
+        """Weights, cache, and what is looked at."""
         return sum(self.weights.values()) + self.kv_cache + self.cross_kv
 
 
@@ -68,13 +68,16 @@ def memory(bundle: Bundle, context: int) -> list[Memory]:
             sizes[name] += data.nbytes if data else 0
         held = state_bytes(model.state, {t.name: t.dtype for t in variants["decoder"].inputs}, context)
         mapped = bundle.manifest.files[model.embedding.file].nbytes
-        crossed = cross_bytes((t for v in variants.values() for t in v.outputs), _features(model.image))
+        crossed = cross_bytes((t for v in variants.values() for t in v.outputs), _features(model, context))
         found.append(Memory(target, context, sizes, held, crossed, mapped))
     return found
 
 
-def _features(image: ImageSpec | None) -> int:
-    """Of one image, that cross-attention looks at."""
+def _features(model: ModelSpec, context: int) -> int:
+    """That cross-attention looks at: of one image, or of a prompt."""
+    if model.text_encoder is not None:
+        return context
+    image = model.image
     crossed = image is not None and image.into == "cross_attention"
     return image.features * (image.tiles or 1) if image is not None and crossed else 0
 

@@ -5,13 +5,24 @@ from itertools import groupby
 
 import numpy as np
 
+from mllm_edge.errors import ContextError
 from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.decode.masks import cross_bias
+from mllm_edge.runtime.decode.text_inputs import text_inputs
 from mllm_edge.runtime.prompt.processor import Prompt
 from mllm_edge.runtime.prompt.sources import Kind
 from mllm_edge.runtime.prompt.tables import table_inputs
 from mllm_edge.runtime.trace import Trace
-from mllm_edge.spec import CROSS_BIAS, CROSS_ROWS, DEEPSTACK, PIXELS, ImageSpec, ModelSpec, Stage, is_cross
+from mllm_edge.spec import (
+    CROSS_BIAS,
+    CROSS_ROWS,
+    DEEPSTACK,
+    PIXELS,
+    ImageSpec,
+    ModelSpec,
+    Stage,
+    is_cross,
+)
 
 __all__ = ["FEATURES", "Components", "encoded", "stage_runs"]
 
@@ -65,7 +76,7 @@ def stage_runs(
         yield run
         for name, array in ((n, a) for outputs in run.values() for n, a in outputs.items() if n in whole):
             rows.setdefault(name, []).append(array.reshape(1, -1, array.shape[-1]))
-    if components.for_prompt:
+    if components.for_prompt and components.model.text_encoder is None:
         joined = {name: np.concatenate(arrays, axis=1) for name, arrays in rows.items()}
         yield components.run(components.for_prompt, joined, trace)
 
@@ -79,8 +90,10 @@ def encoded(
     each: Callable[[dict[str, Arrays]], None] = lambda outputs: None,
 ) -> Encoded:
     """All that a prompt is to the decoder. `embed`: ids [S] → rows [S, H]; `arrays`: the bundle's that
-    `ImageSpec.arrays` names; `each` gets the outputs of each run of the stages, by component."""
-    parts, cross = dict[str, list[np.ndarray]](), Arrays()
+    `ModelSpec.arrays` names; `each` gets the outputs of each run of the stages, by component.
+
+    Raises ContextError for a prompt that is longer than a text encoder reads."""
+    model, parts, cross = components.model, dict[str, list[np.ndarray]](), Arrays()
     for run in stage_runs(components, prompt, arrays, trace):
         each(run)
         for outputs in run.values():
@@ -88,8 +101,7 @@ def encoded(
                 if name == FEATURES or name.startswith(DEEPSTACK):
                     rows = array.reshape(-1, array.shape[-1]).astype(np.float32, copy=False)
                     parts.setdefault(name, []).append(rows)
-                elif is_cross(name):
-                    cross[name] = array
+        cross |= _cross(run)
     with trace.span("embed"):
         embeds = embed(prompt.token_ids)
         rows_of = {name: _tokens(prompt, np.concatenate(rows), arrays) for name, rows in parts.items()}
@@ -97,8 +109,23 @@ def encoded(
             embeds[prompt.image_positions] = rows_of.pop(FEATURES)
         per_token = {name: _placed(rows, prompt) for name, rows in rows_of.items()}
         if cross:
-            per_token |= _crossed(components.model.image, prompt)
-        return Encoded(embeds, prompt.positions, _spans(components.model.image, prompt), per_token, cross)
+            per_token |= _crossed(model.image, prompt)
+    if model.text_encoder is None:
+        return Encoded(embeds, prompt.positions, _spans(model.image, prompt), per_token, cross)
+    if len(embeds) > model.context_length:
+        raise ContextError(
+            f"the prompt has {len(embeds)} tokens, and the text encoder reads {model.context_length}",
+            "use fewer or smaller images, or a shorter prompt",
+        )
+    run = components.run(components.for_prompt, text_inputs(model.text_encoder, embeds, arrays), trace)
+    each(run)
+    with trace.span("embed"):
+        return Encoded(embed(np.array(model.text_encoder.start)), cross=_cross(run), read=embeds)
+
+
+def _cross(run: Mapping[str, Arrays]) -> Arrays:
+    """What cross-attention looks at, of the outputs of a run."""
+    return {name: array for outputs in run.values() for name, array in outputs.items() if is_cross(name)}
 
 
 def _spans(image: ImageSpec | None, prompt: Prompt) -> np.ndarray | None:

@@ -92,7 +92,7 @@ class VLM:
         self._components = Components(
             self.spec, inputs, partial(_run, self._types, self._sessions), min(TILES_PER_RUN, *limits)
         )
-        self._arrays = {name: bundle.array(name) for name in self.spec.image.arrays} if self.spec.image else {}
+        self._arrays = {name: bundle.array(name) for name in self.spec.arrays}
         table = bundle.array(self.spec.positions.table) if self.spec.positions.table else None
         decoder = opened["decoder"]
         self._decoder: Decoder | None = Decoder(decoder.session, decoder.variant, self.spec, decoder.backend, table)
@@ -245,6 +245,8 @@ class VLM:
                 processed = self._process(prompt, images, raw)
                 ids, places = processed.token_ids, processed.image_positions
                 guesser = PromptLookup(ids, speculation, places) if speculation else None
+                if self.spec.text_encoder is not None:  # rules and penalties count what the decoder holds
+                    ids = np.array(self.spec.text_encoder.start)
             most = min(max_new_tokens, self._room(processed))
             stop_ids = frozenset() if ignore_eos else self.stop_ids
             rules = TokenRules(own, ids, stop_ids) if TokenRules.wanted(own) else None
@@ -277,7 +279,7 @@ class VLM:
             return next(found[ENCODED].reshape(-1, found[ENCODED].shape[-1]) for found in outputs if ENCODED in found)
         with self._turns.turn():
             self._require_images(prompt)
-            return self._encode(prompt, trace or Trace()).embeds[prompt.image_positions]
+            return self._encode(prompt, trace or Trace()).prompt[prompt.image_positions]
 
     def stage_outputs(self, prompt: Prompt, trace: Trace | None = None) -> dict[str, dict[str, np.ndarray]]:
         """What each stage before the decoder makes of a prompt's images, by component and name of the output; runs one
@@ -356,16 +358,17 @@ class VLM:
     def _room(self, prompt: Prompt) -> int:
         """Tokens that still fit behind the prompt; raises ContextError when there is not even one."""
         tokens, image = len(prompt.token_ids), len(prompt.image_positions)
-        room = self.context_length - tokens
-        if room >= 1:
-            return room
+        begun = self.spec.begun(tokens)
+        wanted = max(tokens, begun + 1)
+        if wanted <= self.context_length:
+            return self.context_length - begun
         smaller = self.context_length < self.spec.context_length
         fix = "raise --max-context" if smaller else "use fewer or smaller images, or a shorter prompt"
         if self.context_length == self._engine_context < self.spec.context_length:
-            fix = f"mllm-edge build --max-seq N, with {tokens + 1} or more"
+            fix = f"mllm-edge build --max-seq N, with {wanted} or more"
         raise ContextError(
             f"the prompt has {tokens} tokens ({image} of them for images) and an answer needs at least one; "
-            f"the context holds {self.context_length}: {1 - room} too many",
+            f"the context holds {self.context_length}: {wanted - self.context_length} too many",
             fix,
         )
 

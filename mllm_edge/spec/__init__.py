@@ -50,6 +50,7 @@ from mllm_edge.spec.state import (
     state_names,
     state_output,
 )
+from mllm_edge.spec.text_encoder import TEXT_ENCODER, TextEncoderSpec
 from mllm_edge.spec.transforms import (
     MOST_PIXELS,
     CenterCrop,
@@ -136,7 +137,9 @@ __all__ = [
     "SplitLarge",
     "SplitTiles",
     "SymbolRange",
+    "TEXT_ENCODER",
     "TensorSpec",
+    "TextEncoderSpec",
     "Transform",
     "Variant",
 ]

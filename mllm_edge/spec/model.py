@@ -7,6 +7,7 @@ from typing import Any, Literal
 from mllm_edge.spec.images import ImageSpec
 from mllm_edge.spec.positions import PositionSpec
 from mllm_edge.spec.state import StateSpec
+from mllm_edge.spec.text_encoder import TextEncoderSpec
 
 __all__ = [
     "DECODER",
@@ -55,8 +56,8 @@ class Stage:
     `role` decides about precision. What a run takes, `per`: slice (any number of slices, of any images), image (all
     slices of one, with its tables; of an image that is several grids of cells, those of one grid), prompt (outputs of
     earlier stages, [1, N, F]: the rows of all images one behind the other; stages of this kind come last, and run only
-    where there are images). `shows`: it runs for images alone, or for videos, whose slices are their frames; None: for
-    both.
+    where there are images). In an encoder-decoder these are `text_encoder` and those behind it, which run for every
+    prompt. `shows`: it runs for images alone, or for videos, whose slices are their frames; None: for both.
     """
 
     component: str
@@ -72,7 +73,7 @@ class Stage:
 @dataclass(frozen=True)
 class ModelSpec:
     """The model as the device needs to know it. `family` and `model_type` are for people only; `stages` run in their
-    order, before the decoder."""
+    order, before the decoder. `text_encoder`: of an encoder-decoder; None: the decoder reads the prompt itself."""
 
     family: str
     model_type: str
@@ -85,6 +86,17 @@ class ModelSpec:
     state: tuple[StateSpec, ...]
     image: ImageSpec | None
     stages: tuple[Stage, ...] = ()
+    text_encoder: TextEncoderSpec | None = None
+
+    def begun(self, prompt_tokens: int) -> int:
+        """The places that the decoder takes for a prompt of so many tokens, before its answer."""
+        return prompt_tokens if self.text_encoder is None else len(self.text_encoder.start)
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """The bundle's arrays that a prompt's way to the decoder needs."""
+        read = () if self.text_encoder is None else (self.text_encoder.positions.table,)
+        return tuple(filter(None, (*(self.image.arrays if self.image is not None else ()), *read)))
 
     def role(self, component: str) -> Role:
         """What a component is to the model; the decoder is text."""

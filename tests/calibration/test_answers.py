@@ -55,11 +55,22 @@ def both_ways(vlm: VLM) -> str | None:
     return vlm.spec.image.both_ways if vlm.spec.image is not None else None
 
 
+def by_itself(vlm: VLM) -> bool:
+    """Whether padding would go into a recurrent state, or be seen by a prompt that sees itself in both directions."""
+    return not vlm.decoder.rewindable or both_ways(vlm) == "prompt" or vlm.spec.text_encoder is not None
+
+
 def alone(vlm: VLM, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
     """Embeddings [S, H] of the prompt, and the model's own answer to it."""
     prompt = vlm.processor.process(sample.prompt, sample.images)
     encoded = vlm.encode(prompt)
     return encoded.embeds, vlm.greedy([encoded], MOST)[0]
+
+
+def placed(vlm: VLM, embeds: np.ndarray) -> np.ndarray:
+    """With their learned positions, where the model has such."""
+    positions = vlm.spec.positions
+    return embeds + vlm.bundle.array(positions.table)[: len(embeds)] if positions.kind == "learned" else embeds
 
 
 @pytest.mark.parametrize("cache", [128 << 20, 1])
@@ -78,11 +89,11 @@ def test_recorded_answers_are_those_of_each_prompt_alone(
             if sample.answer is not None:
                 answer = collect.answer_tokens(vlm, sample)
             found = feeds.read(i, ["inputs_embeds"])["inputs_embeds"][0]
-            np.testing.assert_array_equal(found, np.concatenate([embeds, vlm.embed(answer)]))
+            np.testing.assert_array_equal(found, placed(vlm, np.concatenate([embeds, vlm.embed(answer)])))
         # Images have positions on axes, are looked at, or see themselves in both directions.
-        apart = bool(vlm.spec.positions.ropes[0].sections) or any(s.component == CROSS_KV for s in vlm.spec.stages)
-        apart = apart or both_ways(vlm) == "image"
-        alone_only = not vlm.decoder.rewindable or both_ways(vlm) == "prompt"
+        apart = any(rope.sections for rope in vlm.spec.positions.ropes)
+        apart = apart or any(s.component == CROSS_KV for s in vlm.spec.stages) or both_ways(vlm) == "image"
+        alone_only = by_itself(vlm)
     # Without an answer are six of the first eight, four of the next, and the last.
     assert together == ({1} if cache == 1 or alone_only else {2, 1} if apart else {6, 4, 1})
 
@@ -96,14 +107,13 @@ def test_one_that_ends_waits_for_the_others(bundle: Path, sizes: list[int]) -> N
         assert len({len(answer) for answer in expected}) > 1
         sizes.clear()
         assert [answer.tolist() for answer in vlm.greedy(prompts, MOST)] == expected
-        # Padding would go into a recurrent state, or be seen by a prompt that sees itself in both directions.
-        lengths, together = [len(answer) for answer in expected], vlm.decoder.rewindable and both_ways(vlm) != "prompt"
+        lengths, together = [len(answer) for answer in expected], not by_itself(vlm)
         assert sizes == ([3] * max(lengths) if together else [1] * sum(lengths))
 
 
 def test_a_prompt_without_room_is_named(bundle: Path, tmp_path: Path) -> None:
     with VLM.load(bundle) as vlm:
-        longest = vlm.context_length
+        longest = vlm.context_length + 1
     asked = samples()
     asked[4] = Sample("x" * longest, (), None, "line 4")
     with pytest.raises(DataError, match=r"^line 4: "):

@@ -78,7 +78,7 @@ def test_more_ids_than_embeddings(checkpoint: Path) -> None:
     """The head has all rows, the embeddings do not."""
     path = checkpoint / "model.safetensors"
     weights = load_file(path)
-    (name,) = (n for n in weights if n.endswith("embed_tokens.weight"))
+    (name,) = (n for n in weights if n.endswith(("embed_tokens.weight", "shared.weight")))
     weights[name] = weights[name][:260].contiguous()
     save_file(weights, path)
     last = max(t["id"] for t in json.loads((checkpoint / "tokenizer.json").read_text())["added_tokens"])

@@ -13,7 +13,7 @@ from mllm_edge.export import loss
 from mllm_edge.export.checkpoint.source import open_source
 from mllm_edge.export.loss import References, ask, measure
 from mllm_edge.export.loss_questions import QUESTIONS
-from mllm_edge.export.reference import forget_prompts
+from mllm_edge.export.reference import before, forget_prompts
 from mllm_edge.export.source_model import Reference, Scope
 from mllm_edge.graph.precision import block_size
 from mllm_edge.runtime.vlm import VLM
@@ -36,15 +36,23 @@ def prompt_types(model: Any, text: torch.Tensor, prompt: int) -> dict[str, torch
     return {"token_type_ids": (torch.arange(text.shape[1]) >= prompt).long()[None]}
 
 
+def whole(model: Any, ids: np.ndarray, answer: list[int]) -> np.ndarray:
+    """Logits [S, V] of a prompt with an answer, or of the tokens that a decoder begins with and an answer; no cache."""
+    forget_prompts(model)
+    prompt, said, begun = torch.tensor(ids)[None], torch.tensor([answer], dtype=torch.long), before(model)
+    with torch.no_grad():
+        if begun:
+            begun["decoder_input_ids"] = torch.cat([begun["decoder_input_ids"], said], dim=1)
+            return np.array(model(input_ids=prompt, use_cache=False, **begun).logits[0])
+        text = torch.cat([prompt, said], dim=1)
+        return np.array(model(input_ids=text, use_cache=False, **prompt_types(model, text, len(ids))).logits[0])
+
+
 def steps(model: Any, ids: np.ndarray, tokens: int) -> np.ndarray:
     """Logits [tokens, V] of greedy steps, each with the whole text before it and no cache."""
-    rows, text = [], torch.tensor(ids)[None]
-    with torch.no_grad():
-        for _ in range(tokens):
-            forget_prompts(model)
-            types = prompt_types(model, text, len(ids))
-            rows.append(model(input_ids=text, use_cache=False, **types).logits[0, -1].numpy())
-            text = torch.cat([text, torch.tensor([[int(rows[-1].argmax())]])], dim=1)
+    rows = list[np.ndarray]()
+    for _ in range(tokens):
+        rows.append(whole(model, ids, [int(row.argmax()) for row in rows])[-1])
     return np.stack(rows)
 
 
@@ -118,17 +126,14 @@ def test_eight_bits_are_those_of_a_rounded_source(asked: tuple[Any, Path, Refere
     copy = copy_module.deepcopy(reference.model)
     head = copy.get_output_embeddings()
     head.weight = torch.nn.Parameter(in_eight_bits(head.weight, 64))
-    for module in copy.get_decoder().modules():
+    sides = [copy.get_decoder(), *([copy.get_encoder()] if copy.config.is_encoder_decoder else [])]
+    for module in (module for side in sides for module in side.modules()):
         if isinstance(module, torch.nn.Linear):
             module.weight = torch.nn.Parameter(in_eight_bits(module.weight, 128))
     found = []
     for answered in references.answered:
-        forget_prompts(copy)
-        whole = torch.tensor(np.concatenate([answered.ids, answered.tokens[:-1]]))[None]
-        with torch.no_grad():
-            types = prompt_types(copy, whole, len(answered.ids))
-            logits = copy(input_ids=whole, use_cache=False, **types).logits[0]
-        found.append(logits[-len(answered.tokens) :].numpy())
+        logits = whole(copy, answered.ids, answered.tokens[:-1].tolist())
+        found.append(logits[-len(answered.tokens) :])
     kl, agreement = compared([a.logits for a in references.answered], found)
     before = steps(reference.model, references.answered[0].ids, 2)
     assert references.rounding(8) == (pytest.approx(kl, rel=1e-3), pytest.approx(agreement, abs=1e-3))

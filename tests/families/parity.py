@@ -19,7 +19,7 @@ from mllm_edge.bundle import Bundle
 from mllm_edge.export.checkpoint.source import open_source
 from mllm_edge.export.family import family_for
 from mllm_edge.export.pipeline import export
-from mllm_edge.export.reference import behind
+from mllm_edge.export.reference import before, behind
 from mllm_edge.export.targets import TARGETS
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.prompt.processor import Prompt
@@ -143,13 +143,13 @@ def _reference_steps(model: Any, inputs: Any) -> tuple[list[int], np.ndarray]:
     """Greedy tokens and the logits they came from; the model makes its positions itself."""
     if hasattr(model.model, "rope_deltas"):  # kept from the last prompt, and wrong for one without images
         model.model.rope_deltas = None
-    out = model(**inputs, use_cache=True)
+    out = model(**inputs, **before(model), use_cache=True)
     tokens, rows = [], []
     for _ in range(GREEDY):
         rows.append(out.logits[0, -1].numpy())
         tokens.append(int(rows[-1].argmax()))
         token = torch.tensor([[tokens[-1]]])
-        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True, **behind(inputs))
+        out = model(**behind(model, inputs, out, token))
     return tokens, np.stack(rows)
 
 

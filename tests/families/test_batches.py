@@ -50,7 +50,7 @@ def alone(vlm: VLM, prompt: Encoded) -> tuple[np.ndarray, list[int]]:
 def test_ragged_batch(bundle: Bundle, target: str) -> None:
     with VLM(bundle, OnnxRuntimeCpu(target=target)) as vlm:
         asked = prompts(vlm)
-        lengths = [len(prompt) for prompt in asked]
+        lengths = [len(prompt.prompt) for prompt in asked]
         assert len(set(lengths)) == 3
         expected = [alone(vlm, prompt) for prompt in asked]
         vlm.decoder.reset(max(lengths) + STEPS, batch=3)

@@ -9,7 +9,7 @@ from mllm_edge.export.checkpoint.quiet import quiet_transformers
 from mllm_edge.export.checkpoint.source import Source
 from mllm_edge.spec import GenerationDefaults, GenerationSpec
 
-__all__ = ["generation_spec"]
+__all__ = ["decoder_start", "generation_spec"]
 
 FILE = "generation_config.json"
 # What transformers applies to the logits of a greedy answer and no runtime here does; the value that is the same as
@@ -59,7 +59,7 @@ def generation_spec(source: Source, text_config: Mapping[str, Any], tokenizer: A
                 f"used here ({_shown(stops)})"
             )
     _tell_contradictions(source, stops, tokenizer)
-    _tell_not_carried(source, config)
+    _tell_not_carried(source, config, bool(text_config.get("is_encoder_decoder")))
     return GenerationSpec(
         eos_token_ids=stops,
         bos_token_id=_first(config.bos_token_id, text_config.get("bos_token_id")),
@@ -67,6 +67,18 @@ def generation_spec(source: Source, text_config: Mapping[str, Any], tokenizer: A
         special_tokens=dict(tokenizer.special_tokens_map),
         defaults=_defaults(source, config),
     )
+
+
+def decoder_start(source: Source, text_config: Mapping[str, Any]) -> tuple[int, ...]:
+    """What the decoder of an encoder-decoder begins with: its start token, and the one that transformers forces to be
+    the first of an answer. Raises ConfigError where no start token is stated."""
+    config = _read(source)
+    start = _first(config.decoder_start_token_id, text_config.get("decoder_start_token_id"), config.bos_token_id)
+    if not isinstance(start, int):
+        raise ConfigError(
+            f"{source.folder / FILE}: decoder_start_token_id = {start!r}", "the token that answers begin behind"
+        )
+    return (start, *_ids(_first(config.forced_bos_token_id, text_config.get("forced_bos_token_id"))))
 
 
 def _read(source: Source) -> Any:
@@ -107,8 +119,10 @@ def _defaults(source: Source, config: Any) -> GenerationDefaults:
         raise ConfigError(f"{source.folder / FILE}: a setting is of the wrong type ({e})", f"correct {FILE}") from None
 
 
-def _tell_not_carried(source: Source, config: Any) -> None:
+def _tell_not_carried(source: Source, config: Any, encodes: bool) -> None:
     names = {**_NOT_CARRIED, **(_SAMPLING if config.do_sample else {})}
+    if encodes:
+        del names["forced_bos_token_id"]  # which the decoder begins with
     said = [
         f"{name} = {value!r}"
         for name, none in names.items()

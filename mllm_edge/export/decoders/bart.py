@@ -1,9 +1,11 @@
 """BART (Florence-2's language model): norms behind the sums, learned positions, biases everywhere."""
 
+from dataclasses import replace
 from typing import Any
 
 from mllm_edge.export.checkpoint.config import ConfigReader
 from mllm_edge.export.checkpoint.safetensors import Weights
+from mllm_edge.export.decoders.place import Place
 from mllm_edge.graph.decoder_spec import (
     AttentionSpec,
     Branch,
@@ -17,7 +19,9 @@ from mllm_edge.graph.decoder_spec import (
     WeightNames,
 )
 
-__all__ = ["bart_specs"]
+__all__ = ["MODEL_TYPES", "bart_specs", "spec"]
+
+MODEL_TYPES = ("bart",)
 
 # The position tables begin with two rows that no token uses.
 _POSITION_OFFSET = 2
@@ -54,10 +58,17 @@ _INERT = (
     "forced_bos_token_id",
     "forced_eos_token_id",
     "decoder_start_token_id",
-    "tie_word_embeddings",
     "num_hidden_layers",
     "is_decoder",
 )
+
+
+def spec(config: ConfigReader, weights: Weights, place: Place, model_type: str) -> DecoderSpec:
+    """The decoder at `place`, with the text encoder before it; raises ConfigError as `bart_specs`."""
+    encoder, decoder = bart_specs(config, weights, place.prefix)
+    scale = decoder.hidden_size**0.5 if config.take("scale_embedding") else 1.0
+    names = replace(decoder.names, lm_head=place.lm_head(weights, encoder.embedding))
+    return replace(decoder, names=names, encoder=encoder, embedding_scale=scale)
 
 
 def bart_specs(config: ConfigReader, weights: Weights, prefix: str = "model") -> tuple[EncoderSpec, DecoderSpec]:
@@ -68,6 +79,7 @@ def bart_specs(config: ConfigReader, weights: Weights, prefix: str = "model") ->
     """
     for inert in _INERT:
         config.take(inert)
+    config.require("tie_word_embeddings", True)  # both sides have the same embeddings
     hidden = config.take("d_model")
     activation = _ACTIVATIONS[config.require("activation_function", *_ACTIVATIONS)]
     norm = NormSpec(_EPS, "layer", bias=True)
@@ -89,7 +101,8 @@ def bart_specs(config: ConfigReader, weights: Weights, prefix: str = "model") ->
             "table": PositionTable("learned", f"{at}.embed_positions.weight", skip=_POSITION_OFFSET),
         }
 
-    encoder = EncoderSpec(**side("encoder"), stack=(_ENCODER,) * config.take("encoder_layers"))
+    layers = config.take("encoder_layers")
+    encoder = EncoderSpec(**side("encoder"), stack=(_ENCODER,) * layers, embedding=f"{prefix}.shared.weight")
     shared = side("decoder")
     decoder = DecoderSpec(
         **shared,

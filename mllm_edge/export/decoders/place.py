@@ -21,10 +21,10 @@ class Place:
         """The tensor with the token embeddings."""
         return f"{self.prefix}.embed_tokens.weight"
 
-    def lm_head(self, weights: Weights) -> str:
-        """The module that projects onto the vocabulary."""
+    def lm_head(self, weights: Weights, embedding: str | None = None) -> str:
+        """The module that projects onto the vocabulary; `embedding`: the token embeddings, if they are called so."""
         stored = f"{self.head}.weight" in weights or not self.tied
-        return self.head if stored else self.embedding.removesuffix(".weight")
+        return self.head if stored else (embedding or self.embedding).removesuffix(".weight")
 
     def layer(self, names: dict[str, str]) -> dict[str, str]:
         """Role → name within a layer, as role → name in the checkpoint, `{i}` being the layer's number."""

@@ -1,8 +1,11 @@
 """T5: an encoder and a decoder that attends to it, RMS norms, no biases, positions as scores of relative distance."""
 
+from dataclasses import replace
+
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.config import ConfigReader
 from mllm_edge.export.checkpoint.safetensors import Weights
+from mllm_edge.export.decoders.place import Place
 from mllm_edge.graph.decoder_spec import (
     Activation,
     AttentionSpec,
@@ -17,7 +20,9 @@ from mllm_edge.graph.decoder_spec import (
     WeightNames,
 )
 
-__all__ = ["t5_specs"]
+__all__ = ["MODEL_TYPES", "spec", "t5_specs"]
+
+MODEL_TYPES = ("t5",)
 
 _ENCODER = LayerSpec((Branch("attention", pre="input_norm"), Branch("mlp", pre="mlp_norm")), rope=None)
 _DECODER = LayerSpec(
@@ -29,6 +34,13 @@ _DECODER = LayerSpec(
     rope=None,
 )
 _ACTIVATIONS: dict[str, Activation] = {"relu": "relu", "gelu": "gelu_tanh", "silu": "silu"}
+
+
+def spec(config: ConfigReader, weights: Weights, place: Place, model_type: str) -> DecoderSpec:
+    """The decoder at `place`, with the text encoder before it; raises ConfigError as `t5_specs`."""
+    encoder, decoder = t5_specs(config, weights, f"{place.prefix}." if place.prefix else "")
+    names = replace(decoder.names, lm_head=place.lm_head(weights, encoder.embedding))
+    return replace(decoder, names=names, encoder=encoder)
 
 
 def t5_specs(config: ConfigReader, weights: Weights, prefix: str = "") -> tuple[EncoderSpec, DecoderSpec]:
@@ -60,6 +72,7 @@ def t5_specs(config: ConfigReader, weights: Weights, prefix: str = "") -> tuple[
         mlp=mlp,
         names=_names(f"{prefix}encoder", mlp, 1, ""),
         stack=(_ENCODER,) * encoder_layers,
+        embedding=f"{prefix}shared.weight",
         table=table("encoder"),
     )
     decoder = DecoderSpec(

@@ -17,7 +17,7 @@ class GatedConnector(nn.Module):
 
     def __init__(self, patches: int, scale: int, size: int, inner: int, outputs: int, norm_eps: float):
         super().__init__()
-        self.patches, self.scale, self.half = patches, scale, inner // 2
+        self.patches, self.scale, self.gated = patches, scale, inner // 2
         self.layernorm = nn.LayerNorm(size * scale**2, eps=norm_eps)
         self.linear_1, self.linear_2 = Linear(size * scale**2, inner), Linear(inner // 2, outputs)
 
@@ -26,5 +26,5 @@ class GatedConnector(nn.Module):
         grid = hidden.view(-1, side, scale, side, scale, width)
         tokens = grid.permute(0, 1, 3, 2, 4, 5).reshape(-1, side * side, scale * scale * width)
         both = self.linear_1(self.layernorm(tokens))
-        values, gate = both[..., : self.half], both[..., self.half :]
+        values, gate = both[..., : self.gated], both[..., self.gated :]
         return self.linear_2(nn.functional.silu(gate) * values)

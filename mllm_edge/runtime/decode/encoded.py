@@ -23,7 +23,8 @@ class Encoded:
     do. `per_token`: optional inputs of the graph with a row for each token, [S, …]: `deepstack.{k}` [S, H],
     `cross_attention_bias` [S, N], `cross_attention_rows` [S, 1]. `cross`: what cross-attention looks at,
     `cross.{l}.key` and `.value` [1, heads, N, D], as the component `cross_kv` returns them; empty: nothing, and its
-    layers stay silent.
+    layers stay silent. `read` [P, H]: of an encoder-decoder, whose `embeds` are those that its decoder begins with, the
+    embeddings of the prompt that its text encoder has read.
     """
 
     embeds: np.ndarray
@@ -31,6 +32,12 @@ class Encoded:
     spans: np.ndarray | None = None
     per_token: Mapping[str, np.ndarray] = field(default_factory=dict)
     cross: Mapping[str, np.ndarray] = field(default_factory=dict)
+    read: np.ndarray | None = None
+
+    @property
+    def prompt(self) -> np.ndarray:
+        """The embeddings [P, H] of the prompt's tokens, image features in their places."""
+        return self.embeds if self.read is None else self.read
 
     def __len__(self) -> int:
         """S, the number of tokens."""

@@ -147,7 +147,7 @@ def measured(
     activations = predict_activations(bundle, target, call.prompt_tokens, layouts)
     images = predict_images(bundle, layouts, image_sizes)
     variants = {name: bundle.variant(name, target) for name in bundle.manifest.components}
-    kept = bytes_of.kv_cache + crossed_bytes(bundle.manifest.model, variants, layouts)
+    kept = bytes_of.kv_cache + crossed_bytes(bundle.manifest.model, variants, layouts, call.prompt_tokens)
     total = base + weights + kept + activations + images
     notes = [] if peaks is not None else ["peak of each stage: this system does not tell a process's peak anew"]
     if gpu is None:
@@ -172,9 +172,13 @@ def predict_activations(bundle: Bundle, target: str, prompt_tokens: int, layouts
     prompt. An attention that keeps all its scores takes more."""
     model = bundle.manifest.model
     whole = model.image is not None and model.image.both_ways == "prompt"
-    rows = prompt_tokens if whole else min(prompt_tokens, PREFILL_CHUNK)
+    begun = model.begun(prompt_tokens)
+    rows = begun if whole else min(begun, PREFILL_CHUNK)
     variants = {name: bundle.variant(name, target) for name in bundle.manifest.components}
-    runs = {s.component: [sizes for sizes, _ in stage_runs(model, s, variants, layouts)] for s in model.stages}
+    runs = {
+        s.component: [sizes for sizes, _ in stage_runs(model, s, variants, layouts, prompt_tokens)]
+        for s in model.stages
+    }
     stages = sum(_largest(variants[component], sizes) for component, sizes in runs.items())
     added = sum(t.name.startswith(DEEPSTACK) for t in variants[DECODER].inputs) * prompt_tokens * model.hidden_size
     return 4 * (_LIVE * (rows * model.hidden_size + stages) + added + model.vocab_size)

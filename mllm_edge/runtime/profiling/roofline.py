@@ -199,14 +199,15 @@ def _costs(
 ) -> list[tuple[str, GraphCost, int]]:
     """Each stage's cost, and bytes of the cache or of images beside the weights."""
     model = bundle.manifest.model
-    found, looked_at = list[tuple[str, GraphCost, int]](), crossed(model, work.images)
+    found, looked_at = list[tuple[str, GraphCost, int]](), crossed(model, work.images, work.prompt_tokens)
     for stage in model.stages:
-        if stage.component in stages & set(variants) and work.images:
-            sizes = stage_runs(model, stage, variants, work.images)
+        sizes = stage_runs(model, stage, variants, work.images, work.prompt_tokens)
+        if stage.component in stages & set(variants) and sizes:
             found.append((stage.component, _stage(bundle, variants[stage.component], sizes), 0))
     held = partial(state_bytes, model.state, {t.name: t.dtype for t in variants["decoder"].inputs})
     graph = read_graph(bundle.listed(variants["decoder"].file))
-    tokens, kept = work.prompt_tokens, crossed_bytes(model, variants, work.images)
+    tokens = model.begun(work.prompt_tokens)
+    kept = crossed_bytes(model, variants, work.images, work.prompt_tokens)
     if "prefill" in stages:
         pairs = tokens * (tokens + 1) / 2
         cost = graph_cost(graph, {"batch": 1, "sequence": tokens, "rows": 1}, tokens, pairs, tokens * looked_at)

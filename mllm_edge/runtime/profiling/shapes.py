@@ -17,29 +17,34 @@ def layouts_of(image: ImageSpec | None, sizes: Sequence[tuple[int, int]]) -> lis
     return [] if image is None else [layout_of(image, height, width, len(sizes)) for width, height in sizes]
 
 
-def crossed(model: ModelSpec, layouts: Sequence[Layout]) -> int:
-    """How many features of images of these layouts cross-attention looks at."""
+def crossed(model: ModelSpec, layouts: Sequence[Layout], tokens: int = 0) -> int:
+    """How many features of images of these layouts cross-attention looks at; or, in an encoder-decoder, how many of the
+    prompt's `tokens`."""
+    if model.text_encoder is not None:
+        return tokens
     if model.image is None or model.image.into != "cross_attention":
         return 0
     return sum(layout.slices for layout in layouts) * model.image.features
 
 
-def crossed_bytes(model: ModelSpec, variants: Mapping[str, Variant], layouts: Sequence[Layout]) -> int:
-    """Bytes of the keys and values that cross-attention keeps of these images, for as long as they are talked about."""
-    return cross_bytes((t for variant in variants.values() for t in variant.outputs), crossed(model, layouts))
+def crossed_bytes(model: ModelSpec, variants: Mapping[str, Variant], layouts: Sequence[Layout], tokens: int = 0) -> int:
+    """Bytes of the keys and values that cross-attention keeps of these images, for as long as they are talked about;
+    `tokens` as for `crossed`."""
+    return cross_bytes((t for variant in variants.values() for t in variant.outputs), crossed(model, layouts, tokens))
 
 
 def stage_runs(
-    model: ModelSpec, stage: Stage, variants: Mapping[str, Variant], layouts: Sequence[Layout]
+    model: ModelSpec, stage: Stage, variants: Mapping[str, Variant], layouts: Sequence[Layout], tokens: int = 0
 ) -> list[tuple[dict[str, int], int]]:
     """The dimensions of each run of a stage that images of these layouts take, by symbol, and the sequences that see
-    themselves in it; `variants`: the graph that each component runs."""
+    themselves in it; `variants`: the graph that each component runs; `tokens` as for `crossed`."""
     layouts = [layout for layout in layouts if stage.is_for(layout.kind)]
+    looked_at = crossed(model, layouts, tokens)
+    if stage.per == "prompt" and looked_at:
+        taken = {size for t in variants[stage.component].inputs for size in t.shape if isinstance(size, str)}
+        return [({symbol: 1 if symbol == "batch" else looked_at for symbol in taken}, 1)]
     if model.image is None or not layouts:
         return []
-    if stage.per == "prompt":
-        taken = {t.name: t.shape for t in variants[stage.component].inputs}
-        return [(_symbols(taken, dict.fromkeys(taken, (1, crossed(model, layouts), 0))), 1)]
     inputs = {t.name: t.shape for stage in model.stages for t in variants[stage.component].inputs}
     if "image" not in {stage.per for stage in model.stages}:
         slices = sum(layout.slices for layout in layouts)
