@@ -36,8 +36,9 @@ _OWN_NAMES = (
 _NO_ADAPTER = {"subfolder": "no-adapter"}
 
 
-def load_reference(source: Source, decoder_layers: int | None = None) -> Any:
-    """What transformers makes of the checkpoint itself, in float32; only the first `decoder_layers` (None: all)."""
+def load_reference(source: Source, decoder_layers: int | None = None, cls: Any = None) -> Any:
+    """What transformers makes of the checkpoint itself, in float32; only the first `decoder_layers` (None: all).
+    `cls`: a class of its own, where transformers' needs one around it."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -45,7 +46,7 @@ def load_reference(source: Source, decoder_layers: int | None = None) -> Any:
     if decoder_layers is not None:
         text = config.get_text_config()
         text.num_hidden_layers = min(decoder_layers, text.num_hidden_layers)
-    return AutoModelForImageTextToText.from_pretrained(
+    return (cls or AutoModelForImageTextToText).from_pretrained(
         source.folder, config=config, dtype=torch.float32, low_cpu_mem_usage=True, adapter_kwargs=_NO_ADAPTER
     )
 
