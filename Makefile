@@ -14,8 +14,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --retries 10 --timeout 60
 TORCH_STAMP := $(VENV)/.torch-$(TORCH)
 INSTALLED := $(VENV)/.installed
-# For one test, in a process of its own: transformers takes a torchvision that it finds for every image.
+# For tests in processes of their own: transformers takes a torchvision that it finds for every image, and timm needs it.
 TORCHVISION := build/torchvision/.installed
+TIMM := build/timm/.installed
 
 .PHONY: help demo test test-quick lint install clean
 
@@ -31,7 +32,7 @@ demo: $(INSTALLED)
 	$(BIN)/mllm-edge export examples/sample_vlm/model demo-bundle --recipe int4 --force
 	$(BIN)/python examples/demo.py demo-bundle
 
-test: $(INSTALLED) $(TORCHVISION)
+test: $(INSTALLED) $(TORCHVISION) $(TIMM)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadgroup
 
 test-quick: $(INSTALLED)
@@ -64,4 +65,8 @@ $(INSTALLED): pyproject.toml $(TORCH_STAMP)
 
 $(TORCHVISION): $(INSTALLED)
 	$(PIP) install --no-deps --upgrade --target $(@D) torchvision==0.28.0 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	touch $@
+
+$(TIMM): $(INSTALLED)
+	$(PIP) install --no-deps --upgrade --target $(@D) timm==1.0.31
 	touch $@

@@ -1,4 +1,4 @@
-"""Tiny random InternVL checkpoints, in transformers' layout and in the original one."""
+"""Tiny random InternVL checkpoints, in transformers' layout and in the original one, and Qianfan-OCR's."""
 
 import json
 from collections.abc import Mapping
@@ -7,12 +7,24 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import InternVLConfig, InternVLForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import (
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    QianfanOCRConfig,
+    QianfanOCRForConditionalGeneration,
+)
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
 from tests.tiny import Names, make_tokenizer, random_model
 
-__all__ = ["INTERNVL_TEMPLATE", "internvl_tokenizer", "save_tiny_internvl", "save_tiny_internvl_chat"]
+__all__ = [
+    "INTERNVL_TEMPLATE",
+    "internvl_tokenizer",
+    "save_tiny_internvl",
+    "save_tiny_internvl_chat",
+    "save_tiny_qianfan_ocr",
+]
 
 INTERNVL_TEMPLATE = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}"
@@ -54,8 +66,33 @@ def save_tiny_internvl(
     The defaults: tiles of 32 px and 4 px patches, 3 + 2 layers, hidden sizes 64, 16 tokens per tile, up to 6 tiles.
     `text`, `vision`, `config` and `images` override the configuration and the image processor's settings.
     """
+    model = _model(internvl_tokenizer(), text, vision, config, seed)
+    return _saved(folder, model, images, template, names, shard_size)
+
+
+def save_tiny_qianfan_ocr(
+    folder: Path,
+    *,
+    text: Mapping[str, Any] | None = None,
+    vision: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
+    images: Mapping[str, Any] | None = None,
+    template: str | None = INTERNVL_TEMPLATE.replace("<IMG_CONTEXT>", "<image>"),
+    names: Names = "saved",
+    seed: int = 0,
+    shard_size: str = "5GB",
+) -> Any:
+    """The same of Qianfan-OCR, which saves its weights under the names of the original layout."""
+    text = {"model_type": "qwen3", "head_dim": 16, **(text or {})}
+    classes = QianfanOCRForConditionalGeneration, QianfanOCRConfig
+    model = _model(internvl_tokenizer(), text, vision, config, seed, classes)
+    return _saved(folder, model, images, template, names, shard_size)
+
+
+def _saved(
+    folder: Path, model: Any, images: Mapping[str, Any] | None, template: str | None, names: Names, shard_size: str
+) -> Any:
     tokenizer = internvl_tokenizer()
-    model = _model(tokenizer, text, vision, config, seed)
     model.save_pretrained(folder, max_shard_size=shard_size)
     if names == "state_dict":
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
@@ -102,17 +139,18 @@ def _model(
     vision: Mapping[str, Any] | None,
     config: Mapping[str, Any] | None,
     seed: int,
+    classes: tuple[Any, Any] = (InternVLForConditionalGeneration, InternVLConfig),
 ) -> Any:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
     decoder = {"num_hidden_layers": 2, "num_key_value_heads": 2, "vocab_size": 320, "max_position_embeddings": 1024}
     tower = {"num_hidden_layers": 3, "image_size": 32, "patch_size": 4}
-    configuration = InternVLConfig(
+    configuration = classes[1](
         text_config={"model_type": "qwen2", **sizes, **decoder, **(text or {})},
         vision_config={**sizes, "attention_bias": True, **tower, **(vision or {})},
         image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
         **{"tie_word_embeddings": False, **(config or {})},
     )
-    return random_model(InternVLForConditionalGeneration, configuration, tokenizer, seed)
+    return random_model(classes[0], configuration, tokenizer, seed)
 
 
 def _tile(config: InternVLConfig) -> tuple[int, int]:

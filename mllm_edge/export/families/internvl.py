@@ -6,7 +6,7 @@ words, the whole image last. Both layouts are read: transformers' own (`internvl
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.chat import chat_template
@@ -27,30 +27,46 @@ from mllm_edge.export.checkpoint.vocabulary import check_vocabulary, vocabulary
 from mllm_edge.export.families import internvl_chat
 from mllm_edge.export.families.internvl_chat import MODEL_TYPE as CHAT
 from mllm_edge.export.family import Checkpoint, Family, Parts, open_weights, understand
-from mllm_edge.export.plan import tile_components
+from mllm_edge.export.plan import TracedComponent, tile_components
 from mllm_edge.export.reference import load_reference
 from mllm_edge.spec import ImagePrompt, ImageSpec, Resize, SelectTiles, Transform
 
-__all__ = ["FAMILY"]
+if TYPE_CHECKING:
+    from mllm_edge.export.vision.internvit import InternVitConfig
 
-_TOWER = "model.vision_tower."
+__all__ = ["FAMILY", "TOWER", "internvl_components", "internvl_features", "internvl_transforms"]
+
+TOWER = "model.vision_tower."
 
 
 def _describe(checkpoint: Checkpoint) -> Parts:
-    from mllm_edge.export.vision.internvit import InternVit, InternVitConfig, ShuffleConnector, shuffled
+    from mllm_edge.export.vision.internvit import InternVitConfig
+
+    source, vision = checkpoint.source, checkpoint.config.vision_config
+    tower = InternVitConfig.read(checkpoint.vision, checkpoint.top)
+    if source.model_type == CHAT:
+        internvl_chat.cut_vision_qkv(checkpoint.weights, vision, "encoder.layer")
+    traced, ignored, tokens = internvl_components(checkpoint, tower)
+    start, _, end = words = _image_tokens(source)
+    check_vocabulary(source, {}, words, checkpoint.decoder.vocab_size)
+    return Parts(traced, _image_spec(checkpoint, tower.tile, tokens), ignored, (start, end))
+
+
+def internvl_components(
+    checkpoint: Checkpoint, tower: "InternVitConfig"
+) -> tuple[tuple[TracedComponent, ...], tuple[str, ...], int]:
+    """Tower and connector, tensors that begin so and are rightly left out, and a tile's tokens; raises ConfigError."""
+    from mllm_edge.export.vision.internvit import InternVit, ShuffleConnector, shuffled
     from mllm_edge.export.vision.modules import ACTIVATIONS
 
-    source, weights, top = checkpoint.source, checkpoint.weights, checkpoint.top
-    tower = InternVitConfig.read(checkpoint.vision, top)
-    scale, text_hidden = shuffled(top.take("downsample_ratio"), tower.patches), checkpoint.decoder.hidden_size
+    top, text_hidden = checkpoint.top, checkpoint.decoder.hidden_size
+    scale = shuffled(top.take("downsample_ratio"), tower.patches)
     tokens, size = (tower.patches // scale) ** 2, tower.hidden_size
-    if source.model_type == CHAT:
-        internvl_chat.cut_vision_qkv(weights, checkpoint.config.vision_config)
     activation = top.require("projector_hidden_act", *ACTIVATIONS)
     top.take("image_seq_length")  # of the processor, which states it again
-    positions = weights.with_row(
-        *(f"{_TOWER}embeddings.position_embeddings", (1, 1 + tower.patches**2, size)),
-        *(f"{_TOWER}embeddings.cls_token", (1, 1, size)),
+    positions = checkpoint.weights.with_row(
+        *(f"{TOWER}embeddings.position_embeddings", (1, 1 + tower.patches**2, size)),
+        *(f"{TOWER}embeddings.cls_token", (1, 1, size)),
     )
     traced = tile_components(
         lambda: InternVit(tower),
@@ -58,18 +74,15 @@ def _describe(checkpoint: Checkpoint) -> Parts:
         (tower.channels, tower.tile, tower.tile),
         (tower.patches**2, size),
         (tokens, text_hidden),
-        (_TOWER, "model.multi_modal_projector."),
+        (TOWER, "model.multi_modal_projector."),
         {"embeddings.positions": positions},
     )
     # What the model has and never uses: layers behind the chosen one, what only training needs.
     vision = checkpoint.config.vision_config
-    unused = [f"encoder.layer.{i}." for i in range(tower.layers, vision.num_hidden_layers)]
+    unused = [f"{tower.stack}.{i}." for i in range(tower.layers, vision.num_hidden_layers)]
     unused += [] if vision.use_mean_pooling else ["layernorm."]
     unused += ["embeddings.mask_token"] if vision.use_mask_token else []
-    start, _, end = words = _image_tokens(source)
-    check_vocabulary(source, {}, words, checkpoint.decoder.vocab_size)
-    image = _image_spec(checkpoint, tower.tile, tokens)
-    return Parts(traced, image, tuple(_TOWER + part for part in unused), (start, end))
+    return traced, tuple(TOWER + part for part in unused), tokens
 
 
 def _image_tokens(source: Source) -> tuple[str, str, str]:
@@ -161,7 +174,8 @@ def _load_model(source: Source, decoder_layers: int | None = None) -> Any:
     return InternVLForConditionalGeneration.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
 
 
-def _image_features(model: Any, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
+def internvl_features(model: Any, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
+    """See `Family`."""
     found = model.model.get_image_features(inputs["pixel_values"], return_dict=True)
     layer = model.config.vision_feature_layer
     hidden = found.last_hidden_state if layer == -1 else found.hidden_states[layer]
@@ -189,10 +203,11 @@ def _image_spec(checkpoint: Checkpoint, tile: int, tokens: int) -> ImageSpec:
         overview=f"{{image}}{end}" if overview else end,
         reserved=(processor.video_token,),
     )
-    return ImageSpec(_transforms(source, processor.image_processor, tile, overview), prompt, tile, tile, tokens)
+    return ImageSpec(internvl_transforms(source, processor.image_processor, tile, overview), prompt, tile, tile, tokens)
 
 
-def _transforms(source: Source, settings: Any, tile: int, overview: bool) -> tuple[Transform, ...]:
+def internvl_transforms(source: Source, settings: Any, tile: int, overview: bool) -> tuple[Transform, ...]:
+    """What the image processor does; `overview`: several tiles are followed by the whole image. Raises ConfigError."""
     require_switched_on(source, settings, "do_convert_rgb", "do_resize")
     require_tile(source, (settings.size.height, settings.size.width), tile)
     least, most = settings.min_patches, settings.max_patches
@@ -213,7 +228,7 @@ FAMILY = Family(
     examples=("OpenGVLab/InternVL2_5-1B", "OpenGVLab/InternVL3-1B-hf"),
     describe=_describe,
     load_processor=_load_processor,
-    image_features=_image_features,
+    image_features=internvl_features,
     load_model=_load_model,
     own_layouts=(CHAT,),
     renames=internvl_chat.RENAMES,

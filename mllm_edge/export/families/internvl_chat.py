@@ -115,15 +115,15 @@ def translated(source: Source) -> Source:
     return replace(source, config=read_chat(source).config) if source.model_type == MODEL_TYPE else source
 
 
-def cut_vision_qkv(weights: Weights, vision: Any) -> None:
+def cut_vision_qkv(weights: Weights, vision: Any, stack: str, fused: str = "attention.qkv") -> None:
     """Name the parts of the tower's fused projections as if they were stored one by one; `vision`: transformers'
-    configuration of it."""
+    configuration of it, `stack`: the layers' name there, `fused`: what they call the projection."""
     size = vision.hidden_size
     for i in range(vision.num_hidden_layers):
-        layer = f"model.vision_tower.encoder.layer.{i}.attention."
+        layer = f"model.vision_tower.{stack}.{i}."
         for kind, columns in (("weight", size), ("bias", None)) if vision.attention_bias else (("weight", size),):
-            parts = {f"{layer}{part}_proj.{kind}": 1 for part in "qkv"}
-            cut_groups(weights, f"{layer}qkv.{kind}", parts, groups=1, dim=size, row=columns)
+            parts = {f"{layer}attention.{part}_proj.{kind}": 1 for part in "qkv"}
+            cut_groups(weights, f"{layer}{fused}.{kind}", parts, groups=1, dim=size, row=columns)
 
 
 def read_chat(source: Source) -> Chat:

@@ -26,7 +26,8 @@ def _describe(checkpoint: Checkpoint) -> Parts:
     top = checkpoint.top
     seen = read_vision(checkpoint, drops_first(checkpoint), bias=bool(top.take("multimodal_projector_bias")))
     top.take("image_seq_length")  # neither the reference's model nor its processor reads it
-    return Parts(seen.components(checkpoint), single_image_spec(checkpoint, seen), seen.ignored(checkpoint))
+    image = single_image_spec(checkpoint, seen.tile, seen.tokens)
+    return Parts(seen.components(checkpoint), image, seen.ignored(checkpoint))
 
 
 def _load_processor(source: Source) -> Any:

@@ -32,6 +32,7 @@ __all__ = [
     "LlavaVision",
     "clip_like",
     "drops_first",
+    "made_size",
     "newline_array",
     "read_llava_processor",
     "read_resolutions",
@@ -213,7 +214,7 @@ def stated_tokens(checkpoint: Checkpoint, tile: int, tokens: int) -> None:
     require_tokens(checkpoint.source, f"{settings} give {stated} tokens for an image", stated, tokens)
 
 
-def _made_size(transforms: Sequence[Transform]) -> tuple[int, int] | None:
+def made_size(transforms: Sequence[Transform]) -> tuple[int, int] | None:
     """(height, width) in px of what `single_transforms` make; None for images of any size."""
     size = next((t for t in reversed(transforms) if isinstance(t, (CenterCrop, Resize))), None)
     return None if size is None else (size.height, size.width)
@@ -226,15 +227,15 @@ def clip_like(settings: Mapping[str, Any]) -> Any:
     return CLIPImageProcessorPil(**{key: value for key, value in settings.items() if key in _SETTINGS})
 
 
-def single_image_spec(checkpoint: Checkpoint, seen: LlavaVision, images: Any = None, *reserved: str) -> ImageSpec:
+def single_image_spec(checkpoint: Checkpoint, tile: int, tokens: int, images: Any = None, *reserved: str) -> ImageSpec:
     """Each image is one tile, its placeholder repeated once per feature. `images`: the image processor, where it is not
     the processor's; `reserved`: see `ImagePrompt`."""
-    source, processor, tile = checkpoint.source, checkpoint.processor, seen.tile
+    source, processor = checkpoint.source, checkpoint.processor
     transforms = single_transforms(source, processor.image_processor if images is None else images)
-    require_tile(source, _made_size(transforms), tile)
-    stated_tokens(checkpoint, tile, seen.tokens)
+    require_tile(source, made_size(transforms), tile)
+    stated_tokens(checkpoint, tile, tokens)
     prompt = ImagePrompt(processor.image_token, checkpoint.token_id, "{image}", reserved=reserved)
-    return ImageSpec(transforms, prompt, tile, tile, seen.tokens)
+    return ImageSpec(transforms, prompt, tile, tile, tokens)
 
 
 # ---------------------------------------------------------------- videos
@@ -252,7 +253,7 @@ def read_video_spec(checkpoint: Checkpoint, processor: str, tile: int, features:
             "use the config.json and the tokenizer that belong to this model",
         )
     transforms = single_transforms(source, clip_like(stated))
-    require_tile(source, _made_size(transforms), tile)
+    require_tile(source, made_size(transforms), tile)
     return VideoSpec(transforms, token, token_id, features=features)
 
 

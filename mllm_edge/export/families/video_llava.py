@@ -35,7 +35,8 @@ def _describe(checkpoint: Checkpoint) -> Parts:
     of_videos = replace(of_images, taps=replace(of_images.taps, skip=0))
     for unused in ("image_seq_length", "video_seq_length"):  # neither the reference's model nor its processor reads it
         top.take(unused)
-    image = single_image_spec(checkpoint, of_images, clip_like(vars(processor.image_processor)), processor.video_token)
+    images = clip_like(vars(processor.image_processor))
+    image = single_image_spec(checkpoint, of_images.tile, of_images.tokens, images, processor.video_token)
     video = read_video_spec(checkpoint, "VideoLlavaVideoProcessor", of_videos.tile, of_videos.tokens)
     ignored = of_images.ignored(checkpoint, _IMAGES)
     if video is None:

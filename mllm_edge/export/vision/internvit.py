@@ -31,7 +31,7 @@ _QK_EPS = 1e-6
 @dataclass(frozen=True)
 class InternVitConfig:
     """Sizes of the tower. `tile` is the side in px of the square images it sees; `layers` counts the layers that are
-    run, `final_norm` says whether a norm follows them."""
+    run, `final_norm` says whether a norm follows them, `stack` is the layers' name in the tower."""
 
     hidden_size: int
     intermediate_size: int
@@ -46,6 +46,7 @@ class InternVitConfig:
     qkv_bias: bool
     qk_norm: bool
     final_norm: bool
+    stack: Literal["encoder.layer", "layers"] = "encoder.layer"
 
     @classmethod
     def read(cls, vision: ConfigReader, top: ConfigReader) -> "InternVitConfig":
@@ -113,12 +114,17 @@ class InternVit(nn.Module):
     def __init__(self, config: InternVitConfig):
         super().__init__()
         self.embeddings = _Embeddings(config)
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList([_Layer(config) for _ in range(config.layers)])})
+        layers = nn.ModuleList([_Layer(config) for _ in range(config.layers)])
+        if config.stack == "layers":
+            self.layers = layers
+        else:
+            self.encoder = nn.ModuleDict({"layer": layers})
+        self.stack = config.stack
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps) if config.final_norm else None
         self.taps = Taps((config.layers,), skip=1)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        hidden = run_layers(self.embeddings(pixel_values), self.encoder["layer"], self.taps)
+        hidden = run_layers(self.embeddings(pixel_values), self.get_submodule(self.stack), self.taps)
         return hidden if self.layernorm is None else self.layernorm(hidden)
 
 
