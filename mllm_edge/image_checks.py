@@ -27,7 +27,7 @@ LARGEST = (1 << 31) - 1  # of any size
 _TABLE_INPUTS = {"grid_rope": 2, "grid_windows": 3, "learned_positions": 1, "aspect_ratio_id": 1}
 _LARGEST_WINDOW = 64  # patches along a side: the bias of a window is that to the fourth power
 _MOST_TILES = 1024  # of a canvas
-_CUTTING = {"split_tiles", "select_tiles", "select_resolution", "fit_canvas", "split_large", "patchify"}
+_CUTTING = {"split_tiles", "select_tiles", "cover_tiles", "select_resolution", "fit_canvas", "split_large", "patchify"}
 _MAY_BE_ZERO = {"min_pixels"}  # of the sizes of transforms
 
 
@@ -43,6 +43,10 @@ def image_problems(image: ImageSpec, model: ModelSpec) -> Iterator[str]:
         yield f"image token {prompt.token_id} of {model.embedding.rows}"
     if not prompt.token:
         yield "the image token has no text"
+    if image.around is not None and (
+        not image.around.ids or any(not 0 <= token < model.embedding.rows for token in image.around.ids)
+    ):
+        yield f"tokens {list(image.around.ids)} around images, of {model.embedding.rows}"
     if not image.transforms:
         yield "images are not transformed"
     video = image.video.transforms if image.video is not None else ()

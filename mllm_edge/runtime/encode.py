@@ -19,6 +19,7 @@ from mllm_edge.spec import (
     DEEPSTACK,
     PIXELS,
     ImageSpec,
+    ImageTokens,
     ModelSpec,
     Stage,
     is_cross,
@@ -107,6 +108,8 @@ def encoded(
         rows_of = {name: _tokens(prompt, np.concatenate(rows), arrays) for name, rows in parts.items()}
         if FEATURES in rows_of:
             embeds[prompt.image_positions] = rows_of.pop(FEATURES)
+            if model.image is not None and model.image.around is not None:
+                _put(embeds, prompt.token_ids, model.image.around, arrays)
         per_token = {name: _placed(rows, prompt) for name, rows in rows_of.items()}
         if cross:
             per_token |= _crossed(model.image, prompt)
@@ -181,6 +184,12 @@ def _tokens(prompt: Prompt, rows: np.ndarray, arrays: Mapping[str, np.ndarray]) 
     return np.concatenate(
         [part if pack is None else pack.apply(part, arrays) for pack, part in zip(packs, images, strict=True)]
     )
+
+
+def _put(embeds: np.ndarray, token_ids: np.ndarray, tokens: ImageTokens, arrays: Mapping[str, np.ndarray]) -> None:
+    """The rows of tokens around images into their places."""
+    for token, row in zip(tokens.ids, arrays[tokens.file], strict=True):
+        embeds[token_ids == token] = row
 
 
 def _placed(rows: np.ndarray, prompt: Prompt) -> np.ndarray:

@@ -12,6 +12,7 @@ __all__ = [
     "GridWindows",
     "ImagePrompt",
     "ImageSpec",
+    "ImageTokens",
     "LearnedPositions",
     "Pack",
     "RowEnd",
@@ -31,8 +32,10 @@ class ImagePrompt:
     `{row}` and `{col}` for 1-based coordinates of a tile or cell, `{number}` for its number among them.
 
     An image that is one tile, or whose features are packed, becomes `single`; one of several becomes `begin`, then, row
-    by row, `tile` for each followed by `row_end`, and at the end `overview`. `inline`: what a chat template for plain
-    text gets in a message for an image, `{image}` being one placeholder. `reserved`: further words that stand for
+    by row, `tile` for each followed by `row_end`, and at the end `overview`; where the overview is the first, `begin`
+    has its `{image}`. `beside` stands between the tiles of a row, `between` between rows. `inline`: what a chat
+    template for plain text gets in a message for an image, `{image}` being one placeholder. `reserved`: further words
+    that stand for
     pictures or videos, which no text of a user's may become. `placeholder`: what stands for an image in a rendered text
     before it becomes all this, where that is not the `token` of its features.
     """
@@ -44,6 +47,8 @@ class ImagePrompt:
     row_end: str = ""
     overview: str = ""
     begin: str = ""
+    beside: str = ""
+    between: str = ""
     inline: str = "{image}"
     reserved: tuple[str, ...] = ()
     placeholder: str = ""
@@ -148,6 +153,15 @@ class VideoSpec:
 
 
 @dataclass(frozen=True)
+class ImageTokens:
+    """Tokens `ids` that have the rows of the bundle's array `file`, in their order, in place of their embeddings where
+    a prompt has images."""
+
+    ids: tuple[int, ...]
+    file: str
+
+
+@dataclass(frozen=True)
 class View:
     """What else is made of an image that is one slice: an input `name` [images, channels, height, width] float32 of the
     components, beside `pixel_values`."""
@@ -177,7 +191,7 @@ class ImageSpec:
     of zeros too, from the image's token on until the next image's; of images one behind the other, at all of these.
     Such an image is one token, which keeps its embedding.
 
-    `both_ways`: which tokens see each other in both directions, beside what each sees of those before it: those of an
+    `around`: tokens around images that have embeddings of their own. `both_ways`: which tokens see each other in both directions, beside what each sees of those before it: those of an
     `image`, or all of a `prompt`, with images or without.
     """
 
@@ -195,6 +209,7 @@ class ImageSpec:
     video: VideoSpec | None = None
     views: tuple[View, ...] = ()
     both_ways: Literal["image", "prompt"] | None = None
+    around: ImageTokens | None = None
 
     @property
     def patches(self) -> Patchify | None:
@@ -224,4 +239,5 @@ class ImageSpec:
         """The bundle's arrays that images need."""
         steps = tuple(step.file for step in self.pack if isinstance(step, RowEnd))
         ends = () if self.video is None or self.video.end in ("", *steps) else (self.video.end,)
-        return steps + ends + tuple(table.file for table in self.tables if isinstance(table, LearnedPositions))
+        around = () if self.around is None else (self.around.file,)
+        return steps + ends + around + tuple(table.file for table in self.tables if isinstance(table, LearnedPositions))

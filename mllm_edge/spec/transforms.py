@@ -6,6 +6,7 @@ from typing import Literal
 __all__ = [
     "MOST_PIXELS",
     "CenterCrop",
+    "CoverTiles",
     "FitCanvas",
     "Normalize",
     "PadToSquare",
@@ -128,6 +129,23 @@ class SelectTiles:
 
 
 @dataclass(frozen=True)
+class CoverTiles:
+    """Stretch to the smallest grid of at most `max_tiles` tiles of `size` × `size` px that shows more than `covered` of
+    the image, each of its parts scaled into a tile where it is larger; of several the one that shows most, and where
+    none does, the one that shows most of all. Cut it row by row. Before the tiles stands the whole image stretched to
+    one tile, the overview, unless it is one tile alone.
+
+    Of a grid with other rows than columns it is the parts of the turned one that count, as the model was trained.
+    """
+
+    size: int
+    max_tiles: int
+    covered: float
+    resample: Resample
+    op: Literal["cover_tiles"] = "cover_tiles"
+
+
+@dataclass(frozen=True)
 class SelectResolution:
     """Fit into the one of `resolutions` (height, width) that keeps most of the image's pixels (of several, the one that
     wastes least), keeping the aspect ratio, in the middle of black; cut it into `size` × `size` px tiles, row by row.
@@ -234,6 +252,7 @@ Transform = (
     | PadToSquare
     | SplitTiles
     | SelectTiles
+    | CoverTiles
     | SelectResolution
     | FitCanvas
     | Rescale

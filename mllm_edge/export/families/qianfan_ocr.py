@@ -4,7 +4,7 @@ In a rendered text `<image>` stands for an image, which becomes all its tiles' f
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.chat import chat_template
@@ -23,7 +23,8 @@ from mllm_edge.spec import ImagePrompt, ImageSpec
 
 __all__ = ["FAMILY"]
 
-_PLACEHOLDER, _STACK, _FUSED = "<image>", "layers", "attn.qkv"
+_PLACEHOLDER, _FUSED = "<image>", "attn.qkv"
+_STACK: Literal["layers"] = "layers"
 
 
 def _describe(checkpoint: Checkpoint) -> Parts:

@@ -13,6 +13,7 @@ from torch import nn
 __all__ = [
     "ACTIVATIONS",
     "DOMAIN",
+    "GatedMlp",
     "Linear",
     "Mlp",
     "RmsNorm",
@@ -71,6 +72,19 @@ class Mlp(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(activate(self.activation, self.fc1(x)))
+
+
+class GatedMlp(nn.Module):
+    """x [..., size] → [..., size]: down(act(gate(x)) · up(x)), `inner` values between."""
+
+    def __init__(self, size: int, inner: int, activation: str, bias: bool = True):
+        super().__init__()
+        self.activation = activation
+        self.gate_proj, self.up_proj = Linear(size, inner, bias), Linear(size, inner, bias)
+        self.down_proj = Linear(inner, size, bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(activate(self.activation, self.gate_proj(x)) * self.up_proj(x))
 
 
 def activate(name: str, x: torch.Tensor) -> torch.Tensor:

@@ -116,24 +116,13 @@ class _Block(nn.Module):
         self.norm1 = RmsNorm(config.hidden_size, config.norm_eps)
         self.attn = QwenVlAttention(config)
         self.norm2 = RmsNorm(config.hidden_size, config.norm_eps)
-        self.mlp = _GatedMlp(config)
+        self.mlp = GatedMlp(config.hidden_size, config.intermediate_size, config.activation)
 
     def forward(
         self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         hidden = hidden + self.attn(self.norm1(hidden), cos, sin, bias)
         return hidden + self.mlp(self.norm2(hidden))
-
-
-class _GatedMlp(nn.Module):
-    def __init__(self, config: QwenVlConfig):
-        super().__init__()
-        self.activation = config.activation
-        self.gate_proj, self.up_proj = (Linear(config.hidden_size, config.intermediate_size) for _ in range(2))
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(activate(self.activation, self.gate_proj(x)) * self.up_proj(x))
 
 
 def qwen25_merger(config: Qwen25VlConfig, text_hidden: int) -> PatchMerger:

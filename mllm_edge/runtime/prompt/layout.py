@@ -76,14 +76,14 @@ def video_layout(image: ImageSpec, frames: int, height: int, width: int) -> Layo
 def image_text(prompt: ImagePrompt, rows: int, cols: int, features: int, of_overview: int) -> str:
     """The text that stands for an image of several tiles of so many features."""
     tile = prompt.tile.replace("{image}", prompt.token * features)
-    parts = [prompt.begin]
+    begin, overview = (text.replace("{image}", prompt.token * of_overview) for text in (prompt.begin, prompt.overview))
+    written = []
     for row in range(1, rows + 1):
         of_row = tile.replace("{row}", str(row))
-        for col in range(1, cols + 1):
-            parts.append(of_row.replace("{col}", str(col)).replace("{number}", str((row - 1) * cols + col)))
-        parts.append(prompt.row_end)
-    parts.append(prompt.overview.replace("{image}", prompt.token * of_overview))
-    return "".join(parts)
+        numbered = (of_row.replace("{number}", str((row - 1) * cols + col)) for col in range(1, cols + 1))
+        tiles = (text.replace("{col}", str(col)) for col, text in enumerate(numbered, 1))
+        written.append(prompt.beside.join(tiles) + prompt.row_end)
+    return begin + prompt.between.join(written) + overview
 
 
 def grid_positions(tokens: int, starts: Sequence[int], layouts: Sequence[Layout]) -> np.ndarray:

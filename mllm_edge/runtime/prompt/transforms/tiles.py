@@ -9,7 +9,7 @@ from PIL import Image
 from mllm_edge.errors import BundleError, ImageError
 from mllm_edge.runtime.prompt.transforms.cut import RESAMPLE, Cut, How, resized
 from mllm_edge.runtime.prompt.transforms.resize import whole_sides
-from mllm_edge.spec import FitCanvas, SelectResolution, SelectTiles, SplitLarge, SplitTiles
+from mllm_edge.spec import CoverTiles, FitCanvas, SelectResolution, SelectTiles, SplitLarge, SplitTiles
 
 __all__ = ["TILES", "filled", "fitted", "nearest_resolution", "on_canvas"]
 
@@ -50,6 +50,43 @@ def _nearest_grid(height: int, width: int, transform: SelectTiles | SplitLarge) 
         if distance < nearest or (distance == nearest and fits):
             best, nearest = (rows, cols), distance
     return best
+
+
+def _cover_tiles_cut(cut: Cut, transform: CoverTiles) -> Cut:
+    if cut.slices > 1:
+        raise BundleError("cover_tiles comes after another split", "export the bundle again")
+    size, most = transform.size, transform.max_tiles
+    grids = [(rows, cols) for cols in range(1, most + 1) for rows in range(1, most // cols + 1)]
+    grids.sort(key=math.prod)
+    # Of each grid those parts are looked at that the turned one has.
+    shown = {(rows, cols): _shown(cut.height, cut.width, (cols, rows), size) for rows, cols in grids}
+    enough = [grid for grid in grids if shown[grid] > transform.covered]
+    if enough:
+        rows, cols = min(enough, key=lambda grid: (math.prod(grid), -shown[grid]))
+    else:
+        rows, cols = min(grids, key=lambda grid: (-shown[grid], math.prod(grid)))
+    return Cut(size, size) if rows * cols == 1 else Cut(size, size, rows, cols, rows * cols + 1)
+
+
+def _shown(height: int, width: int, grid: tuple[int, int], size: int) -> float:
+    """The share of an image's area that is left where each part of a grid is scaled into a tile."""
+    rows, cols = grid
+    highs = [height // rows] * (rows - 1) + [height - height // rows * (rows - 1)]
+    wides = [width // cols] * (cols - 1) + [width - width // cols * (cols - 1)]
+    return sum(_kept(max(high, wide), min(high, wide), size) for high in highs for wide in wides) / (height * width)
+
+
+def _kept(longer: float, shorter: float, size: int) -> float:
+    """The area of a part, scaled down where it is longer than a tile."""
+    return size * (shorter / longer * size) if longer > size else longer * shorter
+
+
+def _cover(tiles: list[Image.Image], transform: CoverTiles, after: Cut) -> list[Image.Image]:
+    if after.slices == 1:
+        return resized(tiles, transform, after)
+    canvas = Cut(after.rows * transform.size, after.cols * transform.size)
+    cut = _tiled(resized(tiles, transform, canvas)[0], transform.size, after)
+    return [*resized(tiles, transform, after), *cut]
 
 
 def _split(tiles: list[Image.Image], transform: SplitTiles, after: Cut) -> list[Image.Image]:
@@ -183,6 +220,7 @@ def filled(pixel_values: np.ndarray, slices: int) -> np.ndarray:
 TILES: Mapping[type, How] = {
     SplitTiles: How(_split_tiles_cut, _split),
     SelectTiles: How(_select_tiles_cut, _select),
+    CoverTiles: How(_cover_tiles_cut, _cover),
     SelectResolution: How(_select_resolution_cut, _select_resolution),
     SplitLarge: How(_split_large_cut, _split_large),
     FitCanvas: How(_fit_canvas_cut, _fit_canvas),
