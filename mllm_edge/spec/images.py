@@ -8,6 +8,7 @@ from mllm_edge.spec.transforms import Patchify, Transform
 __all__ = [
     "PIXELS",
     "AspectRatioId",
+    "GridMerge",
     "GridRope",
     "GridWindows",
     "ImagePrompt",
@@ -31,8 +32,9 @@ class ImagePrompt:
     `{row}` and `{col}` for 1-based coordinates of a tile or cell.
 
     An image that is one tile, or whose features are packed, becomes `single`; one of several becomes `begin`, then, row
-    by row, `tile` for each followed by `row_end`, and at the end `overview`. `inline`: what a chat template for plain
-    text gets in a message for an image, `{image}` being one placeholder. `reserved`: further words that stand for
+    by row, `tile` for each followed by `row_end`, and at the end `overview`. `between`: what stands between the rows of
+    features of an image of cells. `inline`: what a chat template for plain text gets in a message for an image,
+    `{image}` being one placeholder. `reserved`: further words that stand for
     pictures or videos, which no text of a user's may become. `placeholder`: what stands for an image in a rendered text
     before it becomes all this, where that is not the `token` of its features.
     """
@@ -44,6 +46,7 @@ class ImagePrompt:
     row_end: str = ""
     overview: str = ""
     begin: str = ""
+    between: str = ""
     inline: str = "{image}"
     reserved: tuple[str, ...] = ()
     placeholder: str = ""
@@ -58,11 +61,13 @@ class ImagePrompt:
 @dataclass(frozen=True)
 class GridRope:
     """Inputs `names` (cos and sin) [cells, merge², dim/2] float32: in each patch the first half of the pairs is turned
-    by its row in the image, the second by its column, both from theta^0 to theta^(4/dim − 1)."""
+    by its row in the image, the second by its column, both from theta^0 to theta^(4/dim − 1); with `alternate`, they
+    take turns from theta^0 to theta^(2/dim − 1)."""
 
     theta: float
     dim: int
     names: tuple[str, ...] = ("cos", "sin")
+    alternate: bool = False
     op: Literal["grid_rope"] = "grid_rope"
 
 
@@ -101,7 +106,17 @@ class AspectRatioId:
     op: Literal["aspect_ratio_id"] = "aspect_ratio_id"
 
 
-Table = GridRope | GridWindows | LearnedPositions | AspectRatioId
+@dataclass(frozen=True)
+class GridMerge:
+    """Input `names` [merged, side²] int64: the places of the side × side neighbouring cells that become one feature,
+    row by row; rows and columns that are left over at the image's bottom and right become none."""
+
+    side: int
+    names: tuple[str, ...] = ("merged_cells",)
+    op: Literal["grid_merge"] = "grid_merge"
+
+
+Table = GridRope | GridWindows | LearnedPositions | AspectRatioId | GridMerge
 
 
 # ---------------------------------------------------------------- from features to tokens
@@ -201,6 +216,11 @@ class ImageSpec:
         """How an image becomes cells; None where it becomes tiles."""
         last = self.transforms[-1] if self.transforms else None
         return last if isinstance(last, Patchify) else None
+
+    @property
+    def merged(self) -> int:
+        """Cells along the side of what becomes one feature."""
+        return next((table.side for table in self.tables if isinstance(table, GridMerge)), 1)
 
     @property
     def shape(self) -> tuple[int, ...]:
