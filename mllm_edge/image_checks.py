@@ -9,6 +9,7 @@ from mllm_edge.spec import (
     PIXELS,
     AspectRatioId,
     FitCanvas,
+    GridMerge,
     GridWindows,
     ImageSpec,
     LearnedPositions,
@@ -24,7 +25,7 @@ from mllm_edge.spec import (
 __all__ = ["LARGEST", "image_problems", "positive"]
 
 LARGEST = (1 << 31) - 1  # of any size
-_TABLE_INPUTS = {"grid_rope": 2, "grid_windows": 3, "learned_positions": 1, "aspect_ratio_id": 1}
+_TABLE_INPUTS = {"grid_rope": 2, "grid_windows": 3, "grid_merge": 1, "learned_positions": 1, "aspect_ratio_id": 1}
 _LARGEST_WINDOW = 64  # patches along a side: the bias of a window is that to the fourth power
 _MOST_TILES = 1024  # of a canvas
 _CUTTING = {"split_tiles", "select_tiles", "cover_tiles", "select_resolution", "fit_canvas", "split_large", "patchify"}
@@ -78,6 +79,9 @@ def image_problems(image: ImageSpec, model: ModelSpec) -> Iterator[str]:
     names = [*(view.name for view in image.views), *(name for table in image.tables for name in table.names)]
     if len(set(names)) != len(names) or PIXELS in names:
         yield f"several inputs of images are called {names}"
+    merges = sum(isinstance(table, GridMerge) for table in image.tables)
+    if merges > 1 or (merges and (model.positions.images == "grid" or image.video is not None)):
+        yield "cells are merged more than once, or their grid gives positions, or videos are shown as well"
     for view in image.views:
         yield from _view(view, image)
     for table in image.tables:
@@ -159,6 +163,8 @@ def _table(table: Table, image: ImageSpec) -> Iterator[str]:
         patches = table.side * (image.patches.merge if image.patches is not None else 1)
         if table.side < 1 or patches > _LARGEST_WINDOW:
             yield f"windows of {table.side} cells along a side"
+    elif isinstance(table, GridMerge):
+        yield from positive("merged cells' side", table.side)
     elif isinstance(table, LearnedPositions):
         yield from positive("learned positions' side", table.side)
         yield from positive("learned positions' dim", table.dim)

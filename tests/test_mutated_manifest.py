@@ -154,6 +154,10 @@ def split_large(m: dict[str, Any], **changes: Any) -> None:
     m["model"]["image"]["transforms"] = [split, *m["model"]["image"]["transforms"][-2:]]
 
 
+def merged(*sides: int) -> list[dict[str, Any]]:
+    return [{"op": "grid_merge", "side": side, "names": [f"m{i}"]} for i, side in enumerate(sides)]
+
+
 def learned(side: int, dim: int) -> dict[str, Any]:
     return {"op": "learned_positions", "file": "tokenizer.json", "side": side, "dim": dim, "names": ["a"]}
 
@@ -186,6 +190,9 @@ CONTRADICTIONS: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     (r"a resolution of \[64\] px", lambda m: several(m, resolutions=[[64]])),
     (r"pack\.most is 0", lambda m: m["model"]["image"].update(pack=[{"op": "shrink", "most": 0}])),
     ("windows of 0 cells", lambda m: m["model"]["image"].update(tables=[windows(0)])),
+    ("merged cells' side is 0", lambda m: m["model"]["image"].update(tables=merged(0))),
+    ("the table grid_merge, which follows their grid", lambda m: m["model"]["image"].update(tables=merged(2))),
+    ("merged more than once", lambda m: m["model"]["image"].update(tables=merged(2, 2))),
     ("windows of 1000 cells", lambda m: m["model"]["image"].update(tables=[windows(1000)])),
     ("features are packed, and 3 of a tile", lambda m: m["model"]["image"].update(features=3, pack=[{"op": "unpad"}])),
     (

@@ -1,5 +1,6 @@
 """What a family hands to the pipeline: everything the export needs to know about one checkpoint."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -12,11 +13,13 @@ from mllm_edge.graph.ranges import TILES, TOKENS, symbols
 from mllm_edge.spec import (
     DEEPSTACK,
     AspectRatioId,
+    GridMerge,
     GridRope,
     ImageSpec,
     LearnedPositions,
     ModelSpec,
     ResizeToPixels,
+    ResizeWithin,
     SplitLarge,
     Stage,
     SymbolRange,
@@ -109,23 +112,28 @@ def cell_components(
     deepstack: int = 0,
 ) -> tuple[TracedComponent, TracedComponent]:
     """Vision encoder and connector of images as cells of patches, one grid a run: pixel_values [cells, merge², values]
-    and the image's tables → vision_hidden [cells, merge², D] → image_features [cells, H]. `sizes` are D and H.
+    and the image's tables → vision_hidden [cells, merge², D] → image_features [cells, H], or [merged, H] where a table
+    says which cells the connector merges. `sizes` are D and H.
 
     The encoder also gives `deepstack` further features, deepstack.{k} [cells, H]."""
     patches = image.patches
     assert patches is not None
     seen = TensorSpec("vision_hidden", "float32", ("cells", patches.merge**2, sizes[0]))
     shown = TensorSpec("pixel_values", "float32", ("cells", *image.shape))
-    found = TensorSpec("image_features", "float32", ("cells", sizes[1]))
+    merged = tuple(
+        spec for table in image.tables if isinstance(table, GridMerge) for spec in table_specs(table, patches.merge)
+    )
+    found = TensorSpec("image_features", "float32", ("merged" if merged else "cells", sizes[1]))
     added = tuple(TensorSpec(f"{DEEPSTACK}{k}", "float32", found.shape) for k in range(deepstack))
     ranges = _cell_ranges(image)
-    inputs = (shown, *(spec for table in image.tables for spec in table_specs(table, patches.merge)))
+    tables = (spec for table in image.tables for spec in table_specs(table, patches.merge) if spec not in merged)
+    inputs = (shown, *tables)
     return (
         TracedComponent(
             Stage("vision_encoder", "vision", "image"), encoder, inputs, (seen, *added), prefixes[0], derived, ranges
         ),
         TracedComponent(
-            Stage("connector", "connector", "image"), connector, (seen,), (found,), prefixes[1], ranges=ranges
+            Stage("connector", "connector", "image"), connector, (seen, *merged), (found,), prefixes[1], ranges=ranges
         ),
     )
 
@@ -134,10 +142,13 @@ def _cell_ranges(image: ImageSpec) -> dict[str, SymbolRange]:
     """Of the cells and windows of one grid: as many as its transforms make, and the context takes."""
     areas = [t.max_pixels // t.multiple**2 for t in image.transforms if isinstance(t, ResizeToPixels)]
     areas += [max(t.max_cells, (t.size // t.cell) ** 2) for t in image.transforms if isinstance(t, SplitLarge)]
+    fitted = (t for t in image.transforms if isinstance(t, ResizeWithin))
+    areas += [(math.ceil(t.longest_edge / t.multiple) * t.multiple // image.height) ** 2 for t in fitted]
     most = min(areas, default=None)
     usual = 256 if most is None else min(256, most)
-    # No image has more windows than cells.
-    return dict.fromkeys(("cells", "windows"), SymbolRange(usual=usual, most=most, limit="max_seq"))
+    # A feature may be alone, with cells left over beside it on two sides. No image has more windows than cells.
+    times = (2 * image.merged - 1) ** 2
+    return dict.fromkeys(("cells", "windows"), SymbolRange(usual=usual, most=most, limit="max_seq", times=times))
 
 
 def table_specs(table: Table, merge: int) -> tuple[TensorSpec, ...]:
@@ -148,6 +159,8 @@ def table_specs(table: Table, merge: int) -> tuple[TensorSpec, ...]:
         return (TensorSpec(table.names[0], "float32", ("cells", merge**2, table.dim)),)
     if isinstance(table, AspectRatioId):
         return tuple(TensorSpec(name, "int64", (1,)) for name in table.names)
+    if isinstance(table, GridMerge):
+        return (TensorSpec(table.names[0], "int64", ("merged", table.side**2)),)
     index, bias, back = table.names
     window = table.side**2 * merge**2
     return (

@@ -8,6 +8,7 @@ from mllm_edge.spec.transforms import Patchify, Transform
 __all__ = [
     "PIXELS",
     "AspectRatioId",
+    "GridMerge",
     "GridRope",
     "GridWindows",
     "ImagePrompt",
@@ -33,9 +34,9 @@ class ImagePrompt:
 
     An image that is one tile, or whose features are packed, becomes `single`; one of several becomes `begin`, then, row
     by row, `tile` for each followed by `row_end`, and at the end `overview`; where the overview is the first, `begin`
-    has its `{image}`. `beside` stands between the tiles of a row, `between` between rows. `inline`: what a chat
-    template for plain text gets in a message for an image, `{image}` being one placeholder. `reserved`: further words
-    that stand for
+    has its `{image}`. `beside` stands between the tiles of a row, `between` between rows, and between those of features
+    of an image of cells. `inline`: what a chat template for plain text gets in a message for an image, `{image}` being
+    one placeholder. `reserved`: further words that stand for
     pictures or videos, which no text of a user's may become. `placeholder`: what stands for an image in a rendered text
     before it becomes all this, where that is not the `token` of its features.
     """
@@ -63,11 +64,13 @@ class ImagePrompt:
 @dataclass(frozen=True)
 class GridRope:
     """Inputs `names` (cos and sin) [cells, merge², dim/2] float32: in each patch the first half of the pairs is turned
-    by its row in the image, the second by its column, both from theta^0 to theta^(4/dim − 1)."""
+    by its row in the image, the second by its column, both from theta^0 to theta^(4/dim − 1); with `alternate`, they
+    take turns from theta^0 to theta^(2/dim − 1)."""
 
     theta: float
     dim: int
     names: tuple[str, ...] = ("cos", "sin")
+    alternate: bool = False
     op: Literal["grid_rope"] = "grid_rope"
 
 
@@ -106,7 +109,17 @@ class AspectRatioId:
     op: Literal["aspect_ratio_id"] = "aspect_ratio_id"
 
 
-Table = GridRope | GridWindows | LearnedPositions | AspectRatioId
+@dataclass(frozen=True)
+class GridMerge:
+    """Input `names` [merged, side²] int64: the places of the side × side neighbouring cells that become one feature,
+    row by row; rows and columns that are left over at the image's bottom and right become none."""
+
+    side: int
+    names: tuple[str, ...] = ("merged_cells",)
+    op: Literal["grid_merge"] = "grid_merge"
+
+
+Table = GridRope | GridWindows | LearnedPositions | AspectRatioId | GridMerge
 
 
 # ---------------------------------------------------------------- from features to tokens
@@ -191,8 +204,9 @@ class ImageSpec:
     of zeros too, from the image's token on until the next image's; of images one behind the other, at all of these.
     Such an image is one token, which keeps its embedding.
 
-    `around`: tokens around images that have embeddings of their own. `both_ways`: which tokens see each other in both directions, beside what each sees of those before it: those of an
-    `image`, or all of a `prompt`, with images or without.
+    `around`: tokens around images that have embeddings of their own. `both_ways`: which tokens see each other in both
+    directions, beside what each sees of those before it: those of an `image`, or all of a `prompt`, with images or
+    without.
     """
 
     transforms: tuple[Transform, ...]
@@ -216,6 +230,11 @@ class ImageSpec:
         """How an image becomes cells; None where it becomes tiles."""
         last = self.transforms[-1] if self.transforms else None
         return last if isinstance(last, Patchify) else None
+
+    @property
+    def merged(self) -> int:
+        """Cells along the side of what becomes one feature."""
+        return next((table.side for table in self.tables if isinstance(table, GridMerge)), 1)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ __all__ = [
     "ResizeToMultiple",
     "ResizeToPixels",
     "ResizeToSide",
+    "ResizeWithin",
     "SelectResolution",
     "SelectTiles",
     "SplitLarge",
@@ -71,6 +72,17 @@ class ResizeToMultiple:
     multiple: int
     resample: Resample
     op: Literal["resize_to_multiple"] = "resize_to_multiple"
+
+
+@dataclass(frozen=True)
+class ResizeWithin:
+    """Stretch so that both sides are multiples of `multiple` px, each rounded up, after an image with a side over
+    `longest_edge` px was scaled down to that, keeping the aspect ratio (truncated)."""
+
+    multiple: int
+    longest_edge: int
+    resample: Resample
+    op: Literal["resize_within"] = "resize_within"
 
 
 @dataclass(frozen=True)
@@ -246,6 +258,7 @@ Transform = (
     ResizeLongestEdge
     | ResizeShortestEdge
     | ResizeToSide
+    | ResizeWithin
     | ResizeToMultiple
     | Resize
     | CenterCrop

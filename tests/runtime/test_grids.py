@@ -9,17 +9,30 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen2VLConfig
+from transformers.models.pixtral.configuration_pixtral import PixtralVisionConfig
+from transformers.models.pixtral.modeling_pixtral import PixtralVisionRotaryEmbedding
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel, Qwen2VLVisionRotaryEmbedding
 from transformers.vision_utils import get_vision_position_ids
 
+from mllm_edge.errors import ImageError
 from mllm_edge.runtime.encode import Components, encoded, stage_runs
-from mllm_edge.runtime.prompt.layout import Layout, grid_positions
+from mllm_edge.runtime.prompt.layout import Layout, grid_positions, layout_of
 from mllm_edge.runtime.prompt.learned_grid import cell_positions
 from mllm_edge.runtime.prompt.processor import Prompt
-from mllm_edge.runtime.prompt.tables import grid_rope
+from mllm_edge.runtime.prompt.tables import grid_rope, table_inputs
 from mllm_edge.runtime.trace import Trace
-from mllm_edge.spec import GridRope, ImagePrompt, ImageSpec, LearnedPositions, Patchify, Stage, View
+from mllm_edge.spec import (
+    GridMerge,
+    GridRope,
+    ImagePrompt,
+    ImageSpec,
+    LearnedPositions,
+    Patchify,
+    ResizeWithin,
+    Stage,
+    View,
+)
 from tests.runtime.reference import model_spec
 
 IMAGE = 9
@@ -38,6 +51,40 @@ def test_rotary_tables_equal_transformers(rows: int, cols: int, merge: int, dim:
         assert ours.dtype == np.float32
         assert ours.shape == (rows * cols, merge**2, dim // 2)
         assert np.abs(ours.reshape(-1, dim // 2) - theirs[:, : dim // 2].numpy()).max() <= 2e-7 + 2**-22 * 60 * merge
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (1, 7), (9, 2), (40, 60)])
+@pytest.mark.parametrize(("dim", "theta"), [(4, 1e4), (16, 50.0), (64, 1e4)])
+def test_alternating_rotary_tables_equal_transformers(rows: int, cols: int, dim: int, theta: float) -> None:
+    rope = {"rope_type": "axial", "rope_theta": theta}
+    config = PixtralVisionConfig(hidden_size=2 * dim, num_attention_heads=2, rope_parameters=rope)
+    places = torch.from_numpy(np.indices((rows, cols)).reshape(2, -1).T.copy())
+    expected = PixtralVisionRotaryEmbedding(config)(torch.zeros(1), places)
+    found = grid_rope(GridRope(theta, dim, alternate=True), rows, cols, 1)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert np.abs(ours[:, 0] - theirs[:, : dim // 2].numpy()).max() <= 2e-7 + 2**-22 * 60
+
+
+@given(st.integers(1, 4), grids)
+def test_merged_cells_are_those_of_unfold(side: int, grid: tuple[int, int]) -> None:
+    rows, cols = grid
+    image = ImageSpec((Patchify(4, 1, 1),), PROMPT, 4, 4, 1, tables=(GridMerge(side),))
+    found = table_inputs(image, rows, cols, {})["merged_cells"]
+    cells = torch.arange(rows * cols, dtype=torch.float32).reshape(1, 1, rows, cols)
+    expected = torch.empty((0, side**2))
+    if min(grid) >= side:
+        expected = torch.nn.functional.unfold(cells, side, stride=side)[0].T
+    np.testing.assert_array_equal(found, expected.numpy())
+    assert found.dtype == np.int64
+
+
+def test_rows_of_merged_cells_have_a_word_between_them() -> None:
+    prompt = ImagePrompt("<i>", IMAGE, "[{image}]", between="|")
+    image = ImageSpec((ResizeWithin(4, 40, "bicubic"), Patchify(4, 1, 1)), prompt, 4, 4, 1, tables=(GridMerge(2),))
+    layout = layout_of(image, 19, 25)  # 5 × 7 cells
+    assert (layout.text, layout.tokens, layout.slices) == ("[<i><i><i>|<i><i><i>]", 6, 35)
+    with pytest.raises(ImageError, match="1×7 cells makes no features"):
+        layout_of(image, 4, 25)
 
 
 def of_cells(rows: int, cols: int) -> Layout:

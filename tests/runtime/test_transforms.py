@@ -8,6 +8,7 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.deepseek_vl.image_processing_pil_deepseek_vl import DeepseekVLImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -25,6 +26,7 @@ from mllm_edge.spec import (
     ResizeToMultiple,
     ResizeToPixels,
     ResizeToSide,
+    ResizeWithin,
     SplitTiles,
 )
 
@@ -105,6 +107,18 @@ def test_longer_side_in_a_square_equals_the_source_library(size, side, least):
     source = DeepseekVLImageProcessorPil(size={"height": side, "width": side}, min_size=least)
     color = tuple(int(value * 255) for value in CLIP_MEAN)
     assert_equal_to(source, size, (ResizeToSide(side, least, "bicubic"), PadToSquare(color), *CLIP_VALUES))
+
+
+@pytest.mark.parametrize("size", [size for size in SIZES if min(size) > 1 and max(size) < 1000], ids=str)
+@pytest.mark.parametrize(("multiple", "longest"), [(8, 96), (14, 100), (16, 16), (6, 5000)])
+def test_fitting_within_a_longest_edge_equals_the_source_library(size, multiple, longest):
+    source = PixtralImageProcessorPil(size={"longest_edge": longest}, patch_size=multiple, do_pad=False)
+    assert_equal_to(source, size, (ResizeWithin(multiple, longest, "bicubic"), *CLIP_VALUES))
+
+
+def test_strip_that_nothing_is_left_of_is_refused():
+    with pytest.raises(ImageError, match=r"1×5000 px into 0×96 px"):
+        cut_of(1, 5000, (ResizeWithin(8, 96, "bicubic"),))
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

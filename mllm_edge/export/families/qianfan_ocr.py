@@ -35,7 +35,7 @@ def _describe(checkpoint: Checkpoint) -> Parts:
     tower = InternVitConfig.read(checkpoint.vision, checkpoint.top)
     # Behind the last layer the norm comes whichever way that is chosen.
     last = tower.layers == vision.num_hidden_layers and not vision.use_mean_pooling
-    tower = replace(tower, stack=_STACK, final_norm=last)
+    tower = replace(tower, stack="layers", final_norm=last)
     if f"{TOWER}{_STACK}.0.{_FUSED}.weight" in weights:
         cut_vision_qkv(weights, vision, _STACK, _FUSED)
     traced, ignored, tokens = internvl_components(checkpoint, tower)

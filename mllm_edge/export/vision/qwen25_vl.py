@@ -10,7 +10,7 @@ from torch import nn
 
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.config import OWN_CONFIG, ConfigReader
-from mllm_edge.export.vision.modules import ACTIVATIONS, Linear, RmsNorm, activate
+from mllm_edge.export.vision.modules import ACTIVATIONS, GatedMlp, Linear, RmsNorm
 from mllm_edge.export.vision.qwen_vl import PatchMerger, QwenVlAttention, QwenVlConfig
 
 __all__ = ["Qwen25VlConfig", "Qwen25VlTower", "qwen25_merger"]

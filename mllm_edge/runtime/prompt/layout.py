@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mllm_edge.errors import ImageError
 from mllm_edge.runtime.prompt.pack import PackedFrames, PackedTiles, packed, packed_frames
 from mllm_edge.runtime.prompt.sources import Kind
 from mllm_edge.runtime.prompt.transforms.apply import cut_of
@@ -53,14 +54,31 @@ def layout_of(image: ImageSpec, height: int, width: int, images: int = 1) -> Lay
     """
     cut = cut_of(height, width, image.transforms_for(images))
     pack = packed(image, height, width, cut) if image.pack else None
-    crossed = image.into == "cross_attention"
-    tokens = len(pack) if pack is not None else 1 if crossed else cut.slices * image.features
-    tiles = [math.prod(grid) * image.features for grid in cut.grids] or [image.features] * cut.slices
-    if len(tiles) == 1 or pack is not None or crossed:
+    crossed, grids = image.into == "cross_attention", _merged(image, cut.grids)
+    tiles = [math.prod(grid) * image.features for grid in grids] or [image.features] * cut.slices
+    tokens = len(pack) if pack is not None else 1 if crossed else sum(tiles)
+    if len(grids) == 1:
+        text = image.prompt.single.replace("{image}", _rows(image.prompt, grids[0][0], tokens))
+    elif len(tiles) == 1 or pack is not None or crossed:
         text = image.prompt.single.replace("{image}", image.prompt.token * tokens)
     else:
         text = image_text(image.prompt, cut.rows, cut.cols, tiles[0], tiles[-1])
     return Layout(cut.rows, cut.cols, image.tiles or cut.slices, len(tiles), tokens, text, pack, cut.grids)
+
+
+def _merged(image: ImageSpec, grids: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Rows and columns of features of grids of cells; raises ImageError for one that makes none."""
+    found = [(rows // image.merged, cols // image.merged) for rows, cols in grids]
+    if not all(map(math.prod, found)):
+        raise ImageError(
+            f"an image of {grids[0][0]}×{grids[0][1]} cells makes no features", "enlarge it, or crop it less narrowly"
+        )
+    return found
+
+
+def _rows(prompt: ImagePrompt, rows: int, tokens: int) -> str:
+    """So many placeholders in rows."""
+    return prompt.between.join([prompt.token * (tokens // rows)] * rows)
 
 
 def video_layout(image: ImageSpec, frames: int, height: int, width: int) -> Layout:

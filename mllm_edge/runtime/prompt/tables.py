@@ -8,7 +8,7 @@ import numpy as np
 from mllm_edge.errors import BundleError
 from mllm_edge.runtime.prompt.learned_grid import cell_positions
 from mllm_edge.runtime.prompt.windows import grid_windows
-from mllm_edge.spec import AspectRatioId, GridRope, GridWindows, ImageSpec, LearnedPositions
+from mllm_edge.spec import AspectRatioId, GridMerge, GridRope, GridWindows, ImageSpec, LearnedPositions
 
 __all__ = ["grid_rope", "table_inputs"]
 
@@ -35,11 +35,20 @@ def _learned(table: LearnedPositions, array: np.ndarray, rows: int, cols: int, m
 
 def grid_rope(rope: GridRope, rows: int, cols: int, merge: int) -> tuple[np.ndarray, np.ndarray]:
     """cos and sin [rows · cols, merge², dim/2] float32 of the patches of rows × cols cells, in the cells' order."""
-    frequencies = (rope.theta ** (-4.0 * np.arange(rope.dim // 4) / rope.dim)).astype(np.float32)
+    exponents = 4.0 * np.arange(rope.dim // 4) / rope.dim
+    both = np.stack([exponents, exponents + 2.0 / rope.dim if rope.alternate else exponents])
+    frequencies = (rope.theta**-both).astype(np.float32)
     cell_row, cell_col, row, col = np.indices((rows, cols, merge, merge), np.float32)
     places = np.stack([cell_row * merge + row, cell_col * merge + col], axis=-1)
     angles = (places[..., None] * frequencies).reshape(rows * cols, merge**2, rope.dim // 2)
     return np.cos(angles), np.sin(angles)
+
+
+def _grid_merge(table: GridMerge, rows: int, cols: int, merge: int) -> tuple[np.ndarray]:
+    side = table.side
+    whole = np.arange(rows * cols).reshape(rows, cols)[: rows // side * side, : cols // side * side]
+    squares = whole.reshape(rows // side, side, cols // side, side).transpose(0, 2, 1, 3)
+    return (squares.reshape(-1, side**2),)
 
 
 def _aspect_ratio_id(table: AspectRatioId, rows: int, cols: int, merge: int) -> tuple[np.ndarray]:
@@ -49,6 +58,7 @@ def _aspect_ratio_id(table: AspectRatioId, rows: int, cols: int, merge: int) -> 
 
 _TABLES: Mapping[type, Callable[[Any, int, int, int], tuple[np.ndarray, ...]]] = {
     GridRope: grid_rope,
+    GridMerge: _grid_merge,
     GridWindows: grid_windows,
     AspectRatioId: _aspect_ratio_id,
 }

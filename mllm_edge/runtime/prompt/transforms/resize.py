@@ -16,6 +16,7 @@ from mllm_edge.spec import (
     ResizeToMultiple,
     ResizeToPixels,
     ResizeToSide,
+    ResizeWithin,
 )
 
 __all__ = ["RESIZES", "whole_sides"]
@@ -64,6 +65,14 @@ def _resize_to_multiple_cut(cut: Cut, transform: ResizeToMultiple) -> Cut:
         height = _round_up(height, multiple)
         width = _round_up(int(height * ratio), multiple)
     return cut._replace(height=height, width=width)
+
+
+def _resize_within_cut(cut: Cut, transform: ResizeWithin) -> Cut:
+    height, width = cut.height, cut.width
+    ratio = max(height / transform.longest_edge, width / transform.longest_edge)
+    if ratio > 1:
+        height, width = math.floor(height / ratio), math.floor(width / ratio)
+    return cut._replace(height=_round_up(height, transform.multiple), width=_round_up(width, transform.multiple))
 
 
 def _fixed_cut(cut: Cut, transform: Resize | CenterCrop) -> Cut:
@@ -129,6 +138,7 @@ RESIZES: Mapping[type, How] = {
     ResizeToSide: How(_resize_to_side_cut),
     ResizeToMultiple: How(_resize_to_multiple_cut),
     ResizeToPixels: How(_resize_to_pixels_cut),
+    ResizeWithin: How(_resize_within_cut),
     Resize: How(_fixed_cut),
     CenterCrop: How(_fixed_cut, _crop),
     PadToSquare: How(_pad_to_square_cut, _pad),
