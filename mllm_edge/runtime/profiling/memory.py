@@ -174,7 +174,10 @@ def predict_activations(bundle: Bundle, target: str, prompt_tokens: int, layouts
     whole = model.image is not None and model.image.both_ways == "prompt"
     rows = prompt_tokens if whole else min(prompt_tokens, PREFILL_CHUNK)
     variants = {name: bundle.variant(name, target) for name in bundle.manifest.components}
-    runs = {s.component: [sizes for sizes, _ in stage_runs(model, s, variants, layouts)] for s in model.stages}
+    runs = {
+        s.component: [sizes for sizes, _ in stage_runs(model, s, variants, layouts, prompt_tokens)]
+        for s in model.stages
+    }
     stages = sum(_largest(variants[component], sizes) for component, sizes in runs.items())
     added = sum(t.name.startswith(DEEPSTACK) for t in variants[DECODER].inputs) * prompt_tokens * model.hidden_size
     return 4 * (_LIVE * (rows * model.hidden_size + stages) + added + model.vocab_size)

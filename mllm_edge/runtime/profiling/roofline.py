@@ -202,7 +202,7 @@ def _costs(
     found, looked_at = list[tuple[str, GraphCost, int]](), crossed(model, work.images)
     for stage in model.stages:
         if stage.component in stages & set(variants) and work.images:
-            sizes = stage_runs(model, stage, variants, work.images)
+            sizes = stage_runs(model, stage, variants, work.images, work.prompt_tokens)
             found.append((stage.component, _stage(bundle, variants[stage.component], sizes), 0))
     held = partial(state_bytes, model.state, {t.name: t.dtype for t in variants["decoder"].inputs})
     graph = read_graph(bundle.listed(variants["decoder"].file))
