@@ -77,6 +77,9 @@ def image_problems(image: ImageSpec, model: ModelSpec) -> Iterator[str]:
     if image.pack and (image.patches is not None or math.isqrt(image.features) ** 2 != image.features):
         yield f"features are packed, and {image.features} of a tile are no square"
     names = [*(view.name for view in image.views), *(name for table in image.tables for name in table.names)]
+    if image.text is not None:
+        names.append(image.text.name)
+        yield from positive("model.image.text.most", image.text.most)
     if len(set(names)) != len(names) or PIXELS in names:
         yield f"several inputs of images are called {names}"
     merges = sum(isinstance(table, GridMerge) for table in image.tables)

@@ -18,6 +18,7 @@ __all__ = [
     "Pack",
     "RowEnd",
     "Shrink",
+    "StageText",
     "Table",
     "Unpad",
     "VideoSpec",
@@ -186,6 +187,17 @@ class View:
 
 
 @dataclass(frozen=True)
+class StageText:
+    """The prompt's text beside each slice: an input `name` [slices, tokens] int64 of the components, of at most `most`
+    tokens of the bundle's tokenizer `file`. Images' placeholders and the words `without` are left out of it."""
+
+    name: str
+    file: str
+    most: int
+    without: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ImageSpec:
     """From an RGB image to `pixel_values` float32, to prompt text, and from its features to tokens.
 
@@ -193,7 +205,7 @@ class ImageSpec:
     transform is Patchify, cells of patches, [cells, merge², channels · frames · patch²], as many as the image's size
     asks for; `height` and `width` are then a cell's. The connector makes `features` rows of each slice. `tables`:
     further inputs of the components, made of an image's grid, or of each of its grids where tiles become cells;
-    `views`: made of its pixels.
+    `views`: made of its pixels; `text`: of the prompt's text.
 
     `pack`: where it is not empty, the features of an image's tiles are a grid of rows, square in each tile, which it
     changes in its order; the overview's come before them, untouched. `several`: the transforms for a prompt with more
@@ -222,6 +234,7 @@ class ImageSpec:
     into: Literal["tokens", "cross_attention"] = "tokens"
     video: VideoSpec | None = None
     views: tuple[View, ...] = ()
+    text: StageText | None = None
     both_ways: Literal["image", "prompt"] | None = None
     around: ImageTokens | None = None
 

@@ -6,15 +6,16 @@ none, or several, each with its queries.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.chat import chat_template
-from mllm_edge.export.checkpoint.config import ConfigReader
+from mllm_edge.export.checkpoint.config import ConfigReader, load_config
 from mllm_edge.export.checkpoint.image_settings import single_transforms
-from mllm_edge.export.checkpoint.processor import require_tile, require_tokens
+from mllm_edge.export.checkpoint.processor import load_processor, require_tile, require_tokens
 from mllm_edge.export.checkpoint.source import Source
 from mllm_edge.export.checkpoint.texts import Texts, read_texts
 from mllm_edge.export.family import Checkpoint
@@ -26,21 +27,11 @@ if TYPE_CHECKING:
     from mllm_edge.export.vision.qformer import QFormerConfig
     from mllm_edge.export.vision.siglip import SiglipConfig
 
-__all__ = [
-    "IMAGES",
-    "VISION",
-    "QFormerVision",
-    "Word",
-    "answering",
-    "bare_texts",
-    "no_template",
-    "qformer_texts",
-    "read",
-]
+__all__ = ["VISION", "QFormerVision", "answering", "load_complete", "qformer_texts", "read", "text_start"]
 
 VISION = "vision_model."
 # Images, and the token that begins a text; what follows is a template's own.
-IMAGES = (
+_IMAGES = (
     "{% for message in messages %}{% for part in message['content'] if part['type'] == 'image' %}"
     "{{ '<image>' }}{% endfor %}{% endfor %}{{ bos_token }}"
 )
@@ -116,7 +107,28 @@ def read(checkpoint: Checkpoint) -> QFormerVision:
 
 
 # ---------------------------------------------------------------- prompts
-class Word(str):
+def load_complete(source: Source, cls: Any, told: str, further: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """transformers' processor of class `cls`, with its `further` parts, for prompts that begin with their images;
+    `told`, a template, writes the text. Raises ConfigError for a folder with a template of its own, too."""
+    if chat_template(source, ""):
+        raise ConfigError(
+            f"{source.folder}: a chat template, and this model's processor puts images before a text's beginning",
+            "delete the chat template",
+        )
+    stated = {"num_query_tokens": load_config(source).num_query_tokens}
+    processor = load_processor(
+        source, cls.__name__, ("BlipImageProcessor",), told, lambda _: stated, _complete(cls), further
+    )
+    processor.image_token = _Word(processor.image_token)
+    processor.image_token_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    start = text_start(processor.tokenizer, processor.image_token)
+    processor.chat_template = (
+        f"{_IMAGES}{{% set told %}}{told}{{% endset %}}{{{{ {start!r} if told else '' }}}}{{{{ told }}}}"
+    )
+    return processor
+
+
+class _Word(str):
     """A token's text, in the form that transformers' processors ask for."""
 
     @property
@@ -124,22 +136,58 @@ class Word(str):
         return str(self)
 
 
-def no_template(source: Source) -> None:
-    """Raise ConfigError for a folder with a chat template."""
-    if chat_template(source, ""):
-        raise ConfigError(
-            f"{source.folder}: a chat template, and this model's processor puts images before a text's beginning",
-            "delete the chat template",
-        )
+def _complete(cls: Any) -> Any:
+    """A processor of transformers' class `cls` that takes prompts in the form that it would give them: any number of
+    images, and the token that begins a text."""
+
+    class Complete(cls):
+        def __call__(self, images: Any = None, text: Any = None, **options: Any) -> Any:
+            texts = [text] if isinstance(text, str) else list(text)
+            counts = {one.count(self.image_token) for one in texts}
+            if len(counts) != 1:
+                raise ValueError("prompts of unequal numbers of images do not fit into one tensor")
+            texts = [_bare(one, self.image_token, self.tokenizer) for one in texts]
+            made = super().__call__(images=images, text=texts, **{**options, "add_special_tokens": True})
+            return _with_images(made, counts.pop() - 1, self.image_token_id, self.num_query_tokens)
+
+    Complete.__name__ = cls.__name__
+    return Complete
 
 
-def bare_texts(text: Any, image: str, bos: str | None) -> tuple[list[str], int]:
-    """Complete prompts without what a processor adds to them, and how many images each begins with."""
-    texts = [text] if isinstance(text, str) else list(text)
-    images = {one.count(image) for one in texts}
-    if len(images) != 1:
-        raise ValueError("prompts of unequal numbers of images do not fit into one tensor")
-    return [one.replace(image, "").removeprefix(bos or "") for one in texts], images.pop()
+def _bare(text: str, image: str, tokenizer: Any) -> str:
+    """A complete prompt without what a processor adds to it."""
+    bos, text = tokenizer.bos_token or "", text.replace(image, "")
+    return text.removeprefix(bos).removeprefix(text_start(tokenizer, image))
+
+
+def _with_images(made: Any, more: int, token_id: int, queries: int) -> Any:
+    """Inputs of one image each as those of so many more, each beside the same text."""
+    import torch
+
+    if more < 1:
+        return made
+    for name, value in (("input_ids", token_id), ("attention_mask", 1)):
+        before = torch.full((len(made[name]), more * queries), value)
+        made[name] = torch.cat([before, made[name]], dim=1)
+    for name in (name for name in made if name.startswith("qformer_")):
+        made[name] = made[name].repeat_interleave(1 + more, dim=0)
+    return made
+
+
+def text_start(tokenizer: Any, image: str) -> str:
+    """What has to stand before a text behind an image's tokens, so that its ids are those of a text alone; raises
+    ConfigError where nothing helps."""
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False))
+
+    bos = tokenizer.bos_token or ""
+    for start in ("", " "):
+        if ids(f"{image}{bos}{start}What?") == [*ids(image), *ids(bos), *ids("What?")]:
+            return start
+    raise ConfigError(
+        f"the tokenizer reads a text behind {image} otherwise than alone", "use the model's own tokenizer"
+    )
 
 
 def qformer_texts(checkpoint: Checkpoint) -> Texts:
