@@ -5,6 +5,7 @@ import numpy as np
 __all__ = ["agreement", "divergence", "logits_errors", "relative_error"]
 
 _LEAST = 1e-12  # in the place of a norm or range of zero
+_NEVER = -2e4  # below are logits of tokens that are never chosen: graphs have -30,000, transformers the least number
 
 
 def relative_error(expected: np.ndarray, found: np.ndarray) -> float:
@@ -14,9 +15,11 @@ def relative_error(expected: np.ndarray, found: np.ndarray) -> float:
 
 
 def logits_errors(expected: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """[steps]: max|expected − found| of each row of logits [steps, V], over the range of all that are expected."""
-    errors: np.ndarray = np.abs(expected - found).max(axis=1) / max(float(np.ptp(expected)), _LEAST)
-    return errors
+    """[steps]: max|expected − found| of each row of logits [steps, V], over the range of all that are expected. Tokens
+    that neither side ever chooses are left out."""
+    chosen = expected > _NEVER
+    distance = np.where(chosen | (found > _NEVER), np.abs(expected - found), 0).max(axis=1)
+    return np.asarray(distance / max(float(np.ptp(expected[chosen])), _LEAST))
 
 
 def divergence(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ from mllm_edge.export.checkpoint.config import (
     load_config,
     model_readers,
     nearest,
+    text_part,
 )
 from mllm_edge.export.checkpoint.generation import decoder_start
 from mllm_edge.export.checkpoint.safetensors import Weights
@@ -101,7 +102,7 @@ def _as_it_is(source: Source) -> Source:
 
 
 def _plain_texts(checkpoint: Checkpoint) -> Texts:
-    return read_texts(checkpoint.source, checkpoint.processor, checkpoint.config.text_config.to_dict())
+    return read_texts(checkpoint.source, checkpoint.processor, text_part(checkpoint.config).to_dict())
 
 
 def _given_pixels(model: Any, inputs: Mapping[str, Any]) -> Any:
@@ -109,7 +110,7 @@ def _given_pixels(model: Any, inputs: Mapping[str, Any]) -> Any:
 
 
 def _stated_decoder(config: Any, weights: Weights) -> str:
-    return str(config.text_config.model_type)
+    return str(text_part(config).model_type)
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,8 @@ class Family:
     """A model family.
 
     `decoders` (those that are proven) and `examples` (hub ids) are facts for people. `text`: where the decoder stands
-    under transformers' names, `head`: its projection onto the vocabulary; whether the embeddings are that one, too, is
+    under transformers' names, `head`: its projection onto the vocabulary, `vision`: the configuration's part for images,
+    "" for none; whether the embeddings are that one, too, is
     told by who holds it: the model, or the text model. `describe` says what is special about a checkpoint; it raises
     ConfigError, WeightsError or SourceError that names what does not fit. For the comparison with the source model
     there are `load_processor`, the reference's own processor without torchvision, `load_model` (the source; how many
@@ -144,6 +146,7 @@ class Family:
     note: str = ""
     text: str = "model.language_model"
     head: str = "lm_head"
+    vision: str = "vision_config"
     image_token: str = "image_token_id"
     load_model: Callable[[Source, int | None], Any] = load_reference
     own_layouts: tuple[str, ...] = ()
@@ -277,7 +280,7 @@ def _fitted(decoder: DecoderSpec, parts: Parts) -> DecoderSpec:
 def _opened(family: Family, source: Source, weights: Weights) -> Checkpoint:
     read = family.translated(source)
     config = load_config(read)
-    top, text, vision = model_readers(read, config)
+    top, text, vision = model_readers(read, config, family.vision)
     holder = text if "." in family.head else top
     place = Place(family.text, family.head, bool(holder.take("tie_word_embeddings", False)))
     where = f"{source.folder / 'config.json'}: text_config.model_type"

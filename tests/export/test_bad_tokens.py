@@ -37,7 +37,8 @@ def add_tokens(checkpoint: Path, *tokens: tuple[str, int]) -> None:
 
 
 def vocabulary(checkpoint: Path) -> int:
-    return int(json.loads((checkpoint / "config.json").read_text())["text_config"]["vocab_size"])
+    config = json.loads((checkpoint / "config.json").read_text())
+    return int(config.get("text_config", config)["vocab_size"])
 
 
 def assert_refused(checkpoint: Path, *words: str) -> None:

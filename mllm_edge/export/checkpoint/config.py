@@ -8,7 +8,7 @@ from typing import Any
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.source import Source
 
-__all__ = ["OWN_CONFIG", "ConfigReader", "check_layers", "load_config", "model_readers", "nearest"]
+__all__ = ["OWN_CONFIG", "ConfigReader", "check_layers", "load_config", "model_readers", "nearest", "text_part"]
 
 OWN_CONFIG = "use the config.json that belongs to these weights"
 _LAYERS = re.compile(r"num_\w*layers|n_layers?|depth|(en|de)coder_layers")
@@ -167,13 +167,22 @@ def check_layers(source: Source, tensors: int) -> None:
                 )
 
 
-def model_readers(source: Source, config: Any) -> tuple[ConfigReader, ConfigReader, ConfigReader]:
-    """Readers of a transformers configuration's own values, of its `text_config` and of its `vision_config`."""
-    where, parts = str(source.folder / "config.json"), ("text_config", "vision_config")
+def text_part(config: Any) -> Any:
+    """The language model's part of a configuration: all of it, where it has no such part."""
+    return getattr(config, "text_config", config)
+
+
+def model_readers(
+    source: Source, config: Any, vision: str = "vision_config"
+) -> tuple[ConfigReader, ConfigReader, ConfigReader]:
+    """Readers of a transformers configuration's own values, of its language model's and of its part `vision`, which may
+    be none."""
+    where, parts = str(source.folder / "config.json"), ("text_config", vision)
 
     def reader(label: str, part: Any) -> ConfigReader:
         values = {k: v for k, v in part.to_dict().items() if k not in parts}
         return ConfigReader(where + label, values, type(part)().to_dict())
 
-    text, vision = (reader(f" {name}", getattr(config, name)) for name in parts)
-    return reader("", config), text, vision
+    top = reader("", config)
+    text = reader(" text_config", config.text_config) if hasattr(config, "text_config") else top
+    return top, text, reader(f" {vision}", getattr(config, vision)) if vision else ConfigReader(where, {}, {})
