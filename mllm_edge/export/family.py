@@ -118,9 +118,9 @@ class Family:
     """A model family.
 
     `decoders` (those that are proven) and `examples` (hub ids) are facts for people. `text`: where the decoder stands
-    under transformers' names, `head`: its projection onto the vocabulary, `vision`: the configuration's part for images,
-    "" for none; whether the embeddings are that one, too, is
-    told by who holds it: the model, or the text model. `describe` says what is special about a checkpoint; it raises
+    under transformers' names, `head`: its projection onto the vocabulary; whether the embeddings are that one, too, is
+    told by who holds it: the model, or the text model. `vision`: the configuration's part for images, "" for none.
+    `describe` says what is special about a checkpoint; it raises
     ConfigError, WeightsError or SourceError that names what does not fit. For the comparison with the source model
     there are `load_processor`, the reference's own processor without torchvision, `load_model` (the source; how many
     layers of the decoder, None: all) in float32, and `image_features` (model, inputs): its tensors that answer to the

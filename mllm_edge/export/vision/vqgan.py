@@ -1,4 +1,4 @@
-"""The encoder of a VQ-GAN: convolutions in residual blocks, groups of channels normalized, and the code that is nearest.
+"""The encoder of a VQ-GAN: convolutions in residual blocks, groups of channels normalized, and the nearest code.
 
 Parameter names follow transformers, so that weights stream in by name; `codebook_derived` makes the others.
 """
