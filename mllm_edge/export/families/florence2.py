@@ -115,7 +115,7 @@ def _load_processor(source: Source) -> Any:
 
     base: Any = Florence2Processor
 
-    class Rendered(base):  # type: ignore[misc]
+    class Rendered(base):
         def prepare_inputs_layout(self, images: Any = None, text: Any = None, **options: Any) -> Any:
             texts = [text] if isinstance(text, str) else text
             if texts and all(part.startswith(self.image_token) for part in texts):
