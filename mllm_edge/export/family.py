@@ -117,14 +117,15 @@ class Family:
     """A model family.
 
     `decoders` (those that are proven) and `examples` (hub ids) are facts for people. `text`: where the decoder stands
-    under transformers' names. `describe` says what is special about a checkpoint; it raises ConfigError, WeightsError
-    or SourceError that names what does not fit. For the comparison with the source model there are `load_processor`,
-    the reference's own processor without torchvision, `load_model` (the source; how many layers of the decoder, None:
-    all) in float32, and `image_features` (model, inputs): its tensors that answer to the components' outputs
-    `vision_hidden` and `image_features` (or `encoder_hidden_states`). `pixel_values` (model, inputs): those of its
-    processor, where they differ from the bundle's by more than their shape; `video_features` (model, pixels of the
-    frames of a video) as `image_features`, where stages of their own show videos; `note`: what every comparison says of
-    the reference.
+    under transformers' names, `head`: its projection onto the vocabulary; whether the embeddings are that one, too, is
+    told by who holds it: the model, or the text model. `describe` says what is special about a checkpoint; it raises
+    ConfigError, WeightsError or SourceError that names what does not fit. For the comparison with the source model
+    there are `load_processor`, the reference's own processor without torchvision, `load_model` (the source; how many
+    layers of the decoder, None: all) in float32, and `image_features` (model, inputs): its tensors that answer to the
+    components' outputs `vision_hidden` and `image_features` (or `encoder_hidden_states`). `pixel_values` (model,
+    inputs): those of its processor, where they differ from the bundle's by more than their shape; `video_features`
+    (model, pixels of the frames of a video) as `image_features`, where stages of their own show videos; `note`: what
+    every comparison says of the reference.
 
     A layout that transformers does not know has `own_layouts`, its model types; `renames`, from its names to
     transformers', by regular expressions that are applied in order; and `translated`, the source with its configuration
@@ -142,6 +143,7 @@ class Family:
     video_features: Callable[[Any, Any], tuple[Any, Any]] | None = None
     note: str = ""
     text: str = "model.language_model"
+    head: str = "lm_head"
     image_token: str = "image_token_id"
     load_model: Callable[[Source, int | None], Any] = load_reference
     own_layouts: tuple[str, ...] = ()
@@ -276,7 +278,8 @@ def _opened(family: Family, source: Source, weights: Weights) -> Checkpoint:
     read = family.translated(source)
     config = load_config(read)
     top, text, vision = model_readers(read, config)
-    place = Place(family.text, "lm_head", bool(top.take("tie_word_embeddings", False)))
+    holder = text if "." in family.head else top
+    place = Place(family.text, family.head, bool(holder.take("tie_word_embeddings", False)))
     where = f"{source.folder / 'config.json'}: text_config.model_type"
     decoder = decoder_for(family.decoder_type(config, weights), text, weights, place, where)
     token_id = top.take(family.image_token)

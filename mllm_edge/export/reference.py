@@ -38,8 +38,9 @@ _NO_ADAPTER = {"subfolder": "no-adapter"}
 _DECODER_LAYERS = ("decoder_layers", "num_decoder_layers")  # of encoder-decoders
 
 
-def load_reference(source: Source, decoder_layers: int | None = None) -> Any:
-    """What transformers makes of the checkpoint itself, in float32; only the first `decoder_layers` (None: all)."""
+def load_reference(source: Source, decoder_layers: int | None = None, cls: Any = None) -> Any:
+    """What transformers makes of the checkpoint itself, in float32; only the first `decoder_layers` (None: all).
+    `cls`: a class of its own, where transformers' needs one around it."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -48,7 +49,7 @@ def load_reference(source: Source, decoder_layers: int | None = None) -> Any:
         text = config.get_text_config()
         name = next((n for n in _DECODER_LAYERS if hasattr(text, n)), "num_hidden_layers")
         setattr(text, name, min(decoder_layers, getattr(text, name)))
-    return AutoModelForImageTextToText.from_pretrained(
+    return (cls or AutoModelForImageTextToText).from_pretrained(
         source.folder, config=config, dtype=torch.float32, low_cpu_mem_usage=True, adapter_kwargs=_NO_ADAPTER
     )
 

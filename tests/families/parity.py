@@ -19,7 +19,7 @@ from mllm_edge.bundle import Bundle
 from mllm_edge.export.checkpoint.source import open_source
 from mllm_edge.export.family import family_for
 from mllm_edge.export.pipeline import export
-from mllm_edge.export.reference import before, behind
+from mllm_edge.export.reference import before, behind, forget_prompts
 from mllm_edge.export.targets import TARGETS
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.prompt.processor import Prompt
@@ -141,8 +141,7 @@ def _check_vision(vlm: VLM, reference: tuple[Any, Any], prompt: Prompt, expected
 
 def _reference_steps(model: Any, inputs: Any) -> tuple[list[int], np.ndarray]:
     """Greedy tokens and the logits they came from; the model makes its positions itself."""
-    if hasattr(model.model, "rope_deltas"):  # kept from the last prompt, and wrong for one without images
-        model.model.rope_deltas = None
+    forget_prompts(model)
     out = model(**inputs, **before(model), use_cache=True)
     tokens, rows = [], []
     for _ in range(GREEDY):

@@ -11,7 +11,7 @@ from torch import nn
 from mllm_edge.export.vision.modules import Linear, activate
 from mllm_edge.export.vision.siglip import SiglipConfig, SiglipLayer, Taps, run_layers
 
-__all__ = ["ClipFeatures", "MlpConnector"]
+__all__ = ["ClassTokenEmbeddings", "ClipFeatures", "MlpConnector"]
 
 
 class ClipFeatures(nn.Module):
@@ -24,7 +24,7 @@ class ClipFeatures(nn.Module):
     def __init__(self, config: SiglipConfig, taps: Taps):
         super().__init__()
         self.taps = taps
-        self.embeddings = _Embeddings(config)
+        self.embeddings = ClassTokenEmbeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList([SiglipLayer(config) for _ in range(config.layers)])})
 
@@ -33,10 +33,12 @@ class ClipFeatures(nn.Module):
         return run_layers(hidden, self.encoder["layers"], self.taps)
 
 
-class _Embeddings(nn.Module):
-    def __init__(self, config: SiglipConfig):
+class ClassTokenEmbeddings(nn.Module):
+    """pixel_values [N, C, tile, tile] → [N, 1 + patches², D]; `positions` as of `ClipFeatures`, `bias`: of patches."""
+
+    def __init__(self, config: SiglipConfig, bias: bool = False):
         super().__init__()
-        self.patch_embedding = nn.Conv2d(config.channels, config.hidden_size, config.patch, config.patch, bias=False)
+        self.patch_embedding = nn.Conv2d(config.channels, config.hidden_size, config.patch, config.patch, bias=bias)
         self.positions = nn.Parameter(torch.empty(1 + config.patches**2, config.hidden_size))
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:

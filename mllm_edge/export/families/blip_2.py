@@ -1,0 +1,110 @@
+"""BLIP-2: EVA tower, a Q-Former whose learned queries look at it, OPT decoder.
+
+An image is stretched to one tile, and becomes one token per query. A prompt has no turns: images, the token that begins
+a text, questions and answers.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mllm_edge.export.checkpoint.config import load_config
+from mllm_edge.export.checkpoint.processor import load_processor
+from mllm_edge.export.checkpoint.source import Source
+from mllm_edge.export.families.qformer_parts import (
+    IMAGES,
+    VISION,
+    Word,
+    answering,
+    bare_texts,
+    no_template,
+    qformer_texts,
+    read,
+)
+from mllm_edge.export.family import Checkpoint, Family, Parts
+from mllm_edge.export.plan import tile_components
+from mllm_edge.export.reference import load_reference
+
+__all__ = ["FAMILY"]
+
+# The form that the authors ask questions in; nothing is asked by an empty text.
+_TEMPLATE = IMAGES + (
+    "{% set told %}{% for message in messages %}"
+    "{% for part in message['content'] if part['type'] == 'text' and part['text'] %}"
+    "{{ ' Answer: ' if message['role'] == 'assistant' else ' Question: ' }}{{ part['text'] }}"
+    "{% endfor %}{% endfor %}{% endset %}{{ told | trim }}{{ ' Answer:' if add_generation_prompt and told else '' }}"
+)
+
+
+def _describe(checkpoint: Checkpoint) -> Parts:
+    from mllm_edge.export.vision.qformer import QFormerConnector
+
+    seen, text_hidden = read(checkpoint), checkpoint.decoder.hidden_size
+    tower, qformer = seen.tower, seen.qformer
+    traced = tile_components(
+        seen.encoder,
+        lambda: QFormerConnector(qformer, text_hidden),
+        (tower.channels, tower.tile, tower.tile),
+        (seen.patches, tower.hidden_size),
+        (qformer.queries, text_hidden),
+        (VISION, ""),
+        seen.derived(checkpoint),
+    )
+    return Parts(traced, seen.image_spec(checkpoint))
+
+
+def _load_processor(source: Source) -> Any:
+    from transformers import Blip2Processor
+
+    class Complete(Blip2Processor):
+        """Takes prompts in the form that it would give them, with any number of images."""
+
+        def __call__(self, images: Any = None, text: Any = None, **options: Any) -> Any:
+            texts, count = bare_texts(text, str(self.image_token), self.tokenizer.bos_token)
+            made = super().__call__(images=images, text=texts, **{**options, "add_special_tokens": True})
+            return self.with_images(made, count - 1) if count > 1 else made
+
+        def with_images(self, made: Any, count: int) -> Any:
+            """So many images more than the one."""
+            import torch
+
+            for name, value in (
+                ("input_ids", self.tokenizer.convert_tokens_to_ids(self.image_token)),
+                ("attention_mask", 1),
+            ):
+                more = torch.full((len(made[name]), count * self.num_query_tokens), value)
+                made[name] = torch.cat([more, made[name]], dim=1)
+            return made
+
+    no_template(source)
+    queries = load_config(source).num_query_tokens
+    stated = {"num_query_tokens": queries}
+    processor = load_processor(source, "Blip2Processor", ("BlipImageProcessor",), _TEMPLATE, lambda _: stated, Complete)
+    processor.image_token = Word(processor.image_token)
+    return processor
+
+
+def _load_model(source: Source, decoder_layers: int | None) -> Any:
+    from transformers import Blip2ForConditionalGeneration
+
+    return load_reference(source, decoder_layers, answering(Blip2ForConditionalGeneration))
+
+
+def _image_features(model: Any, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
+    found = model.get_image_features(inputs["pixel_values"], return_dict=True)
+    return found.last_hidden_state, found.pooler_output.flatten(0, 1)
+
+
+FAMILY = Family(
+    name="blip_2",
+    model_types=("blip-2",),
+    decoders=("opt",),
+    examples=("Salesforce/blip2-opt-2.7b",),
+    describe=_describe,
+    load_processor=_load_processor,
+    image_features=_image_features,
+    image_token="image_token_index",
+    load_model=_load_model,
+    text="language_model.model.decoder",
+    head="language_model.lm_head",
+    texts=qformer_texts,
+)
