@@ -30,6 +30,25 @@ def opt_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="</s>", eos_token="</s>", pad_token="<pad>")
 
 
+def t5_tokenizer() -> PreTrainedTokenizerFast:
+    """The same, with a token behind each text and none before it."""
+    core = byte_tokenizer("<pad>", "</s>", "<unk>", "<image>")
+    core.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", core.token_to_id("</s>"))])
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+
+
+def _text(stated: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """An OPT, or a T5 as it is in Flan-T5."""
+    if stated.get("model_type") != "t5":
+        decoder = {"hidden_size": 64, "ffn_dim": 128, "num_attention_heads": 4, "num_hidden_layers": 2}
+        sizes = {"vocab_size": 320, "max_position_embeddings": 1024, "word_embed_proj_dim": 64}
+        return {"model_type": "opt", **decoder, **sizes, **stated}
+    layers = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_heads": 4, "num_layers": 2, "num_decoder_layers": 3}
+    scores = {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 12}
+    kind = {"feed_forward_proj": "gated-gelu", "decoder_start_token_id": tokenizer.pad_token_id}
+    return {**layers, **scores, **kind, "vocab_size": 320, "n_positions": 1024, **stated}
+
+
 def save_tiny_blip_2(
     folder: Path,
     *,
@@ -44,14 +63,13 @@ def save_tiny_blip_2(
 ) -> Any:
     """Save a random BLIP-2 with its processor files to `folder` and return the model in float32.
 
-    The defaults: a tower of 48 px and 8 px patches with 2 layers, a Q-Former with 3 and 5 queries, an OPT with 2;
-    hidden sizes 64, the Q-Former's 48.
+    The defaults: a tower of 48 px and 8 px patches with 2 layers, a Q-Former with 3 and 5 queries, an OPT with 2,
+    or with the text model t5 a T5 of 2 + 3; hidden sizes 64, the Q-Former's 48.
     """
-    tokenizer = opt_tokenizer()
-    decoder = {"hidden_size": 64, "ffn_dim": 128, "num_attention_heads": 4, "num_hidden_layers": 2}
-    decoder = {**decoder, "vocab_size": 320, "max_position_embeddings": 1024, "word_embed_proj_dim": 64}
+    stated = dict(text or {})
+    tokenizer = t5_tokenizer() if stated.get("model_type") == "t5" else opt_tokenizer()
     made = Blip2Config(
-        text_config={"model_type": "opt", **decoder, **(text or {})},
+        text_config=_text(stated, tokenizer),
         vision_config={**SIZES, "image_size": 48, "patch_size": 8, **(vision or {})},
         qformer_config={**SIZES, "hidden_size": 48, "num_hidden_layers": 3, "vocab_size": 90, **(qformer or {})},
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),

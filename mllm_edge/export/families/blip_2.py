@@ -1,4 +1,4 @@
-"""BLIP-2: EVA tower, a Q-Former whose learned queries look at it, OPT decoder.
+"""BLIP-2: EVA tower, a Q-Former whose learned queries look at it, OPT decoder or Flan-T5.
 
 An image is stretched to one tile, and becomes one token per query. A prompt has no turns: images, the token that begins
 a text, questions and answers.
@@ -12,6 +12,8 @@ from mllm_edge.export.checkpoint.processor import load_processor
 from mllm_edge.export.checkpoint.source import Source
 from mllm_edge.export.families.qformer_parts import (
     IMAGES,
+    TEXT,
+    TEXT_END,
     VISION,
     Word,
     answering,
@@ -27,12 +29,13 @@ from mllm_edge.export.reference import load_reference
 __all__ = ["FAMILY"]
 
 # The form that the authors ask questions in; nothing is asked by an empty text.
-_TEMPLATE = IMAGES + (
+_QUESTIONS = (
     "{% set told %}{% for message in messages %}"
     "{% for part in message['content'] if part['type'] == 'text' and part['text'] %}"
     "{{ ' Answer: ' if message['role'] == 'assistant' else ' Question: ' }}{{ part['text'] }}"
     "{% endfor %}{% endfor %}{% endset %}{{ told | trim }}{{ ' Answer:' if add_generation_prompt and told else '' }}"
 )
+_TEMPLATE = IMAGES + _QUESTIONS + TEXT_END
 
 
 def _describe(checkpoint: Checkpoint) -> Parts:
@@ -59,7 +62,7 @@ def _load_processor(source: Source) -> Any:
         """Takes prompts in the form that it would give them, with any number of images."""
 
         def __call__(self, images: Any = None, text: Any = None, **options: Any) -> Any:
-            texts, count = bare_texts(text, str(self.image_token), self.tokenizer.bos_token)
+            texts, count = bare_texts(text, str(self.image_token), self.tokenizer)
             made = super().__call__(images=images, text=texts, **{**options, "add_special_tokens": True})
             return self.with_images(made, count - 1) if count > 1 else made
 
@@ -97,14 +100,14 @@ def _image_features(model: Any, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
 FAMILY = Family(
     name="blip_2",
     model_types=("blip-2",),
-    decoders=("opt",),
-    examples=("Salesforce/blip2-opt-2.7b",),
+    decoders=("opt", "t5"),
+    examples=("Salesforce/blip2-opt-2.7b", "Salesforce/blip2-flan-t5-xl"),
     describe=_describe,
     load_processor=_load_processor,
     image_features=_image_features,
     image_token="image_token_index",
     load_model=_load_model,
-    text="language_model.model.decoder",
+    text=TEXT,
     head="language_model.lm_head",
     texts=qformer_texts,
 )

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "IMAGES",
+    "TEXT",
+    "TEXT_END",
     "VISION",
     "QFormerVision",
     "Word",
@@ -39,11 +41,15 @@ __all__ = [
 ]
 
 VISION = "vision_model."
+# Where the decoder stands, by its type.
+TEXT = {"opt": "language_model.model.decoder", "t5": "language_model"}
 # Images, and the token that begins a text; what follows is a template's own.
 IMAGES = (
     "{% for message in messages %}{% for part in message['content'] if part['type'] == 'image' %}"
     "{{ '<image>' }}{% endfor %}{% endfor %}{{ bos_token }}"
 )
+# The token that ends a text, where none begins it: T5's.
+TEXT_END = "{{ '' if bos_token else eos_token }}"
 
 
 # ---------------------------------------------------------------- tower and Q-Former
@@ -133,13 +139,14 @@ def no_template(source: Source) -> None:
         )
 
 
-def bare_texts(text: Any, image: str, bos: str | None) -> tuple[list[str], int]:
+def bare_texts(text: Any, image: str, tokenizer: Any) -> tuple[list[str], int]:
     """Complete prompts without what a processor adds to them, and how many images each begins with."""
+    first, last = (tokenizer.bos_token, "") if tokenizer.bos_token else ("", tokenizer.eos_token)
     texts = [text] if isinstance(text, str) else list(text)
     images = {one.count(image) for one in texts}
     if len(images) != 1:
         raise ValueError("prompts of unequal numbers of images do not fit into one tensor")
-    return [one.replace(image, "").removeprefix(bos or "") for one in texts], images.pop()
+    return [one.replace(image, "").removeprefix(first).removesuffix(last) for one in texts], images.pop()
 
 
 def qformer_texts(checkpoint: Checkpoint) -> Texts:
@@ -154,8 +161,12 @@ def answering(architecture: Any, *further: str) -> Any:
     behind one. `further`: inputs that go with the pixels."""
 
     class Answering(architecture):
-        def forward(self, input_ids: Any, pixel_values: Any = None, attention_mask: Any = None, **options: Any) -> Any:
+        def forward(
+            self, input_ids: Any = None, pixel_values: Any = None, attention_mask: Any = None, **options: Any
+        ) -> Any:
             given = {name: options.pop(name, None) for name in further}
+            if input_ids is None:  # the prompt was read before
+                return self.language_model(attention_mask=attention_mask, **options)
             embeds = self.get_input_embeddings()(input_ids)
             if pixel_values is not None:
                 features = self.get_image_features(pixel_values, **given, return_dict=True).pooler_output
