@@ -43,10 +43,12 @@ def _text(stated: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast) -> dict
         decoder = {"hidden_size": 64, "ffn_dim": 128, "num_attention_heads": 4, "num_hidden_layers": 2}
         sizes = {"vocab_size": 320, "max_position_embeddings": 1024, "word_embed_proj_dim": 64}
         return {"model_type": "opt", **decoder, **sizes, **stated}
-    layers = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_heads": 4, "num_layers": 2, "num_decoder_layers": 3}
+    told = dict(stated)
+    depth = {"num_layers": 2, "num_decoder_layers": told.pop("num_hidden_layers", 3)}  # as others call the decoder's
+    layers = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_heads": 4, **depth}
     scores = {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 12}
     kind = {"feed_forward_proj": "gated-gelu", "decoder_start_token_id": tokenizer.pad_token_id}
-    return {**layers, **scores, **kind, "vocab_size": 320, "n_positions": 1024, **stated}
+    return {**layers, **scores, **kind, "vocab_size": 320, "n_positions": 1024, **told}
 
 
 def save_tiny_blip_2(
@@ -76,6 +78,9 @@ def save_tiny_blip_2(
         **{"num_query_tokens": 5, **(config or {})},
     )
     model = random_model(answering(Blip2ForConditionalGeneration), made, tokenizer, seed)
+    for name, weight in model.named_parameters():
+        if name.endswith(("Attention.q.weight", "Attention.k.weight")):
+            weight.data *= 0.4  # T5 does not scale its scores
     model.save_pretrained(folder, max_shard_size=shard_size)
     side = made.vision_config.image_size
     images = BlipImageProcessorPil(**{"size": {"height": side, "width": side}, **(image_settings or {})})

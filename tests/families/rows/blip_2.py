@@ -41,7 +41,7 @@ ROW = Row(
     CONFIGS,
     CASES,
     compared=("opt", "t5"),
-    probed=("opt",),
+    probed=("opt", "t5"),
     spared={
         "calibration": "its layers are those of other towers and decoders, in another order",
         "int8_cache": "keys that no rope turns share no scales",
@@ -51,7 +51,7 @@ ROW = Row(
     bad=(
         Bad("text_config.model_type = 'gpt2'", sets("text_config", model_type="gpt2")),
         Bad("feed_forward_proj", sets("text_config", feed_forward_proj="gated-tanh"), config="t5"),
-        Bad("decoder_start_token_id", sets("text_config", decoder_start_token_id=None), config="t5"),
+        Bad("decoder_start_token_id = '2'", sets(decoder_start_token_id="2"), "generation_config.json", config="t5"),
         Bad("DenseReluDense.wi_0", sets("text_config", d_ff=80), config="t5", error="WeightsError"),
         Bad("enable_bias = False", sets("text_config", enable_bias=False)),
         Bad("do_layer_norm_before = False", sets("text_config", **_OPT350)),
