@@ -38,7 +38,7 @@ def _describe(checkpoint: Checkpoint) -> Parts:
         (VISION, ""),
         seen.derived(checkpoint),
     )
-    return Parts(traced, seen.image_spec(checkpoint))
+    return Parts(traced, seen.image_spec(checkpoint, checkpoint.processor.image_token))
 
 
 def _load_processor(source: Source) -> Any:
