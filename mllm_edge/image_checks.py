@@ -72,6 +72,9 @@ def image_problems(image: ImageSpec, model: ModelSpec) -> Iterator[str]:
     if image.pack and (image.patches is not None or math.isqrt(image.features) ** 2 != image.features):
         yield f"features are packed, and {image.features} of a tile are no square"
     names = [*(view.name for view in image.views), *(name for table in image.tables for name in table.names)]
+    if image.text is not None:
+        names.append(image.text.name)
+        yield from positive("model.image.text.most", image.text.most)
     if len(set(names)) != len(names) or PIXELS in names:
         yield f"several inputs of images are called {names}"
     for view in image.views:
@@ -83,9 +86,10 @@ def image_problems(image: ImageSpec, model: ModelSpec) -> Iterator[str]:
 
 def _video(image: ImageSpec, video: VideoSpec, model: ModelSpec) -> Iterator[str]:
     yield from _order(video.transforms)
-    if not video.transforms or not video.token or video.token == image.prompt.token:
+    if not video.transforms or not video.token or video.token == image.prompt.written:
         yield "videos are not transformed, or have no placeholder of their own"
-    if not 0 <= video.token_id < model.embedding.rows or video.token_id == image.prompt.token_id:
+    alike = video.token == image.prompt.token
+    if not 0 <= video.token_id < model.embedding.rows or (video.token_id == image.prompt.token_id) != alike:
         yield f"video token {video.token_id} of {model.embedding.rows}"
     if video.features is not None:
         yield from positive("model.image.video.features", video.features)

@@ -67,7 +67,9 @@ def _files(manifest: Manifest) -> Iterator[str]:
     for name, entry in manifest.files.items():
         yield from (f"files: {name}: {what}" for what in _entry(entry))
     model = manifest.model
-    for name in filter(None, (model.embedding.file, model.positions.table, *model.arrays)):
+    text = model.image.text if model.image is not None else None
+    named = (model.embedding.file, model.positions.table, *model.arrays, "" if text is None else text.file)
+    for name in filter(None, named):
         if name not in manifest.files:
             yield f"{name} is not in the manifest's list of files"
 
@@ -325,7 +327,8 @@ def _chain(
 ) -> Iterator[str]:
     """What the stages for one target are given, and what they make; those of `whole` run for whole prompts."""
     pixels = {name: 1 + len(shape) for name, shape in image.inputs.items()}
-    given: dict[str, int | None] = {**pixels, **dict.fromkeys(tables)}
+    texts = {} if image.text is None else {image.text.name: 2}
+    given: dict[str, int | None] = {**pixels, **dict.fromkeys(tables), **texts}
     made: dict[str, TensorSpec] = {}
     used: set[str] = set()
     for name, variant in variants.items():
@@ -352,7 +355,7 @@ def _chain(
         given |= {tensor.name: len(tensor.shape) for tensor in variant.outputs}
     if None in variants.values():
         return
-    for name in (n for n in (*pixels, *tables) if n not in used):
+    for name in (n for n in (*pixels, *tables, *texts) if n not in used):
         yield f"for {target}: no stage takes {name}"
     if decoder is not None:
         crosses = image.into == "cross_attention" or model.text_encoder is not None

@@ -111,7 +111,7 @@ def random_model(architecture: Any, config: Any, tokenizer: PreTrainedTokenizerF
     torch.manual_seed(seed)
     model = architecture(config).eval()
     for name, weight in model.named_parameters():
-        is_norm = ("norm" in name or "layrnorm" in name) and name.endswith("weight")
+        is_norm = ("norm" in name.lower() or "layrnorm" in name) and name.endswith("weight")
         # Larger than the usual initialization: logits spread, and greedy choices are not ties.
         weight.data = 1 + 0.1 * torch.randn_like(weight) if is_norm else 0.15 * torch.randn_like(weight)
     model.tie_weights()

@@ -400,7 +400,8 @@ class ExportJob:
 
     def _write_texts(self, folder: Path) -> None:
         texts = self._plan.texts
-        texts.tokenizer.save(str(folder / TOKENIZER))
+        for name, tokenizer in {TOKENIZER: texts.tokenizer, **texts.further}.items():
+            tokenizer.save(str(folder / name))
         (folder / CHAT_TEMPLATE).write_text(texts.chat_template, encoding="utf-8")
         (folder / GENERATION).write_text(json.dumps(to_json(texts.generation), indent=1) + "\n", encoding="utf-8")
 

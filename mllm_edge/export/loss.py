@@ -23,6 +23,7 @@ from mllm_edge.loss import WARN_KL, Loss
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.prompt.processor import Processor, Prompt
+from mllm_edge.runtime.prompt.stage_text import StageTokens
 from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
 from mllm_edge.runtime.vlm import VLM
 
@@ -43,7 +44,9 @@ def ask(reference: Reference, folder: Path, picture: Case | None = None) -> Refe
     generation, context = bundle.generation(), bundle.manifest.model.context_length
     tokenizer, stops = Tokenizer.load(bundle.path, generation), frozenset(generation.eos_token_ids)
     template = ChatTemplate.load(bundle.path, generation) if CHAT_TEMPLATE in bundle.manifest.files else None
-    processor = Processor(bundle.manifest.model, tokenizer, template)  # as the runtime makes it
+    model = bundle.manifest.model
+    stage_tokens = StageTokens.load(bundle.path, model.image)
+    processor = Processor(model, tokenizer, template, stage_tokens=stage_tokens)  # as the runtime makes it
     ids = _question_ids(processor, tokenizer, context)
     prompts = list(ids.values())
     most = min(_TOKENS, context - max(map(len, prompts)))

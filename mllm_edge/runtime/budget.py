@@ -10,6 +10,7 @@ from mllm_edge.bundle import CHAT_TEMPLATE, Bundle
 from mllm_edge.errors import ContextError, ImageError
 from mllm_edge.runtime.prompt.image import ImageSource, load_image
 from mllm_edge.runtime.prompt.processor import Processor
+from mllm_edge.runtime.prompt.stage_text import StageTokens
 from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
 from mllm_edge.spec import MOST_PIXELS, ModelSpec, cross_bytes, state_bytes
 
@@ -93,7 +94,12 @@ def image_cost(bundle: Bundle, image: ImageSource | tuple[int, int]) -> ImageCos
         picture = load_image(image)
     model, generation = bundle.manifest.model, bundle.generation()
     template = ChatTemplate.load(bundle.path, generation) if CHAT_TEMPLATE in bundle.manifest.files else None
-    processor = Processor(model, Tokenizer.load(bundle.path, generation), template)
+    processor = Processor(
+        model,
+        Tokenizer.load(bundle.path, generation),
+        template,
+        stage_tokens=StageTokens.load(bundle.path, model.image),
+    )
     prompt = processor.process("", [picture])
     assert model.image is not None
     assert prompt.pixel_values is not None

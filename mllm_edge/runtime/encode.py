@@ -151,8 +151,8 @@ def _crossed(image: ImageSpec | None, prompt: Prompt) -> Arrays:
 def _image_inputs(
     components: Components, image: ImageSpec, prompt: Prompt, arrays: Mapping[str, np.ndarray]
 ) -> Iterator[tuple[tuple[Stage, ...], Arrays]]:
-    """The stages and the inputs of each run: some slices of all images, or those of one image or grid with its tables.
-    Images and videos that the same stages show are one."""
+    """The stages and the inputs of each run: some slices of all images, or those of one image or grid with its tables;
+    beside each slice the text. Images and videos that the same stages show are one."""
     assert prompt.pixel_values is not None
     pixels = {PIXELS: prompt.pixel_values, **prompt.views}
     start, grid, tables = 0, (0, 0), Arrays()
@@ -162,14 +162,20 @@ def _image_inputs(
             end = start + sum(slices for slices, _, _ in runs)
             for first in range(start, end, components.slices):
                 last = min(first + components.slices, end)
-                yield stages, {name: rows[first:last] for name, rows in pixels.items()}
+                yield stages, {name: rows[first:last] for name, rows in pixels.items()} | _beside(prompt, last - first)
             start = end
             continue
         for slices, rows, cols in runs:
             if (rows, cols) != grid:  # tiles are alike
                 grid, tables = (rows, cols), table_inputs(image, rows, cols, arrays)
-            yield stages, {**{name: made[start : start + slices] for name, made in pixels.items()}, **tables}
+            shown = {name: made[start : start + slices] for name, made in pixels.items()}
+            yield stages, {**shown, **tables, **_beside(prompt, slices)}
             start += slices
+
+
+def _beside(prompt: Prompt, slices: int) -> Arrays:
+    """The text beside so many slices."""
+    return {name: np.repeat(ids, slices, axis=0) for name, ids in prompt.texts.items()}
 
 
 def _tokens(prompt: Prompt, rows: np.ndarray, arrays: Mapping[str, np.ndarray]) -> np.ndarray:

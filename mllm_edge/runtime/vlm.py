@@ -41,6 +41,7 @@ from mllm_edge.runtime.options import MAX_NEW_TOKENS, Options
 from mllm_edge.runtime.prompt.embedder import Embedder
 from mllm_edge.runtime.prompt.processor import Messages, Processor, Prompt
 from mllm_edge.runtime.prompt.sources import Source
+from mllm_edge.runtime.prompt.stage_text import StageTokens
 from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
 from mllm_edge.runtime.trace import Trace
 from mllm_edge.runtime.turns import Turn, Turns, native
@@ -75,7 +76,9 @@ class VLM:
         generation = bundle.generation()
         self.tokenizer = Tokenizer.load(bundle.path, generation)
         template = ChatTemplate.load(bundle.path, generation) if CHAT_TEMPLATE in bundle.manifest.files else None
-        self.processor = Processor(self.spec, self.tokenizer, template, fast_jpeg)
+        self.processor = Processor(
+            self.spec, self.tokenizer, template, fast_jpeg, StageTokens.load(bundle.path, self.spec.image)
+        )
         self.stop_ids = frozenset(generation.eos_token_ids)
         self._defaults = generation.defaults
         names = bundle.manifest.components

@@ -16,6 +16,7 @@ __all__ = [
     "Pack",
     "RowEnd",
     "Shrink",
+    "StageText",
     "Table",
     "Unpad",
     "VideoSpec",
@@ -134,9 +135,10 @@ Pack = Unpad | Shrink | RowEnd
 
 @dataclass(frozen=True)
 class VideoSpec:
-    """From the frames of a video to tokens. `transforms` make one tile of each. `token`, `token_id`: the placeholder.
+    """From the frames of a video to tokens. `transforms` make one tile of each. `token`, `token_id`: the placeholder,
+    which is written in a text otherwise than an image's.
 
-    `features`: a frame's, where stages of their own show videos; each is a token. None: as many as a tile's of images,
+    `features`: a frame's; each is a token. None: as many as a tile's of images,
     a square, which is brought to half the side (rounded up), bilinearly; behind those of the last frame stands row 0 of
     the bundle's array `end`."""
 
@@ -159,6 +161,17 @@ class View:
 
 
 @dataclass(frozen=True)
+class StageText:
+    """The prompt's text beside each slice: an input `name` [slices, tokens] int64 of the components, of at most `most`
+    tokens of the bundle's tokenizer `file`. Images' placeholders and the words `without` are left out of it."""
+
+    name: str
+    file: str
+    most: int
+    without: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ImageSpec:
     """From an RGB image to `pixel_values` float32, to prompt text, and from its features to tokens.
 
@@ -166,7 +179,7 @@ class ImageSpec:
     transform is Patchify, cells of patches, [cells, merge², channels · frames · patch²], as many as the image's size
     asks for; `height` and `width` are then a cell's. The connector makes `features` rows of each slice. `tables`:
     further inputs of the components, made of an image's grid, or of each of its grids where tiles become cells;
-    `views`: made of its pixels.
+    `views`: made of its pixels; `text`: of the prompt's text.
 
     `pack`: where it is not empty, the features of an image's tiles are a grid of rows, square in each tile, which it
     changes in its order; the overview's come before them, untouched. `several`: the transforms for a prompt with more
@@ -194,6 +207,7 @@ class ImageSpec:
     into: Literal["tokens", "cross_attention"] = "tokens"
     video: VideoSpec | None = None
     views: tuple[View, ...] = ()
+    text: StageText | None = None
     both_ways: Literal["image", "prompt"] | None = None
 
     @property

@@ -48,7 +48,8 @@ class EmbeddingSpec:
 class Stage:
     """A component that runs before the decoder.
 
-    Tensors go by their names. An input is `pixel_values`, a table of the images, or an output of an earlier stage.
+    Tensors go by their names. An input is `pixel_values`, a table of the images, what `ImageSpec.text` or its
+    views name, or an output of an earlier stage.
     Outputs: `image_features` [.., H] take the places of the image tokens; `deepstack.{k}` [.., H] are added there
     behind layer k; `cross.{l}.key` and `.value` are what the decoder's cross-attention looks at; others are for later
     stages.

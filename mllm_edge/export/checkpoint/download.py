@@ -44,6 +44,12 @@ WANTED = [
     "spiece.model",
     "sentencepiece.bpe.model",
     "qwen.tiktoken",
+    # InstructBLIP's second tokenizer
+    "qformer_tokenizer/tokenizer.json",
+    "qformer_tokenizer/tokenizer_config.json",
+    "qformer_tokenizer/special_tokens_map.json",
+    "qformer_tokenizer/added_tokens.json",
+    "qformer_tokenizer/vocab.txt",
     *ADAPTER_FILES,
     SINGLE,
     INDEX,

@@ -7,7 +7,8 @@ it, only the settings are read.
 """
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from mllm_edge.errors import ConfigError, SourceError
@@ -95,9 +96,16 @@ def _image_settings(source: Source) -> tuple[dict[str, Any], Any]:
     return dict(settings), settings.get("image_processor_type") or settings.get("feature_extractor_type")
 
 
-def read_processor(source: Source, cls: Any, image_processor: Any, tokenizer: Any, **gaps: Any) -> Any:
-    """A processor of transformers' class `cls` with the settings of the folder; `gaps` are settings that older files
-    leave out. Its `chat_template` is the folder's own, or None."""
+def read_processor(
+    source: Source,
+    cls: Any,
+    image_processor: Any,
+    tokenizer: Any,
+    further: Mapping[str, Any] = MappingProxyType({}),
+    **gaps: Any,
+) -> Any:
+    """A processor of transformers' class `cls` with the settings of the folder; `further` are its other parts by name,
+    `gaps` settings that older files leave out. Its `chat_template` is the folder's own, or None."""
     settings = {key: value for key, value in stated_settings(source).items() if value is not None}
     filled = sorted(key for key in gaps if key not in settings)
     if filled:
@@ -107,7 +115,7 @@ def read_processor(source: Source, cls: Any, image_processor: Any, tokenizer: An
         )
     accepted = inspect.signature(cls.__init__).parameters
     known = {key: value for key, value in {**gaps, **settings}.items() if key in accepted}
-    parts = {"image_processor": image_processor, "tokenizer": tokenizer}
+    parts = {"image_processor": image_processor, "tokenizer": tokenizer, **further}
     if "video_processor" in accepted:
         parts["video_processor"] = None
     with quiet_transformers():

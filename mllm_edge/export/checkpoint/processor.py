@@ -1,6 +1,7 @@
 """transformers' processor of a checkpoint: images, tokenizer and chat template."""
 
 from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from mllm_edge.errors import ConfigError
@@ -25,16 +26,23 @@ def load_processor(
     template: str,
     of_model: Callable[[Any], Mapping[str, Any]] = lambda image_processor: {},
     cls: Any = None,
+    further: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
     """What transformers loads from the folder: its processor class `name` (or `cls`, where it stands elsewhere) over
     one of the `image_processors`; `template` for checkpoints that come without one. `of_model` (transformers' image
-    processor) gives the settings that older files leave out, as the model has them."""
+    processor) gives the settings that older files leave out, as the model has them; `further`: its other parts, by
+    name."""
     import transformers
 
     processor_class(source, name, (name,))
     image_processor, tokenizer = read_image_processor(source, image_processors), read_tokenizer(source)
     processor = read_processor(
-        source, cls or getattr(transformers, name), image_processor, tokenizer, **of_model(image_processor)
+        source,
+        cls or getattr(transformers, name),
+        image_processor,
+        tokenizer,
+        further,
+        **of_model(image_processor),
     )
     processor.chat_template = chat_template(source, template, tokenizer)
     return processor

@@ -1,7 +1,7 @@
 """What the device reads as text, as transformers' processor has it: tokenizer, chat template, generation settings."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mllm_edge.export.checkpoint.contradictions import tell_image_settings, tell_tokens
@@ -18,11 +18,12 @@ __all__ = ["Texts", "read_texts"]
 
 @dataclass(frozen=True)
 class Texts:
-    """`tokenizer` becomes the bundle's tokenizer.json."""
+    """`tokenizer` becomes the bundle's tokenizer.json; `further`: other tokenizers of the bundle, by file."""
 
     tokenizer: "tokenizers.Tokenizer"
     chat_template: str
     generation: GenerationSpec
+    further: Mapping[str, "tokenizers.Tokenizer"] = field(default_factory=dict)
 
 
 def read_texts(source: Source, processor: Any, text_config: Mapping[str, Any]) -> Texts:

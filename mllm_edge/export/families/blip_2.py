@@ -7,21 +7,8 @@ a text, questions and answers.
 from collections.abc import Mapping
 from typing import Any
 
-from mllm_edge.export.checkpoint.config import load_config
-from mllm_edge.export.checkpoint.processor import load_processor
 from mllm_edge.export.checkpoint.source import Source
-from mllm_edge.export.families.qformer_parts import (
-    IMAGES,
-    TEXT,
-    TEXT_END,
-    VISION,
-    Word,
-    answering,
-    bare_texts,
-    no_template,
-    qformer_texts,
-    read,
-)
+from mllm_edge.export.families.qformer_parts import TEXT, VISION, answering, load_complete, qformer_texts, read
 from mllm_edge.export.family import Checkpoint, Family, Parts
 from mllm_edge.export.plan import tile_components
 from mllm_edge.export.reference import load_reference
@@ -29,13 +16,12 @@ from mllm_edge.export.reference import load_reference
 __all__ = ["FAMILY"]
 
 # The form that the authors ask questions in; nothing is asked by an empty text.
-_QUESTIONS = (
-    "{% set told %}{% for message in messages %}"
+_TOLD = (
+    "{% set turns %}{% for message in messages %}"
     "{% for part in message['content'] if part['type'] == 'text' and part['text'] %}"
     "{{ ' Answer: ' if message['role'] == 'assistant' else ' Question: ' }}{{ part['text'] }}"
-    "{% endfor %}{% endfor %}{% endset %}{{ told | trim }}{{ ' Answer:' if add_generation_prompt and told else '' }}"
+    "{% endfor %}{% endfor %}{% endset %}{{ turns | trim }}{{ ' Answer:' if add_generation_prompt and turns else '' }}"
 )
-_TEMPLATE = IMAGES + _QUESTIONS + TEXT_END
 
 
 def _describe(checkpoint: Checkpoint) -> Parts:
@@ -52,38 +38,13 @@ def _describe(checkpoint: Checkpoint) -> Parts:
         (VISION, ""),
         seen.derived(checkpoint),
     )
-    return Parts(traced, seen.image_spec(checkpoint))
+    return Parts(traced, seen.image_spec(checkpoint, checkpoint.processor.image_token))
 
 
 def _load_processor(source: Source) -> Any:
     from transformers import Blip2Processor
 
-    class Complete(Blip2Processor):
-        """Takes prompts in the form that it would give them, with any number of images."""
-
-        def __call__(self, images: Any = None, text: Any = None, **options: Any) -> Any:
-            texts, count = bare_texts(text, str(self.image_token), self.tokenizer)
-            made = super().__call__(images=images, text=texts, **{**options, "add_special_tokens": True})
-            return self.with_images(made, count - 1) if count > 1 else made
-
-        def with_images(self, made: Any, count: int) -> Any:
-            """So many images more than the one."""
-            import torch
-
-            for name, value in (
-                ("input_ids", self.tokenizer.convert_tokens_to_ids(self.image_token)),
-                ("attention_mask", 1),
-            ):
-                more = torch.full((len(made[name]), count * self.num_query_tokens), value)
-                made[name] = torch.cat([more, made[name]], dim=1)
-            return made
-
-    no_template(source)
-    queries = load_config(source).num_query_tokens
-    stated = {"num_query_tokens": queries}
-    processor = load_processor(source, "Blip2Processor", ("BlipImageProcessor",), _TEMPLATE, lambda _: stated, Complete)
-    processor.image_token = Word(processor.image_token)
-    return processor
+    return load_complete(source, Blip2Processor, _TOLD)
 
 
 def _load_model(source: Source, decoder_layers: int | None) -> Any:

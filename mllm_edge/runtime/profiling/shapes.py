@@ -34,29 +34,40 @@ def crossed_bytes(model: ModelSpec, variants: Mapping[str, Variant], layouts: Se
 
 
 def stage_runs(
-    model: ModelSpec, stage: Stage, variants: Mapping[str, Variant], layouts: Sequence[Layout], tokens: int = 0
+    model: ModelSpec, stage: Stage, variants: Mapping[str, Variant], layouts: Sequence[Layout], prompt_tokens: int = 0
 ) -> list[tuple[dict[str, int], int]]:
     """The dimensions of each run of a stage that images of these layouts take, by symbol, and the sequences that see
-    themselves in it; `variants`: the graph that each component runs; `tokens` as for `crossed`."""
+    themselves in it; `variants`: the graph that each component runs. `prompt_tokens`: those of the prompt, which a text
+    encoder reads, and by which a text of the stages' own is guessed: it has about as many as there are beside the
+    images."""
+    told = max(0, prompt_tokens - sum(layout.tokens for layout in layouts))
     layouts = [layout for layout in layouts if stage.is_for(layout.kind)]
-    looked_at = crossed(model, layouts, tokens)
+    looked_at = crossed(model, layouts, prompt_tokens)
     if stage.per == "prompt" and looked_at:
         taken = {size for t in variants[stage.component].inputs for size in t.shape if isinstance(size, str)}
         return [({symbol: 1 if symbol == "batch" else looked_at for symbol in taken}, 1)]
     if model.image is None or not layouts:
         return []
     inputs = {t.name: t.shape for stage in model.stages for t in variants[stage.component].inputs}
+    text = {} if model.image.text is None else {model.image.text.name: min(told, model.image.text.most)}
     if "image" not in {stage.per for stage in model.stages}:
         slices = sum(layout.slices for layout in layouts)
         counts = [min(TILES_PER_RUN, slices - start) for start in range(0, slices, TILES_PER_RUN)]
-        return [(_symbols(inputs, {"pixel_values": (count, *model.image.shape)}), count) for count in counts]
+        return [
+            (_symbols(inputs, {"pixel_values": (count, *model.image.shape), **_beside(text, count)}), count)
+            for count in counts
+        ]
     # Learned positions are as many as the cells of pixel_values.
     image = replace(model.image, tables=tuple(t for t in model.image.tables if not isinstance(t, LearnedPositions)))
     found = []
     for slices, rows, cols in chain.from_iterable(layout.runs for layout in layouts):
         shapes = {name: array.shape for name, array in table_inputs(image, rows, cols, {}).items()}
-        found.append((_symbols(inputs, shapes | {"pixel_values": (slices, *image.shape)}), 1))
+        found.append((_symbols(inputs, {**shapes, "pixel_values": (slices, *image.shape), **_beside(text, slices)}), 1))
     return found
+
+
+def _beside(text: Mapping[str, int], slices: int) -> dict[str, tuple[int, ...]]:
+    return {name: (slices, tokens) for name, tokens in text.items()}
 
 
 def _symbols(inputs: Mapping[str, tuple[int | str, ...]], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:

@@ -127,7 +127,7 @@ def encode_pieces(tokenizer: _Encoder, pieces: Sequence[Piece], add_special_toke
     for i, piece in enumerate(pieces):
         ids += (_spelled if piece.spelled else _plain)(tokenizer, piece.text, i > 0)
     # What is added around a whole prompt, found on one that is nothing else.
-    probe, bare = tokenizer.encode("\n", add_special_tokens), tokenizer.encode("\n", False)
+    probe, bare = tokenizer.encode("a", add_special_tokens), tokenizer.encode("a", False)
     at = next((i for i in range(len(probe)) if probe[i : i + len(bare)] == bare), 0)
     return [*probe[:at], *ids, *probe[at + len(bare) :]]
 

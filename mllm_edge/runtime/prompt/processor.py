@@ -15,6 +15,7 @@ from mllm_edge.runtime.prompt.control_tokens import ControlTokens, Piece, encode
 from mllm_edge.runtime.prompt.image import ImageSource, load_image
 from mllm_edge.runtime.prompt.layout import Layout, grid_positions, image_text, layout_of, video_layout
 from mllm_edge.runtime.prompt.sources import Kind, Source, Video, as_sources, entry_source, in_order, kind_of, merged
+from mllm_edge.runtime.prompt.stage_text import StageTokens
 from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
 from mllm_edge.runtime.prompt.transforms.apply import apply_transforms, first_size
 from mllm_edge.runtime.prompt.transforms.tiles import filled
@@ -35,7 +36,8 @@ class Prompt:
     `pixel_values` [slices, …] float32, the slices (see `ImageSpec`) of all images and videos as they follow each other
     in the text, or None without any. `image_positions` [N] int64: where in `token_ids` their tokens are, in order.
     `layouts`: of each image and video. `positions` [3, S] int64 for the decoder; None: the places in the sequence.
-    `views`: what else is made of the images, by its name (see `View`).
+    `views`: what else is made of the images, by its name (see `View`). `texts`: the text [1, tokens] int64 beside each
+    slice, by its name (see `StageText`).
     """
 
     text: str
@@ -45,15 +47,24 @@ class Prompt:
     layouts: tuple[Layout, ...]
     positions: np.ndarray | None = None
     views: Mapping[str, np.ndarray] = field(default_factory=dict)
+    texts: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 class Processor:
     """Turns messages and images into a `Prompt`, equal to what the source model's own processor gives."""
 
-    def __init__(self, spec: ModelSpec, tokenizer: Tokenizer, template: ChatTemplate | None, fast_jpeg: bool = False):
+    def __init__(
+        self,
+        spec: ModelSpec,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        fast_jpeg: bool = False,
+        stage_tokens: StageTokens | None = None,
+    ):
         """`template` None: the bundle has no chat template, and only plain strings and raw prompts are accepted.
-        `fast_jpeg`: decode large JPEG files at a smaller scale, see `load_image`."""
-        self._image, self._fast_jpeg = spec.image, fast_jpeg
+        `fast_jpeg`: decode large JPEG files at a smaller scale, see `load_image`. `stage_tokens`: where stages get the
+        text, too."""
+        self._image, self._fast_jpeg, self._stage_tokens = spec.image, fast_jpeg, stage_tokens
         self._follows_grids = spec.positions.images == "grid"
         self._tokenizer = tokenizer
         self._template = template
@@ -351,7 +362,15 @@ class Processor:
                 positions = grid_positions(len(token_ids), starts.tolist(), layouts)
         made = {name: _joined([made[name] for _, made in images]) for name in (images[0][1] if images else ())}
         text = "".join(piece.text for piece in pieces)
-        return Prompt(text, token_ids, made.pop(PIXELS, None), where, layouts, positions, made)
+        texts = self._texts(pieces) if images else {}
+        return Prompt(text, token_ids, made.pop(PIXELS, None), where, layouts, positions, made, texts)
+
+    def _texts(self, pieces: Sequence[Piece]) -> Arrays:
+        """What stages get of the text."""
+        if self._stage_tokens is None:
+            return {}
+        plain = [piece if piece.spelled else Piece(self._written.sub("", piece.text)) for piece in pieces]
+        return {self._stage_tokens.spec.name: self._stage_tokens.ids(plain)}
 
 
 def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
@@ -372,7 +391,7 @@ def _control_tokens(image: ImageSpec | None, tokenizer: Tokenizer, template: Cha
     added = set(tokenizer.added_tokens.values())
     found = added & set(tokenizer.named_tokens)
     if image is not None:
-        found |= set(_image_markers(image.prompt, added))
+        found |= {image.prompt.written, *_image_markers(image.prompt, added)}
     if template is not None:
         written = template.written_text()
         found |= {token for token in added if token in written}

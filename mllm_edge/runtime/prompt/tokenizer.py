@@ -45,9 +45,9 @@ class Tokenizer:
         self.decoder_kinds: tuple[str, ...] = tuple(_flat_decoder_kinds(decoder)) if decoder else ()
 
     @classmethod
-    def load(cls, bundle_dir: Path, generation: GenerationSpec) -> Tokenizer:
-        """Read `bundle_dir`/tokenizer.json. Raises BundleError when it is missing or damaged."""
-        path = Path(bundle_dir) / "tokenizer.json"
+    def load(cls, bundle_dir: Path, generation: GenerationSpec, file: str = "tokenizer.json") -> Tokenizer:
+        """Read `bundle_dir`/`file`. Raises BundleError when it is missing or damaged."""
+        path = Path(bundle_dir) / file
         text = _read_text(path)
         try:
             core = tokenizers.Tokenizer.from_str(text)
