@@ -36,25 +36,30 @@ def opt_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="</s>", eos_token="</s>", pad_token="<pad>")
 
 
-def t5_tokenizer() -> PreTrainedTokenizerFast:
+def t5_tokenizer(image: str = "<image>") -> PreTrainedTokenizerFast:
     """The same, with a token behind each text and none before it."""
-    core = byte_tokenizer("<pad>", "</s>", "<unk>", "<image>")
+    core = byte_tokenizer("<pad>", "</s>", "<unk>", image)
     core.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", core.token_to_id("</s>"))])
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
 
 
-def _text(stated: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """An OPT, or a T5 as it is in Flan-T5."""
-    if stated.get("model_type") != "t5":
-        decoder = {"hidden_size": 64, "ffn_dim": 128, "num_attention_heads": 4, "num_hidden_layers": 2}
-        sizes = {"vocab_size": 320, "max_position_embeddings": 1024, "word_embed_proj_dim": 64}
-        return {"model_type": "opt", **decoder, **sizes, **stated}
+def _t5(stated: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """A T5 as it is in Flan-T5."""
     told = dict(stated)
     depth = {"num_layers": 2, "num_decoder_layers": told.pop("num_hidden_layers", 3)}  # as others call the decoder's
     layers = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_heads": 4, **depth}
     scores = {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 12}
     kind = {"feed_forward_proj": "gated-gelu", "decoder_start_token_id": tokenizer.pad_token_id}
     return {**layers, **scores, **kind, "vocab_size": 320, "n_positions": 1024, **told}
+
+
+def _random(architecture: Any, config: Any, tokenizer: PreTrainedTokenizerFast, seed: int) -> Any:
+    """As random_model; T5 does not scale its scores."""
+    model = random_model(architecture, config, tokenizer, seed)
+    for name, weight in model.named_parameters():
+        if name.endswith(("Attention.q.weight", "Attention.k.weight")):
+            weight.data *= 0.4
+    return model
 
 
 def save_tiny_blip_2(
@@ -74,19 +79,19 @@ def save_tiny_blip_2(
     The defaults: a tower of 48 px and 8 px patches with 2 layers, a Q-Former with 3 and 5 queries, an OPT with 2,
     or with the text model t5 a T5 of 2 + 3; hidden sizes 64, the Q-Former's 48.
     """
-    stated = dict(text or {})
-    tokenizer = t5_tokenizer() if stated.get("model_type") == "t5" else opt_tokenizer()
+    stated = {"model_type": "opt", **(text or {})}
+    reads = stated["model_type"] == "t5"
+    tokenizer = t5_tokenizer() if reads else opt_tokenizer()
+    decoder = {"hidden_size": 64, "ffn_dim": 128, "num_attention_heads": 4, "num_hidden_layers": 2}
+    decoder = {**decoder, "vocab_size": 320, "max_position_embeddings": 1024, "word_embed_proj_dim": 64}
     made = Blip2Config(
-        text_config=_text(stated, tokenizer),
+        text_config=_t5(stated, tokenizer) if reads else {**decoder, **stated},
         vision_config={**SIZES, "image_size": 48, "patch_size": 8, **(vision or {})},
         qformer_config={**SIZES, "hidden_size": 48, "num_hidden_layers": 3, "vocab_size": 90, **(qformer or {})},
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         **{"num_query_tokens": 5, **(config or {})},
     )
-    model = random_model(answering(Blip2ForConditionalGeneration), made, tokenizer, seed)
-    for name, weight in model.named_parameters():
-        if name.endswith(("Attention.q.weight", "Attention.k.weight")):
-            weight.data *= 0.4  # T5 does not scale its scores
+    model = _random(answering(Blip2ForConditionalGeneration), made, tokenizer, seed)
     model.save_pretrained(folder, max_shard_size=shard_size)
     side = made.vision_config.image_size
     images = BlipImageProcessorPil(**{"size": {"height": side, "width": side}, **(image_settings or {})})
@@ -168,19 +173,21 @@ def _save_instructblip(
     seed: int = 0,
     shard_size: str = "5GB",
 ) -> Any:
-    tokenizer = llama_tokenizer(prepends, f"<{kind}>")
+    stated = {"model_type": "llama", **(text or {})}
+    reads = stated["model_type"] == "t5"
+    tokenizer = t5_tokenizer(f"<{kind}>") if reads else llama_tokenizer(prepends, f"<{kind}>")
     words = {"vocab_size": 130, "max_position_embeddings": 200, "hidden_size": 48, "num_hidden_layers": 3}
     decoder = {**SIZES, "num_key_value_heads": 2, "vocab_size": 320, "max_position_embeddings": 1024}
     architecture, config_class = _CLASSES[kind]
     made = config_class(
-        text_config={"model_type": "llama", **decoder, **(text or {})},
+        text_config=_t5(stated, tokenizer) if reads else {**decoder, **stated},
         vision_config={**SIZES, "image_size": 48, "patch_size": 8, **(vision or {})},
         qformer_config={**SIZES, **words, **(qformer or {})},
         **{f"{kind}_token_index": tokenizer.convert_tokens_to_ids(f"<{kind}>")},
         **{"num_query_tokens": 5, **(config or {})},
     )
     read = "qformer_input_ids", "qformer_attention_mask"
-    model = random_model(answering(architecture, *read, features=f"get_{kind}_features"), made, tokenizer, seed)
+    model = _random(answering(architecture, *read, features=f"get_{kind}_features"), made, tokenizer, seed)
     model.save_pretrained(folder, max_shard_size=shard_size)
     side = made.vision_config.image_size
     images = BlipImageProcessorPil(**{"size": {"height": side, "width": side}, **(image_settings or {})})
@@ -192,8 +199,8 @@ def _save_instructblip(
     if names == "state_dict":
         save_state_dict(folder, model)
     elif names == "hub":
-        stated = json.loads((folder / "processor_config.json").read_text())
-        (folder / "preprocessor_config.json").write_text(json.dumps(stated.pop(f"{kind}_processor")))
+        files = json.loads((folder / "processor_config.json").read_text())
+        (folder / "preprocessor_config.json").write_text(json.dumps(files.pop(f"{kind}_processor")))
         (folder / "processor_config.json").unlink()
     return model
 

@@ -1,4 +1,5 @@
-"""InstructBLIP: BLIP-2 whose Q-Former reads the prompt's text, in tokens of its own, beside each image; Llama decoder.
+"""InstructBLIP: BLIP-2 whose Q-Former reads the prompt's text, in tokens of its own, beside each image; a Llama decoder
+or Flan-T5.
 
 An image is stretched to one tile, and becomes one token per query. A prompt has no turns: images, the token that begins
 a text, the text.
@@ -11,6 +12,7 @@ from mllm_edge.export.checkpoint.source import Source
 from mllm_edge.export.families.instructblip_parts import (
     IDS,
     MASK,
+    TEXT,
     TOLD,
     describe,
     instructblip_texts,
@@ -48,14 +50,14 @@ def _image_features(model: Any, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
 FAMILY = Family(
     name="instructblip",
     model_types=("instructblip",),
-    decoders=("llama",),
-    examples=("Salesforce/instructblip-vicuna-7b",),
+    decoders=("llama", "t5"),
+    examples=("Salesforce/instructblip-vicuna-7b", "Salesforce/instructblip-flan-t5-xl"),
     describe=_describe,
     load_processor=_load_processor,
     image_features=_image_features,
     image_token="image_token_index",
     load_model=_load_model,
-    text="language_model.model",
+    text=TEXT,
     head="language_model.lm_head",
     texts=instructblip_texts,
 )

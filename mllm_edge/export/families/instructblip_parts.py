@@ -13,10 +13,12 @@ from mllm_edge.export.plan import TracedComponent, tile_components
 from mllm_edge.graph.ranges import TILES
 from mllm_edge.spec import StageText, SymbolRange, TensorSpec
 
-__all__ = ["IDS", "MASK", "TOLD", "describe", "instructblip_texts", "second_tokenizer"]
+__all__ = ["IDS", "MASK", "TEXT", "TOLD", "describe", "instructblip_texts", "second_tokenizer"]
 
 _FOLDER, IDS, MASK = "qformer_tokenizer", "qformer_input_ids", "qformer_attention_mask"
 _FILE = f"{_FOLDER}.json"
+# Where the decoder stands, by its type.
+TEXT = {"llama": "language_model.model", "t5": "language_model"}
 # Of a conversation, which the model was not trained for, all that was said.
 TOLD = (
     "{% for message in messages %}{{ '' if loop.first else '\n' }}"
@@ -36,8 +38,8 @@ def describe(checkpoint: Checkpoint, token: str, placeholder: str = "") -> Parts
             f"{qformer.words}",
             "use the tokenizers that belong to this model",
         )
-    bos = processor.tokenizer.bos_token or ""
-    without = tuple(dict.fromkeys(filter(None, (bos + processor.text_start, bos))))
+    bos, eos = processor.tokenizer.bos_token or "", processor.tokenizer.eos_token
+    without = tuple(dict.fromkeys(filter(None, (bos + processor.text_start, bos, "" if bos else eos))))
     text = StageText(IDS, _FILE, qformer.places, without)
     image = replace(seen.image_spec(checkpoint, token, placeholder), text=text)
     # Behind the last layer nobody looks at the text.

@@ -15,6 +15,7 @@ from mllm_edge.export.checkpoint.source import Source
 from mllm_edge.export.families.instructblip_parts import (
     IDS,
     MASK,
+    TEXT,
     TOLD,
     describe,
     instructblip_texts,
@@ -92,7 +93,7 @@ def _image_features(model: Any, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
 FAMILY = Family(
     name="instructblipvideo",
     model_types=("instructblipvideo",),
-    decoders=("llama",),
+    decoders=("llama", "t5"),
     examples=("Salesforce/instructblip-vicuna-7b",),
     describe=_describe,
     load_processor=_load_processor,
@@ -100,7 +101,7 @@ FAMILY = Family(
     note=VIDEO_NOTE,
     image_token="video_token_index",
     load_model=_load_model,
-    text="language_model.model",
+    text=TEXT,
     head="language_model.lm_head",
     texts=instructblip_texts,
 )

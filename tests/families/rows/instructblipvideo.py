@@ -14,6 +14,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "shard_size": "200KB",
         "seed": 3,
     },
+    "t5": {"text": {"model_type": "t5"}},
     "published_files": {"names": "hub", "image_settings": {"resample": 2, "image_mean": [0.4, 0.5, 0.6]}},
 }
 CASES = {
@@ -34,7 +35,7 @@ ROW = Row(
     spared=dict.fromkeys(("calibration", "int8_cache", "segments", "speculation"), "the graphs are InstructBLIP's"),
     placeholder="<video>",
     bad=(
-        Bad("text_config.model_type = 't5'", sets("text_config", model_type="t5")),
+        Bad("text_config.model_type = 'gpt2'", sets("text_config", model_type="gpt2")),
         Bad("video_token_index", lambda c: c.pop("video_token_index")),
         Bad("vocab_size is 60", sets("qformer_config", vocab_size=60)),
         Bad("image_token_id = 3", sets(video_token_index=3)),
