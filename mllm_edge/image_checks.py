@@ -94,9 +94,10 @@ def image_problems(image: ImageSpec, model: ModelSpec) -> Iterator[str]:
 
 def _video(image: ImageSpec, video: VideoSpec, model: ModelSpec) -> Iterator[str]:
     yield from _order(video.transforms)
-    if not video.transforms or not video.token or video.token == image.prompt.token:
+    if not video.transforms or not video.token or video.token == image.prompt.written:
         yield "videos are not transformed, or have no placeholder of their own"
-    if not 0 <= video.token_id < model.embedding.rows or video.token_id == image.prompt.token_id:
+    alike = video.token == image.prompt.token
+    if not 0 <= video.token_id < model.embedding.rows or (video.token_id == image.prompt.token_id) != alike:
         yield f"video token {video.token_id} of {model.embedding.rows}"
     if video.features is not None:
         yield from positive("model.image.video.features", video.features)

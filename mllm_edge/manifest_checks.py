@@ -67,8 +67,9 @@ def _files(manifest: Manifest) -> Iterator[str]:
     for name, entry in manifest.files.items():
         yield from (f"files: {name}: {what}" for what in _entry(entry))
     model = manifest.model
-    text = "" if model.image is None or model.image.text is None else model.image.text.file
-    for name in filter(None, (model.embedding.file, model.positions.table, *model.arrays, text)):
+    text = model.image.text if model.image is not None else None
+    named = (model.embedding.file, model.positions.table, *model.arrays, "" if text is None else text.file)
+    for name in filter(None, named):
         if name not in manifest.files:
             yield f"{name} is not in the manifest's list of files"
 

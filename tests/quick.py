@@ -20,6 +20,7 @@ LONG = frozenset(
         "test_export.py",
         "test_half.py",
         "test_instructblip.py",
+        "test_instructblip_video.py",
         "test_int8_cache.py",
         "test_interrupt.py",
         "test_judge.py",

@@ -1,14 +1,19 @@
 """What both sides of a comparison are asked."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-__all__ = ["Case", "synthetic_cases", "synthetic_frames"]
+from mllm_edge.runtime.prompt.layout import layout_of
+from mllm_edge.spec import ModelSpec
+
+__all__ = ["Case", "fitting", "synthetic_cases", "synthetic_frames"]
 
 _SEED = 0
+_TOKENS = 64  # of a question, and of its answer
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,16 @@ def synthetic_cases(takes_images: bool) -> list[Case]:
         cases.append(case("What is in the picture?", (240, 320)))
         cases.append(case("Compare the two pictures.", (97, 131), (180, 77)))
     return cases
+
+
+def fitting(cases: Iterable[Case], model: ModelSpec) -> list[Case]:
+    """Those of `cases` whose images leave room for a question and its answer in the model's context."""
+    return [case for case in cases if _image_tokens(case, model) + _TOKENS <= model.context_length or not case.images]
+
+
+def _image_tokens(case: Case, model: ModelSpec) -> int:
+    image, pictures = model.image, case.images
+    return 0 if image is None else sum(layout_of(image, p.height, p.width, len(pictures)).tokens for p in pictures)
 
 
 def synthetic_frames() -> list[Image.Image]:

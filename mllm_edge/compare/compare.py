@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mllm_edge.bundle import TOKENIZER, Bundle
-from mllm_edge.compare.cases import Case, synthetic_cases
+from mllm_edge.compare.cases import Case, fitting, synthetic_cases
 from mllm_edge.compare.metrics import divergence
 from mllm_edge.compare.outputs import LOGITS, Outputs, bundle_outputs, errors_of, in_order
 from mllm_edge.errors import BundleError
@@ -71,7 +71,8 @@ def compare(
     """
     bundles = [Bundle.load(path) for path in (first, second)]
     _check_same_model(*bundles)
-    chosen = synthetic_cases(bundles[0].manifest.model.image is not None) if cases is None else list(cases)
+    model = bundles[0].manifest.model
+    chosen = fitting(synthetic_cases(model.image is not None), model) if cases is None else list(cases)
     with VLM(bundles[0], open_backend(backend, threads)) as vlm:
         expected = [_advance(bundle_outputs(vlm, case), progress) for case in chosen]
     with VLM(bundles[1], open_backend(backend, threads, target)) as vlm:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mllm_edge.bundle import Bundle
-from mllm_edge.compare.cases import Case, synthetic_cases
+from mllm_edge.compare.cases import Case, fitting, synthetic_cases
 from mllm_edge.compare.compare import Comparison, recipe_tolerance, summarize
 from mllm_edge.compare.outputs import bundle_outputs
 from mllm_edge.export.checkpoint.source import open_source
@@ -33,7 +33,8 @@ def compare_with_source(
     """
     with VLM(Bundle.load(bundle), open_backend(backend, threads, target)) as vlm:
         reference = Reference(open_source(str(source)), Scope(None))
-        chosen = synthetic_cases(vlm.spec.image is not None) if cases is None else list(cases)
+        own = fitting(synthetic_cases(vlm.spec.image is not None), vlm.spec)
+        chosen = own if cases is None else list(cases)
         expected, found = [], []
         for case in chosen:
             prompt = vlm.processor.process(case.prompt, case.images)

@@ -59,6 +59,7 @@ __all__ = [
     "understand",
 ]
 
+_DISTANCES = 512  # tokens that T5 was trained with; its scores of distances have no end
 _TABLES = (".rotary_emb.inv_freq", ".position_ids")  # that old versions saved
 
 
@@ -118,16 +119,16 @@ class Family:
     """A model family.
 
     `decoders` (those that are proven) and `examples` (hub ids) are facts for people. `text`: where the decoder stands
-    under transformers' names, `head`: its projection onto the vocabulary; whether the embeddings are that one, too, is
-    told by who holds it: the model, or the text model. `vision`: the configuration's part for images, "" for none.
-    `describe` says what is special about a checkpoint; it raises
-    ConfigError, WeightsError or SourceError that names what does not fit. For the comparison with the source model
-    there are `load_processor`, the reference's own processor without torchvision, `load_model` (the source; how many
-    layers of the decoder, None: all) in float32, and `image_features` (model, inputs): its tensors that answer to the
-    components' outputs `vision_hidden` and `image_features` (or `encoder_hidden_states`). `pixel_values` (model,
-    inputs): those of its processor, where they differ from the bundle's by more than their shape; `video_features`
-    (model, pixels of the frames of a video) as `image_features`, where stages of their own show videos; `note`: what
-    every comparison says of the reference.
+    under transformers' names, or where by its model type, `head`: its projection onto the vocabulary; whether the
+    embeddings are that one, too, is told by who holds it: the model, or the text model. `vision`: the configuration's
+    part for images, "" for none. `describe` says what is special about a checkpoint; it raises ConfigError,
+    WeightsError or SourceError that names what does not fit. For the comparison with the source model there are
+    `load_processor`, the reference's own processor without torchvision, `load_model` (the source; how many layers of
+    the decoder, None: all) in float32, and `image_features` (model, inputs): its tensors that answer to the components'
+    outputs `vision_hidden` and `image_features` (or `encoder_hidden_states`). `pixel_values` (model, inputs): those of
+    its processor, where they differ from the bundle's by more than their shape; `video_features` (model, pixels of the
+    frames of a video) as `image_features`, where stages of their own show videos; `note`: what every comparison says of
+    the reference.
 
     A layout that transformers does not know has `own_layouts`, its model types; `renames`, from its names to
     transformers', by regular expressions that are applied in order; and `translated`, the source with its configuration
@@ -144,7 +145,7 @@ class Family:
     pixel_values: Callable[[Any, Mapping[str, Any]], Any] = _given_pixels
     video_features: Callable[[Any, Any], tuple[Any, Any]] | None = None
     note: str = ""
-    text: str = "model.language_model"
+    text: str | Mapping[str, str] = "model.language_model"
     head: str = "lm_head"
     vision: str = "vision_config"
     image_token: str = "image_token_id"
@@ -154,6 +155,12 @@ class Family:
     translated: Callable[[Source], Source] = _as_it_is
     texts: Callable[[Checkpoint], Texts] = _plain_texts
     decoder_type: Callable[[Any, Weights], str] = _stated_decoder
+
+    def place(self, config: Any) -> str:
+        """Where the decoder stands; of an unknown type, where that of the first one does."""
+        if isinstance(self.text, str):
+            return self.text
+        return self.text.get(config.text_config.model_type, next(iter(self.text.values())))
 
 
 @cache
@@ -230,15 +237,16 @@ def understand(source: Source, weights: Weights) -> Plan:
     ConfigError, WeightsError or SourceError that names what does not fit."""
     family = family_for(source)
     checkpoint = _opened(family, source, weights)
-    top, context = checkpoint.top, checkpoint.text.take("max_position_embeddings")
+    top, text = checkpoint.top, checkpoint.text
+    context = text.take("max_position_embeddings", text.take("n_positions", _DISTANCES))
     parts = family.describe(checkpoint)
     decoder = _fitted(checkpoint.decoder, parts)
-    for reader in (top, checkpoint.text, checkpoint.vision):
+    for reader in (top, text, checkpoint.vision):
         reader.finish()
     image = parts.image
     check_vocabulary(source, {image.prompt.token: image.prompt.token_id}, parts.markers, decoder.vocab_size)
     encoder = decoder.encoder
-    embedding = Place(family.text).embedding if encoder is None else encoder.embedding
+    embedding = Place(family.place(checkpoint.config)).embedding if encoder is None else encoder.embedding
     if bool(decoder.crossed) != (image.into == "cross_attention" or encoder is not None):
         raise ConfigError(
             f"{source.folder / 'config.json'}: the decoder has {decoder.crossed} layers of cross-attention, and "
@@ -261,7 +269,8 @@ def understand(source: Source, weights: Weights) -> Plan:
         stages=(*(component.stage for component in parts.traced), *read, *crossed),
         text_encoder=None if encoder is None else _reading(checkpoint, encoder),
     )
-    ignored = tuple(name for name in weights if name.endswith(_TABLES) or name.startswith(parts.ignored))
+    left = parts.ignored if encoder is None else (*parts.ignored, *encoder.copies)
+    ignored = tuple(name for name in weights if name.endswith(_TABLES) or name.startswith(left))
     return Plan(model, decoder, parts.traced, embedding, family.texts(checkpoint), ignored, parts.arrays)
 
 
@@ -282,7 +291,7 @@ def _opened(family: Family, source: Source, weights: Weights) -> Checkpoint:
     config = load_config(read)
     top, text, vision = model_readers(read, config, family.vision)
     holder = text if "." in family.head else top
-    place = Place(family.text, family.head, bool(holder.take("tie_word_embeddings", False)))
+    place = Place(family.place(config), family.head, bool(holder.take("tie_word_embeddings", False)))
     where = f"{source.folder / 'config.json'}: text_config.model_type"
     decoder = decoder_for(family.decoder_type(config, weights), text, weights, place, where)
     token_id = top.take(family.image_token)

@@ -22,6 +22,7 @@ __all__ = [
     "before",
     "behind",
     "cache_name",
+    "encodes",
     "forget_prompts",
     "greedy_answers",
     "load_reference",
@@ -61,12 +62,17 @@ def forget_prompts(model: Any) -> None:
             module.rope_deltas = None
 
 
+def encodes(model: Any) -> bool:
+    """Whether it is an encoder-decoder, which InstructBLIP does not say of itself."""
+    return bool(model.config.get_text_config().is_encoder_decoder)
+
+
 def before(model: Any, rows: int = 1) -> dict[str, Any]:
     """The ids [rows, n] that the decoder of an encoder-decoder begins with, as in `generate`, as an input of the model;
     none in other models, whose decoders begin with the prompt."""
     import torch
 
-    if not model.config.is_encoder_decoder:
+    if not encodes(model):
         return {}
     own, text = model.generation_config, model.config.get_text_config()
     start = [own.decoder_start_token_id, getattr(text, "decoder_start_token_id", None), own.bos_token_id]
@@ -80,7 +86,7 @@ def behind(model: Any, inputs: Mapping[str, Any], out: Any, tokens: Any) -> dict
     from transformers.modeling_outputs import BaseModelOutput
 
     cache = {cache_name(model): out.past_key_values, "use_cache": True}
-    if model.config.is_encoder_decoder:
+    if encodes(model):
         read = {"encoder_outputs": BaseModelOutput(last_hidden_state=out.encoder_last_hidden_state)}
         return {"decoder_input_ids": tokens, "attention_mask": inputs.get("attention_mask"), **read, **cache}
     seen = {name: inputs[name][:, -1:] for name in ("cross_attention_mask",) if name in inputs}
@@ -130,7 +136,7 @@ def scores(model: Any, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarr
     import torch
 
     forget_prompts(model)
-    if model.config.is_encoder_decoder:
+    if encodes(model):
         return _decoded_scores(model, prompts, answers)
     ids, mask = _padded(model, [np.concatenate([p, a[:-1]]) for p, a in zip(prompts, answers, strict=True)])
     types = _token_types(model, ids, [len(answer) - 1 for answer in answers])
@@ -173,7 +179,7 @@ def rounded(
     TensorRT."""
     import torch
 
-    sides = (model.get_encoder(), model.get_decoder()) if model.config.is_encoder_decoder else (model.get_decoder(),)
+    sides = (model.get_encoder(), model.get_decoder()) if encodes(model) else (model.get_decoder(),)
     chosen = {m: layers for side in sides for m in side.modules() if isinstance(m, torch.nn.Linear)}
     chosen[model.get_output_embeddings()] = head
 
@@ -213,7 +219,7 @@ def _padded(model: Any, rows: Sequence[np.ndarray]) -> tuple[Any, Any]:
     longest = max(map(len, rows))
     ids, mask = (np.zeros((len(rows), longest), np.int64) for _ in range(2))
     for i, row in enumerate(rows):
-        first = 0 if model.config.is_encoder_decoder else longest - len(row)
+        first = 0 if encodes(model) else longest - len(row)
         ids[i, first : first + len(row)], mask[i, first : first + len(row)] = row, 1
     return torch.from_numpy(ids), torch.from_numpy(mask)
 

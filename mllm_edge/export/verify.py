@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mllm_edge.compare.cases import Case, synthetic_frames
+from mllm_edge.compare.cases import Case, fitting, synthetic_frames
 from mllm_edge.compare.metrics import relative_error
 from mllm_edge.compare.outputs import LOGITS, bundle_outputs, errors_of, in_order, named_outputs, seen
 from mllm_edge.errors import ParityError, PromptError
@@ -59,7 +59,9 @@ def verify(
 
     Raises ParityError naming what differs, or each error beyond its limit.
     """
-    asked = (*reference.cases, *cases)
+    from mllm_edge.bundle import Bundle
+
+    asked = (*fitting(reference.cases, Bundle.load(folder).manifest.model), *cases)
     return tuple(_verify_target(reference, folder, recipe, target, asked) for target in targets)
 
 

@@ -246,7 +246,8 @@ class DecoderSpec:
 @dataclass(frozen=True)
 class EncoderSpec:
     """A text encoder: layers without a cache, in which every token sees every other. Fields as in DecoderSpec;
-    `embedding` is the tensor of the token embeddings, which its decoder shares."""
+    `embedding` is the tensor of the token embeddings, which its decoder shares, `copies` are others that some files
+    have of it."""
 
     hidden_size: int
     norm: NormSpec
@@ -255,6 +256,7 @@ class EncoderSpec:
     names: WeightNames
     stack: tuple[LayerSpec, ...]
     embedding: str
+    copies: tuple[str, ...] = ()
     table: PositionTable | None = None
 
     def position_spec(self, file: str) -> PositionSpec:

@@ -153,9 +153,10 @@ Pack = Unpad | Shrink | RowEnd
 
 @dataclass(frozen=True)
 class VideoSpec:
-    """From the frames of a video to tokens. `transforms` make one tile of each. `token`, `token_id`: the placeholder.
+    """From the frames of a video to tokens. `transforms` make one tile of each. `token`, `token_id`: the placeholder,
+    which is written in a text otherwise than an image's.
 
-    `features`: a frame's, where stages of their own show videos; each is a token. None: as many as a tile's of images,
+    `features`: a frame's; each is a token. None: as many as a tile's of images,
     a square, which is brought to half the side (rounded up), bilinearly; behind those of the last frame stands row 0 of
     the bundle's array `end`."""
 

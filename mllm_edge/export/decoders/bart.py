@@ -102,7 +102,12 @@ def bart_specs(config: ConfigReader, weights: Weights, prefix: str = "model") ->
         }
 
     layers = config.take("encoder_layers")
-    encoder = EncoderSpec(**side("encoder"), stack=(_ENCODER,) * layers, embedding=f"{prefix}.shared.weight")
+    encoder = EncoderSpec(
+        **side("encoder"),
+        stack=(_ENCODER,) * layers,
+        embedding=f"{prefix}.shared.weight",
+        copies=tuple(f"{prefix}.{name}.embed_tokens.weight" for name in ("encoder", "decoder")),
+    )
     shared = side("decoder")
     decoder = DecoderSpec(
         **shared,

@@ -73,6 +73,7 @@ def t5_specs(config: ConfigReader, weights: Weights, prefix: str = "") -> tuple[
         names=_names(f"{prefix}encoder", mlp, 1, ""),
         stack=(_ENCODER,) * encoder_layers,
         embedding=f"{prefix}shared.weight",
+        copies=tuple(f"{prefix}{name}.embed_tokens.weight" for name in ("encoder", "decoder")),
         table=table("encoder"),
     )
     decoder = DecoderSpec(

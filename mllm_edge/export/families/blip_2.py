@@ -1,4 +1,4 @@
-"""BLIP-2: EVA tower, a Q-Former whose learned queries look at it, OPT decoder.
+"""BLIP-2: EVA tower, a Q-Former whose learned queries look at it, OPT decoder or Flan-T5.
 
 An image is stretched to one tile, and becomes one token per query. A prompt has no turns: images, the token that begins
 a text, questions and answers.
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mllm_edge.export.checkpoint.source import Source
-from mllm_edge.export.families.qformer_parts import VISION, answering, load_complete, qformer_texts, read
+from mllm_edge.export.families.qformer_parts import TEXT, VISION, answering, load_complete, qformer_texts, read
 from mllm_edge.export.family import Checkpoint, Family, Parts
 from mllm_edge.export.plan import tile_components
 from mllm_edge.export.reference import load_reference
@@ -38,7 +38,7 @@ def _describe(checkpoint: Checkpoint) -> Parts:
         (VISION, ""),
         seen.derived(checkpoint),
     )
-    return Parts(traced, seen.image_spec(checkpoint))
+    return Parts(traced, seen.image_spec(checkpoint, checkpoint.processor.image_token))
 
 
 def _load_processor(source: Source) -> Any:
@@ -61,14 +61,14 @@ def _image_features(model: Any, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
 FAMILY = Family(
     name="blip_2",
     model_types=("blip-2",),
-    decoders=("opt",),
-    examples=("Salesforce/blip2-opt-2.7b",),
+    decoders=("opt", "t5"),
+    examples=("Salesforce/blip2-opt-2.7b", "Salesforce/blip2-flan-t5-xl"),
     describe=_describe,
     load_processor=_load_processor,
     image_features=_image_features,
     image_token="image_token_index",
     load_model=_load_model,
-    text="language_model.model.decoder",
+    text=TEXT,
     head="language_model.lm_head",
     texts=qformer_texts,
 )

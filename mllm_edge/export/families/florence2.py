@@ -21,7 +21,6 @@ from mllm_edge.spec import CenterCrop, ImagePrompt, ImageSpec, Resize, Transform
 __all__ = ["FAMILY"]
 
 _VISION, _PROJECTOR = "model.vision_tower.", "model.multi_modal_projector."
-_TEXT = "model.language_model"
 # A processor's words for tasks, alone and with an input, then how a question with images is written.
 _TEMPLATE = (
     "{%- set alone = ALONE -%}{%- set about = ABOUT -%}"
@@ -71,11 +70,8 @@ def _describe(checkpoint: Checkpoint) -> Parts:
     encoder, projector = traced
     derived = projector_derived(tower, side, checkpoint.weights, _PROJECTOR)
     prompt = ImagePrompt(checkpoint.processor.image_token, checkpoint.token_id, "{image}")
-    return Parts(
-        (encoder, replace(projector, derived=derived)),
-        ImageSpec(transforms, prompt, tile, tile, tokens),
-        tuple(f"{_TEXT}.{part}.embed_tokens." for part in ("encoder", "decoder")),
-    )
+    image = ImageSpec(transforms, prompt, tile, tile, tokens)
+    return Parts((encoder, replace(projector, derived=derived)), image)
 
 
 def _tile(source: Source, transforms: Sequence[Transform]) -> int:
@@ -139,6 +135,5 @@ FAMILY = Family(
     describe=_describe,
     load_processor=_load_processor,
     image_features=_image_features,
-    text=_TEXT,
     texts=_texts,
 )

@@ -27,14 +27,29 @@ if TYPE_CHECKING:
     from mllm_edge.export.vision.qformer import QFormerConfig
     from mllm_edge.export.vision.siglip import SiglipConfig
 
-__all__ = ["VISION", "QFormerVision", "answering", "load_complete", "qformer_texts", "read", "text_start"]
+__all__ = [
+    "TEXT",
+    "VISION",
+    "QFormerVision",
+    "add_tokens",
+    "answering",
+    "begun",
+    "load_complete",
+    "qformer_texts",
+    "read",
+    "with_images_first",
+]
 
 VISION = "vision_model."
+# Where the decoder stands, by its type.
+TEXT = {"opt": "language_model.model.decoder", "t5": "language_model"}
 # Images, and the token that begins a text; what follows is a template's own.
 _IMAGES = (
-    "{% for message in messages %}{% for part in message['content'] if part['type'] == 'image' %}"
-    "{{ '<image>' }}{% endfor %}{% endfor %}{{ bos_token }}"
+    "{% for message in messages %}{% for part in message['content'] if part['type'] in ('image', 'video') %}"
+    "{{ '<' + part['type'] + '>' }}{% endfor %}{% endfor %}{{ bos_token }}"
 )
+# The token that ends a text, where none begins it: T5's.
+_END = "{{ '' if bos_token else eos_token }}"
 
 
 # ---------------------------------------------------------------- tower and Q-Former
@@ -66,8 +81,8 @@ class QFormerVision:
         token = f"{embeddings}class_embedding", (1, 1, width)
         return {"embeddings.positions": checkpoint.weights.with_row(*table, *token)}
 
-    def image_spec(self, checkpoint: Checkpoint) -> ImageSpec:
-        """Each image is one tile, its placeholder repeated once per query."""
+    def image_spec(self, checkpoint: Checkpoint, token: str, placeholder: str = "") -> ImageSpec:
+        """Each image is one tile, its `token` repeated once per query; `placeholder`: see `ImagePrompt`."""
         source, processor, tile, queries = (
             checkpoint.source,
             checkpoint.processor,
@@ -78,7 +93,7 @@ class QFormerVision:
         size = next((t for t in reversed(transforms) if isinstance(t, Resize)), None)
         require_tile(source, None if size is None else (size.height, size.width), tile)
         require_tokens(source, f"num_query_tokens = {processor.num_query_tokens}", processor.num_query_tokens, queries)
-        prompt = ImagePrompt(processor.image_token, checkpoint.token_id, "{image}")
+        prompt = ImagePrompt(token, checkpoint.token_id, "{image}", placeholder=placeholder)
         return ImageSpec(transforms, prompt, tile, tile, queries)
 
 
@@ -90,8 +105,8 @@ def read(checkpoint: Checkpoint) -> QFormerVision:
     top, vision = checkpoint.top, checkpoint.vision
     if checkpoint.token_id is None:
         raise ConfigError(
-            f"{checkpoint.source.folder / 'config.json'}: no image_token_index: the checkpoint is of a time before "
-            "images had tokens of their own",
+            f"{checkpoint.source.folder / 'config.json'}: no image_token_index or video_token_index: the checkpoint is "
+            "of a time before images had tokens of their own",
             "take the model's newer config.json and tokenizer from the hub",
         )
     for unused in ("image_text_hidden_size", "initializer_factor", "use_decoder_only_language_model"):
@@ -110,20 +125,25 @@ def read(checkpoint: Checkpoint) -> QFormerVision:
 def load_complete(source: Source, cls: Any, told: str, further: Mapping[str, Any] = MappingProxyType({})) -> Any:
     """transformers' processor of class `cls`, with its `further` parts, for prompts that begin with their images;
     `told`, a template, writes the text. Raises ConfigError for a folder with a template of its own, too."""
+    stated = {"num_query_tokens": load_config(source).num_query_tokens}
+    processor = load_processor(
+        source, cls.__name__, ("BlipImageProcessor",), told, lambda _: stated, _complete(cls), further
+    )
+    return with_images_first(source, processor, told, str(processor.image_token))
+
+
+def with_images_first(source: Source, processor: Any, told: str, token: str) -> Any:
+    """A processor whose images become so many times `token`; as of `load_complete`."""
     if chat_template(source, ""):
         raise ConfigError(
             f"{source.folder}: a chat template, and this model's processor puts images before a text's beginning",
             "delete the chat template",
         )
-    stated = {"num_query_tokens": load_config(source).num_query_tokens}
-    processor = load_processor(
-        source, cls.__name__, ("BlipImageProcessor",), told, lambda _: stated, _complete(cls), further
-    )
-    processor.image_token = _Word(processor.image_token)
-    processor.image_token_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
-    start = text_start(processor.tokenizer, processor.image_token)
+    processor.image_token = _Word("<image>")
+    processor.image_token_id = processor.tokenizer.convert_tokens_to_ids(token)
+    processor.text_start = start = _text_start(processor.tokenizer, token)
     processor.chat_template = (
-        f"{_IMAGES}{{% set told %}}{told}{{% endset %}}{{{{ {start!r} if told else '' }}}}{{{{ told }}}}"
+        f"{_IMAGES}{{% set told %}}{told}{{% endset %}}{{{{ {start!r} if told else '' }}}}{{{{ told }}}}{_END}"
     )
     return processor
 
@@ -142,39 +162,39 @@ def _complete(cls: Any) -> Any:
 
     class Complete(cls):
         def __call__(self, images: Any = None, text: Any = None, **options: Any) -> Any:
-            texts = [text] if isinstance(text, str) else list(text)
-            counts = {one.count(self.image_token) for one in texts}
-            if len(counts) != 1:
-                raise ValueError("prompts of unequal numbers of images do not fit into one tensor")
-            texts = [_bare(one, self.image_token, self.tokenizer) for one in texts]
+            texts, count = begun(self, text)
             made = super().__call__(images=images, text=texts, **{**options, "add_special_tokens": True})
-            return _with_images(made, counts.pop() - 1, self.image_token_id, self.num_query_tokens)
+            if count > 1:
+                add_tokens(made, (count - 1) * self.num_query_tokens, self.image_token_id)
+                for name in (name for name in made if name.startswith("qformer_")):
+                    made[name] = made[name].repeat_interleave(count, dim=0)
+            return made
 
     Complete.__name__ = cls.__name__
     return Complete
 
 
-def _bare(text: str, image: str, tokenizer: Any) -> str:
-    """A complete prompt without what a processor adds to it."""
-    bos, text = tokenizer.bos_token or "", text.replace(image, "")
-    return text.removeprefix(bos).removeprefix(text_start(tokenizer, image))
+def begun(processor: Any, text: Any) -> tuple[list[str], int]:
+    """Complete prompts without what a processor adds to them, and how many images each begins with."""
+    texts, image = [text] if isinstance(text, str) else list(text), processor.image_token
+    counts = {one.count(image) for one in texts}
+    if len(counts) != 1:
+        raise ValueError("prompts of unequal numbers of images do not fit into one tensor")
+    bos = processor.tokenizer.bos_token or ""
+    eos = "" if bos else processor.tokenizer.eos_token
+    bare = [one.replace(image, "").removeprefix(bos).removesuffix(eos) for one in texts]
+    return [one.removeprefix(processor.text_start) for one in bare], counts.pop()
 
 
-def _with_images(made: Any, more: int, token_id: int, queries: int) -> Any:
-    """Inputs of one image each as those of so many more, each beside the same text."""
+def add_tokens(made: Any, tokens: int, token_id: int) -> None:
+    """Put so many more of an image's tokens before the others."""
     import torch
 
-    if more < 1:
-        return made
     for name, value in (("input_ids", token_id), ("attention_mask", 1)):
-        before = torch.full((len(made[name]), more * queries), value)
-        made[name] = torch.cat([before, made[name]], dim=1)
-    for name in (name for name in made if name.startswith("qformer_")):
-        made[name] = made[name].repeat_interleave(1 + more, dim=0)
-    return made
+        made[name] = torch.cat([torch.full((len(made[name]), tokens), value), made[name]], dim=1)
 
 
-def text_start(tokenizer: Any, image: str) -> str:
+def _text_start(tokenizer: Any, image: str) -> str:
     """What has to stand before a text behind an image's tokens, so that its ids are those of a text alone; raises
     ConfigError where nothing helps."""
 
@@ -197,17 +217,21 @@ def qformer_texts(checkpoint: Checkpoint) -> Texts:
 
 
 # ---------------------------------------------------------------- the reference
-def answering(architecture: Any, *further: str) -> Any:
+def answering(architecture: Any, *further: str, features: str = "get_image_features") -> Any:
     """A transformers' class whose `forward` takes what its `generate` does: a prompt without images, too, and tokens
-    behind one. `further`: inputs that go with the pixels."""
+    behind one. `further`: inputs that go with the pixels; `features`: who takes them."""
 
     class Answering(architecture):
-        def forward(self, input_ids: Any, pixel_values: Any = None, attention_mask: Any = None, **options: Any) -> Any:
+        def forward(
+            self, input_ids: Any = None, pixel_values: Any = None, attention_mask: Any = None, **options: Any
+        ) -> Any:
             given = {name: options.pop(name, None) for name in further}
+            if input_ids is None:  # the prompt was read before
+                return self.language_model(attention_mask=attention_mask, **options)
             embeds = self.get_input_embeddings()(input_ids)
             if pixel_values is not None:
-                features = self.get_image_features(pixel_values, **given, return_dict=True).pooler_output
-                embeds = embeds.masked_scatter(self.get_placeholder_mask(input_ids, embeds), features)
+                found = getattr(self, features)(pixel_values, **given, return_dict=True).pooler_output
+                embeds = embeds.masked_scatter(self.get_placeholder_mask(input_ids, embeds), found)
             return self.language_model(inputs_embeds=embeds, attention_mask=attention_mask, **options)
 
     Answering.__name__ = architecture.__name__

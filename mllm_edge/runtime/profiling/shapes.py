@@ -34,14 +34,15 @@ def crossed_bytes(model: ModelSpec, variants: Mapping[str, Variant], layouts: Se
 
 
 def stage_runs(
-    model: ModelSpec, stage: Stage, variants: Mapping[str, Variant], layouts: Sequence[Layout], tokens: int = 0
+    model: ModelSpec, stage: Stage, variants: Mapping[str, Variant], layouts: Sequence[Layout], prompt_tokens: int = 0
 ) -> list[tuple[dict[str, int], int]]:
     """The dimensions of each run of a stage that images of these layouts take, by symbol, and the sequences that see
-    themselves in it; `variants`: the graph that each component runs. `tokens`: those of the prompt, as for `crossed`; a
-    text of the stages' own has about as many as there are beside the images."""
-    told = max(0, tokens - sum(layout.tokens for layout in layouts))
+    themselves in it; `variants`: the graph that each component runs. `prompt_tokens`: those of the prompt, which a text
+    encoder reads, and by which a text of the stages' own is guessed: it has about as many as there are beside the
+    images."""
+    told = max(0, prompt_tokens - sum(layout.tokens for layout in layouts))
     layouts = [layout for layout in layouts if stage.is_for(layout.kind)]
-    looked_at = crossed(model, layouts, tokens)
+    looked_at = crossed(model, layouts, prompt_tokens)
     if stage.per == "prompt" and looked_at:
         taken = {size for t in variants[stage.component].inputs for size in t.shape if isinstance(size, str)}
         return [({symbol: 1 if symbol == "batch" else looked_at for symbol in taken}, 1)]

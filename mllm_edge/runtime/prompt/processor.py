@@ -391,7 +391,7 @@ def _control_tokens(image: ImageSpec | None, tokenizer: Tokenizer, template: Cha
     added = set(tokenizer.added_tokens.values())
     found = added & set(tokenizer.named_tokens)
     if image is not None:
-        found |= set(_image_markers(image.prompt, added))
+        found |= {image.prompt.written, *_image_markers(image.prompt, added)}
     if template is not None:
         written = template.written_text()
         found |= {token for token in added if token in written}

@@ -1,4 +1,4 @@
-"""BLIP-2 with OPT."""
+"""BLIP-2 with OPT and with Flan-T5."""
 
 from typing import Any
 
@@ -21,6 +21,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vision": {"image_size": 54},
     },
     "published_files": {"names": "hub", "image_settings": {"resample": 2, "image_mean": [0.4, 0.5, 0.6]}},
+    "t5": {"text": {"model_type": "t5", "tie_word_embeddings": False}},
+    "t5_all_names_scaled_logits": {"names": "state_dict", "text": {"model_type": "t5", "feed_forward_proj": "relu"}},
     "state_dict_names_untied": {"names": "state_dict", "text": {"tie_word_embeddings": False}},
 }
 CASES = {
@@ -38,8 +40,8 @@ ROW = Row(
     save_tiny_blip_2,
     CONFIGS,
     CASES,
-    compared=("opt",),
-    probed=("opt",),
+    compared=("opt", "t5"),
+    probed=("opt", "t5"),
     spared={
         "calibration": "its layers are those of other towers and decoders, in another order",
         "int8_cache": "keys that no rope turns share no scales",
@@ -47,7 +49,10 @@ ROW = Row(
         "speculation": "positions of their own change nothing in a step that checks guesses",
     },
     bad=(
-        Bad("text_config.model_type = 't5'", sets("text_config", model_type="t5")),
+        Bad("text_config.model_type = 'gpt2'", sets("text_config", model_type="gpt2")),
+        Bad("feed_forward_proj", sets("text_config", feed_forward_proj="gated-tanh"), config="t5"),
+        Bad("decoder_start_token_id = '2'", sets(decoder_start_token_id="2"), "generation_config.json", config="t5"),
+        Bad("DenseReluDense.wi_0", sets("text_config", d_ff=80), config="t5", error="WeightsError"),
         Bad("enable_bias = False", sets("text_config", enable_bias=False)),
         Bad("do_layer_norm_before = False", sets("text_config", **_OPT350)),
         Bad("no image_token_index", lambda c: c.pop("image_token_index")),
@@ -73,11 +78,14 @@ ROW = Row(
         Tensor("language_projection.bias"),
         Tensor("vision_model.encoder.layers.1.self_attn.qkv.bias"),
         Tensor("language_model.model.decoder.final_layer_norm.weight"),
+        Tensor("language_model.decoder.block.1.layer.1.EncDecAttention.v.weight", "t5"),
+        Tensor("language_model.encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "t5"),
     ),
     unneeded=(
         Tensor("qformer.encoder.layer.1.crossattention.attention.query.weight"),
         Tensor("qformer.encoder.layer.0.intermediate.dense.weight"),
         Tensor("vision_model.encoder.layers.7.mlp.fc1.weight"),
         Tensor("language_model.model.decoder.layers.7.fc1.weight"),
+        Tensor("language_model.encoder.block.7.layer.0.layer_norm.weight", "t5"),
     ),
 )

@@ -1,4 +1,4 @@
-"""InstructBLIP with Llama."""
+"""InstructBLIP with Llama and with Flan-T5."""
 
 from typing import Any
 
@@ -21,6 +21,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "blank_at_the_beginning_alone": {"prepends": "first"},
     "published_files": {"names": "hub", "image_settings": {"resample": 2, "image_mean": [0.4, 0.5, 0.6]}},
+    "t5": {"text": {"model_type": "t5", "tie_word_embeddings": False}},
     "tied": {"text": {"tie_word_embeddings": True}},
     "state_dict_names": {"names": "state_dict"},
 }
@@ -39,7 +40,7 @@ ROW = Row(
     save_tiny_instructblip,
     CONFIGS,
     CASES,
-    compared=("llama",),
+    compared=("llama", "t5"),
     probed=("llama",),
     spared={
         "calibration": "tower and Q-Former as BLIP-2's, the decoder is one of llava's",
@@ -48,7 +49,7 @@ ROW = Row(
         "speculation": "one of llava's decoders",
     },
     bad=(
-        Bad("text_config.model_type = 't5'", sets("text_config", model_type="t5")),
+        Bad("text_config.model_type = 'gpt2'", sets("text_config", model_type="gpt2")),
         Bad("no image_token_index", lambda c: c.pop("image_token_index")),
         Bad("cross_attention_frequency = 0", sets("qformer_config", cross_attention_frequency=0)),
         Bad("vocab_size is 60", sets("qformer_config", vocab_size=60)),
