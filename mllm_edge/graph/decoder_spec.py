@@ -175,9 +175,9 @@ class DecoderSpec:
     positions or relative bias. `spans`: some tokens see each other in both directions, so masks come from the host in
     every dialect. `deepstack`: behind each of the first so many layers the graph adds an input `deepstack.{k}`
     [B, S, H]. `embedding_scale` multiplies token embeddings (and not image features), on the host; `head_scale` the
-    last hidden state, `logits_cap` c bounds logits by c·tanh(l/c), `head_bias`
-    names a vector [V] to add to them; `banned`: token ids that are never chosen. `lm_head` may name the embedding
-    matrix (tied). `encoder`: the text encoder that reads the prompt, in an encoder-decoder.
+    last hidden state, `residual_scale` what each branch adds to the stream; `logits_cap` c bounds logits by
+    c·tanh(l/c), `head_bias` names a vector [V] to add to them; `banned`: token ids that are never chosen. `lm_head` may
+    name the embedding matrix (tied). `encoder`: the text encoder that reads the prompt, in an encoder-decoder.
     """
 
     hidden_size: int
@@ -197,6 +197,7 @@ class DecoderSpec:
     deepstack: int = 0
     embedding_scale: float = 1.0
     head_scale: float = 1.0
+    residual_scale: float = 1.0
     head_bias: str | None = None
     banned: tuple[int, ...] = ()
     logits_cap: float | None = None

@@ -128,8 +128,9 @@ class SelectTiles:
     """Stretch to the grid of `size` × `size` px tiles whose aspect ratio is nearest to the image's, cut it row by row,
     and with `overview` append the whole image stretched to one tile, unless it is one tile alone.
 
-    Grids have `min_tiles` to `max_tiles` tiles. Of grids at the same distance the last one wins, in the order of their
-    tiles and then columns, that has fewer pixels than twice the image's (or is the first of them).
+    Grids have `min_tiles` to `max_tiles` tiles, `max_side` along a side at most (None: any). Of grids at the same
+    distance the last one wins, in the order of their tiles and then columns, that has fewer pixels than twice the
+    image's (or is the first of them).
     """
 
     size: int
@@ -137,6 +138,7 @@ class SelectTiles:
     max_tiles: int
     overview: bool
     resample: Resample
+    max_side: int | None = None
     op: Literal["select_tiles"] = "select_tiles"
 
 

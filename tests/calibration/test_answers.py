@@ -15,7 +15,7 @@ from mllm_edge.errors import DataError
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.decode.decoder import Decoder
 from mllm_edge.runtime.vlm import VLM
-from mllm_edge.spec import CROSS_KV
+from mllm_edge.spec import CROSS_KV, DEEPSTACK
 from tests.families.row import families_of
 
 MOST = 64
@@ -90,9 +90,11 @@ def test_recorded_answers_are_those_of_each_prompt_alone(
                 answer = collect.answer_tokens(vlm, sample)
             found = feeds.read(i, ["inputs_embeds"])["inputs_embeds"][0]
             np.testing.assert_array_equal(found, placed(vlm, np.concatenate([embeds, vlm.embed(answer)])))
-        # Images have positions on axes, are looked at, or see themselves in both directions.
+        # Images have positions on axes, are looked at, see themselves in both directions, or add to layers' outputs.
         apart = any(rope.sections for rope in vlm.spec.positions.ropes)
-        apart = apart or any(s.component == CROSS_KV for s in vlm.spec.stages) or both_ways(vlm) == "image"
+        inputs = {tensor.name for tensor in vlm.bundle.variant("decoder", "cpu").inputs}
+        apart = apart or any(s.component == CROSS_KV for s in vlm.spec.stages) or f"{DEEPSTACK}0" in inputs
+        apart = apart or both_ways(vlm) == "image"
         alone_only = by_itself(vlm)
     # Without an answer are six of the first eight, four of the next, and the last.
     assert together == ({1} if cache == 1 or alone_only else {2, 1} if apart else {6, 4, 1})

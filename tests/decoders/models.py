@@ -16,6 +16,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    GraniteConfig,
     Lfm2Config,
     LlamaConfig,
     MistralConfig,
@@ -125,6 +126,14 @@ CONFIGS: dict[str, Any] = {
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
         },
+    ),
+    "granite": GraniteConfig(
+        **SIZES,
+        attention_bias=True,
+        embedding_multiplier=12.0,
+        attention_multiplier=0.1,
+        residual_multiplier=0.22,
+        logits_scaling=8,
     ),
     "opt": OPTConfig(
         vocab_size=160,

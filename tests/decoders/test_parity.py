@@ -77,7 +77,7 @@ def embeddings_of(model: Any) -> np.ndarray:
     module = model.get_input_embeddings()
     with torch.no_grad():
         table = module(torch.arange(module.num_embeddings)).numpy()
-    return table
+    return table * np.float32(getattr(model.config, "embedding_multiplier", 1))
 
 
 @pytest.fixture(scope="module", params=CONFIGS)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.granite_docling.image_processing_pil_granite_docling import GraniteDoclingImageProcessorPil
 
 from mllm_edge.errors import BundleError
 from mllm_edge.json_form import from_json, to_json
@@ -131,3 +132,13 @@ def test_json_of_bundles_before_and_after():
     assert from_json(ImageSpec, data) == spec
     del data["prompt"]["begin"]
     assert from_json(ImageSpec, data).prompt.begin == ""
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([(1, 32), (1, 17), (3, 20), (18, 40)]))
+def test_no_more_tiles_along_a_side_than_granite_docling_has_words_for(height, width, limits):
+    size = {"height": 32, "width": 32}
+    source = GraniteDoclingImageProcessorPil(size=size, min_patches=limits[0], max_patches=limits[1])
+    cut = cut_of(height, width, (SelectTiles(32, *limits, True, "bicubic", 16),))
+    assert (cut.rows, cut.cols) == source.get_tile_grid(height, width)
+    assert cut.slices == source.get_number_of_image_patches(height, width)

@@ -125,20 +125,23 @@ class Layers:
 
     def _output(self, i: int, layer: LayerSpec, branch: Branch, x: ir.Value, inputs: "dict[str, ir.Value]") -> ir.Value:
         """What a branch makes of its (normalized) input."""
-        factor = 1.0
+        factor = self._spec.residual_scale if isinstance(self._spec, DecoderSpec) else 1.0
         if branch.gate is not None:
-            factor = float(np.tanh(self._weights.use(self._name(i, branch.gate), (1,))()[0]))
+            factor *= float(np.tanh(self._weights.use(self._name(i, branch.gate), (1,))()[0]))
         if branch.kind == "mlp":
             return self._mlp(i, x, factor)
+        assert branch.kind not in ("moe", "conv") or factor == 1, "a scale is folded into one last layer"
         if branch.kind == "moe":
             return self._moe(i, x)
         if branch.kind == "conv":
             return self._convolution(i, x, inputs)
         if branch.kind == "cross_attention":
             return self._cross_attention(i, x, inputs, factor)
-        return self._self_attention(i, layer, x, inputs)
+        return self._self_attention(i, layer, x, inputs, factor)
 
-    def _self_attention(self, i: int, layer: LayerSpec, x: ir.Value, inputs: "dict[str, ir.Value]") -> ir.Value:
+    def _self_attention(
+        self, i: int, layer: LayerSpec, x: ir.Value, inputs: "dict[str, ir.Value]", factor: float
+    ) -> ir.Value:
         """Projections (q and k packed; v apart, for it may need more bits), attention (over the cache, in a decoder),
         output projection."""
         spec, name, width = self._spec.attention, f"layers.{i}.attention", self._spec.hidden_size
@@ -152,7 +155,8 @@ class Layers:
             cache, self._cached = self._cached, self._cached + 1
             described = SelfAttention(name, cache, layer.rope, layer.window, self._qk_norm(i, spec))
             attended = self._ops.self_attention(described, query_key, value)
-        return self._to_hidden(attended, f"layers.{i}.o_proj", self._name(i, "o_proj"), rows[0], spec.output_bias)
+        out = self._name(i, "o_proj")
+        return self._to_hidden(attended, f"layers.{i}.o_proj", out, rows[0], spec.output_bias, factor)
 
     def _bidirectional(
         self, name: str, spec: AttentionSpec, query_key: ir.Value, values: ir.Value, bias: ir.Value

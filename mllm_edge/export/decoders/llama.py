@@ -44,6 +44,7 @@ class _Kind:
 
 _KINDS = {
     "chameleon": _Kind(qkv_bias=None, output_bias=None),
+    "granite": _Kind(qkv_bias=None, output_bias=None),
     "llama": _Kind(qkv_bias=None, output_bias=None),
     "mistral": _Kind(windowed=True),
     "mixtral": _Kind(windowed=True),

@@ -19,6 +19,7 @@ from mllm_edge.export.vision.modules import (
     activate,
     packed_attention,
     packed_linear,
+    pixel_shuffle,
 )
 from mllm_edge.export.vision.siglip import Taps, run_layers
 
@@ -193,7 +194,5 @@ class ShuffleConnector(nn.Module):
         self.linear_2 = Linear(text_hidden, text_hidden)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        s, side, width = self.scale, self.patches // self.scale, hidden.shape[-1]
-        grid = hidden.view(-1, side, s, side, s, width)
-        tokens = grid.permute(0, 1, 3, 2, 4, 5).reshape(-1, side * side, s * s * width)
+        tokens = pixel_shuffle(hidden, self.patches, self.scale)
         return self.linear_2(activate(self.activation, self.linear_1(self.layer_norm(tokens))))

@@ -21,6 +21,7 @@ __all__ = [
     "attention",
     "packed_attention",
     "packed_linear",
+    "pixel_shuffle",
 ]
 
 DOMAIN = "mllm_edge"
@@ -90,6 +91,13 @@ class GatedMlp(nn.Module):
 def activate(name: str, x: torch.Tensor) -> torch.Tensor:
     """The activation `name`, one of ACTIVATIONS, element by element."""
     return _FUNCTIONS[name](x)
+
+
+def pixel_shuffle(hidden: torch.Tensor, patches: int, scale: int) -> torch.Tensor:
+    """hidden [N, patches², D] → [N, (patches / scale)², scale² · D]: scale × scale neighbours side by side."""
+    side, width = patches // scale, hidden.shape[-1]
+    grid = hidden.view(-1, side, scale, side, scale, width)
+    return grid.permute(0, 1, 3, 2, 4, 5).reshape(-1, side * side, scale * scale * width)
 
 
 def packed_linear(x: torch.Tensor, parts: Sequence[Linear]) -> torch.Tensor:

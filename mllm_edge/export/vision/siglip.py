@@ -12,11 +12,12 @@ from torch import nn
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.config import ConfigReader
 from mllm_edge.export.checkpoint.processor import OWN_PROCESSOR
-from mllm_edge.export.vision.modules import ACTIVATIONS, Linear, Mlp, packed_attention, packed_linear
+from mllm_edge.export.vision.modules import ACTIVATIONS, Linear, Mlp, packed_attention, packed_linear, pixel_shuffle
 
 __all__ = [
     "PixelShuffleConnector",
     "SiglipConfig",
+    "SiglipEmbeddings",
     "SiglipFeatures",
     "SiglipLayer",
     "SiglipTower",
@@ -86,7 +87,7 @@ class SiglipTower(nn.Module):
 
     def __init__(self, config: SiglipConfig):
         super().__init__()
-        self.embeddings = _Embeddings(config)
+        self.embeddings = SiglipEmbeddings(config)
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList([SiglipLayer(config) for _ in range(config.layers)])})
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
 
@@ -129,7 +130,7 @@ class SiglipFeatures(nn.Module):
     def __init__(self, config: SiglipConfig, taps: Taps):
         super().__init__()
         self.taps = taps
-        self.embeddings = _Embeddings(config)
+        self.embeddings = SiglipEmbeddings(config)
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList([SiglipLayer(config) for _ in range(config.layers)])})
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -145,7 +146,9 @@ def run_layers(hidden: torch.Tensor, layers: nn.Module, taps: Taps) -> torch.Ten
     return tapped[0] if len(tapped) == 1 else torch.cat(tapped, dim=-1)
 
 
-class _Embeddings(nn.Module):
+class SiglipEmbeddings(nn.Module):
+    """pixel_values [N, C, tile, tile] → patches with their positions [N, patches², D]."""
+
     def __init__(self, config: SiglipConfig):
         super().__init__()
         self.patch_embedding = nn.Conv2d(config.channels, config.hidden_size, config.patch, config.patch)
@@ -193,10 +196,7 @@ class PixelShuffleConnector(nn.Module):
         self.modality_projection = nn.ModuleDict({"proj": projection})
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        s, side, width = self.scale, self.patches // self.scale, hidden.shape[-1]
-        grid = hidden.view(-1, side, s, side, s, width)
-        tokens = grid.permute(0, 1, 3, 2, 4, 5).reshape(-1, side * side, s * s * width)
-        return self.modality_projection["proj"](tokens)
+        return self.modality_projection["proj"](pixel_shuffle(hidden, self.patches, self.scale))
 
 
 def position_ids(patches: int, grid: int) -> np.ndarray:

@@ -41,6 +41,8 @@ def _nearest_grid(height: int, width: int, transform: SelectTiles | SplitLarge) 
     """(rows, cols) of the grid that SelectTiles describes."""
     least, most = transform.min_tiles, transform.max_tiles
     grids = [(rows, cols) for cols in range(1, most + 1) for rows in range(-(-least // cols), most // cols + 1)]
+    if isinstance(transform, SelectTiles) and transform.max_side is not None:
+        grids = [grid for grid in grids if max(grid) <= transform.max_side]
     grids.sort(key=lambda grid: grid[0] * grid[1])
     ratio, area = width / height, width * height
     best, nearest = (1, 1), math.inf
