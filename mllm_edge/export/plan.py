@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -110,12 +111,14 @@ def cell_components(
     prefixes: tuple[str, str],
     derived: Mapping[str, Callable[[], np.ndarray]],
     deepstack: int = 0,
+    of_connector: Mapping[str, Callable[[], np.ndarray]] = MappingProxyType({}),
 ) -> tuple[TracedComponent, TracedComponent]:
     """Vision encoder and connector of images as cells of patches, one grid a run: pixel_values [cells, merge², values]
     and the image's tables → vision_hidden [cells, merge², D] → image_features [cells, H], or [merged, H] where a table
     says which cells the connector merges. `sizes` are D and H.
 
-    The encoder also gives `deepstack` further features, deepstack.{k} [cells, H]."""
+    `derived` is the encoder's, `of_connector` the connector's. The encoder also gives `deepstack` further features,
+    deepstack.{k} [cells, H]."""
     patches = image.patches
     assert patches is not None
     seen = TensorSpec("vision_hidden", "float32", ("cells", patches.merge**2, sizes[0]))
@@ -133,7 +136,13 @@ def cell_components(
             Stage("vision_encoder", "vision", "image"), encoder, inputs, (seen, *added), prefixes[0], derived, ranges
         ),
         TracedComponent(
-            Stage("connector", "connector", "image"), connector, (seen, *merged), (found,), prefixes[1], ranges=ranges
+            Stage("connector", "connector", "image"),
+            connector,
+            (seen, *merged),
+            (found,),
+            prefixes[1],
+            of_connector,
+            ranges,
         ),
     )
 

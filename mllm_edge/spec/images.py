@@ -90,12 +90,14 @@ class GridWindows:
 class LearnedPositions:
     """An input [cells, merge², dim] float32: the bundle's array `file` [side², dim], which holds what was learned for
     side × side patches row by row, brought to the image's grid of patches, bilinearly. Both grids have the same edges,
-    and a smaller one averages; with `corners` they have the same corner patches, and nothing is averaged."""
+    and a smaller one averages; with `corners` they have the same corner patches, and nothing is averaged. `cubic`: they
+    have the same edges, bicubically (a = −0.75, what is beyond an edge is as the edge), and nothing is averaged."""
 
     file: str
     side: int
     dim: int
     corners: bool = False
+    cubic: bool = False
     names: tuple[str, ...] = ("position_embeds",)
     op: Literal["learned_positions"] = "learned_positions"
 

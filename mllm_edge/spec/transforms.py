@@ -207,7 +207,8 @@ class ResizeToPixels:
     `max_pixels`, near the aspect ratio: each side is rounded to the nearest multiple (halves to the even one); where
     that makes the area too large or too small, the sides are scaled to the bound and rounded down or up instead.
 
-    One side may be `max_ratio` times the other at most.
+    One side may be `max_ratio` times the other at most. `whole`: an image with a side shorter than `multiple` is first
+    taken for one that is as much larger as it needs to be, its sides truncated.
     """
 
     multiple: int
@@ -215,6 +216,7 @@ class ResizeToPixels:
     max_pixels: int
     resample: Resample
     max_ratio: float
+    whole: bool = False
     op: Literal["resize_to_pixels"] = "resize_to_pixels"
 
 

@@ -16,6 +16,8 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    Glm4vConfig,
+    Glm4vForConditionalGeneration,
     GraniteConfig,
     Lfm2Config,
     LlamaConfig,
@@ -97,9 +99,10 @@ def longrope(pairs: int) -> dict[str, Any]:
 def qwen_vl(config_class: Any, **text: Any) -> Any:
     """A Qwen-VL whose tower is as small as it may be; no test runs it."""
     tower = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 64}
-    tower |= (
-        {"embed_dim": 32, "mlp_ratio": 1} if config_class is Qwen2VLConfig else {"deepstack_visual_indexes": [0, 0]}
-    )
+    tower |= {
+        Glm4vConfig: {},
+        Qwen2VLConfig: {"embed_dim": 32, "mlp_ratio": 1},
+    }.get(config_class, {"deepstack_visual_indexes": [0, 0]})
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
     ids = {f"{kind}_token_id": 150 + i for i, kind in enumerate(("image", "video", "vision_start", "vision_end"))}
     return config_class(text_config={**SIZES, "rope_parameters": rope, **text}, vision_config=tower, **ids)
@@ -209,6 +212,17 @@ CONFIGS: dict[str, Any] = {
     "cohere2_types": Cohere2Config(
         **SIZES, sliding_window=5, layer_types=["full_attention", "sliding_attention", "full_attention"]
     ),
+    "glm4v": qwen_vl(
+        Glm4vConfig,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [2, 3, 3],
+        },
+        hidden_size=128,
+        pad_token_id=0,
+    ),
     "qwen2_vl": qwen_vl(Qwen2VLConfig),
     "qwen3_vl": qwen_vl(Qwen3VLConfig, head_dim=16),
     "qwen3_vl_moe": qwen_vl(
@@ -222,6 +236,7 @@ CONFIGS: dict[str, Any] = {
 }
 _CLASSES = {
     "chameleon": ChameleonForConditionalGeneration,
+    "glm4v": Glm4vForConditionalGeneration,
     "qwen2_vl": Qwen2VLForConditionalGeneration,
     "qwen3_vl": Qwen3VLForConditionalGeneration,
     "qwen3_vl_moe": Qwen3VLMoeForConditionalGeneration,

@@ -36,7 +36,7 @@ from tests.decoders.models import (
 
 IDS = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26]
 UNUSED = ("embed", "visual", "vqmodel", "positions")  # what no decoder graph holds
-THREE_AXES = ("qwen2_vl", "qwen3_vl", "qwen3_vl_moe")
+THREE_AXES = ("glm4v", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe")
 
 
 @dataclass(frozen=True)

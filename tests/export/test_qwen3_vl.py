@@ -99,7 +99,7 @@ def run(session: ort.InferenceSession, feeds: dict[str, np.ndarray]) -> dict[str
 @pytest.mark.parametrize(("rows", "cols"), [*GRIDS, (5, 5), (16, 24), (9, 60)])
 def test_positions(rows: int, cols: int, side: int, merge: int) -> None:
     table = np.random.default_rng(2).standard_normal((side, side, 3)).astype(np.float32)
-    found = cell_positions(table, rows, cols, merge, corners=True)
+    found = cell_positions(table, rows, cols, merge, how="corners")
     assert found.shape == (rows * cols, merge**2, 3)
     assert found.dtype == np.float32
     grid = torch.tensor([[1, rows * merge, cols * merge]])
@@ -112,4 +112,4 @@ def test_positions(rows: int, cols: int, side: int, merge: int) -> None:
 
 def test_equal_sizes_change_nothing() -> None:
     table = np.random.default_rng(3).standard_normal((16, 16, 2)).astype(np.float32)
-    np.testing.assert_array_equal(interpolated_positions(table, 16, 16, corners=True), table)
+    np.testing.assert_array_equal(interpolated_positions(table, 16, 16, how="corners"), table)

@@ -42,14 +42,20 @@ def cut_groups(weights: Weights, source: str, parts: Mapping[str, int], groups: 
         start = end
 
 
-def part_pairs(weights: Weights, source: str, name: str, heads: int, dim: int, row: int, bias: bool) -> None:
+def part_pairs(
+    weights: Weights, source: str, name: str, heads: int, dim: int, row: int, bias: bool, turned: int | None = None
+) -> None:
     """The projection `source` to `heads` whose rope turns neighbours, as `name`, in which it turns an element and that
-    half a head behind it. Keys and queries change alike, and their products not at all."""
+    half of the `turned` ones (None: all) behind it. Keys and queries change alike, and their products not at all."""
+    turned = dim if turned is None else turned
     for kind, columns in (("weight", (row,)), ("bias", ())):
         if kind == "weight" or bias:
 
             def parted(stored: np.ndarray, columns: tuple[int, ...] = columns) -> np.ndarray:
-                return stored.reshape(heads, dim // 2, 2, *columns).swapaxes(1, 2).reshape(-1, *columns)
+                each = stored.reshape(heads, dim, *columns)
+                pairs = each[:, :turned].reshape(heads, turned // 2, 2, *columns).swapaxes(1, 2)
+                parts = pairs.reshape(heads, turned, *columns), each[:, turned:]
+                return np.concatenate(parts, axis=1).reshape(-1, *columns)
 
             weights.use(f"{source}.{kind}", (heads * dim, *columns))  # for the error if the shape is another
             weights.derive(f"{name}.{kind}", f"{source}.{kind}", (heads * dim, *columns), parted)

@@ -44,6 +44,7 @@ class _Kind:
 
 _KINDS = {
     "chameleon": _Kind(qkv_bias=None, output_bias=None),
+    "glm4v_text": _Kind(qkv_bias=True, partial_rope=True, mrope="sectioned"),
     "granite": _Kind(qkv_bias=None, output_bias=None),
     "llama": _Kind(qkv_bias=None, output_bias=None),
     "mistral": _Kind(windowed=True),

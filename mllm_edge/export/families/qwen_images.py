@@ -1,6 +1,6 @@
 """Images of Qwen's vision-language models: any size, as a grid of cells of patches, one feature each."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,9 +76,17 @@ def image_features(model: Any, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
     return found.last_hidden_state.unflatten(0, (-1, cell)), torch.cat(list(found.pooler_output))
 
 
-def image_spec(checkpoint: Checkpoint, patches: Patchify, tables: tuple[Table, ...]) -> ImageSpec:
-    """Images as cells of patches; raises ConfigError where the image processor makes others."""
-    for unused in ("video_token_id", "vision_start_token_id", "vision_end_token_id"):  # the template names them
+def image_spec(
+    checkpoint: Checkpoint,
+    patches: Patchify,
+    tables: tuple[Table, ...],
+    ids: Sequence[str] = ("video_token_id", "vision_start_token_id", "vision_end_token_id"),
+    around: tuple[str, str] = (START, END),
+    whole: bool = False,
+) -> ImageSpec:
+    """Images as cells of patches between two words; raises ConfigError where the image processor makes others. `ids`:
+    of words that the template names; `whole`: see `ResizeToPixels`, bounds are then those of all frames together."""
+    for unused in ids:
         checkpoint.top.take(unused)
     source, loaded, processor = checkpoint.source, checkpoint.processor, checkpoint.processor.image_processor
     sizes = {"patch_size": patches.patch, "merge_size": patches.merge, "temporal_patch_size": patches.frames}
@@ -90,8 +98,10 @@ def image_spec(checkpoint: Checkpoint, patches: Patchify, tables: tuple[Table, .
             )
     require_switched_on(source, processor, "do_convert_rgb", "do_resize")
     side, (least, most) = patches.patch * patches.merge, _bounds(source, processor)
+    if whole:
+        least, most = _of_one(source, patches.frames, least, most)
     transforms = (
-        ResizeToPixels(side, least, most, resample_name(processor.resample), _MAX_RATIO),
+        ResizeToPixels(side, least, most, resample_name(processor.resample), _MAX_RATIO, whole),
         *value_transforms(processor),
         patches,
     )
@@ -100,10 +110,20 @@ def image_spec(checkpoint: Checkpoint, patches: Patchify, tables: tuple[Table, .
         checkpoint.token_id,
         single="{image}",
         tile="{image}",
-        inline=f"{START}{{image}}{END}",
+        inline=f"{around[0]}{{image}}{around[1]}",
         reserved=(loaded.video_token,),
     )
     return ImageSpec(transforms, prompt, side, side, features=1, tables=tables)
+
+
+def _of_one(source: Source, frames: int, *bounds: int) -> tuple[int, ...]:
+    """Bounds of so many frames together as those of one."""
+    if frames > 2 or any(bound % frames for bound in bounds):
+        raise ConfigError(
+            f"{source.folder}: temporal_patch_size {frames} and bounds of {list(bounds)} pixels",
+            "supported: one frame, or two and even bounds",
+        )
+    return tuple(bound // frames for bound in bounds)
 
 
 def _bounds(source: Source, processor: Any) -> tuple[int, int]:

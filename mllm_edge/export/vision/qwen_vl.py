@@ -84,11 +84,11 @@ class _Block(nn.Module):
 class QwenVlAttention(nn.Module):
     """x [N, S, D], cos and sin [N or none, S, 1, 1, D/(2·heads)], bias as for `attention` → [N, S, D]."""
 
-    def __init__(self, config: QwenVlConfig):
+    def __init__(self, config: QwenVlConfig, bias: bool = True, output_bias: bool = True):
         super().__init__()
         self.heads = config.heads
-        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
-        self.proj = Linear(config.hidden_size, config.hidden_size)
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, bias)
+        self.proj = Linear(config.hidden_size, config.hidden_size, output_bias)
 
     def forward(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, bias: torch.Tensor | None = None

@@ -1,24 +1,29 @@
 """Learned positions of a square grid, brought to the grid of an image."""
 
+from typing import Literal
+
 import numpy as np
 
 __all__ = ["cell_positions", "interpolated_positions"]
 
+How = Literal["edges", "corners", "cubic"]
+_KEYS = -0.75
 
-def cell_positions(table: np.ndarray, rows: int, cols: int, merge: int, corners: bool = False) -> np.ndarray:
+
+def cell_positions(table: np.ndarray, rows: int, cols: int, merge: int, how: How = "edges") -> np.ndarray:
     """The learned positions [n, n, D] for rows × cols cells of merge × merge patches: [rows · cols, merge², D] float32,
-    in the cells' order; `corners` as in LearnedPositions."""
-    places = interpolated_positions(table, rows * merge, cols * merge, corners)
+    in the cells' order."""
+    places = interpolated_positions(table, rows * merge, cols * merge, how)
     cells = places.reshape(rows, merge, cols, merge, -1).swapaxes(1, 2)
     return cells.reshape(rows * cols, merge**2, -1)
 
 
-def interpolated_positions(table: np.ndarray, rows: int, cols: int, corners: bool = False) -> np.ndarray:
+def interpolated_positions(table: np.ndarray, rows: int, cols: int, how: How = "edges") -> np.ndarray:
     """The learned positions [n, n, D] for a grid of rows × cols patches: [rows, cols, D] float32, bilinear, and where
     the grid is smaller an average over all that a place covers. `corners`: without that, the first and the last place
-    of a side staying what they are."""
+    of a side staying what they are; `cubic`: without that, bicubic."""
     side, _, width = table.shape
-    weights = _weights_between if corners else _weights
+    weights = {"edges": _weights, "corners": _weights_between, "cubic": _cubic_weights}[how]
     across = weights(side, cols) @ table.astype(np.float32)
     return (weights(side, rows) @ across.reshape(side, -1)).reshape(rows, cols, width)
 
@@ -37,3 +42,18 @@ def _weights_between(side: int, places: int) -> np.ndarray:
     last: the two beside it, by their distance. One place alone is the first."""
     centers = np.arange(places) * (side - 1) / max(places - 1, 1)
     return np.maximum(1 - np.abs(np.arange(side) - centers[:, None]), 0).astype(np.float32)
+
+
+def _cubic_weights(side: int, places: int) -> np.ndarray:
+    """[places, side] float32: how much each learned place counts at each of `places`, the four around it by Keys'
+    kernel, as torch's grid_sample has it (a = −0.75); beyond an edge stands the last."""
+    centers = (np.arange(places) + 0.5) * side / places - 0.5
+    first = np.floor(centers).astype(np.int64) - 1
+    weights = np.zeros((places, side))
+    for near in range(4):
+        distance = np.abs(centers - (first + near))
+        inner = (_KEYS + 2) * distance**3 - (_KEYS + 3) * distance**2 + 1
+        outer = _KEYS * (distance**3 - 5 * distance**2 + 8 * distance - 4)
+        share = np.where(distance <= 1, inner, np.where(distance < 2, outer, 0))
+        np.add.at(weights, (np.arange(places), np.clip(first + near, 0, side - 1)), share)
+    return weights.astype(np.float32)

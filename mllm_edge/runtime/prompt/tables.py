@@ -30,7 +30,8 @@ def _learned(table: LearnedPositions, array: np.ndarray, rows: int, cols: int, m
     side, shape = table.side, (table.side**2, table.dim)
     if array.shape != shape:
         raise BundleError(f"{table.file}: {list(array.shape)}, not {list(shape)}", "export the bundle again")
-    return cell_positions(array.reshape(side, side, table.dim), rows, cols, merge, table.corners)
+    how = "corners" if table.corners else "cubic" if table.cubic else "edges"
+    return cell_positions(array.reshape(side, side, table.dim), rows, cols, merge, how)
 
 
 def grid_rope(rope: GridRope, rows: int, cols: int, merge: int) -> tuple[np.ndarray, np.ndarray]:

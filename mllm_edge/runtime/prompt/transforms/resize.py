@@ -86,6 +86,9 @@ def _pad_to_square_cut(cut: Cut, transform: PadToSquare) -> Cut:
 
 def _resize_to_pixels_cut(cut: Cut, transform: ResizeToPixels) -> Cut:
     height, width, multiple = cut.height, cut.width, transform.multiple
+    if transform.whole and min(height, width) < multiple:
+        scale = max(multiple / height, multiple / width)
+        height, width = int(height * scale), int(width * scale)
     if max(height, width) / min(height, width) > transform.max_ratio:
         raise ImageError(
             f"an image of {height}×{width} px: one side is more than {transform.max_ratio:g} times the other",
