@@ -282,7 +282,8 @@ def _reading(checkpoint: Checkpoint, encoder: EncoderSpec) -> TextEncoderSpec:
 def _fitted(decoder: DecoderSpec, parts: Parts) -> DecoderSpec:
     """With an input for each output of the stages that is added behind a layer, and a mask where tokens see each other
     in both directions."""
-    added = sum(t.name.startswith(DEEPSTACK) for part in parts.traced for t in part.outputs)
+    names = (tensor.name for part in parts.traced for tensor in part.outputs)
+    added = tuple(sorted(int(name.removeprefix(DEEPSTACK)) for name in names if name.startswith(DEEPSTACK)))
     return replace(decoder, deepstack=added, spans=parts.image.both_ways is not None)
 
 

@@ -173,7 +173,7 @@ class DecoderSpec:
 
     `stack`: the layers, in order; `ropes` and `windows` (None: all positions): what they choose from. `table`: learned
     positions or relative bias. `spans`: some tokens see each other in both directions, so masks come from the host in
-    every dialect. `deepstack`: behind each of the first so many layers the graph adds an input `deepstack.{k}`
+    every dialect. `deepstack`: the layers k, from 0, behind which the graph adds an input `deepstack.{k}`
     [B, S, H]. `embedding_scale` multiplies token embeddings (and not image features), on the host; `head_scale` the
     last hidden state, `residual_scale` what each branch adds to the stream; `logits_cap` c bounds logits by
     c·tanh(l/c), `head_bias` names a vector [V] to add to them; `banned`: token ids that are never chosen. `lm_head` may
@@ -194,7 +194,7 @@ class DecoderSpec:
     cross: CrossSpec | None = None
     moe: MoeSpec | None = None
     conv: ConvSpec | None = None
-    deepstack: int = 0
+    deepstack: tuple[int, ...] = ()
     embedding_scale: float = 1.0
     head_scale: float = 1.0
     residual_scale: float = 1.0

@@ -54,7 +54,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     weights = open_weights(folder)
     options = {"spans": True} if request.param == "gemma3" else {}
     spec = decoder_spec(model.config, weights, **options)
-    return replace(spec, deepstack=2) if request.param == "qwen3_vl" else spec, weights
+    return replace(spec, deepstack=(0, 1)) if request.param == "qwen3_vl" else spec, weights
 
 
 def build_engine(

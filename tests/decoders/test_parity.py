@@ -237,7 +237,7 @@ def test_deepstack_features_are_added_behind_their_layers(dialect: str, tmp_path
     model = random_model(CONFIGS["qwen3_vl"])
     save_checkpoint(model, tmp_path)
     weights = open_weights(tmp_path)
-    spec = replace(decoder_spec(model.config, weights), deepstack=2)
+    spec = replace(decoder_spec(model.config, weights), deepstack=(0, 1))
     decoder = open_decoder(spec, weights, dialect, tmp_path)
     embeddings, random = embeddings_of(model), np.random.default_rng(3)
     visual = np.array([False, True, True, False, True, *[False] * 7])

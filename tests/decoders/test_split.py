@@ -40,7 +40,7 @@ def _decoder(name: str, folder: Path) -> tuple[DecoderSpec, Weights]:
     save_checkpoint(model, folder)
     weights = open_weights(folder)
     spec = decoder_spec(model.config, weights)
-    return replace(spec, deepstack=2) if name == "qwen3_vl" else spec, weights
+    return replace(spec, deepstack=(0, 1)) if name == "qwen3_vl" else spec, weights
 
 
 @pytest.fixture(scope="module", params=[*NAMES, *cross.PAIRS, "mllama"])

@@ -48,7 +48,7 @@ def build_decoder(
     for i, layer in enumerate(spec.stack):
         for branch in layer.branches:
             layers.branch(stream, i, layer, branch, inputs)
-        if i < spec.deepstack:
+        if i in spec.deepstack:
             stream.pending = graph.node("Add", [stream.pending, inputs[f"{DEEPSTACK}{i}"]], f"layers.{i}.deepstack")
     # Rows are picked before the last norm: prefill projects one row, not all of them.
     stream.pick(indices)
@@ -125,7 +125,7 @@ def _optional_inputs(ops: Dialect, spec: DecoderSpec) -> dict[str, ir.Value]:
     for state in spec.state_specs():
         if state.kind == "recurrent":
             shapes |= dict.fromkeys(state.inputs, ("batch", *state.shape))
-    shapes |= {f"{DEEPSTACK}{k}": ("batch", "sequence", spec.hidden_size) for k in range(spec.deepstack)}
+    shapes |= {f"{DEEPSTACK}{k}": ("batch", "sequence", spec.hidden_size) for k in spec.deepstack}
     return {name: ops.graph.input(name, ops.graph.float_type, shape) for name, shape in shapes.items()}
 
 

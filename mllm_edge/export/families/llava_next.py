@@ -27,7 +27,7 @@ from mllm_edge.export.families.llava_parts import (
 from mllm_edge.export.family import Checkpoint, Family, Parts
 from mllm_edge.spec import ImagePrompt, ImageSpec, RowEnd, SelectResolution, Unpad
 
-__all__ = ["FAMILY", "image_features", "image_spec", "pixel_values"]
+__all__ = ["FAMILY", "image_features", "image_spec", "packed_tiles", "pixel_values"]
 
 # For checkpoints that come without a template, by their text model: Mistral's form, and for others Vicuna's.
 _MISTRAL = (
@@ -58,21 +58,27 @@ def _load_processor(source: Source) -> Any:
 def image_spec(checkpoint: Checkpoint, seen: LlavaVision, *reserved: str) -> ImageSpec:
     """Images as tiles behind an overview; `reserved`: see `ImagePrompt`. Raises ConfigError where the image processor
     makes others than the tower sees."""
-    source, processor, tile = checkpoint.source, checkpoint.processor, seen.tile
-    settings, resolutions = processor.image_processor, read_resolutions(checkpoint, tile)
     require_square(checkpoint, seen)
+    found = packed_tiles(checkpoint, seen.tile, seen.tokens, *reserved)
+    stated_tokens(checkpoint, seen.tile, seen.tokens)
+    return found
+
+
+def packed_tiles(checkpoint: Checkpoint, tile: int, tokens: int, *reserved: str) -> ImageSpec:
+    """As `image_spec`, for tiles of so many features."""
+    source, processor = checkpoint.source, checkpoint.processor
+    settings, resolutions = processor.image_processor, read_resolutions(checkpoint, tile)
     require_switched_on(source, settings, "do_convert_rgb")
     size, crop = settings.size, settings.crop_size
     overview = (size.height, size.width) if size.height and size.width else (size.shortest_edge,) * 2
     require_tile(source, overview if all(overview) else None, tile)
     require_tile(source, (crop.height, crop.width) if crop and crop.height else overview, tile)
-    stated_tokens(checkpoint, tile, seen.tokens)
     return ImageSpec(
         (SelectResolution(resolutions, tile, resample_name(settings.resample)), *value_transforms(settings)),
         ImagePrompt(processor.image_token, checkpoint.token_id, "{image}", reserved=reserved),
         tile,
         tile,
-        seen.tokens,
+        tokens,
         pack=(Unpad(), RowEnd(NEWLINE)),
     )
 

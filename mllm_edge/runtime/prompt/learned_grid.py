@@ -4,7 +4,7 @@ from typing import Literal
 
 import numpy as np
 
-__all__ = ["cell_positions", "interpolated_positions"]
+__all__ = ["How", "cell_positions", "interpolated_positions"]
 
 How = Literal["edges", "corners", "cubic"]
 _KEYS = -0.75

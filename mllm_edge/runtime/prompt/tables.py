@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from mllm_edge.errors import BundleError
-from mllm_edge.runtime.prompt.learned_grid import cell_positions
+from mllm_edge.runtime.prompt.learned_grid import How, cell_positions
 from mllm_edge.runtime.prompt.windows import grid_windows
 from mllm_edge.spec import AspectRatioId, GridMerge, GridRope, GridWindows, ImageSpec, LearnedPositions
 
@@ -30,7 +30,7 @@ def _learned(table: LearnedPositions, array: np.ndarray, rows: int, cols: int, m
     side, shape = table.side, (table.side**2, table.dim)
     if array.shape != shape:
         raise BundleError(f"{table.file}: {list(array.shape)}, not {list(shape)}", "export the bundle again")
-    how = "corners" if table.corners else "cubic" if table.cubic else "edges"
+    how: How = "corners" if table.corners else "cubic" if table.cubic else "edges"
     return cell_positions(array.reshape(side, side, table.dim), rows, cols, merge, how)
 
 
