@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.config import ConfigReader
 from mllm_edge.export.checkpoint.safetensors import Weights
 from mllm_edge.export.decoders.place import Place
@@ -33,7 +32,7 @@ _DECODER = LayerSpec(
     ),
     rope=None,
 )
-_ACTIVATIONS: dict[str, Activation] = {"relu": "relu", "gelu": "gelu_tanh", "silu": "silu"}
+_ACTIVATIONS: dict[str, Activation] = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "silu": "silu"}
 
 
 def spec(config: ConfigReader, weights: Weights, place: Place, model_type: str) -> DecoderSpec:
@@ -92,17 +91,10 @@ def t5_specs(config: ConfigReader, weights: Weights, prefix: str = "") -> tuple[
 
 
 def _mlp(config: ConfigReader) -> MlpSpec:
-    for derived in ("dense_act_fn", "is_gated_act"):
-        config.take(derived)
-    gate, _, kind = config.take("feed_forward_proj", "relu").rpartition("-")
-    if kind not in _ACTIVATIONS or gate not in ("", "gated"):
-        raise ConfigError(
-            f"feed_forward_proj = {config.take('feed_forward_proj')!r} is not supported",
-            f"supported: {', '.join(_ACTIVATIONS)}, each also as gated-…",
-        )
-    # gated-gelu has always meant the tanh form, plain gelu the exact one.
-    activation: Activation = "gelu" if not gate and kind == "gelu" else _ACTIVATIONS[kind]
-    return MlpSpec(config.take("d_ff"), activation, gated=bool(gate))
+    # transformers makes the two of feed_forward_proj, unless they are stated beside it, as in BLIP-2's Flan-T5.
+    activation = _ACTIVATIONS[config.require("dense_act_fn", *_ACTIVATIONS)]
+    config.take("feed_forward_proj")
+    return MlpSpec(config.take("d_ff"), activation, gated=bool(config.take("is_gated_act")))
 
 
 def _names(prefix: str, mlp: MlpSpec, last: int, head: str) -> WeightNames:

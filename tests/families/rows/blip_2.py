@@ -21,7 +21,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vision": {"image_size": 54},
     },
     "published_files": {"names": "hub", "image_settings": {"resample": 2, "image_mean": [0.4, 0.5, 0.6]}},
-    "t5": {"text": {"model_type": "t5", "tie_word_embeddings": False}},
+    "t5": {"text": {"model_type": "t5", "tie_word_embeddings": False, "dense_act_fn": "gelu"}},
     "t5_all_names_scaled_logits": {"names": "state_dict", "text": {"model_type": "t5", "feed_forward_proj": "relu"}},
     "state_dict_names_untied": {"names": "state_dict", "text": {"tie_word_embeddings": False}},
 }
@@ -50,7 +50,7 @@ ROW = Row(
     },
     bad=(
         Bad("text_config.model_type = 'gpt2'", sets("text_config", model_type="gpt2")),
-        Bad("feed_forward_proj", sets("text_config", feed_forward_proj="gated-tanh"), config="t5"),
+        Bad("dense_act_fn = 'tanh'", sets("text_config", dense_act_fn="tanh"), config="t5"),
         Bad("decoder_start_token_id = '2'", sets(decoder_start_token_id="2"), "generation_config.json", config="t5"),
         Bad("DenseReluDense.wi_0", sets("text_config", d_ff=80), config="t5", error="WeightsError"),
         Bad("enable_bias = False", sets("text_config", enable_bias=False)),
