@@ -12,6 +12,7 @@ from mllm_edge.graph.ranges import TILES, TOKENS, symbols
 from mllm_edge.spec import (
     DEEPSTACK,
     AspectRatioId,
+    FitPatches,
     GridRope,
     ImageSpec,
     LearnedPositions,
@@ -98,15 +99,16 @@ def cell_components(
     deepstack: int = 0,
 ) -> tuple[TracedComponent, TracedComponent]:
     """Vision encoder and connector of images as cells of patches, one grid a run: pixel_values [cells, merge², values]
-    and the image's tables → vision_hidden [cells, merge², D] → image_features [cells, H]. `sizes` are D and H.
+    and the image's tables → vision_hidden [cells, merge², D] → image_features [cells, H], or [features, H] of the grid.
+    `sizes` are D and H.
 
     The encoder also gives `deepstack` further features, deepstack.{k} [cells, H]."""
     patches = image.patches
     assert patches is not None
     seen = TensorSpec("vision_hidden", "float32", ("cells", patches.merge**2, sizes[0]))
     shown = TensorSpec("pixel_values", "float32", ("cells", *image.shape))
-    found = TensorSpec("image_features", "float32", ("cells", sizes[1]))
-    added = tuple(TensorSpec(f"{DEEPSTACK}{k}", "float32", found.shape) for k in range(deepstack))
+    found = TensorSpec("image_features", "float32", (image.features if image.resampled else "cells", sizes[1]))
+    added = tuple(TensorSpec(f"{DEEPSTACK}{k}", "float32", ("cells", sizes[1])) for k in range(deepstack))
     ranges = _cell_ranges(image)
     inputs = (shown, *(spec for table in image.tables for spec in table_specs(table, patches.merge)))
     return (
@@ -122,6 +124,7 @@ def cell_components(
 def _cell_ranges(image: ImageSpec) -> dict[str, SymbolRange]:
     """Of the cells and windows of one grid: as many as its transforms make, and the context takes."""
     areas = [t.max_pixels // t.multiple**2 for t in image.transforms if isinstance(t, ResizeToPixels)]
+    areas += [(t.longest // t.patch) ** 2 for t in image.transforms if isinstance(t, FitPatches)]
     areas += [max(t.max_cells, (t.size // t.cell) ** 2) for t in image.transforms if isinstance(t, SplitLarge)]
     most = min(areas, default=None)
     usual = 256 if most is None else min(256, most)

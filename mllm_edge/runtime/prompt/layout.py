@@ -54,8 +54,9 @@ def layout_of(image: ImageSpec, height: int, width: int, images: int = 1) -> Lay
     cut = cut_of(height, width, image.transforms_for(images))
     pack = packed(image, height, width, cut) if image.pack else None
     crossed = image.into == "cross_attention"
-    tokens = len(pack) if pack is not None else 1 if crossed else cut.slices * image.features
-    tiles = [math.prod(grid) * image.features for grid in cut.grids] or [image.features] * cut.slices
+    tiles = [(1 if image.resampled else math.prod(grid)) * image.features for grid in cut.grids]
+    tiles = tiles or [image.features] * cut.slices
+    tokens = len(pack) if pack is not None else 1 if crossed else sum(tiles)
     if len(tiles) == 1 or pack is not None or crossed:
         text = image.prompt.single.replace("{image}", image.prompt.token * tokens)
     else:

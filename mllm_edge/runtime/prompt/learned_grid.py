@@ -1,14 +1,27 @@
 """Learned positions of a square grid, brought to the grid of an image."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 __all__ = ["cell_positions", "interpolated_positions"]
 
 
-def cell_positions(table: np.ndarray, rows: int, cols: int, merge: int, corners: bool = False) -> np.ndarray:
+def cell_positions(
+    table: np.ndarray,
+    rows: int,
+    cols: int,
+    merge: int,
+    corners: bool = False,
+    bounds: Sequence[float] | None = None,
+) -> np.ndarray:
     """The learned positions [n, n, D] for rows × cols cells of merge × merge patches: [rows · cols, merge², D] float32,
-    in the cells' order; `corners` as in LearnedPositions."""
-    places = interpolated_positions(table, rows * merge, cols * merge, corners)
+    in the cells' order; `corners` and `bounds` as in LearnedPositions."""
+    if bounds is not None:
+        down, across = (_places(bounds, places * merge) for places in (rows, cols))
+        places = table[down][:, across].astype(np.float32)
+    else:
+        places = interpolated_positions(table, rows * merge, cols * merge, corners)
     cells = places.reshape(rows, merge, cols, merge, -1).swapaxes(1, 2)
     return cells.reshape(rows * cols, merge**2, -1)
 
@@ -21,6 +34,13 @@ def interpolated_positions(table: np.ndarray, rows: int, cols: int, corners: boo
     weights = _weights_between if corners else _weights
     across = weights(side, cols) @ table.astype(np.float32)
     return (weights(side, rows) @ across.reshape(side, -1)).reshape(rows, cols, width)
+
+
+def _places(bounds: Sequence[float], places: int) -> np.ndarray:
+    """Which learned place each of `places` has, [places] int64: that which its beginning lies in. The rounding of this
+    arithmetic is part of the trained models, so it is repeated in the same steps."""
+    begins = np.arange(places, dtype=np.float32) * (np.float32(1) / np.float32(places))
+    return np.searchsorted(np.array(bounds, np.float32), np.minimum(begins, np.float32(1.0 - 1e-6)), side="right")
 
 
 def _weights(side: int, places: int) -> np.ndarray:

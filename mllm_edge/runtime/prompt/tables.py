@@ -30,7 +30,7 @@ def _learned(table: LearnedPositions, array: np.ndarray, rows: int, cols: int, m
     side, shape = table.side, (table.side**2, table.dim)
     if array.shape != shape:
         raise BundleError(f"{table.file}: {list(array.shape)}, not {list(shape)}", "export the bundle again")
-    return cell_positions(array.reshape(side, side, table.dim), rows, cols, merge, table.corners)
+    return cell_positions(array.reshape(side, side, table.dim), rows, cols, merge, table.corners, table.bounds)
 
 
 def grid_rope(rope: GridRope, rows: int, cols: int, merge: int) -> tuple[np.ndarray, np.ndarray]:
