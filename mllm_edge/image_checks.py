@@ -28,7 +28,10 @@ LARGEST = (1 << 31) - 1  # of any size
 _TABLE_INPUTS = {"grid_rope": 2, "grid_windows": 3, "grid_merge": 1, "learned_positions": 1, "aspect_ratio_id": 1}
 _LARGEST_WINDOW = 64  # patches along a side: the bias of a window is that to the fourth power
 _MOST_TILES = 1024  # of a canvas
-_CUTTING = {"split_tiles", "select_tiles", "cover_tiles", "select_resolution", "fit_canvas", "split_large", "patchify"}
+_CUTTING = {
+    *("split_tiles", "select_tiles", "cover_tiles", "select_resolution"),
+    *("fit_canvas", "split_large", "fit_patches", "patchify"),
+}
 _MAY_BE_ZERO = {"min_pixels"}  # of the sizes of transforms
 
 
@@ -71,6 +74,8 @@ def image_problems(image: ImageSpec, model: ModelSpec) -> Iterator[str]:
         yield from _video(image, image.video, model)
     if image.patches is not None and (image.height, image.width) != (image.patches.patch * image.patches.merge,) * 2:
         yield f"cells of {image.height} x {image.width} px from patches of {image.patches.patch} px"
+    if image.resampled and (image.patches is None or image.into != "tokens"):
+        yield "features are made of grids of cells, and images are none, or are looked at"
     for step in image.pack:
         if isinstance(step, Shrink):
             yield from positive("model.image.pack.most", step.most)
@@ -142,6 +147,8 @@ def _order(transforms: Sequence[Transform]) -> Iterator[str]:
             yield f"{t.min_cells} to {t.max_cells} cells"
         if t.op == "split_large" and t.max_tiles > 1 and (t.min_tiles < 2 or t.size % t.cell):
             yield f"large images are cut into {t.min_tiles} tiles of {t.size} px and cells of {t.cell} px"
+        if t.op == "fit_patches" and not t.patch <= t.shortest <= t.longest:
+            yield f"sides of {t.shortest} to {t.longest} px for patches of {t.patch} px"
         if t.op == "resize_to_pixels" and t.min_pixels > t.max_pixels:
             yield f"{t.min_pixels} to {t.max_pixels} pixels"
         if t.op == "select_resolution":
@@ -172,6 +179,9 @@ def _table(table: Table, image: ImageSpec) -> Iterator[str]:
     elif isinstance(table, LearnedPositions):
         yield from positive("learned positions' side", table.side)
         yield from positive("learned positions' dim", table.dim)
+        bounds = [*(table.bounds or ())]
+        if len(bounds) >= max(table.side, 1) or bounds != sorted(bounds) or not all(0 < bound < 1 for bound in bounds):
+            yield f"{len(bounds)} bounds of {table.side} learned positions along a side"
     elif table.dim < 4 or table.dim % 4 or not math.isfinite(table.theta) or table.theta <= 0:
         yield f"a rope of dim {table.dim} and theta {table.theta} for images"
     if image.patches is None and not isinstance(table, AspectRatioId):

@@ -19,6 +19,7 @@ LONG = frozenset(
         "test_engines.py",
         "test_export.py",
         "test_half.py",
+        "test_idefics2.py",
         "test_instructblip.py",
         "test_instructblip_video.py",
         "test_int8_cache.py",

@@ -14,6 +14,7 @@ from mllm_edge.graph.ranges import TILES, TOKENS, symbols
 from mllm_edge.spec import (
     DEEPSTACK,
     AspectRatioId,
+    FitPatches,
     GridMerge,
     GridRope,
     ImageSpec,
@@ -115,7 +116,7 @@ def cell_components(
 ) -> tuple[TracedComponent, TracedComponent]:
     """Vision encoder and connector of images as cells of patches, one grid a run: pixel_values [cells, merge², values]
     and the image's tables → vision_hidden [cells, merge², D] → image_features [cells, H], or [merged, H] where a table
-    says which cells the connector merges. `sizes` are D and H.
+    says which cells the connector merges, or [features, H] of the grid. `sizes` are D and H.
 
     `derived` is the encoder's, `of_connector` the connector's. The encoder also gives `deepstack` further features,
     deepstack.{k} [cells, H]."""
@@ -126,8 +127,9 @@ def cell_components(
     merged = tuple(
         spec for table in image.tables if isinstance(table, GridMerge) for spec in table_specs(table, patches.merge)
     )
-    found = TensorSpec("image_features", "float32", ("merged" if merged else "cells", sizes[1]))
-    added = tuple(TensorSpec(f"{DEEPSTACK}{k}", "float32", found.shape) for k in range(deepstack))
+    rows = image.features if image.resampled else "merged" if merged else "cells"
+    found = TensorSpec("image_features", "float32", (rows, sizes[1]))
+    added = tuple(TensorSpec(f"{DEEPSTACK}{k}", "float32", ("cells", sizes[1])) for k in range(deepstack))
     ranges = _cell_ranges(image)
     tables = (spec for table in image.tables for spec in table_specs(table, patches.merge) if spec not in merged)
     inputs = (shown, *tables)
@@ -150,6 +152,7 @@ def cell_components(
 def _cell_ranges(image: ImageSpec) -> dict[str, SymbolRange]:
     """Of the cells and windows of one grid: as many as its transforms make, and the context takes."""
     areas = [t.max_pixels // t.multiple**2 for t in image.transforms if isinstance(t, ResizeToPixels)]
+    areas += [(t.longest // t.patch) ** 2 for t in image.transforms if isinstance(t, FitPatches)]
     areas += [max(t.max_cells, (t.size // t.cell) ** 2) for t in image.transforms if isinstance(t, SplitLarge)]
     fitted = (t for t in image.transforms if isinstance(t, ResizeWithin))
     areas += [(math.ceil(t.longest_edge / t.multiple) * t.multiple // image.height) ** 2 for t in fitted]

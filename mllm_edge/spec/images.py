@@ -39,7 +39,9 @@ class ImagePrompt:
     of an image of cells. `inline`: what a chat template for plain text gets in a message for an image, `{image}` being
     one placeholder. `reserved`: further words that stand for
     pictures or videos, which no text of a user's may become. `placeholder`: what stands for an image in a rendered text
-    before it becomes all this, where that is not the `token` of its features.
+    before it becomes all this, where that is not the `token` of its features. `border`: a word around images; it stands
+    once where it would twice, and a blank is put between it and a text behind it that begins with none (and with no
+    "<").
     """
 
     token: str
@@ -54,6 +56,7 @@ class ImagePrompt:
     inline: str = "{image}"
     reserved: tuple[str, ...] = ()
     placeholder: str = ""
+    border: str = ""
 
     @property
     def written(self) -> str:
@@ -91,13 +94,16 @@ class LearnedPositions:
     """An input [cells, merge², dim] float32: the bundle's array `file` [side², dim], which holds what was learned for
     side × side patches row by row, brought to the image's grid of patches, bilinearly. Both grids have the same edges,
     and a smaller one averages; with `corners` they have the same corner patches, and nothing is averaged. `cubic`: they
-    have the same edges, bicubically (a = −0.75, what is beyond an edge is as the edge), and nothing is averaged."""
+    have the same edges, bicubically (a = −0.75, what is beyond an edge is as the edge), and nothing is averaged. With
+    `bounds` each patch has the one that was learned for where it begins as a part of the side: `bounds` are where the
+    second and later ones begin."""
 
     file: str
     side: int
     dim: int
     corners: bool = False
     cubic: bool = False
+    bounds: tuple[float, ...] | None = None
     names: tuple[str, ...] = ("position_embeds",)
     op: Literal["learned_positions"] = "learned_positions"
 
@@ -206,7 +212,8 @@ class ImageSpec:
 
     An image becomes slices: tiles of one size, `pixel_values` [tiles, channels, height, width], or, where the last
     transform is Patchify, cells of patches, [cells, merge², channels · frames · patch²], as many as the image's size
-    asks for; `height` and `width` are then a cell's. The connector makes `features` rows of each slice. `tables`:
+    asks for; `height` and `width` are then a cell's. The connector makes `features` rows of each slice, or, with
+    `resampled`, of each grid of cells. `tables`:
     further inputs of the components, made of an image's grid, or of each of its grids where tiles become cells;
     `views`: made of its pixels; `text`: of the prompt's text.
 
@@ -238,6 +245,7 @@ class ImageSpec:
     video: VideoSpec | None = None
     views: tuple[View, ...] = ()
     text: StageText | None = None
+    resampled: bool = False
     both_ways: Literal["image", "prompt"] | None = None
     around: ImageTokens | None = None
 

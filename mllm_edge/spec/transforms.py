@@ -8,6 +8,7 @@ __all__ = [
     "CenterCrop",
     "CoverTiles",
     "FitCanvas",
+    "FitPatches",
     "Normalize",
     "PadToSquare",
     "Patchify",
@@ -185,6 +186,21 @@ class FitCanvas:
 
 
 @dataclass(frozen=True)
+class FitPatches:
+    """With `quarters`, cut into four quarters, row by row, odd rests in the later ones, and append the whole image.
+    Scale each so that its longer side is `longest` px at most, keeping the aspect ratio (truncated), then stretch sides
+    that are shorter than `shortest` px to that; leave out what is no whole patch of `patch` px at the bottom and right.
+    Every one keeps its own size."""
+
+    shortest: int
+    longest: int
+    patch: int
+    quarters: bool
+    resample: Resample
+    op: Literal["fit_patches"] = "fit_patches"
+
+
+@dataclass(frozen=True)
 class Rescale:
     """uint8 → float32, multiplied by `factor`."""
 
@@ -272,6 +288,7 @@ Transform = (
     | CoverTiles
     | SelectResolution
     | FitCanvas
+    | FitPatches
     | Rescale
     | Normalize
     | ResizeToPixels

@@ -93,7 +93,9 @@ class QFormerVision:
         size = next((t for t in reversed(transforms) if isinstance(t, Resize)), None)
         require_tile(source, None if size is None else (size.height, size.width), tile)
         require_tokens(source, f"num_query_tokens = {processor.num_query_tokens}", processor.num_query_tokens, queries)
-        prompt = ImagePrompt(token, checkpoint.token_id, "{image}", placeholder=placeholder)
+        # Vocabularies have both, for checkpoints that are opened as models of images and of videos.
+        reserved = tuple(word for word in ("<image>", "<video>") if word != token)
+        prompt = ImagePrompt(token, checkpoint.token_id, "{image}", reserved=reserved, placeholder=placeholder)
         return ImageSpec(transforms, prompt, tile, tile, queries)
 
 

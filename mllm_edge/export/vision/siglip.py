@@ -22,6 +22,7 @@ __all__ = [
     "SiglipLayer",
     "SiglipTower",
     "Taps",
+    "bounds",
     "position_ids",
     "run_layers",
 ]
@@ -199,13 +200,18 @@ class PixelShuffleConnector(nn.Module):
         return self.modality_projection["proj"](pixel_shuffle(hidden, self.patches, self.scale))
 
 
+def bounds(grid: int) -> tuple[float, ...]:
+    """Where the second and later of `grid` trained positions along a side begin, as parts of it, in float32."""
+    return tuple(bound for bound in torch.arange(1 / grid, 1.0, 1 / grid).tolist() if bound < 1)  # of some one is 1
+
+
 def position_ids(patches: int, grid: int) -> np.ndarray:
     """Which trained position [grid²] each patch of a full tile uses: [patches²] int64.
 
     Idefics2 and its descendants place patch i at i/patches and look the fraction up among the boundaries k/grid in
     float32; the rounding of that arithmetic is part of the trained model, so it is repeated here in the same steps.
     """
-    boundaries = torch.arange(1 / grid, 1.0, 1 / grid)
+    boundaries = torch.tensor(bounds(grid))
     step = 1.0 / torch.tensor(patches)
     fractions = torch.clamp(torch.arange(patches, dtype=torch.float32) * step, max=1.0 - 1e-6)
     buckets = torch.bucketize(fractions, boundaries, right=True)

@@ -55,9 +55,10 @@ def layout_of(image: ImageSpec, height: int, width: int, images: int = 1) -> Lay
     cut = cut_of(height, width, image.transforms_for(images))
     pack = packed(image, height, width, cut) if image.pack else None
     crossed, grids = image.into == "cross_attention", _merged(image, cut.grids)
-    tiles = [math.prod(grid) * image.features for grid in grids] or [image.features] * cut.slices
+    tiles = [(1 if image.resampled else math.prod(grid)) * image.features for grid in grids]
+    tiles = tiles or [image.features] * cut.slices
     tokens = len(pack) if pack is not None else 1 if crossed else sum(tiles)
-    if len(grids) == 1:
+    if len(grids) == 1 and image.prompt.between:
         text = image.prompt.single.replace("{image}", _rows(image.prompt, grids[0][0], tokens))
     elif len(tiles) == 1 or pack is not None or crossed:
         text = image.prompt.single.replace("{image}", image.prompt.token * tokens)

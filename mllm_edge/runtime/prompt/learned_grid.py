@@ -1,5 +1,6 @@
 """Learned positions of a square grid, brought to the grid of an image."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -10,10 +11,21 @@ How = Literal["edges", "corners", "cubic"]
 _KEYS = -0.75
 
 
-def cell_positions(table: np.ndarray, rows: int, cols: int, merge: int, how: How = "edges") -> np.ndarray:
+def cell_positions(
+    table: np.ndarray,
+    rows: int,
+    cols: int,
+    merge: int,
+    how: How = "edges",
+    bounds: Sequence[float] | None = None,
+) -> np.ndarray:
     """The learned positions [n, n, D] for rows × cols cells of merge × merge patches: [rows · cols, merge², D] float32,
-    in the cells' order."""
-    places = interpolated_positions(table, rows * merge, cols * merge, how)
+    in the cells' order; `bounds` as in LearnedPositions."""
+    if bounds is not None:
+        down, across = (_places(bounds, places * merge) for places in (rows, cols))
+        places = table[down][:, across].astype(np.float32)
+    else:
+        places = interpolated_positions(table, rows * merge, cols * merge, how)
     cells = places.reshape(rows, merge, cols, merge, -1).swapaxes(1, 2)
     return cells.reshape(rows * cols, merge**2, -1)
 
@@ -26,6 +38,13 @@ def interpolated_positions(table: np.ndarray, rows: int, cols: int, how: How = "
     weights = {"edges": _weights, "corners": _weights_between, "cubic": _cubic_weights}[how]
     across = weights(side, cols) @ table.astype(np.float32)
     return (weights(side, rows) @ across.reshape(side, -1)).reshape(rows, cols, width)
+
+
+def _places(bounds: Sequence[float], places: int) -> np.ndarray:
+    """Which learned place each of `places` has, [places] int64: that which its beginning lies in. The rounding of this
+    arithmetic is part of the trained models, so it is repeated in the same steps."""
+    begins = np.arange(places, dtype=np.float32) * (np.float32(1) / np.float32(places))
+    return np.searchsorted(np.array(bounds, np.float32), np.minimum(begins, np.float32(1.0 - 1e-6)), side="right")
 
 
 def _weights(side: int, places: int) -> np.ndarray:

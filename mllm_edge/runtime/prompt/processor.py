@@ -260,7 +260,11 @@ class Processor:
         return ids
 
     def _expanded(self, text: str, images: Iterator[str]) -> str:
-        return self._written.sub(lambda _: next(images), text)
+        made = self._written.sub(lambda _: next(images), text)
+        border = self._image.prompt.border if self._image is not None else ""
+        if not border:
+            return made
+        return re.sub(rf"{re.escape(border)}(?=[^\s<])", f"{border} ", made.replace(border * 2, border))
 
     # ------------------------------------------------------------ images
     def _require(self, kinds: Sequence[Kind]) -> None:

@@ -31,7 +31,7 @@ def _learned(table: LearnedPositions, array: np.ndarray, rows: int, cols: int, m
     if array.shape != shape:
         raise BundleError(f"{table.file}: {list(array.shape)}, not {list(shape)}", "export the bundle again")
     how: How = "corners" if table.corners else "cubic" if table.cubic else "edges"
-    return cell_positions(array.reshape(side, side, table.dim), rows, cols, merge, how)
+    return cell_positions(array.reshape(side, side, table.dim), rows, cols, merge, how, table.bounds)
 
 
 def grid_rope(rope: GridRope, rows: int, cols: int, merge: int) -> tuple[np.ndarray, np.ndarray]:

@@ -28,7 +28,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
 CASES = {
     **PROMPTS,
     "caption": ("", [(64, 64)]),
-    "large": ("Describe.", [(401, 517)]),
     "pixel": ("a photo of", [(1, 1)]),
     "three_images": ("Compare.", [(5, 9), (50, 50), (200, 100)]),
 }

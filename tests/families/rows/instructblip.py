@@ -20,16 +20,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vision": {"image_size": 54},
     },
     "blank_at_the_beginning_alone": {"prepends": "first"},
-    "published_files": {"names": "hub", "image_settings": {"resample": 2, "image_mean": [0.4, 0.5, 0.6]}},
+    "published_files_tied": {
+        "names": "hub",
+        "text": {"tie_word_embeddings": True},
+        "image_settings": {"resample": 2, "image_mean": [0.4, 0.5, 0.6]},
+    },
     "t5": {"text": {"model_type": "t5", "tie_word_embeddings": False}},
-    "tied": {"text": {"tie_word_embeddings": True}},
     "state_dict_names": {"names": "state_dict"},
 }
 CASES = {
     **PROMPTS,
     "no_text": ("", [(64, 64)]),
     "long_text": ("What is the colour of the picture? " * 4, [(401, 517)]),
-    "pixel": ("a Photo, of", [(1, 1)]),
     "three_images": ("Compare.", [(5, 9), (50, 50), (200, 100)]),
 }
 _PROCESSOR = "processor_config.json"

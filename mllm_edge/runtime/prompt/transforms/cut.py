@@ -19,7 +19,8 @@ RESAMPLE = {
 
 class Cut(NamedTuple):
     """Slices of `height` × `width` px: a grid of rows × cols, and the overview where there is one more, in the size
-    `overview` (height, width) where that is another. `grids`: rows and columns of cells, of each tile."""
+    `overview` (height, width) where that is another. `sizes`: of all slices, where each has its own. `grids`: rows and
+    columns of cells, of each tile."""
 
     height: int
     width: int
@@ -28,6 +29,7 @@ class Cut(NamedTuple):
     slices: int = 1
     overview: tuple[int, int] | None = None
     grids: tuple[tuple[int, int], ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()
 
 
 def resized(tiles: list[Image.Image], transform: Any, after: Cut) -> list[Image.Image]:

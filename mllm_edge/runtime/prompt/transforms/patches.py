@@ -12,7 +12,7 @@ __all__ = ["patches_cut", "patchified"]
 def patches_cut(cut: Cut, transform: Patchify) -> Cut:
     """The grids of cells; raises ImageError for a size that makes none."""
     side = transform.patch * transform.merge
-    sizes = [(cut.height, cut.width)] * cut.slices
+    sizes = [*cut.sizes] or [(cut.height, cut.width)] * cut.slices
     if cut.overview is not None:
         sizes[-1] = cut.overview
     for height, width in sizes:

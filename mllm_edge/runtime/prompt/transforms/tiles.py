@@ -9,7 +9,7 @@ from PIL import Image
 from mllm_edge.errors import BundleError, ImageError
 from mllm_edge.runtime.prompt.transforms.cut import RESAMPLE, Cut, How, resized
 from mllm_edge.runtime.prompt.transforms.resize import whole_sides
-from mllm_edge.spec import CoverTiles, FitCanvas, SelectResolution, SelectTiles, SplitLarge, SplitTiles
+from mllm_edge.spec import CoverTiles, FitCanvas, FitPatches, SelectResolution, SelectTiles, SplitLarge, SplitTiles
 
 __all__ = ["TILES", "filled", "fitted", "nearest_resolution", "on_canvas"]
 
@@ -213,6 +213,45 @@ def _fit_canvas(tiles: list[Image.Image], transform: FitCanvas, after: Cut) -> l
     return _tiled(whole, transform.size, after)
 
 
+def _quarters(height: int, width: int) -> list[tuple[int, int, int, int]]:
+    """Left, top, right and bottom of the four quarters, row by row, and of the whole."""
+    y, x = height // 2, width // 2
+    return [(0, 0, x, y), (x, 0, width, y), (0, y, x, height), (x, y, width, height), (0, 0, width, height)]
+
+
+def _within(height: int, width: int, transform: FitPatches) -> tuple[int, int]:
+    """(height, width) of one of FitPatches' pictures, with what is no whole patch."""
+    most, ratio = transform.longest, width / height
+    if width >= height and width > most:
+        height, width = int(most / ratio), most
+    elif height > width and height > most:
+        height, width = most, int(most * ratio)
+    return max(height, transform.shortest), max(width, transform.shortest)
+
+
+def _fit_patches_cut(cut: Cut, transform: FitPatches) -> Cut:
+    if cut.slices > 1:
+        raise BundleError("fit_patches comes after another split", "export the bundle again")
+    if transform.quarters and min(cut.height, cut.width) < 2:
+        raise ImageError(
+            f"{cut.height}×{cut.width} px cannot be cut into quarters", "give an image of 2 px at least on each side"
+        )
+    boxes = _quarters(cut.height, cut.width) if transform.quarters else [(0, 0, cut.width, cut.height)]
+    sizes = tuple(_within(bottom - top, right - left, transform) for left, top, right, bottom in boxes)
+    whole = tuple((h // transform.patch * transform.patch, w // transform.patch * transform.patch) for h, w in sizes)
+    return Cut(*whole[-1], 2, 2, len(whole), sizes=whole) if transform.quarters else Cut(*whole[0])
+
+
+def _fit_patches(tiles: list[Image.Image], transform: FitPatches, after: Cut) -> list[Image.Image]:
+    image, made = tiles[0], []
+    boxes = _quarters(image.height, image.width) if transform.quarters else [(0, 0, image.width, image.height)]
+    for box, (height, width) in zip(boxes, after.sizes or ((after.height, after.width),), strict=True):
+        part = image.crop(box)
+        part = resized([part], transform, Cut(*_within(part.height, part.width, transform)))[0]
+        made.append(part.crop((0, 0, width, height)))
+    return made
+
+
 def filled(pixel_values: np.ndarray, slices: int) -> np.ndarray:
     """pixel_values [tiles, C, H, W] → [slices, C, H, W], zeros behind them."""
     missing = slices - len(pixel_values)
@@ -226,4 +265,5 @@ TILES: Mapping[type, How] = {
     SelectResolution: How(_select_resolution_cut, _select_resolution),
     SplitLarge: How(_split_large_cut, _split_large),
     FitCanvas: How(_fit_canvas_cut, _fit_canvas),
+    FitPatches: How(_fit_patches_cut, _fit_patches),
 }
