@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 import numpy as np
@@ -76,10 +77,10 @@ def qwen3_vl_2b(folder: Path) -> None:
 
     text = {**_text(2048, 6144, 28, 16, 8, 151936, 5e6), "head_dim": 128}
     text["rope_parameters"] |= {"mrope_section": [24, 20, 20], "mrope_interleaved": True}
-    vision = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "patch_size": 16}
-    vision |= {"num_position_embeddings": 2304, "out_hidden_size": 2048, "deepstack_visual_indexes": [5, 11, 17]}
+    sizes = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "patch_size": 16}
+    added = {"num_position_embeddings": 2304, "out_hidden_size": 2048, "deepstack_visual_indexes": [5, 11, 17]}
     images = {"size": {"shortest_edge": 65536, "longest_edge": 16777216}, "patch_size": 16}
-    _write(folder, save_tiny_qwen3_vl, text, vision, {}, images, {})
+    _write(folder, save_tiny_qwen3_vl, text, {**sizes, **added}, {}, images)
 
 
 def deepseek_vl_13b(folder: Path) -> None:
@@ -106,6 +107,28 @@ def gemma3_4b(folder: Path) -> None:
     _write(folder, save_tiny_gemma3, text, vision, top, images, {"image_seq_length": 256})
 
 
+def blip2_opt_27b(folder: Path) -> None:
+    """EVA's ViT-g/14 at 224 px, a Q-Former of 12 layers and 32 queries, OPT-2.7B."""
+    from tests.tiny_blip import save_tiny_blip_2
+
+    sizes = {"hidden_size": 2560, "ffn_dim": 10240, "num_hidden_layers": 32, "num_attention_heads": 32}
+    text = {**sizes, "word_embed_proj_dim": 2560, "vocab_size": 50304, "max_position_embeddings": 2048}
+    queries = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    top = {"num_query_tokens": 32, "qformer_config": {**queries, "encoder_hidden_size": 1408, "vocab_size": 30522}}
+    images, processor = {"size": {"height": 224, "width": 224}}, {"num_query_tokens": 32}
+    _write(folder, save_tiny_blip_2, text, _vision(1408, 6144, 39, 16, 224, 14), top, images, processor)
+
+
+def fast_vlm_05b(folder: Path) -> None:
+    """FastViT-HD at 1024 px and Qwen2-0.5B."""
+    from tests.tiny_fast_vlm import save_tiny_fast_vlm
+
+    text = {**_text(896, 4864, 24, 14, 2, 151936, 1e6), "model_type": "qwen2"}
+    images = {"size": {"shortest_edge": 1024}, "crop_size": {"height": 1024, "width": 1024}}
+    vision = {"hidden_size": 3072, "model_args": {"inference_mode": True}}
+    _write(folder, save_tiny_fast_vlm, text, vision, {}, images)
+
+
 GEOMETRIES: Mapping[str, Callable[[Path], None]] = {
     "SmolVLM-256M": smolvlm_256m,
     "LLaVA, SigLIP-so400m + Qwen2-0.5B": llava_onevision_like,
@@ -115,6 +138,8 @@ GEOMETRIES: Mapping[str, Callable[[Path], None]] = {
     "Qwen3-VL-2B": qwen3_vl_2b,
     "DeepSeek-VL-1.3B": deepseek_vl_13b,
     "Gemma-3-4B": gemma3_4b,
+    "BLIP-2 OPT-2.7B": blip2_opt_27b,
+    "FastVLM-0.5B": fast_vlm_05b,
 }
 
 
@@ -150,7 +175,7 @@ def _write(
     vision: Mapping[str, Any],
     top: Mapping[str, Any],
     images: Mapping[str, Any],
-    processor: Mapping[str, Any],
+    processor: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """A tiny checkpoint's files (its tokenizer knows bytes only), the sizes in them replaced, and weights to match."""
     from transformers import AutoConfig
@@ -158,7 +183,8 @@ def _write(
     save(folder)
     (folder / "model.safetensors").unlink()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config = {**config, "tie_word_embeddings": True, **top}
+    parts = {name: {**config[name], **part} for name, part in top.items() if isinstance(part, Mapping)}
+    config = {**config, "tie_word_embeddings": True, **top, **parts}
     config["text_config"] = {**config["text_config"], "tie_word_embeddings": config["tie_word_embeddings"], **text}
     config["text_config"].pop("layer_types", None)  # of two layers
     config["vision_config"] = {**config["vision_config"], **vision}
@@ -189,7 +215,8 @@ def write_random(config: Any, folder: Path, seed: int = 0) -> None:
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     tied = set(getattr(model, "_tied_weights_keys", None) or {}) if config.tie_word_embeddings else set()
-    shapes = {n: tuple(t.shape) for n, t in model.state_dict().items() if n not in tied}
+    state = {n: t for n, t in model.state_dict().items() if n not in tied and t.is_floating_point()}
+    shapes = {n: tuple(t.shape) for n, t in state.items()}
     config.save_pretrained(folder)
     random = np.random.default_rng(seed)
     pool = (0.02 * random.standard_normal(_POOL, dtype=np.float32)).astype(np.float16)
@@ -235,6 +262,8 @@ def _values(name: str, shape: tuple[int, ...], pool: np.ndarray) -> np.ndarray:
         values = 1 + 5 * values
         values[random.choice(count, max(1, count // 200), replace=False)] *= 10
         return values.astype(np.float16)
+    if name.endswith("running_var"):
+        return np.abs(values) + np.float16(0.5)
     if len(shape) == 2:
         return values * np.exp(0.5 * random.standard_normal((shape[0], 1))).astype(np.float16)
     return values
