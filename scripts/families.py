@@ -3,11 +3,16 @@
 python scripts/families.py
 """
 
+import ast
+from collections import Counter
 from pathlib import Path
+from statistics import median
 
 from mllm_edge.export.systems import System, systems
 
-PAGE = Path(__file__).parents[1] / "docs" / "families.md"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "families.md"
+FAMILIES = ROOT / "mllm_edge" / "export" / "families"
 _HEAD = """# Families
 
 Written by `python scripts/families.py`, from what the tests themselves write down
@@ -42,9 +47,55 @@ def page() -> str:
             "| name | why |",
             "|---|---|",
             *impossible,
+            "\n## What a family takes\n",
+            *_sizes(),
             "",
         ]
     )
+
+
+def _sizes() -> list[str]:
+    """The lines of code of each family: of its file, and of those in `families/` and `vision/` that no other reads."""
+    files = {path: _read_by(path) for path in sorted(FAMILIES.glob("*.py"))}
+    own = [path for path in files if "FAMILY = " in path.read_text(encoding="utf-8")]
+    readers = Counter(part for path in own for part in files[path])
+    sizes = {}
+    for path in own:
+        alone = [part for part in files[path] if readers[part] == 1 and part not in own]
+        sizes[path.stem] = (_lines(path), sum(map(_lines, alone)))
+    found = sorted(sizes.items(), key=lambda size: sum(size[1]))
+    middle = median(sum(both) for _, both in found)
+    return [
+        "Lines of code, without blank lines, imports and docstrings: of a family's file, and of the files for images",
+        f"and towers that no other family reads. The median of both together is {middle:g}.",
+        "",
+        "| family | its file | files of its own beside it |",
+        "|---|---|---|",
+        *(f"| `{name}` | {file} | {beside} |" for name, (file, beside) in found),
+    ]
+
+
+def _read_by(path: Path) -> set[Path]:
+    """The files of `families/` and `vision/` that a family's file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            files = (ROOT / f"{name.replace('.', '/')}.py" for name in names)
+            found |= {file for file in files if file.is_file() and file.parent.name in ("families", "vision")}
+    return found - {path}
+
+
+def _lines(path: Path) -> int:
+    """Lines that hold code."""
+    text = path.read_text(encoding="utf-8")
+    left: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        documented = isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node)
+        skipped = node if isinstance(node, ast.Import | ast.ImportFrom) else node.body[0] if documented else None
+        if skipped is not None:
+            left |= set(range(skipped.lineno, (skipped.end_lineno or skipped.lineno) + 1))
+    return sum(bool(line.strip()) for i, line in enumerate(text.splitlines(), 1) if i not in left)
 
 
 def _row(system: System) -> str:
