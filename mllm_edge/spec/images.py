@@ -37,11 +37,10 @@ class ImagePrompt:
     by row, `tile` for each followed by `row_end`, and at the end `overview`; where the overview is the first, `begin`
     has its `{image}`. `beside` stands between the tiles of a row, `between` between rows, and between those of features
     of an image of cells. `inline`: what a chat template for plain text gets in a message for an image, `{image}` being
-    one placeholder. `reserved`: further words that stand for
-    pictures or videos, which no text of a user's may become. `placeholder`: what stands for an image in a rendered text
-    before it becomes all this, where that is not the `token` of its features. `border`: a word around images; it stands
-    once where it would twice, and a blank is put between it and a text behind it that begins with none (and with no
-    "<").
+    one placeholder. `reserved`: further words that stand for pictures or videos, which no text of a user's may become.
+    `placeholder`: what stands for an image in a rendered text before it becomes all this, where that is not the `token`
+    of its features. `border`: a word around images; it stands once where it would twice, and a blank is put between it
+    and a text behind it that begins with none (and with no "<").
     """
 
     token: str
@@ -164,9 +163,8 @@ class VideoSpec:
     """From the frames of a video to tokens. `transforms` make one tile of each. `token`, `token_id`: the placeholder,
     which is written in a text otherwise than an image's.
 
-    `features`: a frame's; each is a token. None: as many as a tile's of images,
-    a square, which is brought to half the side (rounded up), bilinearly; behind those of the last frame stands row 0 of
-    the bundle's array `end`."""
+    `features`: a frame's; each is a token. None: as many as a tile's of images, a square, which is brought to half the
+    side (rounded up), bilinearly; behind those of the last frame stands row 0 of the bundle's array `end`."""
 
     transforms: tuple[Transform, ...]
     token: str
@@ -213,9 +211,8 @@ class ImageSpec:
     An image becomes slices: tiles of one size, `pixel_values` [tiles, channels, height, width], or, where the last
     transform is Patchify, cells of patches, [cells, merge², channels · frames · patch²], as many as the image's size
     asks for; `height` and `width` are then a cell's. The connector makes `features` rows of each slice, or, with
-    `resampled`, of each grid of cells. `tables`:
-    further inputs of the components, made of an image's grid, or of each of its grids where tiles become cells;
-    `views`: made of its pixels; `text`: of the prompt's text.
+    `resampled`, of each grid of cells. `tables`: further inputs of the components, made of an image's grid, or of each
+    of its grids where tiles become cells; `views`: made of its pixels; `text`: of the prompt's text.
 
     `pack`: where it is not empty, the features of an image's tiles are a grid of rows, square in each tile, which it
     changes in its order; the overview's come before them, untouched. `several`: the transforms for a prompt with more

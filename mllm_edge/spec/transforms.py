@@ -150,7 +150,8 @@ class CoverTiles:
     none does, the one that shows most of all. Cut it row by row. Before the tiles stands the whole image stretched to
     one tile, the overview, unless it is one tile alone.
 
-    Of a grid with other rows than columns it is the parts of the turned one that count, as the model was trained.
+    Of a grid it is the parts of the turned one that count, rows for columns, as in transformers 5.24: a wide image
+    becomes a high one.
     """
 
     size: int

@@ -114,8 +114,7 @@ def test_names_of_the_checkpoint_on_the_hub(saved: Callable[..., Path], tmp_path
 
     other = renamed(today, tmp_path / "old", old)
     expected = merged(checkpoint, today)
-    convolutions = any("vqmodel" in name for name in stored)  # of which nothing is trained
-    assert any("vis" in name or "image_tower" in name for name in expected) != convolutions
+    assert any("vis" in name or "image_tower" in name for name in expected) or family == "chameleon", "convolutions"
     assert_same(merged(checkpoint, other), expected)
     found, notes = reference.adapted(load(checkpoint), open_source(str(checkpoint), adapters=[other]))
     assert notes == ()

@@ -1,5 +1,7 @@
 """Ovis 2: a tower after AIMv2, features that are mixtures of visual words, tiles that cover the image, Qwen2.
 
+As in transformers 5.24 a wide picture is cut into tiles one below the other, and a high one into tiles side by side.
+
 The tokens around an image's features have embeddings of their own, which come from the table of visual words.
 """
 

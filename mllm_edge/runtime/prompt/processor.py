@@ -404,7 +404,7 @@ def _control_tokens(image: ImageSpec | None, tokenizer: Tokenizer, template: Cha
 
 def _image_markers(prompt: ImagePrompt, added_tokens: Iterable[str]) -> tuple[str, ...]:
     """The added tokens of the vocabulary that the expansion of images uses, the placeholder first."""
-    others = prompt.inline, prompt.placeholder, prompt.between, *prompt.reserved
+    others = prompt.inline, prompt.placeholder, prompt.beside, prompt.between, *prompt.reserved
     texts = prompt.single + image_text(prompt, 1, 1, 1, 1) + "\0".join(others)
     numbered = prompt.tile.replace("{image}", "")
     for row in range(1, 17):

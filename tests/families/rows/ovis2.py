@@ -7,7 +7,7 @@ from tests.families.row import Bad, Row, Tensor, sets
 from tests.tiny_ovis2 import save_tiny_ovis2
 
 CONFIGS: dict[str, dict[str, Any]] = {
-    "tiles": {},
+    "tiles": {"seed": 1},
     "untied_no_template_stride_3": {
         "config": {"tie_word_embeddings": False},
         "vision": {"hidden_stride": 3, "qkv_bias": True, "mlp_bias": True, "hidden_act": "gelu"},

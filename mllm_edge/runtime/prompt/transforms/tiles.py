@@ -60,7 +60,7 @@ def _cover_tiles_cut(cut: Cut, transform: CoverTiles) -> Cut:
     size, most = transform.size, transform.max_tiles
     grids = [(rows, cols) for cols in range(1, most + 1) for rows in range(1, most // cols + 1)]
     grids.sort(key=math.prod)
-    # Of each grid those parts are looked at that the turned one has.
+    # Of each grid those parts are looked at that the turned one has, as in transformers.
     shown = {(rows, cols): _shown(cut.height, cut.width, (cols, rows), size) for rows, cols in grids}
     enough = [grid for grid in grids if shown[grid] > transform.covered]
     if enough:
