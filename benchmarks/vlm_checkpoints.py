@@ -226,7 +226,9 @@ def write_random(config: Any, folder: Path, seed: int = 0) -> None:
         with (folder / file).open("wb") as f:
             _write_shard(f, {name: shapes[name] for name in names}, pool)
         weight_map |= dict.fromkeys(names, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+    total = {"total_size": sum(2 * int(np.prod(shape)) for shape in shapes.values())}
+    index = {"metadata": total, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 def _shards(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:

@@ -12,12 +12,16 @@ FAMILIES = ("idefics3", "qwen2_vl")
 # They make up most of the whole suite's time.
 LONG = frozenset(
     (
+        "test_adapter_names.py",
         "test_adapters.py",
         "test_answers.py",
         "test_best.py",
         "test_build.py",
+        "test_dlpack.py",
         "test_engines.py",
         "test_export.py",
+        "test_fast_vlm.py",
+        "test_florence2.py",
         "test_half.py",
         "test_idefics2.py",
         "test_instructblip.py",

@@ -201,7 +201,7 @@ def test_without_settings_of_a_video_processor_there_are_no_videos(tmp_path: Pat
     manifest = Bundle.load(tmp_path / "bundle").manifest
     assert list(manifest.components) == ["vision_encoder", "connector", "decoder"]
     with VLM.load(tmp_path / "bundle", backend="cpu") as vlm:
-        with pytest.raises(PromptError, match="this bundle takes no videos, and 1 were given"):
+        with pytest.raises(PromptError, match="this bundle takes no videos, and got 1"):
             vlm.generate("What?", Video(np.zeros((2, 9, 9, 3), np.uint8)))
         # A text that spells the placeholder shows nothing.
         assert VIDEO_TOKEN in vlm.tokenizer.decode(vlm.processor.process(f"What is {VIDEO_TOKEN}?").token_ids.tolist())

@@ -146,7 +146,7 @@ def test_calibrated_weights(tmp_path: Path, config: dict[str, Any], recipe: str)
 
 def test_videos_are_refused_by_name(plain: Exported) -> None:
     frames = Video([make_image(32, 32, seed) for seed in range(4)])
-    with pytest.raises(PromptError, match="this bundle takes no videos, and 1 were given"):
+    with pytest.raises(PromptError, match="this bundle takes no videos, and got 1"):
         plain.vlm("cpu").generate("What happens?", [frames])
 
 

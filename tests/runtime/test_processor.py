@@ -369,7 +369,7 @@ def test_images_for_a_model_without():
         lambda: text_only().process_text("<image>", [picture(9, 9)]),
         lambda: text_only().count_tokens("What?", [(9, 9)]),
     ):
-        with pytest.raises(PromptError, match="takes no images, and 1"):
+        with pytest.raises(PromptError, match="takes no images, and got 1"):
             call()
 
 

@@ -1,4 +1,4 @@
-"""InternVL 2.5 and 3: InternViT tower, pixel shuffle, two-layer connector, and a Qwen2, Qwen3, Llama or InternLM2.
+"""InternVL 2.5, 3, 3.5: InternViT tower, pixel shuffle, two-layer connector, and a Qwen2, Qwen3, Llama or InternLM2.
 
 An image is stretched to the grid of tiles that suits its shape; in the prompt all tiles stand in one row between two
 words, the whole image last. Both layouts are read: transformers' own (`internvl`) and the original (`internvl_chat`).

@@ -270,10 +270,10 @@ class Processor:
     def _require(self, kinds: Sequence[Kind]) -> None:
         """That the model takes what is given."""
         if kinds and self._image is None:
-            raise PromptError(f"this model takes no images, and {len(kinds)} were given", "pass text only")
+            raise PromptError(f"this model takes no images, and got {len(kinds)}", "pass text only")
         if "video" in kinds and (self._image is None or self._image.video is None):
             count = kinds.count("video")
-            raise PromptError(f"this bundle takes no videos, and {count} were given", "pass the frames as images")
+            raise PromptError(f"this bundle takes no videos, and got {count}", "pass the frames as images")
 
     def _layout(self, size: Sequence[int], images: int) -> Layout:
         assert self._image is not None
