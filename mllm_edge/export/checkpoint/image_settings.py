@@ -1,5 +1,6 @@
 """A checkpoint's image processor settings, and the words of the bundle for them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from mllm_edge.errors import ConfigError
@@ -15,7 +16,7 @@ from mllm_edge.spec import (
     Transform,
 )
 
-__all__ = ["resample_name", "single_transforms", "value_transforms"]
+__all__ = ["made_size", "resample_name", "single_transforms", "value_transforms"]
 
 # By Pillow's number.
 _RESAMPLE: tuple[Resample, ...] = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
@@ -63,6 +64,12 @@ def single_transforms(source: Source, processor: Any) -> tuple[Transform, ...]:
     if processor.do_center_crop:
         transforms.append(CenterCrop(crop.height, crop.width))
     return (*transforms, *value_transforms(processor))
+
+
+def made_size(transforms: Sequence[Transform]) -> tuple[int, int] | None:
+    """(height, width) in px of what `single_transforms` make; None for images of any size."""
+    size = next((t for t in reversed(transforms) if isinstance(t, (CenterCrop, Resize))), None)
+    return None if size is None else (size.height, size.width)
 
 
 def _channels(key: str, values: Any) -> tuple[float, ...]:

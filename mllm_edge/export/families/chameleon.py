@@ -11,11 +11,10 @@ import numpy as np
 
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.config import OWN_CONFIG
-from mllm_edge.export.checkpoint.image_settings import single_transforms
+from mllm_edge.export.checkpoint.image_settings import made_size, single_transforms
 from mllm_edge.export.checkpoint.processor import load_processor, require_tile, require_tokens
 from mllm_edge.export.checkpoint.safetensors import Weights
 from mllm_edge.export.checkpoint.source import Source
-from mllm_edge.export.families.llava_parts import made_size
 from mllm_edge.export.family import Checkpoint, Family, Parts
 from mllm_edge.export.plan import TracedComponent
 from mllm_edge.graph.ranges import TILES

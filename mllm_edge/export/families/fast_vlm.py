@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from mllm_edge.errors import ConfigError
-from mllm_edge.export.checkpoint.image_settings import single_transforms
+from mllm_edge.export.checkpoint.image_settings import made_size, single_transforms
 from mllm_edge.export.checkpoint.processor import load_processor, require_tile
 from mllm_edge.export.checkpoint.source import Source
 from mllm_edge.export.checkpoint.source_weights import empty_model
-from mllm_edge.export.families.llava_parts import SINGLE, made_size, single_image_spec, with_text_config
+from mllm_edge.export.families.llava_parts import SINGLE, single_image_spec, with_text_config
 from mllm_edge.export.family import Checkpoint, Family, Parts
 from mllm_edge.export.plan import tile_components
 

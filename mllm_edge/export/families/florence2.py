@@ -10,13 +10,13 @@ from dataclasses import replace
 from typing import Any
 
 from mllm_edge.errors import ConfigError
-from mllm_edge.export.checkpoint.image_settings import single_transforms
+from mllm_edge.export.checkpoint.image_settings import made_size, single_transforms
 from mllm_edge.export.checkpoint.processor import load_processor, require_tokens
 from mllm_edge.export.checkpoint.source import Source
 from mllm_edge.export.checkpoint.texts import Texts, read_texts
 from mllm_edge.export.family import Checkpoint, Family, Parts
 from mllm_edge.export.plan import tile_components
-from mllm_edge.spec import CenterCrop, ImagePrompt, ImageSpec, Resize, Transform
+from mllm_edge.spec import ImagePrompt, ImageSpec, Transform
 
 __all__ = ["FAMILY"]
 
@@ -76,11 +76,11 @@ def _describe(checkpoint: Checkpoint) -> Parts:
 
 def _tile(source: Source, transforms: Sequence[Transform]) -> int:
     """The side in px of the images that the processor makes, for which the tower is: it has no size of its own."""
-    made = next((t for t in reversed(transforms) if isinstance(t, (CenterCrop, Resize))), None)
-    if made is None or made.height != made.width:
-        shown = "images of any size" if made is None else f"images of {made.height}×{made.width} px"
+    made = made_size(transforms)
+    if made is None or made[0] != made[1]:
+        shown = "images of any size" if made is None else f"images of {made[0]}×{made[1]} px"
         raise ConfigError(f"{source.folder}: the image processor makes {shown}", "only square images are supported")
-    return made.height
+    return made[0]
 
 
 def _image_features(model: Any, inputs: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from mllm_edge.export.checkpoint.image_settings import single_transforms
+from mllm_edge.export.checkpoint.image_settings import made_size, single_transforms
 from mllm_edge.export.checkpoint.processor import load_processor, require_tile
 from mllm_edge.export.checkpoint.source import Source
 from mllm_edge.export.checkpoint.texts import Texts, read_texts
 from mllm_edge.export.checkpoint.vocabulary import vocabulary
 from mllm_edge.export.family import Checkpoint, Family, Parts
 from mllm_edge.export.plan import TracedComponent
-from mllm_edge.spec import PIXELS, ImagePrompt, ImageSpec, Resize, Stage, TensorSpec
+from mllm_edge.spec import PIXELS, ImagePrompt, ImageSpec, Stage, TensorSpec
 
 __all__ = ["FAMILY"]
 
@@ -88,8 +88,7 @@ def _image_spec(checkpoint: Checkpoint, tile: int, tokens: int) -> ImageSpec:
     processor = checkpoint.processor
     # transformers' processor never cuts unless a call asks for it, whatever crop_to_patches says.
     transforms = single_transforms(checkpoint.source, processor.image_processor)
-    size = next((t for t in reversed(transforms) if isinstance(t, Resize)), None)
-    require_tile(checkpoint.source, None if size is None else (size.height, size.width), tile)
+    require_tile(checkpoint.source, made_size(transforms), tile)
     prompt = ImagePrompt(processor.image_token, checkpoint.token_id, "{image}")
     return ImageSpec(transforms, prompt, tile, tile, tokens)
 

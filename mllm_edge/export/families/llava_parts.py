@@ -3,7 +3,7 @@
 Those that fit an image into the best of many resolutions share these, and the learned feature that ends a row, too.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,13 +11,13 @@ import numpy as np
 
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.config import load_config
-from mllm_edge.export.checkpoint.image_settings import single_transforms
+from mllm_edge.export.checkpoint.image_settings import made_size, single_transforms
 from mllm_edge.export.checkpoint.processing import read_video_settings
 from mllm_edge.export.checkpoint.processor import OWN_PROCESSOR, load_processor, require_tile, require_tokens
 from mllm_edge.export.checkpoint.source import Source
 from mllm_edge.export.family import Checkpoint
 from mllm_edge.export.plan import TracedComponent, tile_components
-from mllm_edge.spec import CenterCrop, ImagePrompt, ImageSpec, Resize, Transform, VideoSpec
+from mllm_edge.spec import ImagePrompt, ImageSpec, VideoSpec
 
 if TYPE_CHECKING:
     from mllm_edge.export.vision.siglip import SiglipConfig, Taps
@@ -32,7 +32,6 @@ __all__ = [
     "LlavaVision",
     "clip_like",
     "drops_first",
-    "made_size",
     "newline_array",
     "read_llava_processor",
     "read_resolutions",
@@ -212,12 +211,6 @@ def stated_tokens(checkpoint: Checkpoint, tile: int, tokens: int) -> None:
     stated = (tile // processor.patch_size) ** 2 + processor.num_additional_image_tokens - less
     settings = f"patch_size, num_additional_image_tokens and {_STRATEGY}"
     require_tokens(checkpoint.source, f"{settings} give {stated} tokens for an image", stated, tokens)
-
-
-def made_size(transforms: Sequence[Transform]) -> tuple[int, int] | None:
-    """(height, width) in px of what `single_transforms` make; None for images of any size."""
-    size = next((t for t in reversed(transforms) if isinstance(t, (CenterCrop, Resize))), None)
-    return None if size is None else (size.height, size.width)
 
 
 def clip_like(settings: Mapping[str, Any]) -> Any:

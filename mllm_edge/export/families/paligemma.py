@@ -10,12 +10,12 @@ from typing import Any
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.chat import chat_template
 from mllm_edge.export.checkpoint.config import OWN_CONFIG
-from mllm_edge.export.checkpoint.image_settings import single_transforms
+from mllm_edge.export.checkpoint.image_settings import made_size, single_transforms
 from mllm_edge.export.checkpoint.processor import load_processor, require_tile, require_tokens
 from mllm_edge.export.checkpoint.source import Source
 from mllm_edge.export.family import Checkpoint, Family, Parts
 from mllm_edge.export.plan import tile_components
-from mllm_edge.spec import ImagePrompt, ImageSpec, Resize
+from mllm_edge.spec import ImagePrompt, ImageSpec
 
 __all__ = ["FAMILY"]
 
@@ -115,8 +115,7 @@ def _image_features(model: Any, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
 def _image_spec(checkpoint: Checkpoint, tile: int, tokens: int) -> ImageSpec:
     source, processor = checkpoint.source, checkpoint.processor
     transforms = single_transforms(source, processor.image_processor)
-    size = next((t for t in reversed(transforms) if isinstance(t, Resize)), None)
-    require_tile(source, None if size is None else (size.height, size.width), tile)
+    require_tile(source, made_size(transforms), tile)
     require_tokens(source, f"image_seq_length = {processor.image_seq_length}", processor.image_seq_length, tokens)
     prompt = ImagePrompt(processor.image_token, checkpoint.token_id, "{image}")
     return ImageSpec(transforms, prompt, tile, tile, tokens, both_ways="prompt")

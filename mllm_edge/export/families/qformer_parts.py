@@ -14,12 +14,12 @@ import numpy as np
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.chat import chat_template
 from mllm_edge.export.checkpoint.config import ConfigReader, load_config
-from mllm_edge.export.checkpoint.image_settings import single_transforms
+from mllm_edge.export.checkpoint.image_settings import made_size, single_transforms
 from mllm_edge.export.checkpoint.processor import load_processor, require_tile, require_tokens
 from mllm_edge.export.checkpoint.source import Source
 from mllm_edge.export.checkpoint.texts import Texts, read_texts
 from mllm_edge.export.family import Checkpoint
-from mllm_edge.spec import ImagePrompt, ImageSpec, Resize
+from mllm_edge.spec import ImagePrompt, ImageSpec
 
 if TYPE_CHECKING:
     import torch
@@ -90,8 +90,7 @@ class QFormerVision:
             self.qformer.queries,
         )
         transforms = single_transforms(source, processor.image_processor)
-        size = next((t for t in reversed(transforms) if isinstance(t, Resize)), None)
-        require_tile(source, None if size is None else (size.height, size.width), tile)
+        require_tile(source, made_size(transforms), tile)
         require_tokens(source, f"num_query_tokens = {processor.num_query_tokens}", processor.num_query_tokens, queries)
         # Vocabularies have both, for checkpoints that are opened as models of images and of videos.
         reserved = tuple(word for word in ("<image>", "<video>") if word != token)

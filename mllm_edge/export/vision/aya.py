@@ -6,7 +6,7 @@ Parameter names follow the checkpoint, so that weights stream in by name.
 import torch
 from torch import nn
 
-from mllm_edge.export.vision.modules import Linear
+from mllm_edge.export.vision.modules import Linear, pixel_shuffle
 
 __all__ = ["GatedConnector"]
 
@@ -22,9 +22,6 @@ class GatedConnector(nn.Module):
         self.linear_1, self.linear_2 = Linear(size * scale**2, inner), Linear(inner // 2, outputs)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        scale, side, width = self.scale, self.patches // self.scale, hidden.shape[-1]
-        grid = hidden.view(-1, side, scale, side, scale, width)
-        tokens = grid.permute(0, 1, 3, 2, 4, 5).reshape(-1, side * side, scale * scale * width)
-        both = self.linear_1(self.layernorm(tokens))
+        both = self.linear_1(self.layernorm(pixel_shuffle(hidden, self.patches, self.scale)))
         values, gate = both[..., : self.gated], both[..., self.gated :]
         return self.linear_2(nn.functional.silu(gate) * values)

@@ -10,7 +10,15 @@ from torch import nn
 
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.config import OWN_CONFIG, ConfigReader
-from mllm_edge.export.vision.modules import ACTIVATIONS, GatedMlp, Linear, RmsNorm, packed_attention, packed_linear
+from mllm_edge.export.vision.modules import (
+    ACTIVATIONS,
+    GatedMlp,
+    Linear,
+    RmsNorm,
+    packed_attention,
+    packed_linear,
+    pixel_shuffle,
+)
 
 __all__ = ["Ovis2Config", "Ovis2Tower", "VisualWords"]
 
@@ -83,12 +91,7 @@ class Ovis2Tower(nn.Module):
         hidden = self.embeddings(pixel_values)
         for layer in self.encoder["layers"].children():
             hidden = layer(hidden)
-        return self._merged(self.rms_norm(hidden))
-
-    def _merged(self, hidden: torch.Tensor) -> torch.Tensor:
-        stride, side, width = self.config.stride, self.config.side, hidden.shape[-1]
-        squares = hidden.reshape(-1, side, stride, side, stride, width).permute(0, 1, 3, 2, 4, 5)
-        return squares.reshape(-1, side * side, stride * stride * width)
+        return pixel_shuffle(self.rms_norm(hidden), self.config.patches, self.config.stride)
 
 
 class _Embeddings(nn.Module):
