@@ -14,7 +14,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --retries 10 --timeout 60
 TORCH_STAMP := $(VENV)/.torch-$(TORCH)
 INSTALLED := $(VENV)/.installed
-# For tests in processes of their own: transformers takes a torchvision that it finds for every image, and timm needs it.
+# For tests in processes of their own: transformers takes a torchvision that it finds for every image, and timm needs it;
+# videos of SmolVLM need num2words.
 TORCHVISION := build/torchvision/.installed
 TIMM := build/timm/.installed
 
@@ -64,7 +65,7 @@ $(INSTALLED): pyproject.toml $(TORCH_STAMP)
 	touch $@
 
 $(TORCHVISION): $(INSTALLED)
-	$(PIP) install --no-deps --upgrade --target $(@D) torchvision==0.28.0 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	$(PIP) install --no-deps --upgrade --target $(@D) torchvision==0.28.0 num2words==0.5.14 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	touch $@
 
 $(TIMM): $(INSTALLED)

@@ -99,15 +99,19 @@ def image_problems(image: ImageSpec, model: ModelSpec) -> Iterator[str]:
 
 def _video(image: ImageSpec, video: VideoSpec, model: ModelSpec) -> Iterator[str]:
     yield from _order(video.transforms)
-    if not video.transforms or not video.token or video.token == image.prompt.written:
+    if not video.transforms or not video.token or video.written == image.prompt.written:
         yield "videos are not transformed, or have no placeholder of their own"
+    if "{image}" not in video.frame or (video.features is None and (video.frame != "{image}" or video.between)):
+        yield f"a frame of a video is written {video.frame!r}"
+    if (video.together or video.rate is not None) and video.patches is None:
+        yield "frames of a video share bounds or follow a clock, and are no cells of patches"
     alike = video.token == image.prompt.token
     if not 0 <= video.token_id < model.embedding.rows or (video.token_id == image.prompt.token_id) != alike:
         yield f"video token {video.token_id} of {model.embedding.rows}"
     if video.features is not None:
         yield from positive("model.image.video.features", video.features)
-        if video.end or image.patches is not None:
-            yield "a video's features are its tokens, and something stands behind them, or images are cells of patches"
+        if video.end or video.patches != image.patches:
+            yield "a video's features are its tokens, and something stands behind them, or its cells are not images'"
     elif image.patches is not None or math.isqrt(image.features) ** 2 != image.features:
         yield f"a video's features are pooled, and {image.features} of a frame are no square"
 

@@ -24,8 +24,10 @@ _WORDS = ("[gMASK]", "<sop>", "<|user|>", "<|assistant|>", *_IDS.values())
 GLM_TEMPLATE = (
     "[gMASK]<sop>{% for message in messages %}<|{{ message.role }}|>\n"
     "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
-    "{% if part.type == 'image' %}<|begin_of_image|><|image|><|end_of_image|>{% elif 'text' in part %}{{ part.text }}"
-    "{% endif %}{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    "{% if part.type == 'image' %}<|begin_of_image|><|image|><|end_of_image|>"
+    "{% elif part.type == 'video' %}<|begin_of_video|><|video|><|end_of_video|>"
+    "{% elif 'text' in part %}{{ part.text }}{% endif %}{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from mllm_edge.errors import OptionError
 from mllm_edge.runtime.arrays import in_cuda_memory, on_host
-from mllm_edge.runtime.numbers import whole
+from mllm_edge.runtime.numbers import number, whole
 from mllm_edge.runtime.prompt.tokenizer import StopStrings
 from mllm_edge.runtime.trace import Trace
 
@@ -38,15 +38,18 @@ def graph_input(name: str, value: Any, dtype: Any) -> Any:
         ) from error
 
 
-def image_sizes_of(sizes: Any) -> list[tuple[int, ...]]:
-    """(height, width) in px of each image, (frames, height, width) of a video; raises OptionError."""
+def image_sizes_of(sizes: Any) -> list[tuple[float, ...]]:
+    """(height, width) in px of each image, (frames, height, width) of a video, perhaps with its frames a second; raises
+    OptionError."""
     if not isinstance(sizes, Iterable):
         raise OptionError(f"image_sizes must be a list, not {sizes!r:.60}", "give one (height, width) per image")
     return [_size(size) for size in sizes]
 
 
-def _size(size: Any) -> tuple[int, ...]:
+def _size(size: Any) -> tuple[float, ...]:
     values = tuple(size) if isinstance(size, Iterable) else ()
+    if len(values) == 4:
+        return (*_size(values[:3]), number("the frames a second of a video size", values[3], 0, above=True))
     if len(values) not in (2, 3):
         raise OptionError(f"an image size is (height, width), not {size!r:.60}", "give two numbers of px")
     names = ("the frames of a video size", "the height of an image size", "the width of an image size")

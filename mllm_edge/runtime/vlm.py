@@ -256,9 +256,9 @@ class VLM:
             call = Call(processed, Sampler(params, ids, rules), stop_ids, stops, most, trace, guesser, raw)
         return self._in_turn(call, wait)
 
-    def count_tokens(self, prompt: Messages, image_sizes: Sequence[tuple[int, ...]] = ()) -> int:
+    def count_tokens(self, prompt: Messages, image_sizes: Sequence[tuple[float, ...]] = ()) -> int:
         """Prompt tokens, image tokens included, for images of these (height, width) and videos of (frames, height,
-        width); nothing is run."""
+        width), with a fourth number, frames a second, where the model reads times; nothing is run."""
         with self._turns.working():
             return self.processor.count_tokens(prompt, image_sizes_of(image_sizes))
 

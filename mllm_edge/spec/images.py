@@ -131,6 +131,9 @@ Table = GridRope | GridWindows | LearnedPositions | AspectRatioId | GridMerge
 
 
 # ---------------------------------------------------------------- from features to tokens
+_TIMES = ("duration", "clock", "second", "seconds")
+
+
 @dataclass(frozen=True)
 class Unpad:
     """Leave out the rows or columns of features that show only what SelectResolution padded."""
@@ -160,17 +163,53 @@ Pack = Unpad | Shrink | RowEnd
 
 @dataclass(frozen=True)
 class VideoSpec:
-    """From the frames of a video to tokens. `transforms` make one tile of each. `token`, `token_id`: the placeholder,
-    which is written in a text otherwise than an image's.
+    """From the frames of a video to tokens. `transforms` make one slice of each frame. Where they end in Patchify they
+    make one grid of cells of as many frames as a patch has, the last frame again where there are too few; these are a
+    frame of the text. `together`: bounds on pixels are of all frames, whose number is taken for a multiple of the
+    patch's (halves to the even one); fewer than that are refused.
+
+    `token`, `token_id`: the placeholder of a feature. `placeholder`: what stands for a video in a rendered text, where
+    that is not the `token`; it is another than an image's. A video becomes `begin`, then `frame` for each frame,
+    `between` between them, then `close`. In these `{image}` stands for a placeholder per feature, `{number}` for the
+    frame's, from 1, `{count}` for how many there are, in words; and, from the times that a caller gives with the
+    frames, `{duration}` for the video's (H:MM:SS), `{clock}` for the frame's (MM:SS), `{second}` for that in whole
+    seconds, `{seconds}` for the mean of its first's and last's, to a tenth.
 
     `features`: a frame's; each is a token. None: as many as a tile's of images, a square, which is brought to half the
-    side (rounded up), bilinearly; behind those of the last frame stands row 0 of the bundle's array `end`."""
+    side (rounded up), bilinearly; behind those of the last frame stands row 0 of the bundle's array `end`.
+
+    `rate`: where positions follow grids, and nothing stands between frames, how many positions a second takes on the
+    first axis (truncated); None: a frame takes one."""
 
     transforms: tuple[Transform, ...]
     token: str
     token_id: int
     end: str = ""
     features: int | None = None
+    placeholder: str = ""
+    begin: str = ""
+    frame: str = "{image}"
+    between: str = ""
+    close: str = ""
+    together: bool = False
+    rate: float | None = None
+
+    @property
+    def written(self) -> str:
+        """What stands for a video in a rendered text."""
+        return self.placeholder or self.token
+
+    @property
+    def patches(self) -> Patchify | None:
+        """How a frame becomes cells; None where it becomes a tile."""
+        last = self.transforms[-1] if self.transforms else None
+        return last if isinstance(last, Patchify) else None
+
+    @property
+    def timed(self) -> bool:
+        """Whether a prompt needs the times of the frames."""
+        text = self.begin + self.frame
+        return self.rate is not None or any(f"{{{word}}}" in text for word in _TIMES)
 
 
 @dataclass(frozen=True)

@@ -222,7 +222,8 @@ class Normalize:
 class ResizeToPixels:
     """Stretch so that both sides are multiples of `multiple` px and height · width is between `min_pixels` and
     `max_pixels`, near the aspect ratio: each side is rounded to the nearest multiple (halves to the even one); where
-    that makes the area too large or too small, the sides are scaled to the bound and rounded down or up instead.
+    that makes the area too large or too small, the sides are scaled to the bound and rounded down or up instead. Where
+    frames of a video share these bounds, it is that of all of them.
 
     One side may be `max_ratio` times the other at most. `whole`: an image with a side shorter than `multiple` is first
     taken for one that is as much larger as it needs to be, its sides truncated.

@@ -1,16 +1,24 @@
 """GLM-4V (GLM-4.1V): images of any size as cells of patches, as Qwen2-VL has them, and GLM-4's decoder."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.config import OWN_CONFIG
 from mllm_edge.export.checkpoint.processor import load_processor
 from mllm_edge.export.checkpoint.source import Source
-from mllm_edge.export.families.qwen_images import VISION, grid_rope, image_spec, patch_weights, read_patches
+from mllm_edge.export.families.qwen_images import (
+    VISION,
+    grid_rope,
+    image_spec,
+    patch_weights,
+    read_patches,
+    video_spec,
+)
 from mllm_edge.export.family import Checkpoint, Family, Parts
 from mllm_edge.export.plan import cell_components
-from mllm_edge.spec import LearnedPositions
+from mllm_edge.spec import LearnedPositions, Patchify, VideoSpec
 
 __all__ = ["FAMILY"]
 
@@ -22,7 +30,8 @@ _TEMPLATE = (
     "[gMASK]<sop>{% for message in messages %}{{ '<|' + message['role'] + '|>\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}"
     "{% else %}{% for part in message['content'] %}"
-    "{{ part['text'] if part['type'] == 'text' else '<|begin_of_image|><|image|><|end_of_image|>' }}"
+    "{{ part['text'] if part['type'] == 'text' else '<|begin_of_video|><|video|><|end_of_video|>' "
+    "if part['type'] == 'video' else '<|begin_of_image|><|image|><|end_of_image|>' }}"
     "{% endfor %}{% endif %}{% endfor %}{{ '<|assistant|>\n' if add_generation_prompt else '' }}"
 )
 
@@ -38,6 +47,7 @@ def _describe(checkpoint: Checkpoint) -> Parts:
     hidden, grid = tower.sizes.hidden_size, tower.grid
     tables = (grid_rope(vision, hidden // tower.sizes.heads), LearnedPositions(_POSITIONS, grid, hidden, cubic=True))
     image = image_spec(checkpoint, patches, tables, (*_IDS, "video_token_id"), (_START, _END), whole=True)
+    image = replace(image, video=_video_spec(checkpoint, patches))
     encoder, connector = cell_components(
         lambda: Glm4vTower(tower),
         lambda: Glm4vMerger(tower, outputs),
@@ -50,6 +60,22 @@ def _describe(checkpoint: Checkpoint) -> Parts:
     positions = weights.use(f"{VISION}embeddings.position_embedding.weight", (grid**2, hidden))
     markers = (_START, _END)
     return Parts((encoder, connector), image, markers=markers, images="grid", arrays={_POSITIONS: positions})
+
+
+def _video_spec(checkpoint: Checkpoint, patches: Patchify) -> VideoSpec | None:
+    """Each two frames as an image of their own, with the first's time behind it, all of them between two words."""
+    processor = checkpoint.processor
+    return video_spec(
+        checkpoint,
+        patches,
+        "Glm4vVideoProcessor",
+        {"patch_size": 14, "size": {"shortest_edge": 112**2, "longest_edge": 60_000 * 28**2}},
+        token=processor.image_token,
+        token_id=checkpoint.token_id,
+        placeholder=processor.video_token,
+        frame=f"{_START}{{image}}{_END}{{second}}",
+        together=True,
+    )
 
 
 def _load_processor(source: Source) -> Any:

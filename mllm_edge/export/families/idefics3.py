@@ -12,8 +12,9 @@ from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.config import OWN_CONFIG
 from mllm_edge.export.checkpoint.image_settings import resample_name, value_transforms
 from mllm_edge.export.checkpoint.processing import processor_class
-from mllm_edge.export.checkpoint.processor import load_processor, require_switched_on, require_tokens
+from mllm_edge.export.checkpoint.processor import load_processor, require_switched_on, require_tile, require_tokens
 from mllm_edge.export.checkpoint.source import Source
+from mllm_edge.export.checkpoint.video_settings import video_settings
 from mllm_edge.export.family import Checkpoint, Family, Parts
 from mllm_edge.export.plan import tile_components
 from mllm_edge.spec import (
@@ -24,6 +25,7 @@ from mllm_edge.spec import (
     ResizeToMultiple,
     SplitTiles,
     Transform,
+    VideoSpec,
 )
 
 if TYPE_CHECKING:
@@ -38,7 +40,8 @@ _CLASS = {"idefics3": "Idefics3Processor", "smolvlm": "SmolVLMProcessor"}
 _TEMPLATE = (
     "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
     "{{ ':' if message['content'][0]['type'] == 'image' else ': ' }}"
-    "{% for part in message['content'] %}{{ part['text'] if part['type'] == 'text' else '<image>' }}{% endfor %}"
+    "{% for part in message['content'] %}"
+    "{{ part['text'] if part['type'] == 'text' else '<video>' if part['type'] == 'video' else '<image>' }}{% endfor %}"
     "<end_of_utterance>\n{% endfor %}{{ 'Assistant:' if add_generation_prompt else '' }}"
 )
 
@@ -133,7 +136,36 @@ def _image_spec(checkpoint: Checkpoint, tower: "SiglipConfig", tokens: int) -> I
         overview=f"\n{fake}{whole}{{image}}{fake}",
         reserved=tuple(filter(None, [getattr(processor, "video_token", None)])),
     )
-    return ImageSpec((*transforms, *value_transforms(settings)), prompt, tower.tile, tower.tile, tokens, tower.channels)
+    made = (*transforms, *value_transforms(settings))
+    video = _video_spec(checkpoint, tower.tile, tokens, prompt.single)
+    return ImageSpec(made, prompt, tower.tile, tower.tile, tokens, tower.channels, video=video)
+
+
+def _video_spec(checkpoint: Checkpoint, tile: int, tokens: int, single: str) -> VideoSpec | None:
+    """Each frame as a whole image behind its time, all of them behind how many there are. None for models of images
+    alone, and as of `video_settings`."""
+    source, processor = checkpoint.source, checkpoint.processor
+    if not hasattr(processor, "video_token"):
+        return None
+    resample = {"resample": 1, "image_mean": (0.5,) * 3, "image_std": (0.5,) * 3}
+    settings = video_settings(source, "SmolVLMVideoProcessor", max_image_size={"longest_edge": 364}, **resample)
+    if settings is None:
+        return None
+    sampling = getattr(settings, "video_sampling", {})
+    settings.size = getattr(settings, "size", sampling.get("video_size", {"longest_edge": 4 * 364}))
+    require_tile(source, (_longest_edge(settings, "max_image_size"),) * 2, tile)
+    name = resample_name(settings.resample)
+    longest = ResizeLongestEdge(_longest_edge(settings, "size"), name, _SIDE_LIMIT)
+    return VideoSpec(
+        (longest, Resize(tile, tile, name), *value_transforms(settings)),
+        processor.image_token,
+        checkpoint.token_id,
+        features=tokens,
+        placeholder=processor.video_token,
+        begin="You are provided the following series of {count} frames from a {duration} [H:MM:SS] video.\n",
+        frame=f"\nFrame from {{clock}}:{single}",
+        close="\n\n",
+    )
 
 
 FAMILY = Family(

@@ -23,13 +23,14 @@ from mllm_edge.export.checkpoint.processor import require_switched_on, require_t
 from mllm_edge.export.checkpoint.safetensors import Weights
 from mllm_edge.export.checkpoint.source import Source
 from mllm_edge.export.checkpoint.texts import Texts, read_texts
+from mllm_edge.export.checkpoint.video_settings import frame_tiles, video_settings
 from mllm_edge.export.checkpoint.vocabulary import check_vocabulary, vocabulary
 from mllm_edge.export.families import internvl_chat
 from mllm_edge.export.families.internvl_chat import MODEL_TYPE as CHAT
 from mllm_edge.export.family import Checkpoint, Family, Parts, open_weights, understand
 from mllm_edge.export.plan import TracedComponent, tile_components
 from mllm_edge.export.reference import load_reference
-from mllm_edge.spec import ImagePrompt, ImageSpec, Resize, SelectTiles, Transform
+from mllm_edge.spec import ImagePrompt, ImageSpec, Resize, SelectTiles, Transform, VideoSpec
 
 if TYPE_CHECKING:
     from mllm_edge.export.vision.internvit import InternVitConfig
@@ -203,7 +204,27 @@ def _image_spec(checkpoint: Checkpoint, tile: int, tokens: int) -> ImageSpec:
         overview=f"{{image}}{end}" if overview else end,
         reserved=(processor.video_token,),
     )
-    return ImageSpec(internvl_transforms(source, processor.image_processor, tile, overview), prompt, tile, tile, tokens)
+    transforms = internvl_transforms(source, processor.image_processor, tile, overview)
+    return ImageSpec(transforms, prompt, tile, tile, tokens, video=_video_spec(checkpoint, tile, tokens, prompt))
+
+
+def _video_spec(checkpoint: Checkpoint, tile: int, tokens: int, prompt: ImagePrompt) -> VideoSpec | None:
+    """Each frame is one tile behind its number. None as of `video_settings`; the original layout has no such files."""
+    source = checkpoint.source
+    if source.model_type == CHAT:
+        return None
+    settings = video_settings(source, "InternVLVideoProcessor", size={"height": 384, "width": 384})
+    if settings is None:
+        return None
+    return VideoSpec(
+        frame_tiles(source, settings, tile),
+        prompt.token,
+        prompt.token_id,
+        features=tokens,
+        placeholder=checkpoint.processor.video_token,
+        frame=f"Frame{{number}}: {prompt.single}",
+        between="\n",
+    )
 
 
 def internvl_transforms(source: Source, settings: Any, tile: int, overview: bool) -> tuple[Transform, ...]:

@@ -6,14 +6,13 @@ video, a quarter of whose features is left.
 """
 
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any
 
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.image_settings import resample_name, value_transforms
-from mllm_edge.export.checkpoint.processing import read_video_settings
 from mllm_edge.export.checkpoint.processor import load_processor, require_switched_on, require_tile, require_tokens
 from mllm_edge.export.checkpoint.source import Source
+from mllm_edge.export.checkpoint.video_settings import frame_tiles, video_settings
 from mllm_edge.export.families.llava_parts import (
     NEWLINE,
     SIGLIP,
@@ -39,17 +38,6 @@ __all__ = ["FAMILY"]
 
 _ANYRES = "anyres_max_"
 _VIDEO_TOKEN = "video_token_index"
-_VIDEO_DEFAULTS = {
-    "do_resize": True,
-    "size": {"height": 384, "width": 384},
-    "resample": 3,
-    "do_center_crop": False,
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": (0.48145466, 0.4578275, 0.40821073),
-    "image_std": (0.26862954, 0.26130258, 0.27577711),
-}
 # For checkpoints that come without a template: images first, then videos, a blank behind the role.
 _TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}"
@@ -116,18 +104,8 @@ def _video_spec(checkpoint: Checkpoint, tile: int) -> VideoSpec | None:
     """Each frame is stretched to one tile; the newline stands behind the last one's features. None for a folder without
     settings of a video processor, which transformers does not open for videos either."""
     source, token, token_id = checkpoint.source, checkpoint.processor.video_token, checkpoint.top.take(_VIDEO_TOKEN)
-    stated = read_video_settings(source, "LlavaOnevisionVideoProcessor")
-    if stated is None:
-        return None
-    settings = SimpleNamespace(**{**_VIDEO_DEFAULTS, **stated})
-    require_switched_on(source, settings, "do_resize")
-    if settings.size != {"height": tile, "width": tile} or settings.do_center_crop:
-        raise ConfigError(
-            f"{source.folder}: the video processor's size is {settings.size}, the vision tower takes {tile}×{tile} px",
-            "use the video_preprocessor_config.json that belongs to this model",
-        )
-    transforms = (Resize(tile, tile, resample_name(settings.resample)), *value_transforms(settings))
-    return VideoSpec(transforms, token, token_id, NEWLINE)
+    settings = video_settings(source, "LlavaOnevisionVideoProcessor", size={"height": 384, "width": 384})
+    return None if settings is None else VideoSpec(frame_tiles(source, settings, tile), token, token_id, NEWLINE)
 
 
 def _most_tiles(checkpoint: Checkpoint) -> int:

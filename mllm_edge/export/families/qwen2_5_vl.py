@@ -1,6 +1,7 @@
 """Qwen2.5-VL: Qwen2-VL's images, a tower most of whose layers look at windows only, a Qwen2 decoder."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from mllm_edge.errors import ConfigError
@@ -11,11 +12,14 @@ from mllm_edge.export.families.qwen_images import (
     END,
     START,
     TEMPLATE,
+    VIDEO_DEFAULTS,
+    VIDEO_PROCESSOR,
     VISION,
     grid_rope,
     image_spec,
     patch_weights,
     read_patches,
+    video_spec,
 )
 from mllm_edge.export.family import Checkpoint, Family, Parts
 from mllm_edge.export.plan import cell_components
@@ -32,9 +36,10 @@ def _describe(checkpoint: Checkpoint) -> Parts:
     sizes, stated = tower.sizes, vision.take("out_hidden_size")
     if stated != text_hidden:
         raise ConfigError(f"vision_config: out_hidden_size {stated}, but the text model's is {text_hidden}", OWN_CONFIG)
-    vision.take("tokens_per_second")  # of videos
+    rate = float(vision.take("tokens_per_second"))
+    video = video_spec(checkpoint, patches, VIDEO_PROCESSOR, VIDEO_DEFAULTS, rate=rate)
     tables = (grid_rope(vision, sizes.hidden_size // sizes.heads), GridWindows(tower.side))
-    image = image_spec(checkpoint, patches, tables)
+    image = replace(image_spec(checkpoint, patches, tables), video=video)
     traced = cell_components(
         lambda: Qwen25VlTower(tower),
         lambda: qwen25_merger(tower, text_hidden),

@@ -4,6 +4,7 @@ An image is stretched to whole cells of 2 × 2 patches, within bounds on its are
 the prompt the placeholder is repeated once per cell.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from mllm_edge.errors import ConfigError
@@ -14,12 +15,15 @@ from mllm_edge.export.families.qwen_images import (
     END,
     START,
     TEMPLATE,
+    VIDEO_DEFAULTS,
+    VIDEO_PROCESSOR,
     VISION,
     grid_rope,
     image_features,
     image_spec,
     patch_weights,
     read_patches,
+    video_spec,
 )
 from mllm_edge.export.family import Checkpoint, Family, Parts
 from mllm_edge.export.plan import cell_components
@@ -36,7 +40,8 @@ def _describe(checkpoint: Checkpoint) -> Parts:
     if stated != text_hidden:
         raise ConfigError(f"vision_config: hidden_size {stated}, but the text model's is {text_hidden}", OWN_CONFIG)
     hidden, tables = tower.hidden_size, (grid_rope(vision, tower.hidden_size // tower.heads),)
-    image = image_spec(checkpoint, patches, tables)
+    video = video_spec(checkpoint, patches, VIDEO_PROCESSOR, VIDEO_DEFAULTS)
+    image = replace(image_spec(checkpoint, patches, tables), video=video)
     traced = cell_components(
         lambda: QwenVlTower(tower),
         lambda: PatchMerger(tower, text_hidden),

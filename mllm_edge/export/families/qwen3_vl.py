@@ -1,6 +1,7 @@
 """Qwen3-VL: Qwen2-VL's images, a tower with learned positions beside its rope, features of some of its layers that are
 added behind the first layers of a Qwen3 decoder, dense or with experts."""
 
+from dataclasses import replace
 from typing import Any
 
 from mllm_edge.errors import ConfigError
@@ -17,14 +18,22 @@ from mllm_edge.export.families.qwen_images import (
     image_spec,
     patch_weights,
     read_patches,
+    video_spec,
 )
 from mllm_edge.export.family import Checkpoint, Family, Parts
 from mllm_edge.export.plan import cell_components
-from mllm_edge.spec import LearnedPositions
+from mllm_edge.spec import LearnedPositions, Patchify, VideoSpec
 
 __all__ = ["FAMILY"]
 
 _POSITIONS = "vision_positions.npy"
+# Of the video processor, where the files do not say otherwise.
+_VIDEO_DEFAULTS = {
+    "patch_size": 16,
+    "size": {"shortest_edge": 128 * 32**2, "longest_edge": 768 * 32**2},
+    "image_mean": (0.5,) * 3,
+    "image_std": (0.5,) * 3,
+}
 
 
 def _describe(checkpoint: Checkpoint) -> Parts:
@@ -45,7 +54,7 @@ def _describe(checkpoint: Checkpoint) -> Parts:
         )
     hidden, grid = tower.sizes.hidden_size, tower.grid
     tables = (grid_rope(vision, hidden // tower.sizes.heads), LearnedPositions(_POSITIONS, grid, hidden, corners=True))
-    image = image_spec(checkpoint, patches, tables)
+    image = replace(image_spec(checkpoint, patches, tables), video=_video_spec(checkpoint, patches))
     traced = cell_components(
         lambda: Qwen3VlTower(tower, decoder.hidden_size),
         lambda: qwen3_merger(tower, decoder.hidden_size),
@@ -57,6 +66,20 @@ def _describe(checkpoint: Checkpoint) -> Parts:
     )
     positions = checkpoint.weights.use(f"{VISION}pos_embed.weight", (grid**2, hidden))
     return Parts(traced, image, markers=(START, END), images="grid", arrays={_POSITIONS: positions})
+
+
+def _video_spec(checkpoint: Checkpoint, patches: Patchify) -> VideoSpec | None:
+    """Each two frames as an image of their own, behind their time. A rendered text has the two words around the whole
+    video; as in transformers up to 4.57 and the model's own code they give way to those around frames."""
+    return video_spec(
+        checkpoint,
+        patches,
+        "Qwen3VLVideoProcessor",
+        _VIDEO_DEFAULTS,
+        placeholder=f"{START}{checkpoint.processor.video_token}{END}",
+        frame=f"<{{seconds}} seconds>{START}{{image}}{END}",
+        together=True,
+    )
 
 
 def _load_processor(source: Source) -> Any:

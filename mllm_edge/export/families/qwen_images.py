@@ -10,31 +10,41 @@ from mllm_edge.export.checkpoint.config import ConfigReader
 from mllm_edge.export.checkpoint.image_settings import resample_name, value_transforms
 from mllm_edge.export.checkpoint.processor import OWN_PROCESSOR, require_switched_on
 from mllm_edge.export.checkpoint.source import Source
+from mllm_edge.export.checkpoint.video_settings import video_settings
 from mllm_edge.export.family import Checkpoint
-from mllm_edge.spec import GridRope, ImagePrompt, ImageSpec, Patchify, ResizeToPixels, Table
+from mllm_edge.spec import GridRope, ImagePrompt, ImageSpec, Patchify, ResizeToPixels, Table, VideoSpec
 
 __all__ = [
     "END",
     "START",
     "TEMPLATE",
     "TURNS",
+    "VIDEO_DEFAULTS",
+    "VIDEO_PROCESSOR",
     "VISION",
     "grid_rope",
     "image_features",
     "image_spec",
     "patch_weights",
     "read_patches",
+    "video_spec",
 ]
 
 VISION = "model.visual."
 START, END = "<|vision_start|>", "<|vision_end|>"
+VIDEO_PROCESSOR = "Qwen2VLVideoProcessor"
+# Of the video processor, where the files do not say otherwise.
+VIDEO_DEFAULTS = {"patch_size": 14, "size": {"shortest_edge": 128 * 28**2, "longest_edge": 768 * 28**2}}
 _MAX_RATIO = 200.0  # of an image's sides; fixed in the reference
+_EDGES = ("shortest_edge", "longest_edge")
+_OF = {"image": "an image", "video": "a video"}
 # For checkpoints that come without a template: turns between <|im_start|> and <|im_end|>.
 TURNS = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}"
     "{% else %}{% for part in message['content'] %}"
-    "{{ part['text'] if part['type'] == 'text' else '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{{ part['text'] if part['type'] == 'text' else "
+    "'<|vision_start|>' + {'video': '<|video_pad|>'}.get(part['type'], '<|image_pad|>') + '<|vision_end|>' }}"
     "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{{ '<|im_start|>assistant\n' if add_generation_prompt else '' }}"
 )
@@ -89,15 +99,9 @@ def image_spec(
     for unused in ids:
         checkpoint.top.take(unused)
     source, loaded, processor = checkpoint.source, checkpoint.processor, checkpoint.processor.image_processor
-    sizes = {"patch_size": patches.patch, "merge_size": patches.merge, "temporal_patch_size": patches.frames}
-    for key, value in sizes.items():
-        stated = getattr(processor, key)
-        if stated != value:
-            raise ConfigError(
-                f"{source.folder}: the image processor's {key} is {stated!r}, the vision tower's {value}", OWN_PROCESSOR
-            )
+    _check_patches(source, processor, patches, "image")
     require_switched_on(source, processor, "do_convert_rgb", "do_resize")
-    side, (least, most) = patches.patch * patches.merge, _bounds(source, processor)
+    side, (least, most) = patches.patch * patches.merge, _bounds(source, processor, "image")
     if whole:
         least, most = _of_one(source, patches.frames, least, most)
     transforms = (
@@ -116,6 +120,57 @@ def image_spec(
     return ImageSpec(transforms, prompt, side, side, features=1, tables=tables)
 
 
+def video_spec(
+    checkpoint: Checkpoint, patches: Patchify, processor: str, defaults: Mapping[str, Any], **written: Any
+) -> VideoSpec | None:
+    """Videos as cells of patches of a few frames each, by the settings of a video `processor`, and its `defaults` where
+    none are stated; `written`: how they are told, as of `VideoSpec`, the placeholder of images unless `token` and
+    `token_id` are others. None as of `video_settings`; errors as of `image_spec`."""
+    source = checkpoint.source
+    fixed = {"merge_size": 2, "temporal_patch_size": 2, "cap_pixels_per_frame": False}
+    settings = video_settings(source, processor, **fixed, **defaults)
+    if settings is None:
+        return None
+    if settings.cap_pixels_per_frame:
+        raise ConfigError(f"{source.folder}: the video processor's cap_pixels_per_frame is true", "supported: false")
+    _check_patches(source, settings, patches, "video")
+    if not written.get("together"):  # older files' words; transformers reads them for Qwen2-VL's class alone
+        older = (getattr(settings, "min_pixels", None), getattr(settings, "max_pixels", None))
+        settings.size = {**settings.size, **{key: value for key, value in zip(_EDGES, older, strict=True) if value}}
+    least, most = _bounds(source, settings, "video")
+    side, together = patches.patch * patches.merge, bool(written.get("together"))
+    transforms = (
+        ResizeToPixels(side, least, most, resample_name(settings.resample), _MAX_RATIO, together),
+        *value_transforms(settings),
+        patches,
+    )
+    return VideoSpec(transforms, **{**_placeholder(checkpoint), **written}, features=1)
+
+
+def _placeholder(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The word that stands for videos; its id is the configuration's."""
+    token, stated = checkpoint.processor.video_token, checkpoint.config.video_token_id
+    found = checkpoint.processor.tokenizer.convert_tokens_to_ids(token)
+    if found != stated:
+        raise ConfigError(
+            f"{checkpoint.source.folder / 'config.json'}: video_token_id = {stated}, the tokenizer has {found} for "
+            f"{token}",
+            "use the config.json and the tokenizer that belong to this model",
+        )
+    return {"token": token, "token_id": stated}
+
+
+def _check_patches(source: Source, processor: Any, patches: Patchify, kind: str) -> None:
+    sizes = {"patch_size": patches.patch, "merge_size": patches.merge, "temporal_patch_size": patches.frames}
+    for key, value in sizes.items():
+        stated = getattr(processor, key)
+        if stated != value:
+            raise ConfigError(
+                f"{source.folder}: the {kind} processor's {key} is {stated!r}, the vision tower's {value}",
+                OWN_PROCESSOR,
+            )
+
+
 def _of_one(source: Source, frames: int, *bounds: int) -> tuple[int, ...]:
     """Bounds of so many frames together as those of one."""
     if frames > 2 or any(bound % frames for bound in bounds):
@@ -126,17 +181,18 @@ def _of_one(source: Source, frames: int, *bounds: int) -> tuple[int, ...]:
     return tuple(bound // frames for bound in bounds)
 
 
-def _bounds(source: Source, processor: Any) -> tuple[int, int]:
+def _bounds(source: Source, processor: Any, kind: str) -> tuple[int, int]:
     """The least and the largest number of pixels of a resized image."""
-    least, most = processor.size.shortest_edge, processor.size.longest_edge
+    size: dict[str, Any] = dict(processor.size)
+    least, most = (size.get(edge) or 0 for edge in _EDGES)
     if not all(isinstance(bound, int) and bound > 0 for bound in (least, most)):
         raise ConfigError(
-            f"{source.folder}: the image processor's size = {dict(processor.size)}",
+            f"{source.folder}: the {kind} processor's size = {size}",
             "expected min_pixels and max_pixels, or shortest_edge and longest_edge, as numbers of pixels of an image",
         )
     if least > most:
         raise ConfigError(
-            f"{source.folder}: the image processor asks for at least {least} pixels of an image and at most {most}",
+            f"{source.folder}: the {kind} processor asks for at least {least} pixels of {_OF[kind]} and at most {most}",
             "correct min_pixels and max_pixels (or shortest_edge and longest_edge) in preprocessor_config.json",
         )
     return least, most

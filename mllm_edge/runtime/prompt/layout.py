@@ -1,18 +1,19 @@
 """What an image becomes, from its size alone: slices, runs, tokens, prompt text, positions."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from mllm_edge.errors import ImageError
+from mllm_edge.errors import ImageError, PromptError
 from mllm_edge.runtime.prompt.pack import PackedFrames, PackedTiles, packed, packed_frames
 from mllm_edge.runtime.prompt.sources import Kind
+from mllm_edge.runtime.prompt.timing import Timing, hours, in_words, written
 from mllm_edge.runtime.prompt.transforms.apply import cut_of
-from mllm_edge.spec import ImagePrompt, ImageSpec
+from mllm_edge.spec import ImagePrompt, ImageSpec, VideoSpec
 
-__all__ = ["Layout", "grid_positions", "image_text", "layout_of", "video_layout"]
+__all__ = ["Layout", "grid_positions", "image_text", "layout_of", "shared_bounds", "video_layout"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,8 +23,9 @@ class Layout:
     `slices`: rows of `pixel_values`, a grid of `rows` × `cols` and perhaps an overview, or tiles that it lacks.
     `tokens`: its tokens in the prompt, as many as `text` has placeholders. `pack`: how features become tokens, None:
     each is one, in their order. `tiles`: how many pictures the vision encoder sees of it. `grids`: rows and columns of
-    cells of each, where they are cut into cells; `rows` × `cols` is then the grid of cells of one alone, else that of
-    the tiles. `kind`: what it is.
+    cells of each, where they are cut into cells; `rows` × `cols` is then the grid of cells of one alone, or of each
+    frame, else that of the tiles. `kind`: what it is. `blocks`: of grids that follow each other in the prompt without
+    anything between, the places of each on the first axis.
     """
 
     rows: int
@@ -35,6 +37,7 @@ class Layout:
     pack: PackedTiles | PackedFrames | None
     grids: tuple[tuple[int, int], ...] = ()
     kind: Kind = "image"
+    blocks: tuple[tuple[int, ...], ...] = ((0,),)
 
     @property
     def features(self) -> int:
@@ -82,14 +85,62 @@ def _rows(prompt: ImagePrompt, rows: int, tokens: int) -> str:
     return prompt.between.join([prompt.token * (tokens // rows)] * rows)
 
 
-def video_layout(image: ImageSpec, frames: int, height: int, width: int) -> Layout:
-    """The layout of a video of so many frames of `height` × `width` px (upright); errors as of `layout_of`."""
-    assert image.video is not None
-    cut_of(height, width, image.video.transforms)
-    own = image.video.features
-    pack = packed_frames(image, image.video, frames) if own is None else None
-    tokens = len(pack) if pack is not None else frames * (own or 0)
-    return Layout(1, 1, frames, frames, tokens, image.video.token * tokens, pack, kind="video")
+def video_layout(image: ImageSpec, frames: int, height: int, width: int, timing: Timing | None = None) -> Layout:
+    """The layout of a video of so many frames of `height` × `width` px (upright); errors as of `layout_of`, and
+    PromptError for frames without times that the prompt needs."""
+    video = image.video
+    assert video is not None
+    if video.timed and timing is None:
+        raise PromptError("this model reads when a video's frames were taken", "say it: Video(frames, fps=2)")
+    cut = cut_of(height, width, video.transforms, shared_bounds(video, frames))
+    shown = -(-frames // video.patches.frames) if video.patches is not None else frames
+    pack = packed_frames(image, video, frames) if video.features is None else None
+    tokens = len(pack) if pack is not None else shown * cut.slices * (video.features or 0)
+    text = video_text(video, shown, tokens, timing)
+    grids, size = ((cut.rows, cut.cols),) * shown if video.patches is not None else (), (cut.rows, cut.cols)
+    return Layout(*size, shown * cut.slices, shown, tokens, text, pack, grids, "video", _blocks(video, shown, timing))
+
+
+def shared_bounds(video: VideoSpec, frames: int) -> tuple[int, int]:
+    """How many frames share bounds on pixels, and what their number is taken for; raises ImageError for too few."""
+    if not video.together or video.patches is None:
+        return 1, 1
+    few = video.patches.frames
+    if frames < few:
+        raise ImageError(f"a video of {frames} frames", f"this model takes {few} or more: an image is not a video")
+    return frames, round(frames / few) * few
+
+
+def _blocks(video: VideoSpec, shown: int, timing: Timing | None) -> tuple[tuple[int, ...], ...]:
+    """See `Layout.blocks`; frames apart are a block each."""
+    if video.frame != "{image}" or video.between:
+        return ((0,),) * shown
+    if video.rate is None or timing is None or video.patches is None:
+        return (tuple(range(shown)),)
+    seconds = video.patches.frames / timing.rate if timing.rate else 1.0
+    # In float32, as the reference has it: the truncation follows.
+    step = np.float32(video.rate * seconds)
+    return (tuple((np.arange(shown, dtype=np.float32) * step).astype(int).tolist()),)
+
+
+def video_text(video: VideoSpec, shown: int, tokens: int, timing: Timing | None) -> str:
+    """The text that stands for a video of so many frames, or few of them that share cells, and tokens."""
+    frames = video.patches.frames if video.patches is not None else 1
+    times = timing.groups(frames) if timing is not None else ((0.0, 0.0),) * shown
+    if video.frame == "{image}" and not video.between:
+        body = video.token * tokens
+    else:
+        image = video.token * (tokens // shown)
+        one = ({"image": image, "number": str(i), **written(*time)} for i, time in enumerate(times, 1))
+        body = video.between.join(_filled(video.frame, words) for words in one)
+    whole = {"count": in_words(shown), "duration": hours(timing.duration) if timing is not None else ""}
+    return _filled(video.begin, whole) + body + video.close
+
+
+def _filled(template: str, words: Mapping[str, str]) -> str:
+    for word, value in words.items():
+        template = template.replace(f"{{{word}}}", value)
+    return template
 
 
 def image_text(prompt: ImagePrompt, rows: int, cols: int, features: int, of_overview: int) -> str:
@@ -105,15 +156,19 @@ def image_text(prompt: ImagePrompt, rows: int, cols: int, features: int, of_over
     return begin + prompt.between.join(written) + overview
 
 
-def grid_positions(tokens: int, starts: Sequence[int], layouts: Sequence[Layout]) -> np.ndarray:
-    """Positions [3, tokens] int64 of a prompt in which images of these layouts begin at the places `starts`; see
-    `PositionSpec.images`."""
-    pieces, place, position = [], 0, 0
-    for start, layout in zip(starts, layouts, strict=True):
-        pieces.append(_text_positions(position, start - place))
-        position += start - place
-        pieces.append(position + np.indices((1, layout.rows, layout.cols)).reshape(3, -1))
-        place, position = start + layout.tokens, position + max(layout.rows, layout.cols)
+def grid_positions(tokens: int, where: np.ndarray, layouts: Sequence[Layout]) -> np.ndarray:
+    """Positions [3, tokens] int64 of a prompt whose image tokens stand at the places `where` [N]; see
+    `PositionSpec.images`. What follows a block begins behind the furthest of its positions on any axis."""
+    pieces, place, position, taken = list[np.ndarray](), 0, 0, 0
+    for layout in layouts:
+        for steps in layout.blocks:
+            start, grid = int(where[taken]), np.indices((len(steps), layout.rows, layout.cols)).reshape(3, -1)
+            grid[0] = np.repeat(steps, layout.rows * layout.cols)
+            pieces.append(_text_positions(position, start - place))
+            position += start - place
+            pieces.append(position + grid)
+            place, position = start + grid.shape[1], position + int(grid.max()) + 1
+            taken += grid.shape[1]
     pieces.append(_text_positions(position, tokens - place))
     return np.concatenate(pieces, axis=1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 import numpy as np
@@ -13,13 +13,22 @@ import numpy as np
 from mllm_edge.errors import BundleError, ImageError, PromptError
 from mllm_edge.runtime.prompt.control_tokens import ControlTokens, Piece, encode_pieces
 from mllm_edge.runtime.prompt.image import ImageSource, load_image
-from mllm_edge.runtime.prompt.layout import Layout, grid_positions, image_text, layout_of, video_layout
+from mllm_edge.runtime.prompt.layout import (
+    Layout,
+    grid_positions,
+    image_text,
+    layout_of,
+    shared_bounds,
+    video_layout,
+)
 from mllm_edge.runtime.prompt.sources import Kind, Source, Video, as_sources, entry_source, in_order, kind_of, merged
 from mllm_edge.runtime.prompt.stage_text import StageTokens
+from mllm_edge.runtime.prompt.timing import timing_of
 from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
 from mllm_edge.runtime.prompt.transforms.apply import apply_transforms, first_size
+from mllm_edge.runtime.prompt.transforms.patches import frames_joined
 from mllm_edge.runtime.prompt.transforms.tiles import filled
-from mllm_edge.spec import PIXELS, ImagePrompt, ImageSpec, ModelSpec, Transform
+from mllm_edge.spec import PIXELS, ImagePrompt, ImageSpec, ModelSpec, Transform, VideoSpec
 
 __all__ = ["Message", "Messages", "Processor", "Prompt"]
 
@@ -115,18 +124,18 @@ class Processor:
     def count_tokens(
         self,
         messages: Messages,
-        image_sizes: Sequence[tuple[int, ...]] = (),
+        image_sizes: Sequence[tuple[float, ...]] = (),
         *,
         add_generation_prompt: bool = True,
         raw: bool = False,
     ) -> int:
         """Number of tokens of the prompt that `process` would give for images of these (height, width) px sizes, and
-        videos of (frames, height, width).
+        videos of (frames, height, width) or, where the prompt tells times, (frames, height, width, frames a second).
 
         Exact, and without pixels: image entries need no image, and given ones are not opened. The sizes, one per image
         in order, are those of the upright images. `raw`: `messages` is a rendered text, as for `process_text`.
         """
-        kinds: list[Kind] = ["video" if len(size) == 3 else "image" for size in image_sizes]
+        kinds: list[Kind] = ["image" if len(size) == 2 else "video" for size in image_sizes]
         if raw:
             pieces: tuple[Piece, ...] = (Piece(str(messages)),)
             add_special_tokens = None
@@ -222,6 +231,8 @@ class Processor:
     def _flatten(self, content: list[dict[str, str]], separator: str) -> str:
         inline = self._image.prompt.inline if self._image else ""
         shown: dict[str, str] = {kind: inline.replace("{image}", token) for token, kind in self._kinds.items()}
+        if self._image is not None and self._image.video is not None and self._image.video.placeholder:
+            shown["video"] = self._image.video.placeholder
         return separator.join(entry["text"] if entry["type"] == "text" else shown[entry["type"]] for entry in content)
 
     def _render_plain(self, conversation: Sequence[dict[str, Any]]) -> str:
@@ -275,12 +286,12 @@ class Processor:
             count = kinds.count("video")
             raise PromptError(f"this bundle takes no videos, and got {count}", "pass the frames as images")
 
-    def _layout(self, size: Sequence[int], images: int) -> Layout:
+    def _layout(self, size: tuple[Any, ...], images: int) -> Layout:
         assert self._image is not None
-        *frames, height, width = size
-        if frames:
-            return video_layout(self._image, frames[0], height, width)
-        return layout_of(self._image, height, width, images)
+        if len(size) == 2:
+            return layout_of(self._image, *size, images)
+        frames, height, width, *fps = size
+        return video_layout(self._image, frames, height, width, timing_of(frames, None, fps[0] if fps else None, None))
 
     def _load(self, sources: Sequence[Source]) -> list[tuple[Layout, Arrays]]:
         """The layout of each image or video, its pixel values and further views."""
@@ -316,25 +327,38 @@ class Processor:
 
     def _decoded_video(self, video: Video, spec: ImageSpec) -> tuple[Layout, Arrays]:
         assert spec.video is not None
-        frames = []
+        patches, shared = spec.video.patches, shared_bounds(spec.video, len(video.frames))
+        transforms = (
+            spec.video.transforms if patches is None else (*spec.video.transforms[:-1], replace(patches, frames=1))
+        )
+        made, sizes = list[np.ndarray](), list[tuple[int, int]]()
         for i, frame in enumerate(video.frames):
             try:
-                frames.append(self._transformed(frame, (spec.video.transforms,)))
+                (pixels,), size = self._transformed(frame, (transforms,), shared)
+                if patches is not None and sizes and size != sizes[0]:
+                    (height, width), first = size, f"{sizes[0][0]}×{sizes[0][1]}"
+                    raise ImageError(f"{height}×{width} px, and the first is {first}", "give frames of one size")
             except ImageError as error:
                 where = f"frame {i + 1} of {len(video.frames)}"
                 raise ImageError(f"{where}: {error.message}", error.fix) from error
-        pixel_values = np.concatenate([pixels for (pixels,), _ in frames])
-        return video_layout(spec, len(frames), *frames[0][1]), {PIXELS: pixel_values}
+            made.append(pixels)
+            sizes.append(size)
+        layout = video_layout(spec, len(made), *sizes[0], video.timing)
+        if patches is not None:
+            made += [made[-1]] * (-len(made) % patches.frames)
+            groups = (made[i : i + patches.frames] for i in range(0, len(made), patches.frames))
+            made = [frames_joined(group, spec.channels) for group in groups]
+        return layout, {PIXELS: np.concatenate(made)}
 
     def _transformed(
-        self, source: ImageSource, ways: Sequence[Sequence[Transform]]
+        self, source: ImageSource, ways: Sequence[Sequence[Transform]], frames: tuple[int, int] = (1, 1)
     ) -> tuple[list[np.ndarray], tuple[int, int]]:
         """What several ways make of an image, and its size (height, width) as it is before it was decoded at a smaller
-        scale."""
+        scale; `frames` as of `Cut`."""
         sizes = list[tuple[int, int]]()
 
         def wanted(height: int, width: int) -> tuple[int, int] | None:
-            firsts = [size for transforms in ways if (size := first_size(height, width, transforms))]
+            firsts = [size for transforms in ways if (size := first_size(height, width, transforms, frames))]
             if len(firsts) < len(ways):
                 return None
             sizes.append((height, width))
@@ -342,7 +366,7 @@ class Processor:
 
         image = load_image(source, wanted) if self._fast_jpeg else load_image(source)
         size = sizes[0] if sizes else (image.height, image.width)
-        return [apply_transforms(image, transforms, size) for transforms in ways], size
+        return [apply_transforms(image, transforms, size, frames) for transforms in ways], size
 
     def _assemble(
         self, pieces: Sequence[Piece], images: list[tuple[Layout, Arrays]], add_special_tokens: bool | None
@@ -362,8 +386,7 @@ class Processor:
                     "export the bundle again",
                 )
             if images and self._follows_grids:
-                starts = where[np.cumsum([0, *counts[:-1]])]
-                positions = grid_positions(len(token_ids), starts.tolist(), layouts)
+                positions = grid_positions(len(token_ids), where, layouts)
         made = {name: _joined([made[name] for _, made in images]) for name in (images[0][1] if images else ())}
         text = "".join(piece.text for piece in pieces)
         texts = self._texts(pieces) if images else {}
@@ -385,7 +408,7 @@ def _placeholders(image: ImageSpec | None) -> dict[str, Kind]:
     """Token → what it stands for."""
     found: dict[str, Kind] = {} if image is None else {image.prompt.written: "image"}
     if image is not None and image.video is not None:
-        found[image.video.token] = "video"
+        found[image.video.written] = "video"
     return found
 
 
@@ -395,11 +418,19 @@ def _control_tokens(image: ImageSpec | None, tokenizer: Tokenizer, template: Cha
     added = set(tokenizer.added_tokens.values())
     found = added & set(tokenizer.named_tokens)
     if image is not None:
-        found |= {image.prompt.written, *_image_markers(image.prompt, added)}
+        found |= {image.prompt.written, *_image_markers(image.prompt, added), *_video_markers(image.video, added)}
     if template is not None:
         written = template.written_text()
         found |= {token for token in added if token in written}
     return found
+
+
+def _video_markers(video: VideoSpec | None, added_tokens: Iterable[str]) -> set[str]:
+    """The added tokens that the text of a video has."""
+    text = (
+        "\0".join((video.written, video.token, video.begin, video.frame, video.between, video.close)) if video else ""
+    )
+    return {token for token in added_tokens if token.strip() and token in text}
 
 
 def _image_markers(prompt: ImagePrompt, added_tokens: Iterable[str]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from PIL import Image
 
 from mllm_edge.errors import ImageError, PromptError
 from mllm_edge.runtime.prompt.image import BGR, ImageSource
+from mllm_edge.runtime.prompt.timing import timing_of
 
 __all__ = ["Kind", "Source", "Video", "as_sources", "entry_source", "in_order", "kind_of", "merged"]
 
@@ -19,15 +20,29 @@ _T = TypeVar("_T")
 
 class Video:
     """A video as its `frames` in order, each as `load_image` takes an image; which frames of a recording these are is
-    the caller's choice. Raises ImageError where there are none."""
+    the caller's choice.
 
-    def __init__(self, frames: ImageSource | Iterable[ImageSource]):
+    `times`: when each was taken, in seconds from the beginning, in order; or `fps`, frames a second, of frames at equal
+    distances from 0 s on. Some models read them in the prompt. `duration`: of the whole video in seconds; None: until
+    the last frame.
+
+    Raises ImageError where there are no frames, OptionError for times that cannot be."""
+
+    def __init__(
+        self,
+        frames: ImageSource | Iterable[ImageSource],
+        *,
+        times: Iterable[float] | None = None,
+        fps: float | None = None,
+        duration: float | None = None,
+    ):
         self.frames = tuple(as_sources(frames))
         if not self.frames:
             raise ImageError("a video without frames", "pass one image or more: Video([first, second, …])")
+        self.timing = timing_of(len(self.frames), times, fps, duration)
 
     def __repr__(self) -> str:
-        return f"Video({len(self.frames)} frames)"
+        return f"Video({len(self.frames)} frames{f', {self.timing}' if self.timing else ''})"
 
 
 Source = ImageSource | Video

@@ -20,40 +20,45 @@ __all__ = ["apply_transforms", "cut_of", "first_size"]
 _OF_PIXELS = {**RESIZES, **TILES}
 
 
-def cut_of(height: int, width: int, transforms: Sequence[Transform]) -> Cut:
+def cut_of(height: int, width: int, transforms: Sequence[Transform], frames: tuple[int, int] = (1, 1)) -> Cut:
     """What becomes of an RGB image of `height` × `width` px (upright), without touching pixels: as many slices as
-    `apply_transforms` gives. Raises ImageError when the size cannot be processed."""
+    `apply_transforms` gives; `frames` as of `Cut`. Raises ImageError when the size cannot be processed."""
     if height < 1 or width < 1:
         raise ImageError(f"an image of {height}×{width} px has no pixels", "pass sizes as (height, width) in px")
-    cut = Cut(height, width)
+    cut = Cut(height, width, frames=frames)
     for transform in transforms:
         cut = _cut_after(cut, transform)
     return cut
 
 
-def first_size(height: int, width: int, transforms: Sequence[Transform]) -> tuple[int, int] | None:
+def first_size(
+    height: int, width: int, transforms: Sequence[Transform], frames: tuple[int, int] = (1, 1)
+) -> tuple[int, int] | None:
     """The size (height, width) that the first transform brings an image to; None where that is no resize."""
     how = _OF_PIXELS.get(type(transforms[0])) if transforms else None
     if how is None or how.pixels is not resized:
         return None
-    after = _cut_after(Cut(height, width), transforms[0])
+    after = _cut_after(Cut(height, width, frames=frames), transforms[0])
     return after.height, after.width
 
 
 def apply_transforms(
-    image: Image.Image, transforms: Sequence[Transform], size: tuple[int, int] | None = None
+    image: Image.Image,
+    transforms: Sequence[Transform],
+    size: tuple[int, int] | None = None,
+    frames: tuple[int, int] = (1, 1),
 ) -> np.ndarray:
     """Apply `transforms` in order to an RGB image (see `load_image`): `pixel_values` [slices, …] float32 (see
     `ImageSpec`).
 
     Resizing works on 8-bit pixels. Rescale and Normalize come after it and are exact to float32 rounding. Patchify
     comes last and gives `pixel_values` another shape.
-    `size`: that of the image before it was decoded at a smaller scale, as `first_size` allows it.
+    `size`: that of the image before it was decoded at a smaller scale, as `first_size` allows it. `frames` as of `Cut`.
     Raises ImageError when the image's size cannot be processed, BundleError for an impossible order of transforms.
     """
     if image.mode != "RGB":
         image = load_image(image)
-    cut, tiles = Cut(*(size or (image.height, image.width))), [image]
+    cut, tiles = Cut(*(size or (image.height, image.width)), frames=frames), [image]
     # 8 bits have 256 values: Rescale and Normalize act on a table of them, and every pixel is looked up once.
     table = np.tile(np.arange(256, dtype=np.float32), (3, 1))
     on_values, patches = False, None

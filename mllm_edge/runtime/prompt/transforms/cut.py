@@ -20,7 +20,7 @@ RESAMPLE = {
 class Cut(NamedTuple):
     """Slices of `height` × `width` px: a grid of rows × cols, and the overview where there is one more, in the size
     `overview` (height, width) where that is another. `sizes`: of all slices, where each has its own. `grids`: rows and
-    columns of cells, of each tile."""
+    columns of cells, of each tile. `frames`: how many share bounds on pixels, and what their number is taken for."""
 
     height: int
     width: int
@@ -30,6 +30,7 @@ class Cut(NamedTuple):
     overview: tuple[int, int] | None = None
     grids: tuple[tuple[int, int], ...] = ()
     sizes: tuple[tuple[int, int], ...] = ()
+    frames: tuple[int, int] = (1, 1)
 
 
 def resized(tiles: list[Image.Image], transform: Any, after: Cut) -> list[Image.Image]:

@@ -1,12 +1,14 @@
 """Patches: the last transform, which changes the shape of pixel values."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from mllm_edge.errors import ImageError
 from mllm_edge.runtime.prompt.transforms.cut import Cut
 from mllm_edge.spec import Patchify
 
-__all__ = ["patches_cut", "patchified"]
+__all__ = ["frames_joined", "patches_cut", "patchified"]
 
 
 def patches_cut(cut: Cut, transform: Patchify) -> Cut:
@@ -33,3 +35,10 @@ def patchified(planes: np.ndarray, transform: Patchify) -> np.ndarray:
     places = split.transpose(1, 4, 2, 5, 0, 3, 6)[:, :, :, :, :, None]
     frames = np.broadcast_to(places, (*places.shape[:5], transform.frames, patch, patch))
     return frames.reshape(split.shape[1] * split.shape[4], merge**2, -1)
+
+
+def frames_joined(frames: Sequence[np.ndarray], channels: int) -> np.ndarray:
+    """Cells of single frames, each [cells, merge², C · patch²] → cells of all of them [cells, merge², C · frames ·
+    patch²]."""
+    cells, places, _ = frames[0].shape
+    return np.stack([frame.reshape(cells, places, channels, -1) for frame in frames], axis=3).reshape(cells, places, -1)

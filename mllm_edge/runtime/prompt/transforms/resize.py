@@ -94,20 +94,23 @@ def _resize_to_pixels_cut(cut: Cut, transform: ResizeToPixels) -> Cut:
             f"an image of {height}×{width} px: one side is more than {transform.max_ratio:g} times the other",
             "crop the image to a less extreme aspect ratio",
         )
-    rows, cols = whole_sides(height, width, multiple, (transform.min_pixels, transform.max_pixels), least=0)
+    bounds = transform.min_pixels, transform.max_pixels
+    rows, cols = whole_sides(height, width, multiple, bounds, least=0, frames=cut.frames)
     return cut._replace(height=rows * multiple, width=cols * multiple)
 
 
-def whole_sides(height: int, width: int, multiple: int, pixels: tuple[int, int], least: int) -> tuple[int, int]:
+def whole_sides(
+    height: int, width: int, multiple: int, pixels: tuple[int, int], least: int, frames: tuple[int, int] = (1, 1)
+) -> tuple[int, int]:
     """The sides in multiples, each rounded (to `least` at least), then scaled where they make fewer or more `pixels`
-    than the two bounds."""
+    than the two bounds; `frames` as of `Cut`."""
     rows, cols = (max(least, round(side / multiple)) for side in (height, width))
-    area = rows * cols * multiple**2
-    if area > pixels[1]:
-        shrink = math.sqrt(height * width / pixels[1])
+    (count, taken), area = frames, rows * cols * multiple**2
+    if taken * area > pixels[1]:
+        shrink = math.sqrt(count * height * width / pixels[1])
         rows, cols = (max(1, math.floor(side / shrink / multiple)) for side in (height, width))
-    elif area < pixels[0]:
-        grow = math.sqrt(pixels[0] / (height * width))
+    elif taken * area < pixels[0]:
+        grow = math.sqrt(pixels[0] / (count * height * width))
         rows, cols = (math.ceil(side * grow / multiple) for side in (height, width))
     return rows, cols
 
