@@ -106,28 +106,27 @@ class _Positions:
 def test_positions_equal_transformers(images: list[Any], after: int, merge: int) -> None:
     """Images of any grids, with text before each (transformers needs some between two) and after the last."""
     kinds: list[int] = []
-    starts = []
     for before, (rows, cols) in images:
         kinds += [0] * before
-        starts.append(len(kinds))
         kinds += [1] * (rows * cols)
     kinds += [0] * (after if images else after + 1)
     patches = torch.tensor([[1, rows * merge, cols * merge] for _, (rows, cols) in images])
     expected, shift = _Positions(merge).get_rope_index(torch.tensor([kinds]), torch.tensor([kinds]), patches)
-    ours = grid_positions(len(kinds), starts, [of_cells(*grid) for _, grid in images])
+    ours = grid_positions(len(kinds), np.flatnonzero(kinds), [of_cells(*grid) for _, grid in images])
     assert ours.dtype == np.int64
     np.testing.assert_array_equal(ours, expected[:, 0].numpy())
     assert ours.max() + 1 - len(kinds) == shift.item()  # what the decoder goes on with
 
 
 def test_images_side_by_side() -> None:
-    positions = grid_positions(8, [0, 6], [of_cells(2, 3), of_cells(1, 1)])
+    positions = grid_positions(8, np.arange(7), [of_cells(2, 3), of_cells(1, 1)])
     assert positions.tolist() == [[0] * 6 + [3, 4], [0, 0, 0, 1, 1, 1, 3, 4], [0, 1, 2, 0, 1, 2, 3, 4]]
 
 
 def test_positions_of_text() -> None:
-    assert grid_positions(3, [], []).tolist() == [[0, 1, 2]] * 3
-    assert grid_positions(0, [], []).shape == (3, 0)
+    nowhere = np.zeros(0, np.int64)
+    assert grid_positions(3, nowhere, []).tolist() == [[0, 1, 2]] * 3
+    assert grid_positions(0, nowhere, []).shape == (3, 0)
 
 
 PROMPT = ImagePrompt("<image>", IMAGE, "{image}")
