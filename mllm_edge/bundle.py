@@ -67,6 +67,12 @@ class Bundle:
             bundle.check(name)
         return bundle
 
+    @property
+    def identity(self) -> str:
+        """A checksum of its files' checksums: of another content another."""
+        listed = sorted((name, entry.sha256) for name, entry in self.manifest.files.items())
+        return own_checksum("".join(f"{name} {digest}\n" for name, digest in listed).encode())
+
     def file(self, name: str) -> Path:
         """The path of a file of the bundle; raises BundleError for a name that leads outside it."""
         # Names are judged, and not where links lead: the hub's cache and the Nix store are made of links.

@@ -10,15 +10,17 @@ import numpy as np
 
 from mllm_edge.runtime.decode.decoder import Decoder
 from mllm_edge.runtime.decode.encoded import Encoded
-from mllm_edge.runtime.decode.generate import generate
+from mllm_edge.runtime.decode.generate import generate, prefill
 from mllm_edge.runtime.decode.sampling import Sampler
+from mllm_edge.runtime.decode.scores import Scoring, TokenScore
 from mllm_edge.runtime.decode.speculation import PromptLookup
 from mllm_edge.runtime.prompt.embedder import Embedder
 from mllm_edge.runtime.prompt.processor import Prompt
 from mllm_edge.runtime.prompt.tokenizer import StopStrings, StreamDecoder, Tokenizer
+from mllm_edge.runtime.recall import Reused
 from mllm_edge.runtime.trace import Metrics, Trace
 
-__all__ = ["Call", "Chunk", "FinishReason", "Pace", "Result", "answer"]
+__all__ = ["Call", "Chunk", "FinishReason", "Pace", "Result", "answer", "begin"]
 
 FinishReason = Literal["stop", "stop_string", "length"]
 
@@ -31,22 +33,26 @@ class Result:
     """A finished answer. `token_ids` are the tokens produced, without the stop token; `text` is theirs, without the
     whitespace it begins with (unless the prompt was raw).
 
-    `finish_reason`: stop (the model ended), stop_string, or length (max_new_tokens or the context is used up).
+    `logprobs`: of each of them, where they are asked for. `finish_reason`: stop (the model ended), stop_string, or
+    length (max_new_tokens or the context is used up).
     """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     metrics: Metrics
+    logprobs: tuple[TokenScore, ...] = ()
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of the answer; concatenated, the texts are the answer. The last one carries the `result`."""
+    """A piece of the answer; concatenated, the texts are the answer. The last one carries the `result`. `logprobs`: of
+    the tokens since the piece before, where they are asked for."""
 
     text: str
     token_ids: tuple[int, ...]
     result: Result | None = None
+    logprobs: tuple[TokenScore, ...] = ()
 
 
 class Pace:
@@ -84,56 +90,83 @@ class Pace:
 @dataclass(frozen=True)
 class Call:
     """What is asked: the prompt, how tokens are chosen, and what ends the answer. `raw`: the answer goes on with the
-    prompt's own text, so that the whitespace between the two belongs to it."""
+    prompt's own text, so that the whitespace between the two belongs to it. `reuse`: see `VLM.stream`."""
 
     prompt: Prompt
-    sampler: Sampler
+    sampler: Sampler | Scoring
     stop_ids: Collection[int]
     stops: StopStrings
     max_new_tokens: int
     trace: Trace
     guesser: PromptLookup | None
     raw: bool = False
+    reuse: bool = False
     pace: Pace = field(default_factory=Pace)
 
 
 def answer(
     call: Call,
-    encoded: Encoded,
+    prompt: Encoded | Reused,
     decoder: Decoder,
     embed: Embedder,
     tokenizer: Tokenizer,
     context_length: int,
 ) -> Generator[Chunk | None, None, None]:
-    """The pieces of the answer to the prompt as it was `encoded`; None stands for a token that completes none."""
+    """The pieces of the answer to an encoded prompt; None stands for a token that completes none."""
     stops, trace, most = call.stops, call.trace, call.max_new_tokens
-    capacity = -(-(len(encoded) + most) // _CAPACITY_STEP) * _CAPACITY_STEP
-    with trace.span("allocate"):
-        cache = decoder.start(encoded, min(capacity, context_length) - len(encoded))
+    whole = len(prompt.encoded if isinstance(prompt, Reused) else prompt)
+    capacity = -(-(whole + most) // _CAPACITY_STEP) * _CAPACITY_STEP
+    encoded, reused = begin(prompt, decoder, min(capacity, context_length) - whole, trace)
     text = StreamDecoder(tokenizer)
     ids: list[int] = []
     times: list[float] = []
     texts: list[str] = []
-    begun = str if call.raw else _Begun()
-    for token in generate(decoder, embed, encoded, call.sampler, call.stop_ids, most, trace, call.guesser):
-        times.append(call.pace.now())
-        with trace.span("detokenize"):
-            ids.append(token)
-            texts.append(begun(stops.push(text.push(token))))
-            chunk = Chunk(texts[-1], (token,))
-        if stops.matched is not None:
-            tail = texts[-1]
-            break
-        yield chunk if chunk.text else None
-    else:
-        with trace.span("detokenize"):
-            tail = begun(stops.push(text.flush()) + stops.flush())
-        texts.append(tail)
+    begun, told = str if call.raw else _Begun(), 0
+    try:
+        for token in generate(decoder, embed, encoded, call.sampler, call.stop_ids, most, trace, call.guesser):
+            if reused is not None and not ids:
+                reused.ran()
+            times.append(call.pace.now())
+            with trace.span("detokenize"):
+                ids.append(token)
+                texts.append(begun(stops.push(text.push(token))))
+                scores = call.sampler.scores if isinstance(call.sampler, Scoring) else []
+                chunk = Chunk(texts[-1], (token,), None, tuple(scores[told : len(ids)]))
+            if stops.matched is not None:
+                tail = texts[-1]
+                break
+            told = len(ids) if chunk.text else told
+            yield chunk if chunk.text else None
+        else:
+            with trace.span("detokenize"):
+                tail = begun(stops.push(text.flush()) + stops.flush())
+            texts.append(tail)
+    finally:
+        if reused is not None:
+            reused.held(ids)
     reason: FinishReason = "length" if len(ids) == most else "stop"
     if stops.matched is not None:
         reason = "stop_string"
-    metrics = _metrics(call, times, cache.nbytes + sum(array.nbytes for array in encoded.cross.values()))
-    yield Chunk(tail, (), Result("".join(texts), tuple(ids), reason, metrics))
+    held = (0 if decoder.cache is None else decoder.cache.nbytes) + sum(a.nbytes for a in encoded.cross.values())
+    metrics = _metrics(call, times, held, 0 if reused is None else reused.count)
+    scored = tuple(call.sampler.scores[: len(ids)]) if isinstance(call.sampler, Scoring) else ()
+    yield Chunk(tail, (), Result("".join(texts), tuple(ids), reason, metrics, scored), scored[told:])
+
+
+def begin(prompt: Encoded | Reused, decoder: Decoder, room: int, trace: Trace) -> tuple[Encoded, Reused | None]:
+    """Make the decoder ready for a prompt and `room` tokens behind it: what is left to run of it, all but the last part
+    of which has been run."""
+    with trace.span("allocate"):
+        if isinstance(prompt, Encoded):
+            decoder.start(prompt, room)
+            return prompt, None
+        prompt.resume(room)
+    *first, last = prompt.pieces
+    for piece in first:
+        with trace.span("prefill"):
+            prefill(decoder, prompt.encoded.piece(piece), len(prompt.encoded))
+            prompt.ran(piece.stop)
+    return prompt.encoded.piece(last), prompt
 
 
 class _Begun:
@@ -149,7 +182,7 @@ class _Begun:
         return piece
 
 
-def _metrics(call: Call, times: Sequence[float], kv_cache_bytes: int) -> Metrics:
+def _metrics(call: Call, times: Sequence[float], kv_cache_bytes: int, reused: int) -> Metrics:
     trace, end = call.trace, call.pace.now()
     return Metrics(
         prompt_tokens=len(call.prompt.token_ids),
@@ -166,4 +199,5 @@ def _metrics(call: Call, times: Sequence[float], kv_cache_bytes: int) -> Metrics
         accepted=trace.counts["accepted"],
         waited=call.pace.waited,
         consumer=call.pace.consumer,
+        reused=reused,
     )

@@ -1,15 +1,25 @@
 """A conversation: messages and their images, one answer after the other."""
 
+import base64
+import io
 import json
+import os
 from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from PIL import Image
 
 from mllm_edge.bundle import CHAT_TEMPLATE
 from mllm_edge.errors import PromptError
 from mllm_edge.files import write_whole
+from mllm_edge.runtime.arguments import given_trace
+from mllm_edge.runtime.numbers import whole
 from mllm_edge.runtime.options import Options
 from mllm_edge.runtime.prompt.image import image_path, load_image
+from mllm_edge.runtime.prompt.sources import EncodedImage, Source, Video, kind_of
+from mllm_edge.runtime.saved_state import load_state, save_state
 from mllm_edge.runtime.vlm import VLM, Chunk
 
 if TYPE_CHECKING:
@@ -18,13 +28,15 @@ if TYPE_CHECKING:
 __all__ = ["Conversation"]
 
 _SAVED = "give a file that /save wrote"
+_KINDS = ("image", "video")
 
 
 class Conversation:
     """What was said so far, and the images that wait for the next message.
 
-    Images are decoded when they are attached: the file may change afterwards. Raises PromptError for a bundle without a
-    chat template.
+    Images are decoded when they are attached: the file may change afterwards. Each is looked at once, and a turn runs
+    only what is new: what the decoder holds of the turns before it stays as long as no other call needs its place
+    (`prefix_cache` of `VLM.load` keeps that of others). Raises PromptError for a bundle without a chat template.
     """
 
     def __init__(self, vlm: VLM, system: str | None = None):
@@ -35,6 +47,7 @@ class Conversation:
             )
         self._vlm = vlm
         self._first = [] if system is None else [{"role": "system", "content": system}]
+        self._seen: dict[int, EncodedImage] = {}  # by the identity of what an entry holds
         self.reset()
 
     def reset(self) -> None:
@@ -47,9 +60,31 @@ class Conversation:
         """Images attached to the next message."""
         return len(self._waiting)
 
-    def attach(self, path: str) -> None:
-        """Add an image to the next message; raises ImageError."""
-        self._waiting.append(_image(path))
+    @property
+    def turns(self) -> int:
+        """Questions that were asked."""
+        return sum(message["role"] == "user" for message in self._messages)
+
+    def attach(self, image: Source) -> None:
+        """Add an image (a path, an array, a `Video`, an encoded image, …) to the next message; raises ImageError."""
+        self._waiting.append(_entry(image))
+
+    def fork(self) -> "Conversation":
+        """Another conversation that goes on from here; the two share what was run so far."""
+        other = copy(self)
+        other._messages, other._waiting = list(self._messages), list(self._waiting)
+        return other
+
+    def truncate(self, turns: int) -> None:
+        """Forget all behind the first `turns` questions and their answers; raises OptionError for more than there are.
+        Images that wait stay."""
+        left = whole("turns", turns, 0, self.turns)
+        for end, message in enumerate(self._messages):
+            if message["role"] == "user":
+                if not left:
+                    self._messages = self._messages[:end]
+                    return
+                left -= 1
 
     def ask(self, text: str, **options: "Unpack[Options]") -> Iterator[Chunk]:
         """Answer `text` piece by piece; options and errors are those of `VLM.stream`.
@@ -57,11 +92,14 @@ class Conversation:
         After an error, or when nothing was said yet, conversation and waiting images are as before. An answer that is
         given up half-way stays in the conversation as far as it came.
         """
+        options["trace"] = given_trace(options.get("trace"))
+        options.setdefault("reuse", True)
         question = {"role": "user", "content": [*self._waiting, {"type": "text", "text": text}]}
+        asked = [self._looked_at(message, options) for message in (*self._messages, question)]
         said: list[str] = []
         finished = False
         try:
-            for chunk in self._vlm.stream([*self._messages, question], **options):
+            for chunk in self._vlm.stream(asked, **options):
                 said.append(chunk.text)
                 yield chunk
             finished = True
@@ -72,7 +110,8 @@ class Conversation:
                 self._waiting = []
 
     def messages(self) -> list[dict[str, Any]]:
-        """The messages so far with the paths of their images, as `VLM.generate` takes them and as JSON holds them."""
+        """The messages so far as `VLM.generate` takes them and as JSON holds them: images with their paths, or as data
+        URLs. Raises PromptError for one whose pixels are not known any more."""
         return [{**message, "content": _plain(message["content"])} for message in self._messages]
 
     def save(self, path: str) -> None:
@@ -87,6 +126,24 @@ class Conversation:
             raise PromptError(f"{path}: cannot be read ({e.strerror or e})", _SAVED) from None
         except (ValueError, RecursionError) as e:
             raise PromptError(f"{path}: not valid JSON ({e})", _SAVED) from None
+        self._take(path, data)
+
+    def save_state(self, path: str | os.PathLike[str]) -> None:
+        """Write the conversation with its images and with what the decoder holds of it to one file, whole or not at
+        all; raises WriteError."""
+        messages = [self._looked_at(message, {}) for message in self._messages]
+        save_state(self._vlm, messages, self.messages(), path)
+
+    def load_state(self, path: str | os.PathLike[str]) -> None:
+        """Go on with a conversation that `save_state` wrote: nothing of it is looked at or run again, as long as
+        `prefix_cache` holds it. Raises PromptError or ImageError, before any change, for a file of another bundle."""
+        data, images = load_state(self._vlm, path)
+        self._take(os.fspath(path), data)
+        entries = [entry for message in self._messages for entry in _entries(message) if entry["type"] in _KINDS]
+        self._seen |= {id(e[e["type"]]): image for e, image in zip(entries, images, strict=False)}
+
+    def _take(self, path: str, data: Any) -> None:
+        """Go on with messages that were read from a file."""
         if not isinstance(data, list) or not all(isinstance(m, dict) and "content" in m for m in data):
             raise PromptError(f"{path}: not a list of messages", _SAVED)
         loaded = [{**message, "content": _decoded(message["content"])} for message in data]
@@ -98,9 +155,30 @@ class Conversation:
             self._vlm.count_tokens(loaded, [(image.height, image.width) for image in images])
         self._messages, self._waiting = loaded, []
 
+    def _looked_at(self, message: dict[str, Any], options: Options) -> dict[str, Any]:
+        """The message with encoded images; each is looked at once."""
+        if not isinstance(message["content"], list):
+            return message
+        return {**message, "content": [self._encoded(entry, options) for entry in message["content"]]}
 
-def _image(path: str) -> dict[str, Any]:
-    return {"type": "image", "image": load_image(path), "path": str(image_path(path).absolute())}
+    def _encoded(self, entry: dict[str, Any], options: Options) -> dict[str, Any]:
+        kind = entry["type"]
+        if kind not in _KINDS:
+            return entry
+        source = entry[kind]
+        if id(source) not in self._seen:
+            self._seen[id(source)] = self._vlm.encode_image(source, options.get("trace"))
+        return {"type": kind, kind: self._seen[id(source)]}
+
+
+def _entry(source: Source) -> dict[str, Any]:
+    """What a message holds of an image or a video."""
+    if isinstance(source, (Video, EncodedImage)):
+        return {"type": kind_of(source), kind_of(source): source}
+    entry = {"type": "image", "image": load_image(source)}
+    if not isinstance(source, (str, os.PathLike)) or str(source).lower().startswith("data:"):
+        return entry
+    return {**entry, "path": str(image_path(source).absolute())}
 
 
 def _entries(message: dict[str, Any]) -> list[dict[str, Any]]:
@@ -110,12 +188,27 @@ def _entries(message: dict[str, Any]) -> list[dict[str, Any]]:
 def _plain(content: Any) -> Any:
     if isinstance(content, str):
         return content
-    return [{k: v for k, v in entry.items() if k != "image"} for entry in content]
+    return [_plain_entry(entry) for entry in content]
+
+
+def _plain_entry(entry: dict[str, Any]) -> dict[str, Any]:
+    if entry.get("type") not in _KINDS or "path" in entry:
+        return {key: value for key, value in entry.items() if key != "image"}
+    source = entry[entry["type"]]
+    if not isinstance(source, Image.Image):
+        raise PromptError(f"{source!r} is no picture that a file of messages holds", "use save_state")
+    with io.BytesIO() as file:
+        source.save(file, "PNG")
+        return {"type": "image", "url": f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"}
 
 
 def _decoded(content: Any) -> Any:
     if not isinstance(content, list):
         return content
-    return [
-        _image(e["path"]) if isinstance(e, dict) and e.get("type") == "image" and "path" in e else e for e in content
-    ]
+    return [_decoded_entry(entry) for entry in content]
+
+
+def _decoded_entry(entry: Any) -> Any:
+    if not isinstance(entry, dict) or entry.get("type") != "image" or not {"path", "url"} & entry.keys():
+        return entry
+    return _entry(entry.get("path") or entry["url"])

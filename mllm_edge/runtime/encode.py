@@ -1,6 +1,6 @@
 """From a prompt to what the decoder gets of it: the stages before the decoder, in the order that the bundle states."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -10,6 +10,7 @@ from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.decode.masks import cross_bias
 from mllm_edge.runtime.decode.text_inputs import text_inputs
 from mllm_edge.runtime.prompt.processor import Prompt
+from mllm_edge.runtime.prompt.shown import Shown
 from mllm_edge.runtime.prompt.sources import Kind
 from mllm_edge.runtime.prompt.tables import table_inputs
 from mllm_edge.runtime.trace import Trace
@@ -17,7 +18,6 @@ from mllm_edge.spec import (
     CROSS_BIAS,
     CROSS_ROWS,
     DEEPSTACK,
-    PIXELS,
     ImageSpec,
     ImageTokens,
     ModelSpec,
@@ -25,7 +25,7 @@ from mllm_edge.spec import (
     is_cross,
 )
 
-__all__ = ["FEATURES", "Components", "encoded", "stage_runs"]
+__all__ = ["FEATURES", "Components", "assembled", "encoded", "looked_at", "spans_of"]
 
 FEATURES = "image_features"
 Arrays = dict[str, np.ndarray]
@@ -64,22 +64,35 @@ class Components:
         return found
 
 
-def stage_runs(
-    components: Components, prompt: Prompt, arrays: Mapping[str, np.ndarray], trace: Trace
-) -> Iterator[dict[str, Arrays]]:
-    """The outputs of each run that the images of a prompt take, by component; `arrays` as for `encoded`."""
-    image = components.model.image
-    if image is None or prompt.pixel_values is None:
-        return
-    whole, rows = components.taken(components.for_prompt), dict[str, list[np.ndarray]]()
-    for stages, given in _image_inputs(components, image, prompt, arrays):
-        run = components.run(stages, given, trace)
-        yield run
-        for name, array in ((n, a) for outputs in run.values() for n, a in outputs.items() if n in whole):
-            rows.setdefault(name, []).append(array.reshape(1, -1, array.shape[-1]))
-    if components.for_prompt and components.model.text_encoder is None:
-        joined = {name: np.concatenate(arrays, axis=1) for name, arrays in rows.items()}
-        yield components.run(components.for_prompt, joined, trace)
+def looked_at(
+    components: Components,
+    prompt: Prompt,
+    arrays: Mapping[str, np.ndarray],
+    trace: Trace,
+    each: Callable[[dict[str, Arrays]], None] = lambda outputs: None,
+    left_out: Collection[int] = (),
+) -> list[Arrays]:
+    """What the stages make of each image of a prompt: rows [n, …] by name of those that become tokens or that stages
+    for the whole prompt take; what is known already is taken as it is. `arrays` and `each` as for `encoded`; of the
+    images `left_out`, by their number, there is nothing."""
+    image, wanted = components.model.image, components.taken(components.for_prompt)
+    parts: list[dict[str, list[np.ndarray]]] = [{} for _ in prompt.shown]
+    todo = [i for i, one in enumerate(prompt.shown) if one.features is None and i not in left_out]
+    if image is not None and todo:
+        shown = [prompt.shown[i] for i in todo]
+        for owners, stages, given in _image_inputs(components, image, shown, prompt.texts, arrays):
+            run = components.run(stages, given, trace)
+            each(run)
+            for name, array in ((n, a) for outputs in run.values() for n, a in outputs.items()):
+                if name == FEATURES or name.startswith(DEEPSTACK) or name in wanted:
+                    rows = array.reshape(sum(owners.values()), -1, array.shape[-1])
+                    ends = np.cumsum(list(owners.values()))[:-1]
+                    for i, part in zip(owners, np.split(rows, ends), strict=True):
+                        parts[todo[i]].setdefault(name, []).append(part.reshape(-1, array.shape[-1]))
+    return [
+        dict(one.features) if one.features is not None else {name: _joined(rows) for name, rows in found.items()}
+        for one, found in zip(prompt.shown, parts, strict=True)
+    ]
 
 
 def encoded(
@@ -94,27 +107,40 @@ def encoded(
     `ModelSpec.arrays` names; `each` gets the outputs of each run of the stages, by component.
 
     Raises ContextError for a prompt that is longer than a text encoder reads."""
-    model, parts, cross = components.model, dict[str, list[np.ndarray]](), Arrays()
-    for run in stage_runs(components, prompt, arrays, trace):
-        each(run)
-        for outputs in run.values():
-            for name, array in outputs.items():
-                if name == FEATURES or name.startswith(DEEPSTACK):
-                    rows = array.reshape(-1, array.shape[-1]).astype(np.float32, copy=False)
-                    parts.setdefault(name, []).append(rows)
-        cross |= _cross(run)
+    found = looked_at(components, prompt, arrays, trace, each)
+    return assembled(components, prompt, found, embed, arrays, trace, each)
+
+
+def assembled(
+    components: Components,
+    prompt: Prompt,
+    found: Sequence[Arrays],
+    embed: Callable[[np.ndarray], np.ndarray],
+    arrays: Mapping[str, np.ndarray],
+    trace: Trace,
+    each: Callable[[dict[str, Arrays]], None] = lambda outputs: None,
+    cross: Mapping[str, np.ndarray] | None = None,
+) -> Encoded:
+    """`encoded`, behind `looked_at`: images of which nothing was `found` have rows of zeros. `cross`: what
+    cross-attention looks at, where that is known."""
+    model, image = components.model, components.model.image
+    if prompt.shown and cross is None:
+        cross = _cross_of(components, found, trace, each)
     with trace.span("embed"):
         embeds = embed(prompt.token_ids)
-        rows_of = {name: _tokens(prompt, np.concatenate(rows), arrays) for name, rows in parts.items()}
-        if FEATURES in rows_of:
-            embeds[prompt.image_positions] = rows_of.pop(FEATURES)
-            if model.image is not None and model.image.around is not None:
-                _put(embeds, prompt.token_ids, model.image.around, arrays)
-        per_token = {name: _placed(rows, prompt) for name, rows in rows_of.items()}
+        per_token: Arrays = {}
+        for name in sorted({name for rows in found for name in rows if name == FEATURES or name.startswith(DEEPSTACK)}):
+            rows = _tokens(prompt, [rows.get(name) for rows in found], arrays)
+            if name == FEATURES:
+                embeds[prompt.image_positions] = rows
+            else:
+                per_token[name] = _placed(rows, prompt)
+        if prompt.shown and image is not None and image.around is not None:
+            _put(embeds, prompt.token_ids, image.around, arrays)
         if cross:
-            per_token |= _crossed(model.image, prompt)
+            per_token |= _crossed(image, prompt)
     if model.text_encoder is None:
-        return Encoded(embeds, prompt.positions, _spans(model.image, prompt), per_token, cross)
+        return Encoded(embeds, prompt.positions, spans_of(image, prompt), per_token, cross or {})
     if len(embeds) > model.context_length:
         raise ContextError(
             f"the prompt has {len(embeds)} tokens, and the text encoder reads {model.context_length}",
@@ -126,12 +152,32 @@ def encoded(
         return Encoded(embed(np.array(model.text_encoder.start)), cross=_cross(run), read=embeds)
 
 
+def _cross_of(
+    components: Components,
+    found: Sequence[Arrays],
+    trace: Trace,
+    each: Callable[[dict[str, Arrays]], None],
+) -> Arrays:
+    """What cross-attention looks at, of the rows of all images."""
+    if not components.for_prompt or components.model.text_encoder is not None:
+        return {}
+    names = components.taken(components.for_prompt)
+    joined = {name: np.concatenate([rows[name] for rows in found])[None] for name in names if name in found[0]}
+    run = components.run(components.for_prompt, joined, trace)
+    each(run)
+    return _cross(run)
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
 def _cross(run: Mapping[str, Arrays]) -> Arrays:
     """What cross-attention looks at, of the outputs of a run."""
     return {name: array for outputs in run.values() for name, array in outputs.items() if is_cross(name)}
 
 
-def _spans(image: ImageSpec | None, prompt: Prompt) -> np.ndarray | None:
+def spans_of(image: ImageSpec | None, prompt: Prompt) -> np.ndarray | None:
     """Which tokens see each other in both directions, as of `Encoded`."""
     if image is not None and image.both_ways == "prompt":
         return np.ones(len(prompt.token_ids), np.int64)
@@ -152,44 +198,67 @@ def _crossed(image: ImageSpec | None, prompt: Prompt) -> Arrays:
 
 
 def _image_inputs(
-    components: Components, image: ImageSpec, prompt: Prompt, arrays: Mapping[str, np.ndarray]
-) -> Iterator[tuple[tuple[Stage, ...], Arrays]]:
-    """The stages and the inputs of each run: some slices of all images, or those of one image or grid with its tables;
-    beside each slice the text. Images and videos that the same stages show are one."""
-    assert prompt.pixel_values is not None
-    pixels = {PIXELS: prompt.pixel_values, **prompt.views}
-    start, grid, tables = 0, (0, 0), Arrays()
-    for stages, group in groupby(prompt.layouts, key=lambda layout: components.showing(layout.kind)):
-        runs = [run for layout in group for run in layout.runs]
+    components: Components,
+    image: ImageSpec,
+    shown: Sequence[Shown],
+    texts: Mapping[str, np.ndarray],
+    arrays: Mapping[str, np.ndarray],
+) -> Iterator[tuple[dict[int, int], tuple[Stage, ...], Arrays]]:
+    """Of each run: how many slices of which images it has, by their numbers; its stages, and their inputs: some slices
+    of all images, or those of one image or grid with its tables; beside each slice the text. Images and videos that the
+    same stages show are one."""
+    grid, tables = (0, 0), Arrays()
+    numbered = list(enumerate(shown))
+    for stages, members in groupby(numbered, key=lambda one: components.showing(one[1].layout.kind)):
+        group = list(members)
         if all(stage.per == "slice" for stage in stages):
-            end = start + sum(slices for slices, _, _ in runs)
-            for first in range(start, end, components.slices):
-                last = min(first + components.slices, end)
-                yield stages, {name: rows[first:last] for name, rows in pixels.items()} | _beside(prompt, last - first)
-            start = end
+            for owners, pixels in _batches(group, components.slices):
+                yield owners, stages, pixels | _beside(texts, sum(owners.values()))
             continue
-        for slices, rows, cols in runs:
-            if (rows, cols) != grid:  # tiles are alike
-                grid, tables = (rows, cols), table_inputs(image, rows, cols, arrays)
-            shown = {name: made[start : start + slices] for name, made in pixels.items()}
-            yield stages, {**shown, **tables, **_beside(prompt, slices)}
-            start += slices
+        for i, one in group:
+            start = 0
+            for slices, rows, cols in one.layout.runs:
+                if (rows, cols) != grid:  # tiles are alike
+                    grid, tables = (rows, cols), table_inputs(image, rows, cols, arrays)
+                pixels = {name: made[start : start + slices] for name, made in (one.inputs or {}).items()}
+                yield {i: slices}, stages, {**pixels, **tables, **_beside(texts, slices)}
+                start += slices
 
 
-def _beside(prompt: Prompt, slices: int) -> Arrays:
+def _batches(shown: Sequence[tuple[int, Shown]], most: int) -> Iterator[tuple[dict[int, int], Arrays]]:
+    """So many slices at once, of one image or several."""
+    owners, parts = dict[int, int](), list[Mapping[str, np.ndarray]]()
+    for i, one in shown:
+        assert one.inputs is not None
+        start, slices = 0, one.layout.slices
+        while start < slices:
+            end = min(slices, start + most - sum(owners.values()))
+            owners[i] = end - start
+            parts.append({name: made[start:end] for name, made in one.inputs.items()})
+            start = end
+            if sum(owners.values()) == most:
+                yield owners, {name: _joined([part[name] for part in parts]) for name in parts[0]}
+                owners, parts = {}, []
+    if owners:
+        yield owners, {name: _joined([part[name] for part in parts]) for name in parts[0]}
+
+
+def _beside(texts: Mapping[str, np.ndarray], slices: int) -> Arrays:
     """The text beside so many slices."""
-    return {name: np.repeat(ids, slices, axis=0) for name, ids in prompt.texts.items()}
+    return {name: np.repeat(ids, slices, axis=0) for name, ids in texts.items()}
 
 
-def _tokens(prompt: Prompt, rows: np.ndarray, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The rows [tokens, H] of all image tokens, of the features [n, H] of all images."""
-    if all(layout.pack is None for layout in prompt.layouts):
-        return rows
-    images = np.split(rows, np.cumsum([layout.features for layout in prompt.layouts])[:-1])
-    packs = [layout.pack for layout in prompt.layouts]
-    return np.concatenate(
-        [part if pack is None else pack.apply(part, arrays) for pack, part in zip(packs, images, strict=True)]
-    )
+def _tokens(prompt: Prompt, found: Sequence[np.ndarray | None], arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The rows [tokens, H] of all image tokens, of the features [n, H] of each image; zeros for those without."""
+    hidden = next(rows.shape[1] for rows in found if rows is not None)
+    rows_of = list[np.ndarray]()
+    for one, rows in zip(prompt.layouts, found, strict=True):
+        if rows is None:
+            rows_of.append(np.zeros((one.tokens, hidden), np.float32))
+        else:
+            plain = rows.astype(np.float32, copy=False)
+            rows_of.append(plain if one.pack is None else one.pack.apply(plain, arrays))
+    return _joined(rows_of)
 
 
 def _put(embeds: np.ndarray, token_ids: np.ndarray, tokens: ImageTokens, arrays: Mapping[str, np.ndarray]) -> None:

@@ -1,6 +1,6 @@
 """How much the runtime feeds a graph at once; engines are built for no more."""
 
-__all__ = ["MOST_ROWS", "PREFILL_CHUNK", "TILES_PER_RUN"]
+__all__ = ["MOST_ALTERNATIVES", "MOST_ROWS", "PREFILL_CHUNK", "TILES_PER_RUN"]
 
 # A longer prompt is fed in pieces, so that attention scores stay small; shorter ones run in one piece.
 PREFILL_CHUNK = 1024
@@ -8,3 +8,5 @@ PREFILL_CHUNK = 1024
 TILES_PER_RUN = 4
 # Rows of a step that checks guesses: the last token's, and one for each guessed token.
 MOST_ROWS = 16
+# Of tokens that are told beside the one that was chosen.
+MOST_ALTERNATIVES = 100

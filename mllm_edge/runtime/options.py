@@ -26,5 +26,7 @@ class Options(TypedDict, total=False):
     raw: bool
     ignore_eos: bool
     speculation: int
+    logprobs: int | None
+    reuse: bool | None
     trace: Trace | None
     wait: bool

@@ -105,7 +105,8 @@ class Metrics:
     of the answer.
 
     `decode_steps`: runs of the decoder after the prompt; with speculation, of `guessed` tokens `accepted` ones took no
-    step of their own. Tokens of one step come together: of their intervals only the mean means something.
+    step of their own. Tokens of one step come together: of their intervals only the mean means something. `reused`: the
+    prompt's first tokens that an earlier call had run.
     """
 
     prompt_tokens: int
@@ -122,6 +123,7 @@ class Metrics:
     accepted: int = 0
     waited: float = 0.0
     consumer: float = 0.0
+    reused: int = 0
 
     @property
     def tpot(self) -> float:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from mllm_edge.bundle import CHAT_TEMPLATE, Bundle
-from mllm_edge.errors import BackendError, ClosedError, ContextError, PromptError
-from mllm_edge.runtime.answer import Call, Chunk, Result, answer
+from mllm_edge.errors import BackendError, ClosedError, ContextError, OptionError, PromptError
+from mllm_edge.runtime.answer import Call, Chunk, Result, answer, begin
 from mllm_edge.runtime.arguments import (
     first,
     given_trace,
@@ -27,28 +29,35 @@ from mllm_edge.runtime.backends.base import Backend, Keeping, Session
 from mllm_edge.runtime.backends.choose import open_backend
 from mllm_edge.runtime.backends.components import open_component
 from mllm_edge.runtime.decode import along
-from mllm_edge.runtime.decode.decoder import Decoder
+from mllm_edge.runtime.decode.decoder import Decoder, DecoderSnapshot
 from mllm_edge.runtime.decode.encoded import Encoded
+from mllm_edge.runtime.decode.generate import prefill
 from mllm_edge.runtime.decode.sampling import Sampler, SamplingParams
+from mllm_edge.runtime.decode.scores import AnswerScore, Scoring, answer_scores
 from mllm_edge.runtime.decode.speculation import PromptLookup, check_speculation
 from mllm_edge.runtime.decode.token_rules import TokenRules
 from mllm_edge.runtime.encode import Components, encoded
-from mllm_edge.runtime.limits import TILES_PER_RUN
+from mllm_edge.runtime.encoded_image import load_encoded
+from mllm_edge.runtime.limits import MOST_ALTERNATIVES, TILES_PER_RUN
 from mllm_edge.runtime.log import logger
 from mllm_edge.runtime.machine.threads import Spin, Threads
 from mllm_edge.runtime.numbers import whole
 from mllm_edge.runtime.options import MAX_NEW_TOKENS, Options
 from mllm_edge.runtime.prompt.embedder import Embedder
+from mllm_edge.runtime.prompt.image import load_image
 from mllm_edge.runtime.prompt.processor import Messages, Processor, Prompt
-from mllm_edge.runtime.prompt.sources import Source
+from mllm_edge.runtime.prompt.sources import EncodedImage, Source, Video
 from mllm_edge.runtime.prompt.stage_text import StageTokens
 from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
+from mllm_edge.runtime.recall import PREFIX_CACHE, Recall
 from mllm_edge.runtime.trace import Trace
 from mllm_edge.runtime.turns import Turn, Turns, native
 from mllm_edge.spec import ENCODED
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from mllm_edge.runtime.conversation import Conversation
 
 __all__ = ["VLM", "Chunk", "Result"]
 
@@ -70,15 +79,17 @@ class VLM:
         threads: int | Threads | None = None,
         notice: Callable[[str], None] = warnings.warn,
         fast_jpeg: bool = False,
+        image_cache: int = 0,
+        prefix_cache: int = PREFIX_CACHE,
     ):
         self.bundle, self.backend = bundle, backend
         self.spec = bundle.manifest.model
         generation = bundle.generation()
         self.tokenizer = Tokenizer.load(bundle.path, generation)
         template = ChatTemplate.load(bundle.path, generation) if CHAT_TEMPLATE in bundle.manifest.files else None
-        self.processor = Processor(
-            self.spec, self.tokenizer, template, fast_jpeg, StageTokens.load(bundle.path, self.spec.image)
-        )
+        stage_tokens = StageTokens.load(bundle.path, self.spec.image)
+        self.identity = f"{bundle.identity}-{backend.target}"  # of what encoded images and saved states are of
+        self.processor = Processor(self.spec, self.tokenizer, template, fast_jpeg, stage_tokens, self.identity)
         self.stop_ids = frozenset(generation.eos_token_ids)
         self._defaults = generation.defaults
         names = bundle.manifest.components
@@ -100,6 +111,8 @@ class VLM:
         decoder = opened["decoder"]
         self._decoder: Decoder | None = Decoder(decoder.session, decoder.variant, self.spec, decoder.backend, table)
         self.embed = Embedder(bundle.embeddings(), self.spec.embedding, bundle.touched(self.spec.embedding.file))
+        parts = self._components, self._arrays, self.embed, self._decoder
+        self._recall = Recall(*parts, image_cache, prefix_cache)
         free = weakref.WeakMethod(self._free)  # without a circle: a VLM that is dropped goes at once
         self._turns = Turns(lambda: _call(free()))
         native.watch()
@@ -116,6 +129,8 @@ class VLM:
         max_context: int | None = None,
         fast_jpeg: bool = False,
         verify: bool = False,
+        image_cache: int = 0,
+        prefix_cache: int = PREFIX_CACHE,
         notice: Callable[[str], None] = warnings.warn,
         trace: Trace | None = None,
     ) -> VLM:
@@ -130,6 +145,9 @@ class VLM:
         model's picture is at most half as large: 2 to 4 times as fast for one of 12 megapixels, but pixels then differ
         from those of the whole by some grey levels (2 or 3 at most for photographs, 5 for noise).
         `verify`: compare every file with its SHA-256 first; without, what is read is compared with faster checksums.
+        `image_cache`: bytes for the features of the images that were seen last, by their content, so that one that
+        comes again is not looked at again. `prefix_cache`: bytes for what calls with `reuse` and conversations go back
+        to, beside the last one's.
 
         `notice` is told when engines have to be built first, and when a component runs on the CPU because
         the GPU's engine refuses it. `trace` gets the spans backend (the engine is chosen and imported) and
@@ -137,6 +155,7 @@ class VLM:
         """
         if max_context is not None:
             max_context = whole("max_context", max_context, 1)
+        caches = whole("image_cache", image_cache, 0), whole("prefix_cache", prefix_cache, 0)
         chosen_threads = Threads.of(threads, spin, affinity)
         bundle = Bundle.load(path)
         if verify:
@@ -147,7 +166,7 @@ class VLM:
             with trace.span("backend"):
                 chosen = open_backend(backend, chosen_threads, bundle=bundle, max_seq=max_seq, notice=notice)
             with trace.span("open"):
-                vlm = cls(bundle, chosen, max_context, chosen_threads, notice, fast_jpeg)
+                vlm = cls(bundle, chosen, max_context, chosen_threads, notice, fast_jpeg, *caches)
         logger.info("%r opened in %.2f s", vlm, trace.seconds("backend") + trace.seconds("open"))
         return vlm
 
@@ -177,6 +196,7 @@ class VLM:
 
     def _free(self) -> None:
         self._sessions.clear()
+        self._recall.forget()
         self.embed.close()
         self._decoder = None
 
@@ -206,6 +226,8 @@ class VLM:
         raw: bool = False,
         ignore_eos: bool = False,
         speculation: int = 0,
+        logprobs: int | None = None,
+        reuse: bool | None = None,
         trace: Trace | None = None,
         wait: bool = True,
     ) -> Iterator[Chunk]:
@@ -220,8 +242,11 @@ class VLM:
         rendered already, with one image placeholder per image. `ignore_eos`: go on after the model's end, for
         measurements of one length. `speculation`: the most tokens (0 to 15) that are guessed from the prompt and the
         answer so far, and checked by the decoder in one step: the tokens are the same, but for ties that rounding
-        decides, which may differ with the width of a step. `trace` gets the call's spans; it must be new. `wait` False:
-        raise BusyError where another call has its turn.
+        decides, which may differ with the width of a step. `logprobs`: pieces and result tell how likely each token
+        was, with so many alternatives (0 to 100). `reuse`: what earlier calls with `reuse` left of a prompt that begins
+        like this one is not run again; None: where an image is an encoded one. Sums are then rounded in another order,
+        and where activations are quantized by the run (int8) an answer may be another. `trace` gets the call's spans;
+        it must be new. `wait` False: raise BusyError where another call has its turn.
 
         Raises PromptError, ImageError, ContextError (too many tokens), OptionError,
         BackendError (speculation is more than the decoder's engine was built for), ClosedError; while the pieces come
@@ -253,8 +278,47 @@ class VLM:
             most = min(max_new_tokens, self._room(processed))
             stop_ids = frozenset() if ignore_eos else self.stop_ids
             rules = TokenRules(own, ids, stop_ids) if TokenRules.wanted(own) else None
-            call = Call(processed, Sampler(params, ids, rules), stop_ids, stops, most, trace, guesser, raw)
+            reuse = any(one.known is not None for one in processed.shown) if reuse is None else bool(reuse)
+            chooser = Sampler(params, ids, rules)
+            sampler = (
+                chooser if logprobs is None else Scoring(chooser, whole("logprobs", logprobs, 0, MOST_ALTERNATIVES))
+            )
+            call = Call(processed, sampler, stop_ids, stops, most, trace, guesser, raw, reuse)
         return self._in_turn(call, wait)
+
+    def score_answers(
+        self,
+        prompt: Messages,
+        images: Source | Iterable[Source] = (),
+        *,
+        answers: Sequence[str],
+        ended: bool = False,
+        raw: bool = False,
+        reuse: bool | None = None,
+        trace: Trace | None = None,
+        wait: bool = True,
+    ) -> list[AnswerScore]:
+        """How likely each of some answers is: the prompt is run once, then each answer's tokens in one step. An answer
+        is written as the model would begin it: with a blank before it where the prompt ends in a text without one.
+
+        `ended`: the end of the answer counts, too. The others are as in `stream`. Raises as `stream` does, and
+        OptionError for no answers, or an empty one.
+        """
+        self._turns.check(wait)
+        with self._turns.working():
+            trace = given_trace(trace)
+            with trace.span("preprocess"):
+                processed = self._process(prompt, images, raw)
+                end = (min(self.stop_ids),) if ended and self.stop_ids else ()
+                tokens = [np.array((*self.processor.answer_tokens(processed, text, raw), *end)) for text in answers]
+                if not tokens:
+                    raise OptionError("there are no answers to score", "give one or more: answers=[…]")
+            longest = max(map(len, tokens))
+            if longest > self._room(processed):
+                raise ContextError(f"an answer of {longest} tokens does not fit behind the prompt", "shorten it")
+            reuse = any(one.known is not None for one in processed.shown) if reuse is None else bool(reuse)
+        with self._turns.turn(), self._whole_or_forgotten():
+            return self._scores(processed, list(zip(answers, tokens, strict=True)), reuse, trace)
 
     def count_tokens(self, prompt: Messages, image_sizes: Sequence[tuple[float, ...]] = ()) -> int:
         """Prompt tokens, image tokens included, for images of these (height, width) and videos of (frames, height,
@@ -282,7 +346,7 @@ class VLM:
             return next(found[ENCODED].reshape(-1, found[ENCODED].shape[-1]) for found in outputs if ENCODED in found)
         with self._turns.turn():
             self._require_images(prompt)
-            return self._encode(prompt, trace or Trace()).prompt[prompt.image_positions]
+            return self._recall.encode(prompt, trace or Trace()).prompt[prompt.image_positions]
 
     def stage_outputs(self, prompt: Prompt, trace: Trace | None = None) -> dict[str, dict[str, np.ndarray]]:
         """What each stage before the decoder makes of a prompt's images, by component and name of the output; runs one
@@ -292,10 +356,50 @@ class VLM:
         self._require_images(prompt)
         return self.encode_and_outputs(prompt, trace)[1]
 
+    def encode_image(self, image: Source, trace: Trace | None = None) -> EncodedImage:
+        """Look at an image (or a video) once, for any number of prompts: the value stands for it wherever an image may.
+        `EncodedImage.save` writes it to a file, `load_image` reads that.
+
+        Raises as `stream` does for images."""
+        trace = given_trace(trace)
+        if isinstance(image, EncodedImage):
+            return image
+        with self._turns.working(), trace.span("preprocess"):
+            keeps = self.spec.image is not None and self.spec.image.several is not None
+            source = load_image(image) if keeps and not isinstance(image, Video) else None
+            shown = self.processor.show(image if source is None else source)
+        with self._turns.turn():
+            return EncodedImage(source, self._recall.look(shown, trace), self.identity)
+
+    def load_image(self, path: str | os.PathLike[str] | IO[bytes]) -> EncodedImage:
+        """An encoded image that `EncodedImage.save` wrote; raises ImageError for a file of another bundle."""
+        if self.spec.image is None:
+            raise PromptError("this model takes no images", "pass text only")
+        return load_encoded(path, self.spec.image, self.identity)
+
+    def chat(self, system: str | None = None) -> Conversation:
+        """A conversation, each turn of which runs only what is new; raises PromptError for a bundle without a chat
+        template."""
+        from mllm_edge.runtime.conversation import Conversation
+
+        return Conversation(self, system)
+
+    def held(self, messages: Messages) -> tuple[np.ndarray, DecoderSnapshot] | None:
+        """What is held of a conversation that begins with these messages: the keys of its tokens, and a snapshot of the
+        decoder; None where that is nothing."""
+        keys = self.processor.process(messages, add_generation_prompt=False).keys
+        with self._turns.turn():
+            return self._recall.prefixes.best(keys)
+
+    def hold(self, keys: np.ndarray, snapshot: DecoderSnapshot) -> None:
+        """Keep what `held` returned for calls with `reuse`."""
+        with self._turns.turn():
+            self._recall.prefixes.add(keys, snapshot)
+
     def encode(self, prompt: Prompt, trace: Trace | None = None) -> Encoded:
         """All that a prompt is to the decoder: its images are looked at, once for any number of questions."""
         with self._turns.turn():
-            return self._encode(prompt, trace or Trace())
+            return self._recall.encode(prompt, trace or Trace())
 
     def encode_and_outputs(
         self, prompt: Prompt, trace: Trace | None = None
@@ -336,11 +440,8 @@ class VLM:
             return along.greedy(self.decoder, self.embed, prompts, most, ends)
 
     def _require_images(self, prompt: Prompt) -> None:
-        if self.spec.image is None or prompt.pixel_values is None:
+        if not prompt.shown:
             raise PromptError("the prompt has no images", "make one with images: vlm.processor.process(text, images)")
-
-    def _encode(self, prompt: Prompt, trace: Trace) -> Encoded:
-        return encoded(self._components, prompt, self.embed, self._arrays, trace)
 
     def _process(self, prompt: Messages, images: Any, raw: bool) -> Prompt:
         if not raw:
@@ -412,9 +513,33 @@ class VLM:
                         session.keep()
             self._kept = True
 
+    def _scores(
+        self, prompt: Prompt, answers: Sequence[tuple[str, np.ndarray]], reuse: bool, trace: Trace
+    ) -> list[AnswerScore]:
+        found = (self._recall.reused if reuse else self._recall.encode)(prompt, trace)
+        rest, reused = begin(found, self.decoder, max(len(tokens) for _, tokens in answers), trace)
+        with trace.span("prefill"):
+            (first,) = prefill(self.decoder, rest, len(found if isinstance(found, Encoded) else found.encoded))
+        assert isinstance(first, np.ndarray)
+        with trace.span("decode"):
+            scores = answer_scores(self.decoder, self.embed, first, answers)
+        if reused is not None:
+            reused.ran()
+        return scores
+
+    @contextmanager
+    def _whole_or_forgotten(self) -> Iterator[None]:
+        """Whatever comes in the midst of a step may leave things half done."""
+        try:
+            yield
+        except BaseException:
+            if self._decoder is not None:
+                self._decoder.forget()
+            raise
+
     def _pieces(self, call: Call) -> Generator[Chunk | None, None, None]:
         try:
-            prompt = self._encode(call.prompt, call.trace)
+            prompt = (self._recall.reused if call.reuse else self._recall.encode)(call.prompt, call.trace)
             yield from answer(call, prompt, self.decoder, self.embed, self.tokenizer, self.context_length)
         except GeneratorExit:  # it was abandoned between two pieces
             raise

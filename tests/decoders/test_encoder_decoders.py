@@ -75,7 +75,7 @@ class Whole:
         return self._embeddings[ids]
 
     def encode(self, ids: list[int]) -> Any:
-        prompt = Prompt("", np.array(ids), None, np.zeros(0, np.int64), ())
+        prompt = Prompt("", np.array(ids), (), np.zeros(0, np.int64))
         return encoded(self._components, prompt, self.embed, self._arrays, Trace())
 
     def generated(self, ids: list[int]) -> list[int]:

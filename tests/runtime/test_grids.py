@@ -1,5 +1,6 @@
 """What follows an image's grid, against transformers: the tower's rotary tables and the positions of a prompt."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,10 +17,11 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel, Qwen2VL
 from transformers.vision_utils import get_vision_position_ids
 
 from mllm_edge.errors import ImageError
-from mllm_edge.runtime.encode import Components, encoded, stage_runs
+from mllm_edge.runtime.encode import Components, encoded, looked_at
 from mllm_edge.runtime.prompt.layout import Layout, grid_positions, layout_of
 from mllm_edge.runtime.prompt.learned_grid import cell_positions
 from mllm_edge.runtime.prompt.processor import Prompt
+from mllm_edge.runtime.prompt.shown import Shown
 from mllm_edge.runtime.prompt.tables import grid_rope, table_inputs
 from mllm_edge.runtime.trace import Trace
 from mllm_edge.spec import (
@@ -132,6 +134,16 @@ def test_positions_of_text() -> None:
 PROMPT = ImagePrompt("<image>", IMAGE, "{image}")
 
 
+def shown_of(layouts: Sequence[Layout], inputs: dict[str, np.ndarray]) -> tuple[Shown, ...]:
+    """Images of these layouts, their slices one behind the other in `inputs`."""
+    ends = np.cumsum([layout.slices for layout in layouts])
+    starts = [0, *ends[:-1].tolist()]
+    return tuple(
+        Shown(layout, {name: array[start:end] for name, array in inputs.items()}, (1, 1))
+        for layout, start, end in zip(layouts, starts, ends.tolist(), strict=True)
+    )
+
+
 def runs_of(
     image: ImageSpec,
     per: str,
@@ -150,8 +162,10 @@ def runs_of(
 
     names = [*image.inputs, *(name for table in image.tables for name in table.names)]
     model = replace(model_spec(image), stages=(Stage("encoder", "vision", per),))
-    prompt = Prompt("", np.zeros(0, np.int64), pixel_values, np.zeros(0, np.int64), tuple(layouts), None, views or {})
-    made = list(stage_runs(Components(model, {"encoder": names}, run, slices=4), prompt, arrays, Trace()))
+    nothing = np.zeros(0, np.int64)
+    prompt = Prompt("", nothing, shown_of(layouts, {"pixel_values": pixel_values, **(views or {})}), nothing)
+    made = list[dict[str, dict[str, np.ndarray]]]()
+    looked_at(Components(model, {"encoder": names}, run, slices=4), prompt, arrays, Trace(), made.append)
     for outputs, inputs in zip(made, given, strict=True):
         np.testing.assert_array_equal(outputs["encoder"]["vision_hidden"], inputs["pixel_values"])
     return given
@@ -199,7 +213,8 @@ def test_features_take_the_places_of_image_tokens() -> None:
     model = replace(model_spec(image), stages=stages)
     names = {"encoder": ["pixel_values"], "connector": ["vision_hidden"]}
     ids, places = np.array([7, IMAGE, IMAGE, 7, IMAGE]), np.array([1, 2, 4])
-    prompt = Prompt("", ids, pixel_values, places, (of_cells(1, 2), of_cells(1, 1)))
+    shown = shown_of((of_cells(1, 2), of_cells(1, 1)), {"pixel_values": pixel_values})
+    prompt = Prompt("", ids, shown, places)
     found = encoded(Components(model, names, run, 4), prompt, lambda ids: np.full((len(ids), 5), 0.5), {}, Trace())
     expected = pixel_values[:, 0, :5] + 1
     np.testing.assert_array_equal(found.embeds[places], expected)
@@ -241,8 +256,9 @@ def test_what_sees_each_other(both_ways: Any, spans: list[int] | None, of_text: 
     components = Components(model, {"encoder": ["pixel_values"]}, run, 4)
     ids = np.array([7, IMAGE, IMAGE, 7, IMAGE, IMAGE, 7])
     layouts = (Layout(1, 1, 1, 1, 2, "", None),) * 2
-    shown = Prompt("", ids, np.zeros((2, 3, 2, 2), np.float32), np.array([1, 2, 4, 5]), layouts)
-    told = Prompt("", ids[[0, 3]], None, np.zeros(0, np.int64), ())
+    pixels = {"pixel_values": np.zeros((2, 3, 2, 2), np.float32)}
+    shown = Prompt("", ids, shown_of(layouts, pixels), np.array([1, 2, 4, 5]))
+    told = Prompt("", ids[[0, 3]], (), np.zeros(0, np.int64))
     for prompt, expected in ((shown, spans), (told, of_text)):
         found = encoded(components, prompt, lambda ids: np.zeros((len(ids), 5)), {}, Trace()).spans
         assert found is None if expected is None else found.tolist() == expected

@@ -67,6 +67,7 @@ class Decoder:
         self.rows = min(MOST_ROWS, session.limits.get("rows", MOST_ROWS))
         self.deepest = session.limits.get("past")
         self.cache: Cache | None = None
+        self.starts = 0  # how often the sequences began anew
 
     def start(self, prompt: Encoded, room: int = 0) -> Cache:
         """Start an empty sequence that holds `prompt` and `room` tokens behind it, with what its cross-attention sees;
@@ -95,11 +96,37 @@ class Decoder:
             self._contract.reset(capacity)
             self._bound_token = False
         self.cache.truncate(0)
+        self._begin(0 if batch == 1 else None)
+        self.starts += 1
+        return self.cache
+
+    def go_on(self, snapshot: DecoderSnapshot | None, count: int, prompt: Encoded, room: int = 0) -> Cache:
+        """Hold the first `count` tokens of what the cache holds, or of a snapshot, and have room for `prompt`, which
+        begins with these, and `room` tokens behind it; with what its cross-attention sees. The rest of the prompt is
+        not run yet. Raises as `reset`."""
+        held, wanted = self._opened(), len(prompt) + room
+        if held.capacity < wanted:
+            snapshot = self.snapshot() if snapshot is None else snapshot
+            held = self.reset(wanted)
+        if snapshot is not None:
+            held.restore(snapshot.cache)
+        held.truncate(count)
+        self._begin(0)
+        if prompt.cross:
+            self.set_cross(prompt.cross)
+        return held
+
+    @property
+    def held_bytes(self) -> int:
+        """About what a snapshot takes."""
+        cache = self._opened()
+        return cache.nbytes * cache.length // max(1, cache.capacity)
+
+    def _begin(self, viewer: int | None) -> None:
         self._shifts = None
         self._contract.begin()
         self._views = {}
-        self._bind_view(0 if batch == 1 else None)
-        return self.cache
+        self._bind_view(viewer)
 
     def forget(self) -> None:
         """Drop the cache and all that is bound for steps: after a call that ended somewhere within one."""

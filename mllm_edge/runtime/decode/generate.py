@@ -8,12 +8,13 @@ from mllm_edge.runtime.backends.top_logits import TopLogits
 from mllm_edge.runtime.decode.decoder import Decoder
 from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.decode.sampling import Sampler
+from mllm_edge.runtime.decode.scores import Scoring
 from mllm_edge.runtime.decode.speculation import Guesser, check_speculation
 from mllm_edge.runtime.limits import MOST_ROWS, PREFILL_CHUNK
 from mllm_edge.runtime.prompt.embedder import Embedder
 from mllm_edge.runtime.trace import Trace
 
-__all__ = ["chunks", "generate"]
+__all__ = ["chunks", "generate", "prefill"]
 
 
 def chunks(tokens: int, size: int, spans: np.ndarray | None = None, deepest: int | None = None) -> Iterator[slice]:
@@ -39,11 +40,23 @@ def _whole_spans(spans: np.ndarray, start: int, end: int) -> int:
     return int(inside[0]) if inside[0] > start else int(inside[-1]) + 1
 
 
+def prefill(decoder: Decoder, prompt: Encoded, length: int, top: bool = False) -> Sequence[np.ndarray | TopLogits]:
+    """Append a prompt, or a part of it, in chunks; the last token's logits, or the `top` of them. `length`: see
+    `Decoder.forward`."""
+    cache, rows = decoder.cache, list[np.ndarray | TopLogits]()
+    assert cache is not None, "reset() comes first"
+    deepest = None if decoder.deepest is None else decoder.deepest - cache.length
+    for piece in chunks(len(prompt), PREFILL_CHUNK, prompt.spans, deepest):
+        part = prompt.piece(piece)
+        rows = [*decoder.top_logits(part, length)] if top else [decoder.forward(part, length)]
+    return rows
+
+
 def generate(
     decoder: Decoder,
     embed: Embedder,
     prompt: Encoded,
-    sampler: Sampler,
+    sampler: Sampler | Scoring,
     stop_ids: Collection[int],
     max_new_tokens: int,
     trace: Trace,
@@ -68,10 +81,7 @@ def generate(
         # Where the sampler needs no more of them than the session finds, the logits stay on the device.
         top_suffices = sampler.needs is not None and sampler.needs < decoder.top
         length = cache.length + len(prompt) if prompt.end is None else prompt.end
-        deepest = None if decoder.deepest is None else decoder.deepest - cache.length
-        for piece in chunks(len(prompt), PREFILL_CHUNK, prompt.spans, deepest):
-            part = prompt.piece(piece)
-            rows = decoder.top_logits(part, length) if top_suffices else [decoder.forward(part, length)]
+        rows = prefill(decoder, prompt, length, top_suffices)
     produced, guess = 0, list[int]()
     while True:
         for row, guessed in zip(rows, [*guess, None], strict=True):

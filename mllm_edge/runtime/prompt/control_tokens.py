@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from mllm_edge.errors import PromptError
 
-__all__ = ["ControlTokens", "Marks", "Piece", "encode_pieces"]
+__all__ = ["ControlTokens", "Marks", "Piece", "continued", "encode_pieces"]
 
 # Unicode's noncharacters: no text holds them, and no template looks for them.
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
@@ -130,6 +130,11 @@ def encode_pieces(tokenizer: _Encoder, pieces: Sequence[Piece], add_special_toke
     probe, bare = tokenizer.encode("a", add_special_tokens), tokenizer.encode("a", False)
     at = next((i for i in range(len(probe)) if probe[i : i + len(bare)] == bare), 0)
     return [*probe[:at], *ids, *probe[at + len(bare) :]]
+
+
+def continued(tokenizer: _Encoder, text: str) -> list[int]:
+    """Ids of a text that goes on with another."""
+    return _plain(tokenizer, text, True)
 
 
 def _plain(tokenizer: _Encoder, text: str, inside: bool) -> list[int]:

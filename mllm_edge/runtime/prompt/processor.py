@@ -5,30 +5,27 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, get_args
 
 import numpy as np
 
-from mllm_edge.errors import BundleError, ImageError, PromptError
-from mllm_edge.runtime.prompt.control_tokens import ControlTokens, Piece, encode_pieces
-from mllm_edge.runtime.prompt.image import ImageSource, load_image
+from mllm_edge.errors import BundleError, OptionError, PromptError
+from mllm_edge.runtime.prompt.control_tokens import ControlTokens, Piece, continued, encode_pieces
 from mllm_edge.runtime.prompt.layout import (
     Layout,
     grid_positions,
     image_text,
     layout_of,
-    shared_bounds,
     video_layout,
 )
-from mllm_edge.runtime.prompt.sources import Kind, Source, Video, as_sources, entry_source, in_order, kind_of, merged
+from mllm_edge.runtime.prompt.shown import Shown, Viewer
+from mllm_edge.runtime.prompt.sources import Kind, Source, as_sources, entry_source, in_order, kind_of, merged
 from mllm_edge.runtime.prompt.stage_text import StageTokens
 from mllm_edge.runtime.prompt.timing import timing_of
 from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
-from mllm_edge.runtime.prompt.transforms.apply import apply_transforms, first_size
-from mllm_edge.runtime.prompt.transforms.patches import frames_joined
-from mllm_edge.runtime.prompt.transforms.tiles import filled
-from mllm_edge.spec import PIXELS, ImagePrompt, ImageSpec, ModelSpec, Transform, VideoSpec
+from mllm_edge.spec import PIXELS, ImagePrompt, ImageSpec, ModelSpec, VideoSpec
 
 __all__ = ["Message", "Messages", "Processor", "Prompt"]
 
@@ -42,21 +39,45 @@ class Prompt:
     """What the model is run with.
 
     `text`: the rendered prompt, one placeholder per image or video. `token_ids` [S] int64, placeholders expanded.
-    `pixel_values` [slices, …] float32, the slices (see `ImageSpec`) of all images and videos as they follow each other
-    in the text, or None without any. `image_positions` [N] int64: where in `token_ids` their tokens are, in order.
-    `layouts`: of each image and video. `positions` [3, S] int64 for the decoder; None: the places in the sequence.
-    `views`: what else is made of the images, by its name (see `View`). `texts`: the text [1, tokens] int64 beside each
-    slice, by its name (see `StageText`).
+    `shown`: the images and videos as they follow each other in the text. `image_positions` [N] int64: where in
+    `token_ids` their tokens are, in order. `positions` [3, S] int64 for the decoder; None: the places in the sequence.
+    `texts`: the text [1, tokens] int64 beside each slice, by its name (see `StageText`).
     """
 
     text: str
     token_ids: np.ndarray
-    pixel_values: np.ndarray | None
+    shown: tuple[Shown, ...]
     image_positions: np.ndarray
-    layouts: tuple[Layout, ...]
     positions: np.ndarray | None = None
-    views: Mapping[str, np.ndarray] = field(default_factory=dict)
     texts: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, shown: Shown) -> Prompt:
+        """A prompt without a text, of one image alone: for the stages before the decoder."""
+        return cls("", np.zeros(0, np.int64), (shown,), np.zeros(0, np.int64))
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """Of each image and video."""
+        return tuple(shown.layout for shown in self.shown)
+
+    @cached_property
+    def pixel_values(self) -> np.ndarray | None:
+        """The slices (see `ImageSpec`) [slices, …] float32 of all of them; None without any, or where those of one are
+        not known any more."""
+        found = [shown.inputs[PIXELS] for shown in self.shown if shown.inputs is not None]
+        return None if not found or len(found) < len(self.shown) else _joined(found)
+
+    @property
+    def keys(self) -> np.ndarray:
+        """[S] int64: a number for each token, which are the same for the same beginnings of prompts: its id, and for an
+        image's one of its content and the token's place in it, below zero."""
+        keys, first = self.token_ids.copy(), 0
+        for shown in self.shown:
+            where = self.image_positions[first : first + shown.layout.tokens]
+            keys[where] = shown.numbers(self.texts)
+            first += len(where)
+        return keys
 
 
 class Processor:
@@ -69,11 +90,13 @@ class Processor:
         template: ChatTemplate | None,
         fast_jpeg: bool = False,
         stage_tokens: StageTokens | None = None,
+        model: str = "",
     ):
         """`template` None: the bundle has no chat template, and only plain strings and raw prompts are accepted.
         `fast_jpeg`: decode large JPEG files at a smaller scale, see `load_image`. `stage_tokens`: where stages get the
-        text, too."""
-        self._image, self._fast_jpeg, self._stage_tokens = spec.image, fast_jpeg, stage_tokens
+        text, too. `model`: whose encoded images are taken."""
+        self._image, self._stage_tokens = spec.image, stage_tokens
+        self._viewer = None if spec.image is None else Viewer(spec.image, fast_jpeg, model)
         self._follows_grids = spec.positions.images == "grid"
         self._tokenizer = tokenizer
         self._template = template
@@ -110,7 +133,7 @@ class Processor:
         sources = merged(entries, sources)
         kinds = [kind_of(source) for source in sources]
         pieces, add_special_tokens = self._render(conversation, kinds, add_generation_prompt)
-        return self._assemble(pieces, self._load(self._as_written(pieces, sources)), add_special_tokens)
+        return self._assemble(pieces, self._shown(self._as_written(pieces, sources)), add_special_tokens)
 
     def process_text(self, text: str, images: Source | Iterable[Source] = ()) -> Prompt:
         """The prompt for an already rendered `text` with one placeholder per image, such as "<image>Describe this."
@@ -119,7 +142,7 @@ class Processor:
         """
         sources, pieces = as_sources(images), (Piece(text),)
         self._check_placeholders(pieces, [kind_of(source) for source in sources])
-        return self._assemble(pieces, self._load(self._as_written(pieces, sources)), None)
+        return self._assemble(pieces, self._shown(self._as_written(pieces, sources)), None)
 
     def count_tokens(
         self,
@@ -151,6 +174,23 @@ class Processor:
         sizes = in_order(self._kinds_in(pieces), list(zip(kinds, image_sizes, strict=True)))
         layouts = [self._layout(size, kinds.count("image")) for size in sizes]
         return len(self._encode(pieces, layouts, add_special_tokens))
+
+    def answer_tokens(self, prompt: Prompt, answer: Any, raw: bool = False) -> list[int]:
+        """Token ids of an answer behind a prompt, with a blank before it where the prompt ends in a text without one
+        (unless it is `raw`). Raises OptionError for an empty one, or one that spells a control token."""
+        if not isinstance(answer, str) or not answer.strip():
+            raise OptionError(f"an answer is {answer!r:.60}", "give a text that is not empty")
+        if spelled := self.spelled(answer):
+            raise OptionError(f"the answer {answer!r:.60} spells {spelled[0]!r}", "leave it out; ended=True is the end")
+        last = self._tokenizer.added_tokens.get(int(prompt.token_ids[-1]))
+        parted = raw or last is not None or answer[0].isspace() or prompt.text[-1:].isspace()
+        return continued(self._tokenizer, answer if parted else f" {answer}")
+
+    def show(self, source: Source) -> Shown:
+        """One image or video as it is shown alone. Raises PromptError for a model that takes none, ImageError."""
+        self._require([kind_of(source)])
+        assert self._viewer is not None
+        return self._viewer.show([source])[0]
 
     def spelled(self, text: str) -> list[str]:
         """The control tokens whose names a user's `text` spells, in order: they stay text."""
@@ -293,85 +333,11 @@ class Processor:
         frames, height, width, *fps = size
         return video_layout(self._image, frames, height, width, timing_of(frames, None, fps[0] if fps else None, None))
 
-    def _load(self, sources: Sequence[Source]) -> list[tuple[Layout, Arrays]]:
-        """The layout of each image or video, its pixel values and further views."""
-        processed: list[tuple[Layout, Arrays]] = []
-        images = sum(not isinstance(source, Video) for source in sources)
-        for i, source in enumerate(sources):
-            spec = self._image
-            assert spec is not None
-            try:
-                if isinstance(source, Video):
-                    layout, made = self._decoded_video(source, spec)
-                else:
-                    layout, made = self._decoded(source, spec, images)
-            except ImageError as error:
-                if len(sources) == 1:
-                    raise
-                raise ImageError(f"{kind_of(source)} {i + 1} of {len(sources)}: {error.message}", error.fix) from error
-            for name, shape in spec.inputs.items():
-                if made[name].shape[1:] != shape:
-                    raise BundleError(
-                        f"the transforms give {name} of {made[name].shape[1:]}, the model takes {shape}",
-                        "export the bundle again",
-                    )
-            processed.append((layout, made))
-        return processed
+    def _shown(self, sources: Sequence[Source]) -> tuple[Shown, ...]:
+        return () if self._viewer is None else self._viewer.show(sources)
 
-    def _decoded(self, source: ImageSource, spec: ImageSpec, images: int) -> tuple[Layout, Arrays]:
-        ways = spec.transforms_for(images), *(view.transforms for view in spec.views)
-        (pixels, *views), size = self._transformed(source, ways)
-        layout = layout_of(spec, *size, images)
-        pixels = pixels if spec.tiles is None else filled(pixels, layout.slices)
-        return layout, dict(zip(spec.inputs, (pixels, *views), strict=True))
-
-    def _decoded_video(self, video: Video, spec: ImageSpec) -> tuple[Layout, Arrays]:
-        assert spec.video is not None
-        patches, shared = spec.video.patches, shared_bounds(spec.video, len(video.frames))
-        transforms = (
-            spec.video.transforms if patches is None else (*spec.video.transforms[:-1], replace(patches, frames=1))
-        )
-        made, sizes = list[np.ndarray](), list[tuple[int, int]]()
-        for i, frame in enumerate(video.frames):
-            try:
-                (pixels,), size = self._transformed(frame, (transforms,), shared)
-                if patches is not None and sizes and size != sizes[0]:
-                    (height, width), first = size, f"{sizes[0][0]}×{sizes[0][1]}"
-                    raise ImageError(f"{height}×{width} px, and the first is {first}", "give frames of one size")
-            except ImageError as error:
-                where = f"frame {i + 1} of {len(video.frames)}"
-                raise ImageError(f"{where}: {error.message}", error.fix) from error
-            made.append(pixels)
-            sizes.append(size)
-        layout = video_layout(spec, len(made), *sizes[0], video.timing)
-        if patches is not None:
-            made += [made[-1]] * (-len(made) % patches.frames)
-            groups = (made[i : i + patches.frames] for i in range(0, len(made), patches.frames))
-            made = [frames_joined(group, spec.channels) for group in groups]
-        return layout, {PIXELS: np.concatenate(made)}
-
-    def _transformed(
-        self, source: ImageSource, ways: Sequence[Sequence[Transform]], frames: tuple[int, int] = (1, 1)
-    ) -> tuple[list[np.ndarray], tuple[int, int]]:
-        """What several ways make of an image, and its size (height, width) as it is before it was decoded at a smaller
-        scale; `frames` as of `Cut`."""
-        sizes = list[tuple[int, int]]()
-
-        def wanted(height: int, width: int) -> tuple[int, int] | None:
-            firsts = [size for transforms in ways if (size := first_size(height, width, transforms, frames))]
-            if len(firsts) < len(ways):
-                return None
-            sizes.append((height, width))
-            return max(height for height, _ in firsts), max(width for _, width in firsts)
-
-        image = load_image(source, wanted) if self._fast_jpeg else load_image(source)
-        size = sizes[0] if sizes else (image.height, image.width)
-        return [apply_transforms(image, transforms, size, frames) for transforms in ways], size
-
-    def _assemble(
-        self, pieces: Sequence[Piece], images: list[tuple[Layout, Arrays]], add_special_tokens: bool | None
-    ) -> Prompt:
-        layouts = tuple(layout for layout, _ in images)
+    def _assemble(self, pieces: Sequence[Piece], shown: tuple[Shown, ...], add_special_tokens: bool | None) -> Prompt:
+        layouts = [one.layout for one in shown]
         token_ids = np.array(self._encode(pieces, layouts, add_special_tokens), np.int64)
         where, positions = np.zeros(0, np.int64), None
         if self._image is not None:
@@ -385,12 +351,10 @@ class Processor:
                     f"image prompt disagree about {self._image.prompt.token!r}",
                     "export the bundle again",
                 )
-            if images and self._follows_grids:
+            if shown and self._follows_grids:
                 positions = grid_positions(len(token_ids), where, layouts)
-        made = {name: _joined([made[name] for _, made in images]) for name in (images[0][1] if images else ())}
         text = "".join(piece.text for piece in pieces)
-        texts = self._texts(pieces) if images else {}
-        return Prompt(text, token_ids, made.pop(PIXELS, None), where, layouts, positions, made, texts)
+        return Prompt(text, token_ids, shown, where, positions, self._texts(pieces) if shown else {})
 
     def _texts(self, pieces: Sequence[Piece]) -> Arrays:
         """What stages get of the text."""

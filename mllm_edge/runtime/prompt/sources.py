@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeVar, get_args
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import numpy as np
 from PIL import Image
@@ -11,7 +12,10 @@ from mllm_edge.errors import ImageError, PromptError
 from mllm_edge.runtime.prompt.image import BGR, ImageSource
 from mllm_edge.runtime.prompt.timing import timing_of
 
-__all__ = ["Kind", "Source", "Video", "as_sources", "entry_source", "in_order", "kind_of", "merged"]
+if TYPE_CHECKING:
+    from mllm_edge.runtime.prompt.shown import Shown
+
+__all__ = ["EncodedImage", "Kind", "Source", "Video", "as_sources", "entry_source", "in_order", "kind_of", "merged"]
 
 Kind = Literal["image", "video"]
 _PAYLOADS = ("image", "path", "url", "base64")
@@ -45,11 +49,36 @@ class Video:
         return f"Video({len(self.frames)} frames{f', {self.timing}' if self.timing else ''})"
 
 
-Source = ImageSource | Video
+@dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """An image (or a video) that a model has looked at, as `VLM.encode_image` returns it: it stands for its `source` in
+    any later prompt of that model, and is not looked at again. `model`: whose stages made of it what it is `shown` as.
+    The source is None where no prompt needs it.
+    """
+
+    source: ImageSource | None
+    shown: "Shown"
+    model: str
+
+    def __repr__(self) -> str:
+        layout = self.shown.layout
+        return f"EncodedImage({layout.kind}, {layout.tokens} tokens)"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to a file, whole or not at all, for `VLM.load_image`; raises WriteError."""
+        from mllm_edge.runtime.encoded_image import save_encoded
+
+        save_encoded(self, path)
+
+
+Source = ImageSource | Video | EncodedImage
+_ALONE = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, BGR, Video, EncodedImage)
 
 
 def kind_of(source: Source) -> Kind:
     """Which placeholder stands for it."""
+    if isinstance(source, EncodedImage):
+        return source.shown.layout.kind
     return "video" if isinstance(source, Video) else "image"
 
 
@@ -57,9 +86,7 @@ def as_sources(images: Any) -> list[Any]:
     """`images` as a list: one image alone is not a sequence of images, even where Python could iterate over it."""
     if images is None:
         return []
-    if isinstance(images, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, BGR, Video)) or hasattr(
-        images, "read"
-    ):
+    if isinstance(images, _ALONE) or hasattr(images, "read"):
         return [images]
     if isinstance(images, np.ndarray) and images.ndim < 4:
         return [images]
@@ -72,7 +99,7 @@ def entry_source(entry: Mapping[str, Any]) -> Source | None:
     """What an entry of a message's content holds to look at, or None."""
     if entry["type"] == "video":
         frames = entry.get("video")
-        return frames if frames is None or isinstance(frames, Video) else Video(frames)
+        return frames if frames is None or isinstance(frames, (Video, EncodedImage)) else Video(frames)
     if entry["type"] == "image_url":
         url = entry.get("image_url")
         return url.get("url") if isinstance(url, Mapping) else url
