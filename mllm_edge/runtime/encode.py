@@ -85,10 +85,8 @@ def looked_at(
             each(run)
             for name, array in ((n, a) for outputs in run.values() for n, a in outputs.items()):
                 if name == FEATURES or name.startswith(DEEPSTACK) or name in wanted:
-                    rows = array.reshape(sum(owners.values()), -1, array.shape[-1])
-                    ends = np.cumsum(list(owners.values()))[:-1]
-                    for i, part in zip(owners, np.split(rows, ends), strict=True):
-                        parts[todo[i]].setdefault(name, []).append(part.reshape(-1, array.shape[-1]))
+                    for i, rows in zip(owners, _shares(array, list(owners.values())), strict=True):
+                        parts[todo[i]].setdefault(name, []).append(rows)
     return [
         dict(one.features) if one.features is not None else {name: _joined(rows) for name, rows in found.items()}
         for one, found in zip(prompt.shown, parts, strict=True)
@@ -166,6 +164,12 @@ def _cross_of(
     run = components.run(components.for_prompt, joined, trace)
     each(run)
     return _cross(run)
+
+
+def _shares(array: np.ndarray, slices: Sequence[int]) -> list[np.ndarray]:
+    """The rows [n, H] of each image in what a run made of so many slices of each."""
+    rows = array.reshape(-1, array.shape[-1])
+    return np.split(rows, np.cumsum(slices)[:-1] * (len(rows) // sum(slices)))  # of several images slices are alike
 
 
 def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
