@@ -47,6 +47,7 @@ _KINDS = {
     "chameleon": _Kind(qkv_bias=None, output_bias=None),
     "glm4v_text": _Kind(qkv_bias=True, partial_rope=True, mrope="sectioned"),
     "granite": _Kind(qkv_bias=None, output_bias=None),
+    "idefics": _Kind(),
     "llama": _Kind(qkv_bias=None, output_bias=None),
     "mistral": _Kind(windowed=True),
     "mixtral": _Kind(windowed=True),
