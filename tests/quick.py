@@ -23,6 +23,7 @@ LONG = frozenset(
         "test_fast_vlm.py",
         "test_florence2.py",
         "test_half.py",
+        "test_idefics.py",
         "test_idefics2.py",
         "test_instructblip.py",
         "test_instructblip_video.py",

@@ -21,6 +21,7 @@ from mllm_edge.spec import (
     LearnedPositions,
     ModelSpec,
     ResizeToPixels,
+    ResizeToSide,
     ResizeWithin,
     SplitLarge,
     Stage,
@@ -156,6 +157,7 @@ def _cell_ranges(image: ImageSpec) -> dict[str, SymbolRange]:
     areas += [max(t.max_cells, (t.size // t.cell) ** 2) for t in image.transforms if isinstance(t, SplitLarge)]
     fitted = (t for t in image.transforms if isinstance(t, ResizeWithin))
     areas += [(math.ceil(t.longest_edge / t.multiple) * t.multiple // image.height) ** 2 for t in fitted]
+    areas += [math.ceil(t.side / image.height) ** 2 for t in image.transforms if isinstance(t, ResizeToSide)]
     most = min(areas, default=None)
     usual = 256 if most is None else min(256, most)
     # A feature may be alone, with cells left over beside it on two sides. No image has more windows than cells.

@@ -89,7 +89,9 @@ def behind(model: Any, inputs: Mapping[str, Any], out: Any, tokens: Any) -> dict
     if encodes(model):
         read = {"encoder_outputs": BaseModelOutput(last_hidden_state=out.encoder_last_hidden_state)}
         return {"decoder_input_ids": tokens, "attention_mask": inputs.get("attention_mask"), **read, **cache}
-    seen = {name: inputs[name][:, -1:] for name in ("cross_attention_mask",) if name in inputs}
+    seen = {name: inputs[name][:, -1:] for name in ("cross_attention_mask", "image_attention_mask") if name in inputs}
+    if "image_attention_mask" in seen:  # IDEFICS keeps nothing of the images, and looks at them in each step
+        seen["pixel_values"] = inputs["pixel_values"]
     return {"input_ids": tokens, **seen, **cache}
 
 
@@ -192,7 +194,11 @@ def rounded(
         if activations:
             step = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30) / 127
             x = torch.round(x / step) * step
-        return torch.nn.functional.linear(x, torch.from_numpy(weight), module.bias)
+        kept, module.weight = module.weight, torch.nn.Parameter(torch.from_numpy(weight), requires_grad=False)
+        try:
+            return type(module).forward(module, x)
+        finally:
+            module.weight = kept
 
     for module, precision in chosen.items():
         setattr(module, "forward", partial(forward, module, precision))  # noqa: B010 # a method, mypy says

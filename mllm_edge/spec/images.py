@@ -39,8 +39,8 @@ class ImagePrompt:
     of an image of cells. `inline`: what a chat template for plain text gets in a message for an image, `{image}` being
     one placeholder. `reserved`: further words that stand for pictures or videos, which no text of a user's may become.
     `placeholder`: what stands for an image in a rendered text before it becomes all this, where that is not the `token`
-    of its features. `border`: a word around images; it stands once where it would twice, and a blank is put between it
-    and a text behind it that begins with none (and with no "<").
+    of its features. `border`: a word around images; it stands once where it would twice. With `blank`, a blank is put
+    between it and a text behind it that begins with none (and with no "<"); without, blanks beside it fall away.
     """
 
     token: str
@@ -56,6 +56,7 @@ class ImagePrompt:
     reserved: tuple[str, ...] = ()
     placeholder: str = ""
     border: str = ""
+    blank: bool = True
 
     @property
     def written(self) -> str:

@@ -10,6 +10,7 @@ __all__ = [
     "FitCanvas",
     "FitPatches",
     "Normalize",
+    "PadToMultiple",
     "PadToSquare",
     "Patchify",
     "Resample",
@@ -56,12 +57,13 @@ class ResizeShortestEdge:
 
 @dataclass(frozen=True)
 class ResizeToSide:
-    """Scale so that the longer side is `side` px, keeping the aspect ratio; the shorter side is rounded to an integer
-    (halves to the even one), `least` px at least."""
+    """Scale so that the longer side is `side` px, keeping the aspect ratio; the shorter side (the height, of a
+    square) is rounded to an integer (halves to the even one; or `truncated`), `least` px at least."""
 
     side: int
     least: int
     resample: Resample
+    truncated: bool = False
     op: Literal["resize_to_side"] = "resize_to_side"
 
 
@@ -112,6 +114,14 @@ class PadToSquare:
 
     color: tuple[int, ...]
     op: Literal["pad_to_square"] = "pad_to_square"
+
+
+@dataclass(frozen=True)
+class PadToMultiple:
+    """Add black at the bottom and right until both sides are multiples of `multiple` px."""
+
+    multiple: int
+    op: Literal["pad_to_multiple"] = "pad_to_multiple"
 
 
 @dataclass(frozen=True)
@@ -285,6 +295,7 @@ Transform = (
     | Resize
     | CenterCrop
     | PadToSquare
+    | PadToMultiple
     | SplitTiles
     | SelectTiles
     | CoverTiles

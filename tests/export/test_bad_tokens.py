@@ -38,7 +38,7 @@ def add_tokens(checkpoint: Path, *tokens: tuple[str, int]) -> None:
 
 def vocabulary(checkpoint: Path) -> int:
     config = json.loads((checkpoint / "config.json").read_text())
-    return int(config.get("text_config", config)["vocab_size"])
+    return int(config.get("text_config", config)["vocab_size"]) + int(config.get("additional_vocab_size", 0))
 
 
 def assert_refused(checkpoint: Path, *words: str) -> None:
@@ -79,8 +79,10 @@ def test_more_ids_than_embeddings(checkpoint: Path) -> None:
     """The head has all rows, the embeddings do not."""
     path = checkpoint / "model.safetensors"
     weights = load_file(path)
-    (name,) = (n for n in weights if n.endswith(("embed_tokens.weight", "shared.weight")))
-    weights[name] = weights[name][:260].contiguous()
+    ends, left = ("embed_tokens.weight", "shared.weight", "additional_embedding.weight"), 260
+    for name in sorted((n for n in weights if n.endswith(ends)), reverse=True):
+        weights[name] = weights[name][:left].contiguous()
+        left -= len(weights[name])
     save_file(weights, path)
     last = max(t["id"] for t in json.loads((checkpoint / "tokenizer.json").read_text())["added_tokens"])
     assert last >= 260

@@ -43,9 +43,11 @@ class _Kind:
 
 
 _KINDS = {
+    "aria_text": _Kind(qkv_bias=None, output_bias=None),
     "chameleon": _Kind(qkv_bias=None, output_bias=None),
     "glm4v_text": _Kind(qkv_bias=True, partial_rope=True, mrope="sectioned"),
     "granite": _Kind(qkv_bias=None, output_bias=None),
+    "idefics": _Kind(),
     "llama": _Kind(qkv_bias=None, output_bias=None),
     "mistral": _Kind(windowed=True),
     "mixtral": _Kind(windowed=True),

@@ -53,16 +53,17 @@ class SiglipConfig:
         layers: int | None = None,
         inner: int | None = None,
         projection: str = "out_proj",
+        size: str = "hidden_size",
     ) -> "SiglipConfig":
         """A tower's settings; `tile`: where it is not `image_size`; `layers`: where not all of them are run; `inner`:
-        where no `intermediate_size` is stated. Raises ConfigError."""
+        where no `intermediate_size` is stated; `size`: what its width is called. Raises ConfigError."""
         image, patch = vision.side("image_size"), vision.side("patch_size")
         if tile is not None and tile % patch:
             raise ConfigError(
                 f"the image processor makes tiles of {tile} px, no multiple of the vision tower's patch of {patch}",
                 OWN_PROCESSOR,
             )
-        hidden, heads = vision.heads()
+        hidden, heads = vision.heads(size)
         return cls(
             hidden_size=hidden,
             intermediate_size=vision.take("intermediate_size") if inner is None else inner,

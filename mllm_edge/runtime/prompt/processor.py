@@ -275,6 +275,9 @@ class Processor:
         border = self._image.prompt.border if self._image is not None else ""
         if not border:
             return made
+        assert self._image is not None
+        if not self._image.prompt.blank:
+            return re.sub(rf" *{re.escape(border)} *", border, made).replace(border * 2, border)
         return re.sub(rf"{re.escape(border)}(?=[^\s<])", f"{border} ", made.replace(border * 2, border))
 
     # ------------------------------------------------------------ images

@@ -9,6 +9,7 @@ from mllm_edge.errors import ImageError
 from mllm_edge.runtime.prompt.transforms.cut import Cut, How
 from mllm_edge.spec import (
     CenterCrop,
+    PadToMultiple,
     PadToSquare,
     Resize,
     ResizeLongestEdge,
@@ -50,9 +51,12 @@ def _resize_shortest_edge_cut(cut: Cut, transform: ResizeShortestEdge) -> Cut:
 
 
 def _resize_to_side_cut(cut: Cut, transform: ResizeToSide) -> Cut:
-    scale = transform.side / max(cut.height, cut.width)
-    height, width = (max(round(side * scale), transform.least) for side in (cut.height, cut.width))
-    return cut._replace(height=height, width=width)
+    scale, whole = transform.side / max(cut.height, cut.width), int if transform.truncated else round
+    height, width = (max(whole(side * scale), transform.least) for side in (cut.height, cut.width))
+    # Truncation may lose a pixel of the longer side, too.
+    if cut.width >= cut.height:
+        return cut._replace(height=height, width=max(transform.side, transform.least))
+    return cut._replace(height=max(transform.side, transform.least), width=width)
 
 
 def _resize_to_multiple_cut(cut: Cut, transform: ResizeToMultiple) -> Cut:
@@ -82,6 +86,11 @@ def _fixed_cut(cut: Cut, transform: Resize | CenterCrop) -> Cut:
 def _pad_to_square_cut(cut: Cut, transform: PadToSquare) -> Cut:
     side = max(cut.height, cut.width)
     return cut._replace(height=side, width=side)
+
+
+def _pad_to_multiple_cut(cut: Cut, transform: PadToMultiple) -> Cut:
+    height, width = (_round_up(side, transform.multiple) for side in (cut.height, cut.width))
+    return cut._replace(height=height, width=width)
 
 
 def _resize_to_pixels_cut(cut: Cut, transform: ResizeToPixels) -> Cut:
@@ -130,6 +139,11 @@ def _pad(tiles: list[Image.Image], transform: PadToSquare, after: Cut) -> list[I
     return padded
 
 
+def _pad_behind(tiles: list[Image.Image], transform: PadToMultiple, after: Cut) -> list[Image.Image]:
+    # What lies outside the image comes out black.
+    return [tile.crop((0, 0, after.width, after.height)) for tile in tiles]
+
+
 def _even(length: int) -> int:
     return length + length % 2
 
@@ -148,4 +162,5 @@ RESIZES: Mapping[type, How] = {
     Resize: How(_fixed_cut),
     CenterCrop: How(_fixed_cut, _crop),
     PadToSquare: How(_pad_to_square_cut, _pad),
+    PadToMultiple: How(_pad_to_multiple_cut, _pad_behind),
 }
