@@ -29,7 +29,7 @@ _TABLE_INPUTS = {"grid_rope": 2, "grid_windows": 3, "grid_merge": 1, "learned_po
 _LARGEST_WINDOW = 64  # patches along a side: the bias of a window is that to the fourth power
 _MOST_TILES = 1024  # of a canvas
 _CUTTING = {
-    *("split_tiles", "select_tiles", "cover_tiles", "select_resolution"),
+    *("split_tiles", "select_tiles", "cover_tiles", "fill_tiles", "select_resolution"),
     *("fit_canvas", "split_large", "fit_patches", "patchify"),
 }
 _MAY_BE_ZERO = {"min_pixels"}  # of the sizes of transforms

@@ -20,7 +20,6 @@ LONG = frozenset(
         "test_dlpack.py",
         "test_engines.py",
         "test_export.py",
-        "test_fast_vlm.py",
         "test_florence2.py",
         "test_half.py",
         "test_idefics2.py",
@@ -39,6 +38,7 @@ LONG = frozenset(
         "test_package.py",
         "test_quantize.py",
         "test_quantize_resume.py",
+        "test_perception_lm.py",
         "test_qwen25_vl.py",
         "test_qwen3_vl.py",
         "test_reading.py",
@@ -48,6 +48,7 @@ LONG = frozenset(
         "test_speculation.py",
         "test_targets.py",
         "test_tensorrt_runs.py",
+        "test_timm.py",
         "test_tower_engines.py",
         "test_vision_attention.py",
     )

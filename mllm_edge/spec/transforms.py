@@ -7,6 +7,7 @@ __all__ = [
     "MOST_PIXELS",
     "CenterCrop",
     "CoverTiles",
+    "FillTiles",
     "FitCanvas",
     "FitPatches",
     "Normalize",
@@ -162,6 +163,23 @@ class CoverTiles:
 
 
 @dataclass(frozen=True)
+class FillTiles:
+    """Stretch to a grid of at most `max_tiles` tiles of `size` × `size` px and cut it row by row. Before the tiles
+    stands the whole image stretched to one tile, the overview, also where there is one tile alone.
+
+    Of the grids that are no smaller than the image on either side, it is the one on which the image's shorter side
+    would be longest with its aspect ratio kept (in whole px). Of several: of the aspect ratio whose largest grid has
+    the fewest tiles, then the most columns; and the smallest of these. Where the image is larger than every grid, it is
+    the largest of the nearest aspect ratio: of a high image the next one above its own, of others not above it.
+    """
+
+    size: int
+    max_tiles: int
+    resample: Resample
+    op: Literal["fill_tiles"] = "fill_tiles"
+
+
+@dataclass(frozen=True)
 class SelectResolution:
     """Fit into the one of `resolutions` (height, width) that keeps most of the image's pixels (of several, the one that
     wastes least), keeping the aspect ratio, in the middle of black; cut it into `size` × `size` px tiles, row by row.
@@ -287,6 +305,7 @@ Transform = (
     | SplitTiles
     | SelectTiles
     | CoverTiles
+    | FillTiles
     | SelectResolution
     | FitCanvas
     | FitPatches

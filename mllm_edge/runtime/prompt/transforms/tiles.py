@@ -9,7 +9,16 @@ from PIL import Image
 from mllm_edge.errors import BundleError, ImageError
 from mllm_edge.runtime.prompt.transforms.cut import RESAMPLE, Cut, How, resized
 from mllm_edge.runtime.prompt.transforms.resize import whole_sides
-from mllm_edge.spec import CoverTiles, FitCanvas, FitPatches, SelectResolution, SelectTiles, SplitLarge, SplitTiles
+from mllm_edge.spec import (
+    CoverTiles,
+    FillTiles,
+    FitCanvas,
+    FitPatches,
+    SelectResolution,
+    SelectTiles,
+    SplitLarge,
+    SplitTiles,
+)
 
 __all__ = ["TILES", "filled", "fitted", "nearest_resolution", "on_canvas"]
 
@@ -83,7 +92,35 @@ def _kept(longer: float, shorter: float, size: int) -> float:
     return size * (shorter / longer * size) if longer > size else longer * shorter
 
 
-def _cover(tiles: list[Image.Image], transform: CoverTiles, after: Cut) -> list[Image.Image]:
+def _fill_tiles_cut(cut: Cut, transform: FillTiles) -> Cut:
+    if cut.slices > 1:
+        raise BundleError("fill_tiles comes after another split", "export the bundle again")
+    rows, cols = _filled_grid(cut.height, cut.width, transform)
+    return Cut(transform.size, transform.size, rows, cols, rows * cols + 1)
+
+
+def _filled_grid(height: int, width: int, transform: FillTiles) -> tuple[int, int]:
+    """(rows, cols) of the grid that FillTiles describes."""
+    size, ratio = transform.size, width / height
+    alike: dict[float, list[tuple[int, int]]] = {}  # of one aspect ratio, the largest first
+    for tiles in range(transform.max_tiles, 0, -1):
+        for cols in (n for n in range(1, tiles + 1) if tiles % n == 0):
+            alike.setdefault(cols / (tiles // cols), []).append((tiles // cols, cols))
+    best, longest = None, 0
+    for rows, cols in (grid for grids in alike.values() for grid in grids):
+        if rows * size >= height and cols * size >= width:
+            scale = min(cols * size / width, rows * size / height)
+            # The longer side first, and the other one by the ratio: the rounding decides between grids.
+            shorter = math.floor(scale * width / ratio if ratio >= 1 else scale * height * ratio)
+            if shorter >= longest:
+                best, longest = (rows, cols), shorter
+    if best is not None:
+        return best
+    nearest = max(n for n in alike if n <= ratio) if ratio >= 1 else min(n for n in alike if n > ratio)
+    return alike[nearest][0]
+
+
+def _cover(tiles: list[Image.Image], transform: CoverTiles | FillTiles, after: Cut) -> list[Image.Image]:
     if after.slices == 1:
         return resized(tiles, transform, after)
     canvas = Cut(after.rows * transform.size, after.cols * transform.size)
@@ -262,6 +299,7 @@ TILES: Mapping[type, How] = {
     SplitTiles: How(_split_tiles_cut, _split),
     SelectTiles: How(_select_tiles_cut, _select),
     CoverTiles: How(_cover_tiles_cut, _cover),
+    FillTiles: How(_fill_tiles_cut, _cover),
     SelectResolution: How(_select_resolution_cut, _select_resolution),
     SplitLarge: How(_split_large_cut, _split_large),
     FitCanvas: How(_fit_canvas_cut, _fit_canvas),
