@@ -39,6 +39,7 @@ LONG = frozenset(
         "test_quantize.py",
         "test_quantize_resume.py",
         "test_perception_lm.py",
+        "test_phi4_multimodal.py",
         "test_qwen25_vl.py",
         "test_qwen3_vl.py",
         "test_reading.py",

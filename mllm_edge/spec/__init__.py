@@ -17,12 +17,15 @@ from mllm_edge.spec.images import (
     LearnedPositions,
     Pack,
     RowEnd,
+    ShownPatches,
     Shrink,
     StageText,
     Table,
+    Trim,
     Unpad,
     VideoSpec,
     View,
+    WholeLast,
 )
 from mllm_edge.spec.model import (
     DECODER,
@@ -61,6 +64,7 @@ from mllm_edge.spec.transforms import (
     FillTiles,
     FitCanvas,
     FitPatches,
+    FitTiles,
     Normalize,
     PadToSquare,
     Patchify,
@@ -78,6 +82,7 @@ from mllm_edge.spec.transforms import (
     SplitLarge,
     SplitTiles,
     Transform,
+    WholeBefore,
 )
 
 __all__ = [
@@ -91,6 +96,8 @@ __all__ = [
     "AspectRatioId",
     "FitCanvas",
     "FitPatches",
+    "FitTiles",
+    "WholeBefore",
     "MOST_PIXELS",
     "PIXELS",
     "StateKind",
@@ -111,6 +118,9 @@ __all__ = [
     "View",
     "Table",
     "Shrink",
+    "ShownPatches",
+    "Trim",
+    "WholeLast",
     "StageText",
     "SelectResolution",
     "RowEnd",

@@ -10,6 +10,7 @@ __all__ = [
     "FillTiles",
     "FitCanvas",
     "FitPatches",
+    "FitTiles",
     "Normalize",
     "PadToSquare",
     "Patchify",
@@ -27,6 +28,7 @@ __all__ = [
     "SplitLarge",
     "SplitTiles",
     "Transform",
+    "WholeBefore",
 ]
 
 MOST_PIXELS = 178_956_970  # of an image at any time; Pillow refuses larger files, too
@@ -205,6 +207,20 @@ class FitCanvas:
 
 
 @dataclass(frozen=True)
+class FitTiles:
+    """Scale into the top left of white tiles of `size` × `size` px, keeping the aspect ratio (truncated), and cut these
+    row by row. They are as many as the image's height and width have such tiles, begun ones included; where that is
+    more than `max_tiles`, those of SelectTiles' grid of up to so many. An image whose shorter side would become less
+    than `least` px is refused."""
+
+    size: int
+    max_tiles: int
+    least: int
+    resample: Resample
+    op: Literal["fit_tiles"] = "fit_tiles"
+
+
+@dataclass(frozen=True)
 class FitPatches:
     """With `quarters`, cut into four quarters, row by row, odd rests in the later ones, and append the whole image.
     Scale each so that its longer side is `longest` px at most, keeping the aspect ratio (truncated), then stretch sides
@@ -234,6 +250,14 @@ class Normalize:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     op: Literal["normalize"] = "normalize"
+
+
+@dataclass(frozen=True)
+class WholeBefore:
+    """Before the tiles stand all of them as one, the overview: their values, brought to one tile's size bicubically (a
+    = −0.75, what is beyond an edge is as the edge), and nothing is averaged. The last of the transforms."""
+
+    op: Literal["whole_before"] = "whole_before"
 
 
 @dataclass(frozen=True)
@@ -309,6 +333,8 @@ Transform = (
     | SelectResolution
     | FitCanvas
     | FitPatches
+    | FitTiles
+    | WholeBefore
     | Rescale
     | Normalize
     | ResizeToPixels

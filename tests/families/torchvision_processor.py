@@ -86,7 +86,22 @@ def perception_layout(processor: Any, height: int, width: int) -> list[int]:
     return [found[1], found[0]]
 
 
-LAYOUTS = {"Lfm2VlImageProcessor": lfm2_layout, "PerceptionLMImageProcessor": perception_layout}
+def phi4_layout(processor: Any, height: int, width: int) -> list[int]:
+    """Rows and columns of tiles, and of the patches that show something; zeros for a size that is refused."""
+    own = processor.image_processor
+    image, side = torch.zeros(3, height, width, dtype=torch.uint8), own.size["height"]
+    try:
+        whole, mask = own.dynamic_preprocess(image, side, own.patch_size, side // own.patch_size, own.dynamic_hd)
+    except ValueError:
+        return [0, 0, 0, 0]
+    return [n // side for n in whole.shape[1:]] + [int(mask[:, 0].sum()), int(mask[0].sum())]
+
+
+LAYOUTS = {
+    "Lfm2VlImageProcessor": lfm2_layout,
+    "PerceptionLMImageProcessor": perception_layout,
+    "Phi4MultimodalImageProcessor": phi4_layout,
+}
 
 
 def main(folder: Path, out: Path) -> None:

@@ -14,10 +14,11 @@ from mllm_edge.errors import BundleError, ImageError, PromptError
 from mllm_edge.runtime.prompt.control_tokens import ControlTokens, Piece, encode_pieces
 from mllm_edge.runtime.prompt.image import ImageSource, load_image
 from mllm_edge.runtime.prompt.layout import Layout, grid_positions, image_text, layout_of, video_layout
+from mllm_edge.runtime.prompt.shown import shown_inputs
 from mllm_edge.runtime.prompt.sources import Kind, Source, Video, as_sources, entry_source, in_order, kind_of, merged
 from mllm_edge.runtime.prompt.stage_text import StageTokens
 from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
-from mllm_edge.runtime.prompt.transforms.apply import apply_transforms, first_size
+from mllm_edge.runtime.prompt.transforms.apply import apply_transforms, cut_of, first_size
 from mllm_edge.runtime.prompt.transforms.tiles import filled
 from mllm_edge.spec import PIXELS, ImagePrompt, ImageSpec, ModelSpec, Transform
 
@@ -312,7 +313,10 @@ class Processor:
         (pixels, *views), size = self._transformed(source, ways)
         layout = layout_of(spec, *size, images)
         pixels = pixels if spec.tiles is None else filled(pixels, layout.slices)
-        return layout, dict(zip(spec.inputs, (pixels, *views), strict=True))
+        made = dict(zip((PIXELS, *(view.name for view in spec.views)), (pixels, *views), strict=True))
+        if spec.shown is not None:
+            made |= shown_inputs(spec.shown, cut_of(*size, spec.transforms_for(images)))
+        return layout, made
 
     def _decoded_video(self, video: Video, spec: ImageSpec) -> tuple[Layout, Arrays]:
         assert spec.video is not None

@@ -20,7 +20,8 @@ RESAMPLE = {
 class Cut(NamedTuple):
     """Slices of `height` × `width` px: a grid of rows × cols, and the overview where there is one more, in the size
     `overview` (height, width) where that is another. `sizes`: of all slices, where each has its own. `grids`: rows and
-    columns of cells, of each tile."""
+    columns of cells, of each tile. `shown`: (height, width) of what the image fills of the tiles, at their top left,
+    where that is not all."""
 
     height: int
     width: int
@@ -30,6 +31,7 @@ class Cut(NamedTuple):
     overview: tuple[int, int] | None = None
     grids: tuple[tuple[int, int], ...] = ()
     sizes: tuple[tuple[int, int], ...] = ()
+    shown: tuple[int, int] | None = None
 
 
 def resized(tiles: list[Image.Image], transform: Any, after: Cut) -> list[Image.Image]:

@@ -14,6 +14,7 @@ from mllm_edge.spec import (
     FillTiles,
     FitCanvas,
     FitPatches,
+    FitTiles,
     SelectResolution,
     SelectTiles,
     SplitLarge,
@@ -250,6 +251,30 @@ def _fit_canvas(tiles: list[Image.Image], transform: FitCanvas, after: Cut) -> l
     return _tiled(whole, transform.size, after)
 
 
+def _fit_tiles_cut(cut: Cut, transform: FitTiles) -> Cut:
+    if cut.slices > 1:
+        raise BundleError("fit_tiles comes after another split", "export the bundle again")
+    size, most = transform.size, transform.max_tiles
+    rows, cols = -(-cut.height // size), -(-cut.width // size)
+    if rows * cols > most:
+        rows, cols = _nearest_grid(cut.height, cut.width, SelectTiles(size, 1, most, False, transform.resample))
+    across, down = cols * size / cut.width, rows * size / cut.height
+    shown = (int(cut.height * across), cols * size) if across < down else (rows * size, int(cut.width * down))
+    if min(shown) < transform.least:
+        raise ImageError(
+            f"{cut.height}×{cut.width} px become {shown[0]}×{shown[1]}, and {transform.least} px are the least",
+            "crop the image to a less extreme aspect ratio",
+        )
+    return Cut(size, size, rows, cols, rows * cols, shown=shown)
+
+
+def _fit_tiles(tiles: list[Image.Image], transform: FitTiles, after: Cut) -> list[Image.Image]:
+    assert after.shown is not None
+    whole = Image.new("RGB", (after.cols * transform.size, after.rows * transform.size), "white")
+    whole.paste(resized(tiles, transform, Cut(*after.shown))[0])
+    return _tiled(whole, transform.size, after)
+
+
 def _quarters(height: int, width: int) -> list[tuple[int, int, int, int]]:
     """Left, top, right and bottom of the four quarters, row by row, and of the whole."""
     y, x = height // 2, width // 2
@@ -304,4 +329,5 @@ TILES: Mapping[type, How] = {
     SplitLarge: How(_split_large_cut, _split_large),
     FitCanvas: How(_fit_canvas_cut, _fit_canvas),
     FitPatches: How(_fit_patches_cut, _fit_patches),
+    FitTiles: How(_fit_tiles_cut, _fit_tiles),
 }
