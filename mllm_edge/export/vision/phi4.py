@@ -26,9 +26,9 @@ class Phi4Tower(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor, patch_places: torch.Tensor, patch_bias: torch.Tensor) -> torch.Tensor:
         patches, width = self.config.patches**2, self.config.hidden_size
-        learned = self.embeddings["position_embedding"].weight.index_select(0, patch_places.flatten())
+        learned = self.embeddings["position_embedding"].get_parameter("weight")
         hidden = self.embeddings["patch_embedding"](pixel_values).flatten(2).transpose(1, 2)
-        hidden = hidden + learned.reshape(-1, patches, width)
+        hidden = hidden + learned.index_select(0, patch_places.flatten()).reshape(-1, patches, width)
         # A row for each patch that looks: not every runtime repeats a bias over them.
         bias = patch_bias + patch_bias.new_zeros((1, 1, patches, 1))
         for layer in self.encoder["layers"].children():

@@ -69,10 +69,9 @@ def cubic(planes: np.ndarray, height: int, width: int) -> np.ndarray:
         if planes.shape[axis] == places:
             continue  # each is itself
         shape = [1, places, 1] if axis == 1 else [1, 1, places]
-        planes = sum(
-            np.take(planes, near, axis) * share.astype(np.float32).reshape(shape)
-            for near, share in _cubic_shares(planes.shape[axis], places)
-        )
+        shares = _cubic_shares(planes.shape[axis], places)
+        parts = [np.take(planes, near, axis) * share.astype(np.float32).reshape(shape) for near, share in shares]
+        planes = np.sum(parts, axis=0)
     return planes
 
 
