@@ -18,11 +18,14 @@ __all__ = [
     "Pack",
     "RowEnd",
     "Shrink",
+    "ShownPatches",
     "StageText",
     "Table",
+    "Trim",
     "Unpad",
     "VideoSpec",
     "View",
+    "WholeLast",
 ]
 
 PIXELS = "pixel_values"  # the input that every image becomes
@@ -159,7 +162,25 @@ class RowEnd:
     op: Literal["row_end"] = "row_end"
 
 
-Pack = Unpad | Shrink | RowEnd
+@dataclass(frozen=True)
+class Trim:
+    """Leave out the rows and columns of features that show nothing of the image, at the bottom and right of FitTiles'
+    tiles; a feature is made of `side` × `side` patches, and shows something where its first one does."""
+
+    side: int
+    op: Literal["trim"] = "trim"
+
+
+@dataclass(frozen=True)
+class WholeLast:
+    """The overview's features come behind the others and not before them, their rows end as theirs do, and between the
+    two stands one more feature: row 0 of the bundle's array `file`."""
+
+    file: str
+    op: Literal["whole_last"] = "whole_last"
+
+
+Pack = Unpad | Shrink | RowEnd | Trim | WholeLast
 
 
 @dataclass(frozen=True)
@@ -234,6 +255,19 @@ class View:
 
 
 @dataclass(frozen=True)
+class ShownPatches:
+    """Inputs `names` of the components beside each of FitTiles' tiles of patches of `patch` px: `places` [tiles,
+    patches] int64, the learned position of each, of `side` × `side`, as LearnedPositions chooses it by `bounds` among
+    those of the tile that show something of the image, and 0 for the others; and `bias` [tiles, 1, 1, patches] float32,
+    which hides these. The overview shows the image everywhere."""
+
+    patch: int
+    side: int
+    bounds: tuple[float, ...]
+    names: tuple[str, ...] = ("patch_places", "patch_bias")
+
+
+@dataclass(frozen=True)
 class StageText:
     """The prompt's text beside each slice: an input `name` [slices, tokens] int64 of the components, of at most `most`
     tokens of the bundle's tokenizer `file`. Images' placeholders and the words `without` are left out of it."""
@@ -252,7 +286,8 @@ class ImageSpec:
     transform is Patchify, cells of patches, [cells, merge², channels · frames · patch²], as many as the image's size
     asks for; `height` and `width` are then a cell's. The connector makes `features` rows of each slice, or, with
     `resampled`, of each grid of cells. `tables`: further inputs of the components, made of an image's grid, or of each
-    of its grids where tiles become cells; `views`: made of its pixels; `text`: of the prompt's text.
+    of its grids where tiles become cells; `views`: made of its pixels; `shown`: of where these stand in its tiles;
+    `text`: of the prompt's text.
 
     `pack`: where it is not empty, the features of an image's tiles are a grid of rows, square in each tile, which it
     changes in its order; the overview's come before them, untouched. `several`: the transforms for a prompt with more
@@ -281,6 +316,7 @@ class ImageSpec:
     into: Literal["tokens", "cross_attention"] = "tokens"
     video: VideoSpec | None = None
     views: tuple[View, ...] = ()
+    shown: ShownPatches | None = None
     text: StageText | None = None
     resampled: bool = False
     both_ways: Literal["image", "prompt"] | None = None
@@ -307,8 +343,13 @@ class ImageSpec:
 
     @property
     def inputs(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of one slice's inputs that are made of pixels, by name."""
-        return {PIXELS: self.shape, **{view.name: (self.channels, view.height, view.width) for view in self.views}}
+        """The shapes of one slice's inputs that are made of pixels or of their places, by name."""
+        views = {view.name: (self.channels, view.height, view.width) for view in self.views}
+        if self.shown is None:
+            return {PIXELS: self.shape, **views}
+        patches = (self.height // self.shown.patch) * (self.width // self.shown.patch)
+        places, bias = self.shown.names
+        return {PIXELS: self.shape, **views, places: (patches,), bias: (1, 1, patches)}
 
     def transforms_for(self, images: int) -> tuple[Transform, ...]:
         """Those of each image of a prompt with so many."""
@@ -317,7 +358,7 @@ class ImageSpec:
     @property
     def arrays(self) -> tuple[str, ...]:
         """The bundle's arrays that images need."""
-        steps = tuple(step.file for step in self.pack if isinstance(step, RowEnd))
+        steps = tuple(step.file for step in self.pack if isinstance(step, (RowEnd, WholeLast)))
         ends = () if self.video is None or self.video.end in ("", *steps) else (self.video.end,)
         around = () if self.around is None else (self.around.file,)
         return steps + ends + around + tuple(table.file for table in self.tables if isinstance(table, LearnedPositions))

@@ -56,7 +56,10 @@ def both_ways(vlm: VLM) -> str | None:
 
 
 def by_itself(vlm: VLM) -> bool:
-    """Whether padding would go into a recurrent state, or be seen by a prompt that sees itself in both directions."""
+    """Whether padding would go into a recurrent state, or be seen by a prompt that sees itself in both directions, or
+    change the rope of one that is shorter."""
+    if any(rope.depends_on_length for rope in vlm.spec.positions.ropes):
+        return True
     return not vlm.decoder.rewindable or both_ways(vlm) == "prompt" or vlm.spec.text_encoder is not None
 
 

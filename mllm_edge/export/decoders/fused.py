@@ -13,6 +13,7 @@ def cut_rows(weights: Weights, source: str, parts: Mapping[str, int], row: int |
     """Consecutive rows of `source` [Σ rows, row]: `parts` maps each new name to its number of rows, in order. `row`
     None: `source` is a bias, without columns."""
     columns = () if row is None else (row,)
+    weights.use(source, (sum(parts.values()), *columns))  # for the error if the shape is another
     start = 0
     for name, rows in parts.items():
         end = start + rows

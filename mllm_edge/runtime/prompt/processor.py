@@ -21,11 +21,12 @@ from mllm_edge.runtime.prompt.layout import (
     shared_bounds,
     video_layout,
 )
+from mllm_edge.runtime.prompt.shown_patches import shown_inputs
 from mllm_edge.runtime.prompt.sources import Kind, Source, Video, as_sources, entry_source, in_order, kind_of, merged
 from mllm_edge.runtime.prompt.stage_text import StageTokens
 from mllm_edge.runtime.prompt.timing import timing_of
 from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
-from mllm_edge.runtime.prompt.transforms.apply import apply_transforms, first_size
+from mllm_edge.runtime.prompt.transforms.apply import apply_transforms, cut_of, first_size
 from mllm_edge.runtime.prompt.transforms.patches import frames_joined
 from mllm_edge.runtime.prompt.transforms.tiles import filled
 from mllm_edge.spec import PIXELS, ImagePrompt, ImageSpec, ModelSpec, Transform, VideoSpec
@@ -326,7 +327,10 @@ class Processor:
         (pixels, *views), size = self._transformed(source, ways)
         layout = layout_of(spec, *size, images)
         pixels = pixels if spec.tiles is None else filled(pixels, layout.slices)
-        return layout, dict(zip(spec.inputs, (pixels, *views), strict=True))
+        made = dict(zip((PIXELS, *(view.name for view in spec.views)), (pixels, *views), strict=True))
+        if spec.shown is not None:
+            made |= shown_inputs(spec.shown, cut_of(*size, spec.transforms_for(images)))
+        return layout, made
 
     def _decoded_video(self, video: Video, spec: ImageSpec) -> tuple[Layout, Arrays]:
         assert spec.video is not None
