@@ -225,7 +225,7 @@ class ImageSpec:
 
     `around`: tokens around images that have embeddings of their own. `both_ways`: which tokens see each other in both
     directions, beside what each sees of those before it: those of an `image`, or all of a `prompt`, with images or
-    without.
+    without. `most_images`: a prompt has no more (None: any number).
     """
 
     transforms: tuple[Transform, ...]
@@ -245,6 +245,7 @@ class ImageSpec:
     resampled: bool = False
     both_ways: Literal["image", "prompt"] | None = None
     around: ImageTokens | None = None
+    most_images: int | None = None
 
     @property
     def patches(self) -> Patchify | None:

@@ -10,6 +10,7 @@ __all__ = [
     "FitCanvas",
     "FitPatches",
     "Normalize",
+    "PadToMultiple",
     "PadToSquare",
     "Patchify",
     "Resample",
@@ -23,6 +24,7 @@ __all__ = [
     "ResizeWithin",
     "SelectResolution",
     "SelectTiles",
+    "ShrinkInto",
     "SplitLarge",
     "SplitTiles",
     "Transform",
@@ -87,6 +89,17 @@ class ResizeWithin:
 
 
 @dataclass(frozen=True)
+class ShrinkInto:
+    """Scale an image that is higher than `height` or wider than `width` px down to both, keeping the aspect ratio
+    (truncated); others stay as they are."""
+
+    height: int
+    width: int
+    resample: Resample
+    op: Literal["shrink_into"] = "shrink_into"
+
+
+@dataclass(frozen=True)
 class Resize:
     """Stretch to exactly `height` × `width` px."""
 
@@ -112,6 +125,16 @@ class PadToSquare:
 
     color: tuple[int, ...]
     op: Literal["pad_to_square"] = "pad_to_square"
+
+
+@dataclass(frozen=True)
+class PadToMultiple:
+    """Fill up with `color` (0 to 255 per channel) at the bottom and right, until both sides are multiples of `multiple`
+    px."""
+
+    multiple: int
+    color: tuple[int, ...]
+    op: Literal["pad_to_multiple"] = "pad_to_multiple"
 
 
 @dataclass(frozen=True)
@@ -281,9 +304,11 @@ Transform = (
     | ResizeToSide
     | ResizeWithin
     | ResizeToMultiple
+    | ShrinkInto
     | Resize
     | CenterCrop
     | PadToSquare
+    | PadToMultiple
     | SplitTiles
     | SelectTiles
     | CoverTiles

@@ -31,7 +31,10 @@ from tests.tiny_internvl import save_tiny_internvl_chat
 Tensors = dict[str, torch.Tensor]
 FILE = "adapter_model.safetensors"
 # Attention and the multilayer perceptrons of both halves, whatever a family calls them.
-EVERYWHERE = r".*(layers|blocks|layer)\.\d+\..*(q_proj|v_proj|qkv|fc1|fc2|down_proj|attn\.proj)"
+EVERYWHERE = (
+    r".*(layers|blocks|layer)\.\d+\..*(q_proj|v_proj|qkv|query_key_value|fc1|fc2|down_proj|dense_4h_to_h|attn\.proj)"
+    r"|.*vision_embed_tokens"
+)
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.deepseek_vl.image_processing_pil_deepseek_vl import DeepseekVLImageProcessorPil
+from transformers.models.fuyu.image_processing_pil_fuyu import FuyuImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
@@ -17,6 +18,7 @@ from mllm_edge.runtime.prompt.transforms.apply import apply_transforms, cut_of
 from mllm_edge.spec import (
     CenterCrop,
     Normalize,
+    PadToMultiple,
     PadToSquare,
     Patchify,
     Rescale,
@@ -27,6 +29,7 @@ from mllm_edge.spec import (
     ResizeToPixels,
     ResizeToSide,
     ResizeWithin,
+    ShrinkInto,
     SplitTiles,
 )
 
@@ -114,6 +117,25 @@ def test_longer_side_in_a_square_equals_the_source_library(size, side, least):
 def test_fitting_within_a_longest_edge_equals_the_source_library(size, multiple, longest):
     source = PixtralImageProcessorPil(size={"longest_edge": longest}, patch_size=multiple, do_pad=False)
     assert_equal_to(source, size, (ResizeWithin(multiple, longest, "bicubic"), *CLIP_VALUES))
+
+
+@pytest.mark.parametrize("size", [size for size in SIZES if max(size) < 1000], ids=str)
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (1080, 1920), (256, 32)])
+def test_fitting_into_two_sides_equals_the_source_library(size, height, width):
+    sizes = {"size": {"height": height, "width": width}, "patch_size": {"height": 8, "width": 8}}
+    half = Normalize((0.5,) * 3, (0.5,) * 3)
+    steps = (ShrinkInto(height, width, "bilinear"), PadToMultiple(8, (1, 1, 1)), Rescale(1 / 255), half)
+    try:
+        found = FuyuImageProcessorPil(**sizes)(picture(*size))
+    except ValueError:  # nothing is left of a side
+        with pytest.raises(ImageError, match="shrink_into"):
+            cut_of(*size, steps)
+        return
+    cut, actual = cut_of(*size, steps), apply_transforms(picture(*size), steps)
+    assert (cut.height, cut.width) == tuple(
+        -(-found[f"image_unpadded_{side}"][0][0] // 8) * 8 for side in ("heights", "widths")
+    )
+    np.testing.assert_array_equal(actual[0], np.asarray(found["images"][0][0])[:, : cut.height, : cut.width])
 
 
 def test_strip_that_nothing_is_left_of_is_refused():
