@@ -79,6 +79,9 @@ def image_problems(image: ImageSpec, model: ModelSpec) -> Iterator[str]:
     for step in image.pack:
         if isinstance(step, Shrink):
             yield from positive("model.image.pack.most", step.most)
+    cut = [t.op for t in (*image.transforms, *(image.several or ())) if t.op in _CUTTING]
+    if image.whole and (cut or image.tables or image.views or image.tiles or image.video or image.into != "tokens"):
+        yield f"images are left whole, and are cut ({', '.join(cut)}), have tables or views, or are looked at"
     if image.pack and (image.patches is not None or math.isqrt(image.features) ** 2 != image.features):
         yield f"features are packed, and {image.features} of a tile are no square"
     names = [*(view.name for view in image.views), *(name for table in image.tables for name in table.names)]

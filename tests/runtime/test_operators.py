@@ -91,7 +91,11 @@ def test_calls(profiled: Profiled) -> None:
 
 
 # What images go through in families whose towers have no layers.
-WITHOUT_LAYERS = {"chameleon": {"Conv", "InstanceNormalization"}, "fuyu": {"DynamicQuantizeMatMul"}}
+WITHOUT_LAYERS = {
+    "chameleon": {"Conv", "InstanceNormalization"},
+    "emu3": {"Conv", "InstanceNormalization", "MultiHeadAttention"},
+    "fuyu": {"DynamicQuantizeMatMul"},
+}
 
 
 def without_layers(profiled: Profiled) -> set[str] | None:

@@ -13,7 +13,7 @@ import numpy as np
 from mllm_edge.errors import BundleError, ImageError, PromptError
 from mllm_edge.runtime.prompt.control_tokens import ControlTokens, Piece, encode_pieces
 from mllm_edge.runtime.prompt.image import ImageSource, load_image
-from mllm_edge.runtime.prompt.layout import Layout, grid_positions, image_text, layout_of, video_layout
+from mllm_edge.runtime.prompt.layout import Layout, grid_positions, image_text, layout_of, on_one_canvas, video_layout
 from mllm_edge.runtime.prompt.sources import Kind, Source, Video, as_sources, entry_source, in_order, kind_of, merged
 from mllm_edge.runtime.prompt.stage_text import StageTokens
 from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
@@ -303,9 +303,10 @@ class Processor:
                     raise
                 raise ImageError(f"{kind_of(source)} {i + 1} of {len(sources)}: {error.message}", error.fix) from error
             for name, shape in spec.inputs.items():
-                if made[name].shape[1:] != shape:
+                found = made[name].shape[1:]
+                if (found[:1] if spec.whole else found) != (shape[:1] if spec.whole else shape):
                     raise BundleError(
-                        f"the transforms give {name} of {made[name].shape[1:]}, the model takes {shape}",
+                        f"the transforms give {name} of {found}, the model takes {shape}",
                         "export the bundle again",
                     )
             processed.append((layout, made))
@@ -351,7 +352,7 @@ class Processor:
     def _assemble(
         self, pieces: Sequence[Piece], images: list[tuple[Layout, Arrays]], add_special_tokens: bool | None
     ) -> Prompt:
-        layouts = tuple(layout for layout, _ in images)
+        layouts = on_one_canvas([layout for layout, _ in images])
         token_ids = np.array(self._encode(pieces, layouts, add_special_tokens), np.int64)
         where, positions = np.zeros(0, np.int64), None
         if self._image is not None:
@@ -382,7 +383,15 @@ class Processor:
 
 
 def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    """One behind the other; pictures [1, C, height, width] of several sizes on a canvas of zeros, at the top left."""
+    if len(arrays) == 1:
+        return arrays[0]
+    if len({array.shape[1:] for array in arrays}) == 1:
+        return np.concatenate(arrays)
+    canvas = np.zeros((len(arrays), *np.max([array.shape[1:] for array in arrays], axis=0)), np.float32)
+    for place, array in zip(canvas, arrays, strict=True):
+        place[:, : array.shape[2], : array.shape[3]] = array[0]
+    return canvas
 
 
 def _placeholders(image: ImageSpec | None) -> dict[str, Kind]:
