@@ -85,6 +85,9 @@ def image_problems(image: ImageSpec, model: ModelSpec) -> Iterator[str]:
             yield from positive("model.image.pack.side", step.side)
             if image.height % max(step.side * math.isqrt(image.features), 1):
                 yield f"features of {step.side} x {step.side} patches of a tile of {image.height} px"
+    cut = [t.op for t in (*image.transforms, *(image.several or ())) if t.op in _CUTTING]
+    if image.whole and (cut or image.tables or image.views or image.tiles or image.video or image.into != "tokens"):
+        yield f"images are left whole, and are cut ({', '.join(cut)}), have tables or views, or are looked at"
     if image.pack and (image.patches is not None or math.isqrt(image.features) ** 2 != image.features):
         yield f"features are packed, and {image.features} of a tile are no square"
     shown = image.shown.names if image.shown is not None else ()

@@ -34,7 +34,8 @@ PIXELS = "pixel_values"  # the input that every image becomes
 @dataclass(frozen=True)
 class ImagePrompt:
     """How one image becomes text before tokenization. In the templates `{image}` stands for a placeholder per feature,
-    `{row}` and `{col}` for 1-based coordinates of a tile or cell, `{number}` for its number among them.
+    `{row}` and `{col}` for 1-based coordinates of a tile or cell, `{number}` for its number among them, in `single`
+    `{rows}` and `{cols}` for how many cells there are of an image that is left whole.
 
     An image that is one tile, or whose features are packed, becomes `single`; one of several becomes `begin`, then, row
     by row, `tile` for each followed by `row_end`, and at the end `overview`; where the overview is the first, `begin`
@@ -284,14 +285,17 @@ class ImageSpec:
 
     An image becomes slices: tiles of one size, `pixel_values` [tiles, channels, height, width], or, where the last
     transform is Patchify, cells of patches, [cells, merge², channels · frames · patch²], as many as the image's size
-    asks for; `height` and `width` are then a cell's. The connector makes `features` rows of each slice, or, with
-    `resampled`, of each grid of cells. `tables`: further inputs of the components, made of an image's grid, or of each
-    of its grids where tiles become cells; `views`: made of its pixels; `shown`: of where these stand in its tiles;
-    `text`: of the prompt's text.
+    asks for; `height` and `width` are then a cell's. With `whole`, an image is one slice of its own size, cells of
+    `height` × `width` px, each of which makes `features`; images of one prompt are filled up with zeros at the bottom
+    and right to a size that all fit into, and what is made of these is left out. The connector makes `features` rows of
+    each slice, or, with `resampled`, of each grid of cells. `tables`: further inputs of the components, made of an
+    image's grid, or of each of its grids where tiles become cells; `views`: made of its pixels; `shown`: of where these
+    stand in its tiles; `text`: of the prompt's text.
 
     `pack`: where it is not empty, the features of an image's tiles are a grid of rows, square in each tile, which it
-    changes in its order; the overview's come before them, untouched. `several`: the transforms for a prompt with more
-    than one image, where they differ. `video`: what becomes of videos, where the model takes them.
+    changes in its order; the overview's come before them, untouched. Rows of an image that is left whole may have ends.
+    `several`: the transforms for a prompt with more than one image, where they differ. `video`: what becomes of videos,
+    where the model takes them.
 
     `tiles`: an image has so many, and those that it lacks are zeros behind all transforms. `into`: where its features
     go. `tokens`: they take the places of its tokens. `cross_attention`: that looks at all features of all images, those
@@ -300,7 +304,7 @@ class ImageSpec:
 
     `around`: tokens around images that have embeddings of their own. `both_ways`: which tokens see each other in both
     directions, beside what each sees of those before it: those of an `image`, or all of a `prompt`, with images or
-    without.
+    without. `most_images`: a prompt has no more (None: any number).
     """
 
     transforms: tuple[Transform, ...]
@@ -321,6 +325,8 @@ class ImageSpec:
     resampled: bool = False
     both_ways: Literal["image", "prompt"] | None = None
     around: ImageTokens | None = None
+    most_images: int | None = None
+    whole: bool = False
 
     @property
     def patches(self) -> Patchify | None:
@@ -335,7 +341,7 @@ class ImageSpec:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of one slice's pixel values."""
+        """The shape of one slice's pixel values; of images that are left whole, of one cell."""
         patches = self.patches
         if patches is None:
             return (self.channels, self.height, self.width)

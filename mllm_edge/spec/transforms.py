@@ -26,6 +26,7 @@ __all__ = [
     "ResizeWithin",
     "SelectResolution",
     "SelectTiles",
+    "ShrinkInto",
     "SplitLarge",
     "SplitTiles",
     "Transform",
@@ -92,6 +93,17 @@ class ResizeWithin:
 
 
 @dataclass(frozen=True)
+class ShrinkInto:
+    """Scale an image that is higher than `height` or wider than `width` px down to both, keeping the aspect ratio
+    (truncated); others stay as they are."""
+
+    height: int
+    width: int
+    resample: Resample
+    op: Literal["shrink_into"] = "shrink_into"
+
+
+@dataclass(frozen=True)
 class Resize:
     """Stretch to exactly `height` × `width` px."""
 
@@ -121,9 +133,11 @@ class PadToSquare:
 
 @dataclass(frozen=True)
 class PadToMultiple:
-    """Add black at the bottom and right until both sides are multiples of `multiple` px."""
+    """Fill up with `color` (0 to 255 per channel) at the bottom and right, until both sides are multiples of `multiple`
+    px."""
 
     multiple: int
+    color: tuple[int, ...]
     op: Literal["pad_to_multiple"] = "pad_to_multiple"
 
 
@@ -334,6 +348,7 @@ Transform = (
     | ResizeToSide
     | ResizeWithin
     | ResizeToMultiple
+    | ShrinkInto
     | Resize
     | CenterCrop
     | PadToSquare

@@ -128,9 +128,10 @@ BLOCKS = ["SM80", "SM86", "SM89", "SM120"]
 @pytest.mark.parametrize("target", ["tensorrt", "tensorrt-10.3"])
 def test_tensorrt_builds_what_was_quantized(quantized: Any, target: str) -> None:
     recipe, _, bundle, _ = quantized
-    assert set(bundle.manifest.components) >= {"vision_encoder", "connector", "decoder"}
+    assert set(bundle.manifest.components) >= {"vision_encoder", "decoder"}
     for component in bundle.manifest.components:
-        assert engine_bytes(bundle, component, target, CAPABILITIES.get(recipe, BLOCKS)) > 0
+        plain = bundle.manifest.model.role(component) == "choice"  # in float32, which Turing has no products of
+        assert engine_bytes(bundle, component, target, BLOCKS if plain else CAPABILITIES.get(recipe, BLOCKS)) > 0
 
 
 def engine_bytes(bundle: Bundle, component: str, target: str, capabilities: list[str]) -> int:

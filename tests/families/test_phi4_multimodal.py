@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mllm_edge.runtime.prompt.shown_patches import shown_inputs, shown_patches
 
 from mllm_edge.bundle import Bundle
 from mllm_edge.errors import BundleError, ImageError
@@ -18,6 +17,7 @@ from mllm_edge.export.checkpoint.source import open_source
 from mllm_edge.export.family import family_for, open_weights
 from mllm_edge.export.pipeline import export
 from mllm_edge.runtime.prompt.learned_grid import cubic
+from mllm_edge.runtime.prompt.shown_patches import shown_inputs, shown_patches
 from mllm_edge.runtime.prompt.transforms.apply import apply_transforms, cut_of
 from mllm_edge.spec import FitTiles, Normalize, Rescale, ShownPatches, WholeBefore
 from tests.families.parity import Exported, export_tiny, make_image

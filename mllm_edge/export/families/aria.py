@@ -97,7 +97,7 @@ def _image_spec(checkpoint: Checkpoint, tower: "SiglipConfig", tokens: int) -> I
     require_tokens(source, f"size_conversion = {sizes}", sizes.get(tower.tile, 0), tokens)
     transforms = (
         ResizeToSide(tower.tile, least, resample_name(settings.resample), truncated=True),
-        PadToMultiple(tower.patch),
+        PadToMultiple(tower.patch, (0,) * 3),
         *value_transforms(settings),
         Patchify(tower.patch, 1, 1),
     )

@@ -62,6 +62,7 @@ _TEMPLATE = (
 
 
 def _describe(checkpoint: Checkpoint) -> Parts:
+    from mllm_edge.export.vision.modules import channels_first
     from mllm_edge.export.vision.siglip2 import CellConnector, CellConnectorConfig, Siglip2Tower, read_siglip2
 
     weights, text_hidden = checkpoint.weights, checkpoint.decoder.hidden_size
@@ -77,17 +78,11 @@ def _describe(checkpoint: Checkpoint) -> Parts:
         image,
         (tower.hidden_size, text_hidden),
         (_VISION, "model.multi_modal_projector."),
-        {name: lambda: _channels_first(linear(), tower.patch)},
+        {name: lambda: channels_first(linear(), tower.patch)},
     )
     processor = checkpoint.processor
     markers = (processor.image_start_token, processor.image_end_token)
     return Parts(traced, image, (f"{_VISION}head.",), markers, arrays={_POSITIONS: table})
-
-
-def _channels_first(weight: np.ndarray, patch: int) -> np.ndarray:
-    """Columns for pixels of three neighbouring channels → those for patches of channels one behind the other."""
-    pixels = weight.reshape(len(weight), patch, patch, -1)
-    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).reshape(weight.shape)
 
 
 def _image_spec(checkpoint: Checkpoint, tower: "SiglipConfig", merge: int) -> ImageSpec:

@@ -1,5 +1,5 @@
-"""From features to tokens: those of an image's tiles are a grid that shrinks, and rows with an end; those of a video's
-frames shrink, and end once."""
+"""From features to tokens: those of an image's tiles are a grid that shrinks, and rows with an end; those of a whole
+image lie on a canvas; those of a video's frames shrink, and end once."""
 
 import math
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from mllm_edge.runtime.prompt.shown_patches import shown_patches
 from mllm_edge.runtime.prompt.transforms.cut import Cut
 from mllm_edge.spec import ImageSpec, RowEnd, Shrink, Trim, Unpad, VideoSpec, WholeLast
 
-__all__ = ["PackedFrames", "PackedTiles", "packed", "packed_frames"]
+__all__ = ["PackedFrames", "PackedTiles", "PackedWhole", "packed", "packed_frames"]
 
 _WORTH_SHRINKING = 1.1  # by side; fixed in the models that do it
 
@@ -77,10 +77,29 @@ class PackedTiles:
         return np.concatenate([_ended(rows, end), arrays[self.before_whole][:1], _ended(whole, end)])
 
 
-def _ended(rows: np.ndarray, end: list[np.ndarray]) -> np.ndarray:
-    """rows [height, width, H], each with the row `end` [1, H] behind it if there is one → [tokens, H]."""
-    ends = [np.broadcast_to(row, (len(rows), 1, rows.shape[2])) for row in end]
-    return np.concatenate([rows, *ends], axis=1).reshape(-1, rows.shape[2])
+@dataclass(frozen=True)
+class PackedWhole:
+    """How the features of an image that is left whole become its tokens: the `rows` × `cols` at the top left of a
+    `canvas`. `row_end` as in PackedTiles."""
+
+    rows: int
+    cols: int
+    canvas: tuple[int, int]
+    row_end: str
+
+    @property
+    def features(self) -> int:
+        """How many it is made of."""
+        return math.prod(self.canvas)
+
+    def __len__(self) -> int:
+        """The number of tokens."""
+        return self.rows * (self.cols + bool(self.row_end))
+
+    def apply(self, features: np.ndarray, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """features [canvas, H] → [tokens, H] float32; `arrays`: the bundle's, by file, each [rows, H]."""
+        grid = features.reshape(*self.canvas, -1)[: self.rows, : self.cols]
+        return _ended(grid, [arrays[self.row_end][:1]] if self.row_end else [])
 
 
 @dataclass(frozen=True)
@@ -109,6 +128,12 @@ class PackedFrames:
         return np.concatenate([*(_bilinear(frame, size).reshape(-1, hidden) for frame in frames), arrays[self.end][:1]])
 
 
+def _ended(rows: np.ndarray, end: list[np.ndarray]) -> np.ndarray:
+    """rows [height, width, H], each with its `end` [1, H] → [tokens, H]."""
+    ends = [np.broadcast_to(row, (len(rows), 1, rows.shape[2])) for row in end]
+    return np.concatenate([rows, *ends], axis=1).reshape(-1, rows.shape[2])
+
+
 def packed_frames(image: ImageSpec, video: VideoSpec, frames: int) -> PackedFrames:
     """How `frames` frames become tokens; raises BundleError for frames whose features are no square."""
     side = _side(image)
@@ -123,11 +148,14 @@ def _side(image: ImageSpec) -> int:
     return side
 
 
-def packed(image: ImageSpec, height: int, width: int, cut: Cut) -> PackedTiles:
+def packed(image: ImageSpec, height: int, width: int, cut: Cut) -> PackedTiles | PackedWhole:
     """What `image.pack` makes of an image of `height` × `width` px that was cut so; raises BundleError for tiles whose
     features are no square."""
-    side = _side(image)
     row_end = next((step.file for step in image.pack if isinstance(step, RowEnd)), "")
+    if image.whole:
+        rows, cols = cut.height // image.height, cut.width // image.width
+        return PackedWhole(rows, cols, (rows, cols), row_end)
+    side = _side(image)
     if cut.slices == 1:
         return PackedTiles(side, 1, 1, None, row_end)
     grid = _Grid(0, 0, cut.rows * side, cut.cols * side)

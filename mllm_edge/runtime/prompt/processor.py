@@ -18,6 +18,7 @@ from mllm_edge.runtime.prompt.layout import (
     grid_positions,
     image_text,
     layout_of,
+    on_one_canvas,
     shared_bounds,
     video_layout,
 )
@@ -286,6 +287,10 @@ class Processor:
         """That the model takes what is given."""
         if kinds and self._image is None:
             raise PromptError(f"this model takes no images, and got {len(kinds)}", "pass text only")
+        most, given = None if self._image is None else self._image.most_images, kinds.count("image")
+        if most is not None and given > most:
+            many = "one image" if most == 1 else f"{most} images"
+            raise PromptError(f"this model takes {many} in a prompt, and got {given}", "ask about each by itself")
         if "video" in kinds and (self._image is None or self._image.video is None):
             count = kinds.count("video")
             raise PromptError(f"this bundle takes no videos, and got {count}", "pass the frames as images")
@@ -314,9 +319,10 @@ class Processor:
                     raise
                 raise ImageError(f"{kind_of(source)} {i + 1} of {len(sources)}: {error.message}", error.fix) from error
             for name, shape in spec.inputs.items():
-                if made[name].shape[1:] != shape:
+                found = made[name].shape[1:]
+                if (found[:1] if spec.whole else found) != (shape[:1] if spec.whole else shape):
                     raise BundleError(
-                        f"the transforms give {name} of {made[name].shape[1:]}, the model takes {shape}",
+                        f"the transforms give {name} of {found}, the model takes {shape}",
                         "export the bundle again",
                     )
             processed.append((layout, made))
@@ -378,7 +384,7 @@ class Processor:
     def _assemble(
         self, pieces: Sequence[Piece], images: list[tuple[Layout, Arrays]], add_special_tokens: bool | None
     ) -> Prompt:
-        layouts = tuple(layout for layout, _ in images)
+        layouts = on_one_canvas([layout for layout, _ in images])
         token_ids = np.array(self._encode(pieces, layouts, add_special_tokens), np.int64)
         where, positions = np.zeros(0, np.int64), None
         if self._image is not None:
@@ -408,7 +414,15 @@ class Processor:
 
 
 def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    """One behind the other; pictures [1, C, height, width] of several sizes on a canvas of zeros, at the top left."""
+    if len(arrays) == 1:
+        return arrays[0]
+    if len({array.shape[1:] for array in arrays}) == 1:
+        return np.concatenate(arrays)
+    canvas = np.zeros((len(arrays), *np.max([array.shape[1:] for array in arrays], axis=0)), np.float32)
+    for place, array in zip(canvas, arrays, strict=True):
+        place[:, : array.shape[2], : array.shape[3]] = array[0]
+    return canvas
 
 
 def _placeholders(image: ImageSpec | None) -> dict[str, Kind]:

@@ -18,6 +18,7 @@ from mllm_edge.spec import (
     ResizeToPixels,
     ResizeToSide,
     ResizeWithin,
+    ShrinkInto,
 )
 
 __all__ = ["RESIZES", "whole_sides"]
@@ -79,6 +80,13 @@ def _resize_within_cut(cut: Cut, transform: ResizeWithin) -> Cut:
     return cut._replace(height=_round_up(height, transform.multiple), width=_round_up(width, transform.multiple))
 
 
+def _shrink_into_cut(cut: Cut, transform: ShrinkInto) -> Cut:
+    scale = min(transform.height / cut.height, transform.width / cut.width)
+    if scale >= 1:
+        return cut
+    return cut._replace(height=int(cut.height * scale), width=int(cut.width * scale))
+
+
 def _fixed_cut(cut: Cut, transform: Resize | CenterCrop) -> Cut:
     return cut._replace(height=transform.height, width=transform.width)
 
@@ -130,18 +138,14 @@ def _crop(tiles: list[Image.Image], transform: CenterCrop, after: Cut) -> list[I
     return [tile.crop((left, top, left + after.width, top + after.height)) for tile in tiles]
 
 
-def _pad(tiles: list[Image.Image], transform: PadToSquare, after: Cut) -> list[Image.Image]:
-    padded = []
+def _pad(tiles: list[Image.Image], transform: PadToSquare | PadToMultiple, after: Cut) -> list[Image.Image]:
+    middle, padded = isinstance(transform, PadToSquare), []
     for tile in tiles:
-        square = Image.new("RGB", (after.width, after.height), transform.color)
-        square.paste(tile, ((after.width - tile.width) // 2, (after.height - tile.height) // 2))
-        padded.append(square)
+        whole = Image.new("RGB", (after.width, after.height), transform.color)
+        corner = ((after.width - tile.width) // 2, (after.height - tile.height) // 2) if middle else (0, 0)
+        whole.paste(tile, corner)
+        padded.append(whole)
     return padded
-
-
-def _pad_behind(tiles: list[Image.Image], transform: PadToMultiple, after: Cut) -> list[Image.Image]:
-    # What lies outside the image comes out black.
-    return [tile.crop((0, 0, after.width, after.height)) for tile in tiles]
 
 
 def _even(length: int) -> int:
@@ -159,8 +163,9 @@ RESIZES: Mapping[type, How] = {
     ResizeToMultiple: How(_resize_to_multiple_cut),
     ResizeToPixels: How(_resize_to_pixels_cut),
     ResizeWithin: How(_resize_within_cut),
+    ShrinkInto: How(_shrink_into_cut),
     Resize: How(_fixed_cut),
     CenterCrop: How(_fixed_cut, _crop),
     PadToSquare: How(_pad_to_square_cut, _pad),
-    PadToMultiple: How(_pad_to_multiple_cut, _pad_behind),
+    PadToMultiple: How(_pad_to_multiple_cut, _pad),
 }
