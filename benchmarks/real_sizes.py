@@ -56,9 +56,9 @@ def _measure(name: str, folder: Path) -> dict[str, Any]:
 
 def _export(checkpoint: Path, bundle: Path) -> int:
     from mllm_edge.export.pipeline import export
-    from tests.fastvit_reference import stand_in_for_timm
+    from tests.timm_reference import stand_in_for_timm
 
-    stand_in_for_timm()  # FastVLM's tower, where timm is not installed
+    stand_in_for_timm()  # FastVLM's tower and its like, where timm is not installed
     return export(str(checkpoint), bundle, recipe_name="int4", verify_mode="off").nbytes
 
 

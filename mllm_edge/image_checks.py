@@ -15,9 +15,11 @@ from mllm_edge.spec import (
     LearnedPositions,
     ModelSpec,
     SelectResolution,
+    ShownPatches,
     Shrink,
     Table,
     Transform,
+    Trim,
     VideoSpec,
     View,
 )
@@ -29,8 +31,8 @@ _TABLE_INPUTS = {"grid_rope": 2, "grid_windows": 3, "grid_merge": 1, "learned_po
 _LARGEST_WINDOW = 64  # patches along a side: the bias of a window is that to the fourth power
 _MOST_TILES = 1024  # of a canvas
 _CUTTING = {
-    *("split_tiles", "select_tiles", "cover_tiles", "select_resolution"),
-    *("fit_canvas", "split_large", "fit_patches", "patchify"),
+    *("split_tiles", "select_tiles", "cover_tiles", "fill_tiles", "select_resolution"),
+    *("fit_canvas", "fit_tiles", "whole_before", "split_large", "fit_patches", "patchify"),
 }
 _MAY_BE_ZERO = {"min_pixels"}  # of the sizes of transforms
 
@@ -79,9 +81,17 @@ def image_problems(image: ImageSpec, model: ModelSpec) -> Iterator[str]:
     for step in image.pack:
         if isinstance(step, Shrink):
             yield from positive("model.image.pack.most", step.most)
+        if isinstance(step, Trim):
+            yield from positive("model.image.pack.side", step.side)
+            if image.height % max(step.side * math.isqrt(image.features), 1):
+                yield f"features of {step.side} x {step.side} patches of a tile of {image.height} px"
+    cut = [t.op for t in (*image.transforms, *(image.several or ())) if t.op in _CUTTING]
+    if image.whole and (cut or image.tables or image.views or image.tiles or image.video or image.into != "tokens"):
+        yield f"images are left whole, and are cut ({', '.join(cut)}), have tables or views, or are looked at"
     if image.pack and (image.patches is not None or math.isqrt(image.features) ** 2 != image.features):
         yield f"features are packed, and {image.features} of a tile are no square"
-    names = [*(view.name for view in image.views), *(name for table in image.tables for name in table.names)]
+    shown = image.shown.names if image.shown is not None else ()
+    names = [*shown, *(view.name for view in image.views), *(name for table in image.tables for name in table.names)]
     if image.text is not None:
         names.append(image.text.name)
         yield from positive("model.image.text.most", image.text.most)
@@ -90,6 +100,8 @@ def image_problems(image: ImageSpec, model: ModelSpec) -> Iterator[str]:
     merges = sum(isinstance(table, GridMerge) for table in image.tables)
     if merges > 1 or (merges and (model.positions.images == "grid" or image.video is not None)):
         yield "cells are merged more than once, or their grid gives positions, or videos are shown as well"
+    if image.shown is not None:
+        yield from _shown(image.shown, image)
     for view in image.views:
         yield from _view(view, image)
     for table in image.tables:
@@ -128,6 +140,24 @@ def _view(view: View, image: ImageSpec) -> Iterator[str]:
         yield f"{view.name} is made of whole images, and these are cut ({', '.join(cut)}), filled up or a video's"
 
 
+def _shown(shown: ShownPatches, image: ImageSpec) -> Iterator[str]:
+    """Beside tiles that an image does not fill, and the overview before them."""
+    for name in ("patch", "side"):
+        yield from positive(f"shown patches' {name}", getattr(shown, name))
+    if not {"fit_tiles", "whole_before"} <= {t.op for t in image.transforms} or image.several or image.video:
+        yield "patches that show something are told, and images are not fitted into tiles"
+    elif len(shown.names) != 2 or shown.patch < 1 or image.height % shown.patch or image.width % shown.patch:
+        yield f"patches of {shown.patch} px of tiles of {image.height} x {image.width} px, and inputs {shown.names}"
+    yield from _bounds(shown.bounds, shown.side)
+
+
+def _bounds(bounds: tuple[float, ...] | None, side: int) -> Iterator[str]:
+    """Where learned positions begin."""
+    found = [*(bounds or ())]
+    if len(found) >= max(side, 1) or found != sorted(found) or not all(0 < bound < 1 for bound in found):
+        yield f"{len(found)} bounds of {side} learned positions along a side"
+
+
 def _canvas(image: ImageSpec) -> Iterator[str]:
     """Where the number of tiles is fixed, and where features go."""
     if image.tiles is not None:
@@ -140,7 +170,7 @@ def _canvas(image: ImageSpec) -> Iterator[str]:
 
 def _order(transforms: Sequence[Transform]) -> Iterator[str]:
     """Pixels are moved first, then their values are computed, then they are cut into patches."""
-    ranks = {"rescale": 1, "normalize": 2, "patchify": 3}
+    ranks = {"rescale": 1, "normalize": 2, "patchify": 3, "whole_before": 3}
     order = [ranks.get(transform.op, 0) for transform in transforms]
     if order != sorted(order) or any(order.count(rank) > 1 for rank in (1, 2, 3)):
         yield f"the transforms {', '.join(t.op for t in transforms)} are not in an order that can be"
@@ -157,7 +187,7 @@ def _order(transforms: Sequence[Transform]) -> Iterator[str]:
             yield f"{t.min_pixels} to {t.max_pixels} pixels"
         if t.op == "select_resolution":
             yield from _resolutions(t)
-        if t.op == "fit_canvas" and (t.max_tiles > _MOST_TILES or t.max_tiles * t.size**2 > MOST_PIXELS):
+        if t.op in ("fit_canvas", "fit_tiles") and (t.max_tiles > _MOST_TILES or t.max_tiles * t.size**2 > MOST_PIXELS):
             yield f"a canvas of up to {t.max_tiles} tiles of {t.size} px"
 
 
@@ -183,9 +213,7 @@ def _table(table: Table, image: ImageSpec) -> Iterator[str]:
     elif isinstance(table, LearnedPositions):
         yield from positive("learned positions' side", table.side)
         yield from positive("learned positions' dim", table.dim)
-        bounds = [*(table.bounds or ())]
-        if len(bounds) >= max(table.side, 1) or bounds != sorted(bounds) or not all(0 < bound < 1 for bound in bounds):
-            yield f"{len(bounds)} bounds of {table.side} learned positions along a side"
+        yield from _bounds(table.bounds, table.side)
     elif table.dim < 4 or table.dim % 4 or not math.isfinite(table.theta) or table.theta <= 0:
         yield f"a rope of dim {table.dim} and theta {table.theta} for images"
     if image.patches is None and not isinstance(table, AspectRatioId):

@@ -19,10 +19,11 @@ Written by `python scripts/families.py`, from what the tests themselves write do
 (`mllm_edge/export/proven.json`); `mllm-edge families` says the same.
 
 Every line of the first table is compared with transformers in float32 through the whole path: tokens, pixels,
-features, prefill, 32 decode steps and greedy text, on images of odd sizes and several images, in each dialect; and
-exported in each precision for each target beside its source. The graphs of other targets run on the processor for
-that (ONNX Runtime has all their operators); [gpu.md](gpu.md) says what ran on a GPU. `int4`: what the weights of the
-smallest public checkpoint take at most in the recipe int4, without the table of embeddings, which stays on disk.
+features, prefill, 32 decode steps and greedy text, on images of odd sizes and several images (where a model takes more
+than one), in each dialect; and exported in each precision for each target beside its source. The graphs of other
+targets run on the processor for that (ONNX Runtime has all their operators); [gpu.md](gpu.md) says what ran on a GPU.
+`int4`: what the weights of the smallest public checkpoint take at most in the recipe int4, without the table of
+embeddings, which stays on disk.
 """
 
 

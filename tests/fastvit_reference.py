@@ -1,38 +1,14 @@
-"""FastViT-HD in plain torch, from the architecture's definition, with timm's names of parameters: what transformers'
-wrapper of timm wraps where timm is not installed. `test_fast_vlm.py` compares it with timm's own."""
+"""FastViT-HD in plain torch, from the architecture's definition, with timm's names of parameters. `test_timm.py`
+compares it with timm's own."""
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers.models.timm_wrapper import modeling_timm_wrapper
-from transformers.utils import is_timm_available
 
-__all__ = ["create_model", "stand_in_for_timm"]
-
-
-def stand_in_for_timm() -> None:
-    """Let transformers' wrapper make its towers here, unless timm is installed."""
-    if not is_timm_available():
-        wrapper: Any = modeling_timm_wrapper
-        wrapper.timm = SimpleNamespace(create_model=create_model, __version__="none")
-        wrapper.requires_backends = lambda *_: None
-
-
-def create_model(
-    name: str,
-    pretrained: bool,
-    num_classes: int,
-    inference_mode: bool,
-    layers: Sequence[int] = (2, 12, 24, 4, 2),
-    embed_dims: Sequence[int] = (96, 192, 384, 768, 1536),
-) -> nn.Module:
-    """timm's function, for this architecture alone."""
-    assert (name, pretrained, num_classes, inference_mode) == ("fastvit_mci3", False, 0, True)
-    return FastVit(layers, embed_dims)
+__all__ = ["FastVit"]
 
 
 def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Module:
@@ -97,8 +73,11 @@ class Looking(nn.Module):
 
 
 class FastVit(nn.Module):
-    def __init__(self, layers: Sequence[int], widths: Sequence[int]):
+    def __init__(
+        self, layers: Sequence[int] = (2, 12, 24, 4, 2), embed_dims: Sequence[int] = (96, 192, 384, 768, 1536)
+    ):
         super().__init__()
+        widths = embed_dims
         first, last, outer = widths[0], widths[-1], 2 * widths[-1]
         self.stem = nn.ModuleList([conv(3, first, 3, 2), conv(first, first, 3, 2, first), conv(first, first, 1)])
         self.stages = nn.ModuleList()

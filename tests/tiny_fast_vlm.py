@@ -8,7 +8,7 @@ import torch
 from transformers import FastVlmConfig, FastVlmForConditionalGeneration, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from tests.fastvit_reference import stand_in_for_timm
+from tests.timm_reference import stand_in_for_timm
 from tests.tiny import LLAVA_TEMPLATE, Names, make_tokenizer, random_model, save_state_dict
 
 __all__ = ["save_tiny_fast_vlm"]

@@ -64,6 +64,8 @@ def keep_in_range(
             shutil.rmtree(work / "twins", ignore_errors=True)  # text alone opens no graphs of images
             for name in manifest.components:
                 variant = bundle.variant(name, target)
+                if not _is_half(variant):  # a choice
+                    continue
                 operators = _widen_file(bundle, variant, Feeds(work / "feeds" / name), work, progress)
                 if operators:
                     found.setdefault(variant.file, {}).update(operators)
@@ -75,8 +77,11 @@ def keep_in_range(
 
 def _half_targets(manifest: Manifest) -> list[str]:
     """The targets whose graphs compute in half precision."""
-    decoder = manifest.components["decoder"].variants
-    return [v.target for v in decoder if any(t.dtype == "float16" for t in v.inputs)]
+    return [variant.target for variant in manifest.components["decoder"].variants if _is_half(variant)]
+
+
+def _is_half(variant: Variant) -> bool:
+    return any(tensor.dtype == "float16" for tensor in (*variant.inputs, *variant.outputs))
 
 
 def _widen_file(bundle: Bundle, variant: Variant, feeds: Feeds, work: Path, progress: Progress) -> dict[str, float]:

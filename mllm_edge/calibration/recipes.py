@@ -150,8 +150,9 @@ def is_quantized(recipe: Recipe) -> bool:
 
 
 def part_of(recipe: Recipe, role: Role) -> Precision:
-    """What `recipe` says about the components of a role."""
-    return {"vision": recipe.vision, "connector": recipe.connector, "text": recipe.decoder}[role]
+    """What `recipe` says about the components of a role; a choice is not its concern."""
+    parts = {"vision": recipe.vision, "connector": recipe.connector, "text": recipe.decoder, "choice": FLOAT32}
+    return parts[role]
 
 
 def precision_of(recipe: Recipe, component: str, layer: str, role: Role = "text") -> Precision:

@@ -150,7 +150,7 @@ def _image(bundle: "Bundle") -> str:
     if image is None:
         return "takes none"
     steps = ", ".join(transform.op for transform in image.transforms)
-    tiles = "tiles" if image.patches is None else "any number of cells"
+    tiles = "any number of cells" if image.whole or image.patches is not None else "tiles"
     tokens = f"{image.features} {'token' if image.into == 'tokens' else 'feature'}{'s' if image.features > 1 else ''}"
     return f"{tiles} of {image.height} x {image.width} px, {tokens} each ({steps})"
 

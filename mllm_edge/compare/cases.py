@@ -42,8 +42,11 @@ def synthetic_cases(takes_images: bool) -> list[Case]:
 
 
 def fitting(cases: Iterable[Case], model: ModelSpec) -> list[Case]:
-    """Those of `cases` whose images leave room for a question and its answer in the model's context."""
-    return [case for case in cases if _image_tokens(case, model) + _TOKENS <= model.context_length or not case.images]
+    """Those of `cases` that have no more images than the model takes, which leave room for a question and its answer in
+    its context."""
+    most = None if model.image is None else model.image.most_images
+    taken = [case for case in cases if most is None or len(case.images) <= most]
+    return [case for case in taken if _image_tokens(case, model) + _TOKENS <= model.context_length or not case.images]
 
 
 def _image_tokens(case: Case, model: ModelSpec) -> int:

@@ -35,6 +35,7 @@ from mllm_edge.export.verify import verify
 from mllm_edge.graph.builder import save_model, tensor_specs
 from mllm_edge.graph.datafile import DataFile, DataSink, DryFile
 from mllm_edge.graph.decoder_spec import DecoderSpec
+from mllm_edge.graph.gate import check_cuda_graph
 from mllm_edge.graph.precision import Precision
 from mllm_edge.graph.ranges import TEXT_ENCODER as READING
 from mllm_edge.graph.ranges import crossed_range, decoder_ranges
@@ -80,8 +81,8 @@ class ExportJob:
         self._source, self._plan, self._weights = source, plan, weights
         self._recipe, self._forms, self._progress = chosen, wanted, progress
         progress.stage("tracing the vision encoder and connector")
-        types = dict.fromkeys(form.float_type for form in wanted)
-        self._traces = {(c.name, dtype): trace(c, dtype) for dtype in types for c in plan.traced}
+        self._traces: dict[tuple[str, ir.DataType], ir.Model] = {}
+        self._trace(wanted)
         self._components = [*(stage.component for stage in plan.model.stages), "decoder"]
         first = next((i for i, layer in enumerate(plan.decoder.stack) if layer.has("cross_attention")), 0)
         self._probe_layers = max(_PROBE_LAYERS, first + 1)
@@ -251,10 +252,19 @@ class ExportJob:
         """The first form in float32, and its traces."""
         first = self._forms[0]
         form = Form(first.target if first.target != "cuda" else "cpu", ir.DataType.FLOAT)
-        for component in self._plan.traced:
-            if (component.name, form.float_type) not in self._traces:
-                self._traces[component.name, form.float_type] = trace(component, form.float_type)
+        self._trace([form])
         return form
+
+    def _trace(self, wanted: Sequence[Form]) -> None:
+        """What is not traced yet for these forms."""
+        for component in self._plan.traced:
+            for key in dict.fromkeys((component.name, self._float_type(component.name, form)) for form in wanted):
+                if key not in self._traces:
+                    self._traces[key] = trace(component, key[1])
+
+    def _float_type(self, name: str, form: Form) -> ir.DataType:
+        """Of a component that is traced: a choice stays in float32."""
+        return ir.DataType.FLOAT if self._plan.model.role(name) == "choice" else form.float_type
 
     def _is_proven_whole(self, whole: bool) -> bool:
         return whole and self._plan.model.parameters <= _FLOAT_LIMIT
@@ -320,9 +330,11 @@ class ExportJob:
             build = build_decoder if name == "decoder" else build_cross_kv
             return build(decoder, self._weights, chosen or self._recipe, sink, form.dialect, form.float_type)
         component = next(c for c in self._plan.traced if c.name == name)
-        traced = self._traces[name, form.float_type]
-        precision = self._precision(name, chosen)
-        return lower(component, traced, self._weights, precision, sink, form.dialect, form.float_type)
+        precision, kind = self._precision(name, chosen), self._float_type(name, form)
+        model = lower(component, self._traces[name, kind], self._weights, precision, sink, form.dialect, kind)
+        if form.target == "cuda" and kind != form.float_type:
+            check_cuda_graph(model)  # that a kernel takes float32 alone is nowhere written down
+        return model
 
     def _ranges(self, name: str, form: Form) -> Mapping[str, SymbolRange]:
         if name == TEXT_ENCODER:

@@ -121,14 +121,14 @@ class Family:
     `decoders` (those that are proven) and `examples` (hub ids) are facts for people. `text`: where the decoder stands
     under transformers' names, or where by its model type, `head`: its projection onto the vocabulary; whether the
     embeddings are that one, too, is told by who holds it: the model, or the text model. `vision`: the configuration's
-    part for images, "" for none. `describe` says what is special about a checkpoint; it raises ConfigError,
-    WeightsError or SourceError that names what does not fit. For the comparison with the source model there are
-    `load_processor`, the reference's own processor without torchvision, `load_model` (the source; how many layers of
-    the decoder, None: all) in float32, and `image_features` (model, inputs): its tensors that answer to the components'
-    outputs `vision_hidden` and `image_features` (or `encoder_hidden_states`). `pixel_values` (model, inputs): those of
-    its processor, where they differ from the bundle's by more than their shape; `video_features` (model, pixels of the
-    frames of a video) as `image_features`, where stages of their own show videos; `note`: what every comparison says of
-    the reference.
+    part for images, "" for none; `image_token`: the setting with the placeholder's id, with a dot one of that part.
+    `describe` says what is special about a checkpoint; it raises ConfigError, WeightsError or SourceError that names
+    what does not fit. For the comparison with the source model there are `load_processor`, the reference's own
+    processor without torchvision, `load_model` (the source; how many layers of the decoder, None: all) in float32, and
+    `image_features` (model, inputs): its tensors that answer to the components' outputs `vision_hidden` and
+    `image_features` (or `encoder_hidden_states`). `pixel_values` (model, inputs): those of its processor, where they
+    differ from the bundle's by more than their shape; `video_features` (model, pixels of the frames of a video) as
+    `image_features`, where stages of their own show videos; `note`: what every comparison says of the reference.
 
     A layout that transformers does not know has `own_layouts`, its model types; `renames`, from its names to
     transformers', by regular expressions that are applied in order; and `translated`, the source with its configuration
@@ -295,5 +295,6 @@ def _opened(family: Family, source: Source, weights: Weights) -> Checkpoint:
     place = Place(family.place(config), family.head, bool(holder.take("tie_word_embeddings", False)))
     where = f"{source.folder / 'config.json'}: text_config.model_type"
     decoder = decoder_for(family.decoder_type(config, weights), text, weights, place, where)
-    token_id = top.take(family.image_token)
+    part, _, key = family.image_token.rpartition(".")
+    token_id = (vision if part else top).take(key)
     return Checkpoint(source, config, weights, top, text, vision, decoder, token_id, family.load_processor)

@@ -21,7 +21,9 @@ from mllm_edge.spec import (
     LearnedPositions,
     ModelSpec,
     ResizeToPixels,
+    ResizeToSide,
     ResizeWithin,
+    ShrinkInto,
     SplitLarge,
     Stage,
     SymbolRange,
@@ -38,6 +40,7 @@ __all__ = [
     "Plan",
     "TracedComponent",
     "cell_components",
+    "cell_ranges",
     "table_specs",
     "tile_components",
 ]
@@ -130,7 +133,7 @@ def cell_components(
     rows = image.features if image.resampled else "merged" if merged else "cells"
     found = TensorSpec("image_features", "float32", (rows, sizes[1]))
     added = tuple(TensorSpec(f"{DEEPSTACK}{k}", "float32", ("cells", sizes[1])) for k in range(deepstack))
-    ranges = _cell_ranges(image)
+    ranges = cell_ranges(image)
     tables = (spec for table in image.tables for spec in table_specs(table, patches.merge) if spec not in merged)
     inputs = (shown, *tables)
     return (
@@ -149,13 +152,15 @@ def cell_components(
     )
 
 
-def _cell_ranges(image: ImageSpec) -> dict[str, SymbolRange]:
+def cell_ranges(image: ImageSpec) -> dict[str, SymbolRange]:
     """Of the cells and windows of one grid: as many as its transforms make, and the context takes."""
     areas = [t.max_pixels // t.multiple**2 for t in image.transforms if isinstance(t, ResizeToPixels)]
+    areas += [t.height * t.width // image.height**2 for t in image.transforms if isinstance(t, ShrinkInto)]
     areas += [(t.longest // t.patch) ** 2 for t in image.transforms if isinstance(t, FitPatches)]
     areas += [max(t.max_cells, (t.size // t.cell) ** 2) for t in image.transforms if isinstance(t, SplitLarge)]
     fitted = (t for t in image.transforms if isinstance(t, ResizeWithin))
     areas += [(math.ceil(t.longest_edge / t.multiple) * t.multiple // image.height) ** 2 for t in fitted]
+    areas += [math.ceil(t.side / image.height) ** 2 for t in image.transforms if isinstance(t, ResizeToSide)]
     most = min(areas, default=None)
     usual = 256 if most is None else min(256, most)
     # A feature may be alone, with cells left over beside it on two sides. No image has more windows than cells.

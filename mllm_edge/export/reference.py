@@ -25,6 +25,7 @@ __all__ = [
     "encodes",
     "forget_prompts",
     "greedy_answers",
+    "linear_layers",
     "load_reference",
     "rounded",
     "scores",
@@ -36,6 +37,7 @@ _OWN_NAMES = (
 )
 # A place where no adapter lies: from_pretrained would merge one that is in the checkpoint's folder by itself.
 _NO_ADAPTER = {"subfolder": "no-adapter"}
+_TOWERS = "embed_tokens_extend."  # Phi-4 multimodal's stand in its language model
 _DECODER_LAYERS = ("decoder_layers", "num_decoder_layers")  # of encoder-decoders
 
 
@@ -43,14 +45,14 @@ def load_reference(source: Source, decoder_layers: int | None = None, cls: Any =
     """What transformers makes of the checkpoint itself, in float32; only the first `decoder_layers` (None: all).
     `cls`: a class of its own, where transformers' needs one around it."""
     import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForMultimodalLM
 
     config = without_quantization(AutoConfig.from_pretrained(source.folder))  # the weights were found to be float
     if decoder_layers is not None:
         text = config.get_text_config()
         name = next((n for n in _DECODER_LAYERS if hasattr(text, n)), "num_hidden_layers")
         setattr(text, name, min(decoder_layers, getattr(text, name)))
-    return (cls or AutoModelForImageTextToText).from_pretrained(
+    return (cls or AutoModelForMultimodalLM).from_pretrained(
         source.folder, config=config, dtype=torch.float32, low_cpu_mem_usage=True, adapter_kwargs=_NO_ADAPTER
     )
 
@@ -89,7 +91,9 @@ def behind(model: Any, inputs: Mapping[str, Any], out: Any, tokens: Any) -> dict
     if encodes(model):
         read = {"encoder_outputs": BaseModelOutput(last_hidden_state=out.encoder_last_hidden_state)}
         return {"decoder_input_ids": tokens, "attention_mask": inputs.get("attention_mask"), **read, **cache}
-    seen = {name: inputs[name][:, -1:] for name in ("cross_attention_mask",) if name in inputs}
+    seen = {name: inputs[name][:, -1:] for name in ("cross_attention_mask", "image_attention_mask") if name in inputs}
+    if "image_attention_mask" in seen:  # IDEFICS keeps nothing of the images, and looks at them in each step
+        seen["pixel_values"] = inputs["pixel_values"]
     return {"input_ids": tokens, **seen, **cache}
 
 
@@ -170,6 +174,15 @@ def _token_types(model: Any, ids: Any, answered: Sequence[int]) -> dict[str, Any
     return {"token_type_ids": behind.long()}
 
 
+def linear_layers(model: Any) -> list[Any]:
+    """Those of the language model, but for its head."""
+    import torch
+
+    sides = (model.get_encoder(), model.get_decoder()) if encodes(model) else (model.get_decoder(),)
+    modules = (named for side in sides for named in side.named_modules())
+    return [m for name, m in modules if isinstance(m, torch.nn.Linear) and not name.startswith(_TOWERS)]
+
+
 @contextmanager
 def rounded(
     model: Any, layers: Precision, head: Precision, activations: bool = False, positive_scales: bool = False
@@ -179,8 +192,7 @@ def rounded(
     TensorRT."""
     import torch
 
-    sides = (model.get_encoder(), model.get_decoder()) if encodes(model) else (model.get_decoder(),)
-    chosen = {m: layers for side in sides for m in side.modules() if isinstance(m, torch.nn.Linear)}
+    chosen = dict.fromkeys(linear_layers(model), layers)
     chosen[model.get_output_embeddings()] = head
 
     def forward(module: Any, precision: Precision, x: Any) -> Any:
@@ -192,7 +204,11 @@ def rounded(
         if activations:
             step = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30) / 127
             x = torch.round(x / step) * step
-        return torch.nn.functional.linear(x, torch.from_numpy(weight), module.bias)
+        kept, module.weight = module.weight, torch.nn.Parameter(torch.from_numpy(weight), requires_grad=False)
+        try:
+            return type(module).forward(module, x)
+        finally:
+            module.weight = kept
 
     for module, precision in chosen.items():
         setattr(module, "forward", partial(forward, module, precision))  # noqa: B010 # a method, mypy says

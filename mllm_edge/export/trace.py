@@ -40,7 +40,7 @@ def trace(component: TracedComponent, float_type: ir.DataType = _FLOAT) -> ir.Mo
         sizes = {symbol: torch.export.Dim(symbol) for symbol in symbols}
         examples = tuple(
             torch.empty(
-                [_SIZE if isinstance(d, str) else d for d in spec.shape],
+                [_SIZE * (component.all_ranges[d].least or 1) if isinstance(d, str) else d for d in spec.shape],
                 dtype=dtype if spec.dtype == "float32" else getattr(torch, spec.dtype),
             )
             for spec in component.inputs

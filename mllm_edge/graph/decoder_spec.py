@@ -71,8 +71,8 @@ class AttentionSpec:
 class CrossSpec:
     """Attention over encoded features [B, N, features], whose keys and values `build_cross_kv` makes.
 
-    `rows`: the graph takes `cross_attention_rows` [B, S, 1], which multiplies the MLP of cross-attention layers (mllama
-    silences the MLP where a token has no image to look at).
+    `rows`: the graph takes `cross_attention_rows` [B, S, 1], which multiplies what branches of cross-attention layers
+    add (where a token has no image to look at, mllama silences their MLP, IDEFICS their attention).
     """
 
     attention: AttentionSpec
@@ -122,8 +122,9 @@ class MoeSpec:
 class Branch:
     """One residual branch of a layer: h ← after(h + tanh(gate) · post(f(pre(h)))).
 
-    `pre`, `post`, `after` and `gate` are keys of `WeightNames.layer`, None where there is no such thing. `silenced`:
-    multiplied by `cross_attention_rows`. `beside`: f's input is that of the branch before it, whose norm is the same.
+    `pre`, `post`, `after` and `gate` (one number, or one for each element) are keys of `WeightNames.layer`, None where
+    there is no such thing. `silenced`: multiplied by `cross_attention_rows`. `beside`: f's input is that of the branch
+    before it, whose norm is the same.
     """
 
     kind: Literal["attention", "cross_attention", "conv", "mlp", "moe"]

@@ -175,8 +175,8 @@ def _standard(graph: "GraphBuilder", x: ir.Value, layer: Linear, precision: Prec
         codes = graph.weight(name, _FP8, (row, rows), lambda: floats()[0].T)
         scales = graph.weight(f"{name}.scale", kind, (rows,), lambda: to_float(name, floats()[1], kind))
         weight = graph.node("DequantizeLinear", [codes, scales], f"{name}.float", axis=1)
-    elif precision.bits == 8:
-        # TensorRT has no int8 blocks: one scale per output channel.
+    elif precision.bits == 8 or row % block_size(row, precision.largest_block):
+        # TensorRT has no int8 blocks, nor a last one that is shorter: one scale per output channel.
         channels = _Once(lambda: _channels(layer, kind))
         codes = graph.weight(name, _INT8, (row, rows), lambda: channels()[0].T)
         scales = graph.weight(f"{name}.scale", kind, (rows,), lambda: to_float(name, channels()[1], kind))

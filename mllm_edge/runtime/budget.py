@@ -108,7 +108,7 @@ def image_cost(bundle: Bundle, image: ImageSource | tuple[int, int]) -> ImageCos
         width=picture.width,
         tiles=prompt.layouts[0].tiles,
         grid=(prompt.layouts[0].rows, prompt.layouts[0].cols),
-        cells=model.image.patches is not None,
+        cells=model.image.patches is not None or model.image.whole,
         image_tokens=len(prompt.image_positions),
         prompt_tokens=len(prompt.token_ids),
         left=model.context_length - len(prompt.token_ids),

@@ -365,7 +365,7 @@ class VLM:
         if isinstance(image, EncodedImage):
             return image
         with self._turns.working(), trace.span("preprocess"):
-            keeps = self.spec.image is not None and self.spec.image.several is not None
+            keeps = self.spec.image is not None and self.spec.image.seen_together
             source = load_image(image) if keeps and not isinstance(image, Video) else None
             shown = self.processor.show(image if source is None else source)
         with self._turns.turn():

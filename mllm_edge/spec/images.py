@@ -18,11 +18,14 @@ __all__ = [
     "Pack",
     "RowEnd",
     "Shrink",
+    "ShownPatches",
     "StageText",
     "Table",
+    "Trim",
     "Unpad",
     "VideoSpec",
     "View",
+    "WholeLast",
 ]
 
 PIXELS = "pixel_values"  # the input that every image becomes
@@ -31,7 +34,8 @@ PIXELS = "pixel_values"  # the input that every image becomes
 @dataclass(frozen=True)
 class ImagePrompt:
     """How one image becomes text before tokenization. In the templates `{image}` stands for a placeholder per feature,
-    `{row}` and `{col}` for 1-based coordinates of a tile or cell, `{number}` for its number among them.
+    `{row}` and `{col}` for 1-based coordinates of a tile or cell, `{number}` for its number among them, in `single`
+    `{rows}` and `{cols}` for how many cells there are of an image that is left whole.
 
     An image that is one tile, or whose features are packed, becomes `single`; one of several becomes `begin`, then, row
     by row, `tile` for each followed by `row_end`, and at the end `overview`; where the overview is the first, `begin`
@@ -39,8 +43,8 @@ class ImagePrompt:
     of an image of cells. `inline`: what a chat template for plain text gets in a message for an image, `{image}` being
     one placeholder. `reserved`: further words that stand for pictures or videos, which no text of a user's may become.
     `placeholder`: what stands for an image in a rendered text before it becomes all this, where that is not the `token`
-    of its features. `border`: a word around images; it stands once where it would twice, and a blank is put between it
-    and a text behind it that begins with none (and with no "<").
+    of its features. `border`: a word around images; it stands once where it would twice. With `blank`, a blank is put
+    between it and a text behind it that begins with none (and with no "<"); without, blanks beside it fall away.
     """
 
     token: str
@@ -56,6 +60,7 @@ class ImagePrompt:
     reserved: tuple[str, ...] = ()
     placeholder: str = ""
     border: str = ""
+    blank: bool = True
 
     @property
     def written(self) -> str:
@@ -158,7 +163,25 @@ class RowEnd:
     op: Literal["row_end"] = "row_end"
 
 
-Pack = Unpad | Shrink | RowEnd
+@dataclass(frozen=True)
+class Trim:
+    """Leave out the rows and columns of features that show nothing of the image, at the bottom and right of FitTiles'
+    tiles; a feature is made of `side` × `side` patches, and shows something where its first one does."""
+
+    side: int
+    op: Literal["trim"] = "trim"
+
+
+@dataclass(frozen=True)
+class WholeLast:
+    """The overview's features come behind the others and not before them, their rows end as theirs do, and between the
+    two stands one more feature: row 0 of the bundle's array `file`."""
+
+    file: str
+    op: Literal["whole_last"] = "whole_last"
+
+
+Pack = Unpad | Shrink | RowEnd | Trim | WholeLast
 
 
 @dataclass(frozen=True)
@@ -233,6 +256,19 @@ class View:
 
 
 @dataclass(frozen=True)
+class ShownPatches:
+    """Inputs `names` of the components beside each of FitTiles' tiles of patches of `patch` px: `places` [tiles,
+    patches] int64, the learned position of each, of `side` × `side`, as LearnedPositions chooses it by `bounds` among
+    those of the tile that show something of the image, and 0 for the others; and `bias` [tiles, 1, 1, patches] float32,
+    which hides these. The overview shows the image everywhere."""
+
+    patch: int
+    side: int
+    bounds: tuple[float, ...]
+    names: tuple[str, ...] = ("patch_places", "patch_bias")
+
+
+@dataclass(frozen=True)
 class StageText:
     """The prompt's text beside each slice: an input `name` [slices, tokens] int64 of the components, of at most `most`
     tokens of the bundle's tokenizer `file`. Images' placeholders and the words `without` are left out of it."""
@@ -249,13 +285,17 @@ class ImageSpec:
 
     An image becomes slices: tiles of one size, `pixel_values` [tiles, channels, height, width], or, where the last
     transform is Patchify, cells of patches, [cells, merge², channels · frames · patch²], as many as the image's size
-    asks for; `height` and `width` are then a cell's. The connector makes `features` rows of each slice, or, with
-    `resampled`, of each grid of cells. `tables`: further inputs of the components, made of an image's grid, or of each
-    of its grids where tiles become cells; `views`: made of its pixels; `text`: of the prompt's text.
+    asks for; `height` and `width` are then a cell's. With `whole`, an image is one slice of its own size, cells of
+    `height` × `width` px, each of which makes `features`; images of one prompt are filled up with zeros at the bottom
+    and right to a size that all fit into, and what is made of these is left out. The connector makes `features` rows of
+    each slice, or, with `resampled`, of each grid of cells. `tables`: further inputs of the components, made of an
+    image's grid, or of each of its grids where tiles become cells; `views`: made of its pixels; `shown`: of where these
+    stand in its tiles; `text`: of the prompt's text.
 
     `pack`: where it is not empty, the features of an image's tiles are a grid of rows, square in each tile, which it
-    changes in its order; the overview's come before them, untouched. `several`: the transforms for a prompt with more
-    than one image, where they differ. `video`: what becomes of videos, where the model takes them.
+    changes in its order; the overview's come before them, untouched. Rows of an image that is left whole may have ends.
+    `several`: the transforms for a prompt with more than one image, where they differ. `video`: what becomes of videos,
+    where the model takes them.
 
     `tiles`: an image has so many, and those that it lacks are zeros behind all transforms. `into`: where its features
     go. `tokens`: they take the places of its tokens. `cross_attention`: that looks at all features of all images, those
@@ -264,7 +304,7 @@ class ImageSpec:
 
     `around`: tokens around images that have embeddings of their own. `both_ways`: which tokens see each other in both
     directions, beside what each sees of those before it: those of an `image`, or all of a `prompt`, with images or
-    without.
+    without. `most_images`: a prompt has no more (None: any number).
     """
 
     transforms: tuple[Transform, ...]
@@ -280,10 +320,13 @@ class ImageSpec:
     into: Literal["tokens", "cross_attention"] = "tokens"
     video: VideoSpec | None = None
     views: tuple[View, ...] = ()
+    shown: ShownPatches | None = None
     text: StageText | None = None
     resampled: bool = False
     both_ways: Literal["image", "prompt"] | None = None
     around: ImageTokens | None = None
+    most_images: int | None = None
+    whole: bool = False
 
     @property
     def patches(self) -> Patchify | None:
@@ -298,7 +341,7 @@ class ImageSpec:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of one slice's pixel values."""
+        """The shape of one slice's pixel values; of images that are left whole, of one cell."""
         patches = self.patches
         if patches is None:
             return (self.channels, self.height, self.width)
@@ -306,8 +349,18 @@ class ImageSpec:
 
     @property
     def inputs(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of one slice's inputs that are made of pixels, by name."""
-        return {PIXELS: self.shape, **{view.name: (self.channels, view.height, view.width) for view in self.views}}
+        """The shapes of one slice's inputs that are made of pixels or of their places, by name."""
+        views = {view.name: (self.channels, view.height, view.width) for view in self.views}
+        if self.shown is None:
+            return {PIXELS: self.shape, **views}
+        patches = (self.height // self.shown.patch) * (self.width // self.shown.patch)
+        places, bias = self.shown.names
+        return {PIXELS: self.shape, **views, places: (patches,), bias: (1, 1, patches)}
+
+    @property
+    def seen_together(self) -> bool:
+        """Whether an image is seen otherwise beside others than alone."""
+        return self.several is not None or self.whole
 
     def transforms_for(self, images: int) -> tuple[Transform, ...]:
         """Those of each image of a prompt with so many."""
@@ -316,7 +369,7 @@ class ImageSpec:
     @property
     def arrays(self) -> tuple[str, ...]:
         """The bundle's arrays that images need."""
-        steps = tuple(step.file for step in self.pack if isinstance(step, RowEnd))
+        steps = tuple(step.file for step in self.pack if isinstance(step, (RowEnd, WholeLast)))
         ends = () if self.video is None or self.video.end in ("", *steps) else (self.video.end,)
         around = () if self.around is None else (self.around.file,)
         return steps + ends + around + tuple(table.file for table in self.tables if isinstance(table, LearnedPositions))

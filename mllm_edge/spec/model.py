@@ -31,7 +31,7 @@ SCHEMA_VERSION = 2
 DECODER = "decoder"  # the component that every model ends with
 DEEPSTACK = "deepstack."  # and a layer's number: what is added to the hidden states behind it, token by token
 
-Role = Literal["vision", "connector", "text"]
+Role = Literal["vision", "connector", "text", "choice"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class Stage:
     behind layer k; `cross.{l}.key` and `.value` are what the decoder's cross-attention looks at; others are for later
     stages.
 
-    `role` decides about precision. What a run takes, `per`: slice (any number of slices, of any images), image (all
+    `role` decides about precision; a `choice` of rows of a table stays in float32, where rounding would choose others.
+    What a run takes, `per`: slice (any number of slices, of any images), image (all
     slices of one, with its tables; of an image that is several grids of cells, those of one grid), prompt (outputs of
     earlier stages, [1, N, F]: the rows of all images one behind the other; stages of this kind come last, and run only
     where there are images). In an encoder-decoder these are `text_encoder` and those behind it, which run for every

@@ -7,9 +7,12 @@ __all__ = [
     "MOST_PIXELS",
     "CenterCrop",
     "CoverTiles",
+    "FillTiles",
     "FitCanvas",
     "FitPatches",
+    "FitTiles",
     "Normalize",
+    "PadToMultiple",
     "PadToSquare",
     "Patchify",
     "Resample",
@@ -23,9 +26,11 @@ __all__ = [
     "ResizeWithin",
     "SelectResolution",
     "SelectTiles",
+    "ShrinkInto",
     "SplitLarge",
     "SplitTiles",
     "Transform",
+    "WholeBefore",
 ]
 
 MOST_PIXELS = 178_956_970  # of an image at any time; Pillow refuses larger files, too
@@ -56,12 +61,13 @@ class ResizeShortestEdge:
 
 @dataclass(frozen=True)
 class ResizeToSide:
-    """Scale so that the longer side is `side` px, keeping the aspect ratio; the shorter side is rounded to an integer
-    (halves to the even one), `least` px at least."""
+    """Scale so that the longer side is `side` px, keeping the aspect ratio; the shorter side (the height, of a
+    square) is rounded to an integer (halves to the even one; or `truncated`), `least` px at least."""
 
     side: int
     least: int
     resample: Resample
+    truncated: bool = False
     op: Literal["resize_to_side"] = "resize_to_side"
 
 
@@ -84,6 +90,17 @@ class ResizeWithin:
     longest_edge: int
     resample: Resample
     op: Literal["resize_within"] = "resize_within"
+
+
+@dataclass(frozen=True)
+class ShrinkInto:
+    """Scale an image that is higher than `height` or wider than `width` px down to both, keeping the aspect ratio
+    (truncated); others stay as they are."""
+
+    height: int
+    width: int
+    resample: Resample
+    op: Literal["shrink_into"] = "shrink_into"
 
 
 @dataclass(frozen=True)
@@ -112,6 +129,16 @@ class PadToSquare:
 
     color: tuple[int, ...]
     op: Literal["pad_to_square"] = "pad_to_square"
+
+
+@dataclass(frozen=True)
+class PadToMultiple:
+    """Fill up with `color` (0 to 255 per channel) at the bottom and right, until both sides are multiples of `multiple`
+    px."""
+
+    multiple: int
+    color: tuple[int, ...]
+    op: Literal["pad_to_multiple"] = "pad_to_multiple"
 
 
 @dataclass(frozen=True)
@@ -162,6 +189,23 @@ class CoverTiles:
 
 
 @dataclass(frozen=True)
+class FillTiles:
+    """Stretch to a grid of at most `max_tiles` tiles of `size` × `size` px and cut it row by row. Before the tiles
+    stands the whole image stretched to one tile, the overview, also where there is one tile alone.
+
+    Of the grids that are no smaller than the image on either side, it is the one on which the image's shorter side
+    would be longest with its aspect ratio kept (in whole px). Of several: of the aspect ratio whose largest grid has
+    the fewest tiles, then the most columns; and the smallest of these. Where the image is larger than every grid, it is
+    the largest of the nearest aspect ratio: of a high image the next one above its own, of others not above it.
+    """
+
+    size: int
+    max_tiles: int
+    resample: Resample
+    op: Literal["fill_tiles"] = "fill_tiles"
+
+
+@dataclass(frozen=True)
 class SelectResolution:
     """Fit into the one of `resolutions` (height, width) that keeps most of the image's pixels (of several, the one that
     wastes least), keeping the aspect ratio, in the middle of black; cut it into `size` × `size` px tiles, row by row.
@@ -184,6 +228,20 @@ class FitCanvas:
     max_tiles: int
     resample: Resample
     op: Literal["fit_canvas"] = "fit_canvas"
+
+
+@dataclass(frozen=True)
+class FitTiles:
+    """Scale into the top left of white tiles of `size` × `size` px, keeping the aspect ratio (truncated), and cut these
+    row by row. They are as many as the image's height and width have such tiles, begun ones included; where that is
+    more than `max_tiles`, those of SelectTiles' grid of up to so many. An image whose shorter side would become less
+    than `least` px is refused."""
+
+    size: int
+    max_tiles: int
+    least: int
+    resample: Resample
+    op: Literal["fit_tiles"] = "fit_tiles"
 
 
 @dataclass(frozen=True)
@@ -216,6 +274,14 @@ class Normalize:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     op: Literal["normalize"] = "normalize"
+
+
+@dataclass(frozen=True)
+class WholeBefore:
+    """Before the tiles stand all of them as one, the overview: their values, brought to one tile's size bicubically (a
+    = −0.75, what is beyond an edge is as the edge), and nothing is averaged. The last of the transforms."""
+
+    op: Literal["whole_before"] = "whole_before"
 
 
 @dataclass(frozen=True)
@@ -282,15 +348,20 @@ Transform = (
     | ResizeToSide
     | ResizeWithin
     | ResizeToMultiple
+    | ShrinkInto
     | Resize
     | CenterCrop
     | PadToSquare
+    | PadToMultiple
     | SplitTiles
     | SelectTiles
     | CoverTiles
+    | FillTiles
     | SelectResolution
     | FitCanvas
     | FitPatches
+    | FitTiles
+    | WholeBefore
     | Rescale
     | Normalize
     | ResizeToPixels

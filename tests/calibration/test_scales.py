@@ -53,7 +53,7 @@ def build(
     """A graph of one layer, on disk and as it was built."""
     with DataFile(folder / "g.onnx.data") as data:
         graph = GraphBuilder("g", 21, data, contrib=contrib, float_type=kind)
-        x = graph.input("x", kind, ("n", ROW))
+        x = graph.input("x", kind, ("n", weight.shape[1]))
         if precision.is_static:
             where = layer.pop("where", (-3.0, 3.0))
             layer |= {"quantized": quantized_input(graph, x, "layer", where, precision.kind == "fp8")}
@@ -78,6 +78,16 @@ def exists(name: str, kind: ir.DataType, contrib: bool) -> bool:
 
 
 WRITTEN = [(name, kind, contrib) for name in PRECISIONS for kind, contrib in FORMS if exists(name, kind, contrib)]
+
+
+def test_rows_that_no_block_divides(tmp_path: Path) -> None:
+    """TensorRT takes whole blocks only: such a layer, a patch embedding of 14 px, say, has 8 bits there."""
+    weight, x = (np.random.default_rng(2).normal(size=(n, 588)).astype(np.float32) for n in (ROWS, 5))
+    for contrib, tolerance in ((True, 0.2), (False, 0.02)):
+        path, model = build(tmp_path, PRECISIONS["int4"], FLOAT, contrib, weight)
+        assert all(node.attributes.get("block_size") is None for node in model.graph) or contrib
+        (y,) = ort.InferenceSession(path).run(None, {"x": x})
+        assert np.abs(y - x @ weight.T).max() <= tolerance * np.abs(y).max()
 
 
 @pytest.mark.parametrize(("name", "kind", "contrib"), WRITTEN)

@@ -9,6 +9,7 @@ import onnx_ir as ir
 import torch
 from safetensors.numpy import load_file, save_file
 from transformers import (
+    AriaTextConfig,
     AutoModelForCausalLM,
     ChameleonConfig,
     ChameleonForConditionalGeneration,
@@ -186,6 +187,13 @@ CONFIGS: dict[str, Any] = {
         shared_expert_intermediate_size=32,
         norm_topk_prob=True,
     ),
+    "aria": AriaTextConfig(
+        **SIZES,
+        moe_num_experts=3,
+        moe_topk=2,
+        moe_num_shared_experts=2,
+        attention_bias=True,
+    ),
     "lfm2": Lfm2Config(**LFM2, layer_types=["conv", "full_attention", "conv", "conv"]),
     "lfm2_biased": Lfm2Config(
         **LFM2,
@@ -273,8 +281,10 @@ def saved_model(name: str, folder: Path) -> Any:
 
 
 def save_checkpoint(model: Any, folder: Path) -> None:
-    """Save the model; one configuration is rewritten in InternLM2's layout."""
+    """Save the model; one configuration is rewritten in InternLM2's layout, another under today's names."""
     model.save_pretrained(folder)
+    if model.config.model_type == "aria_text":
+        save_file({name: tensor.numpy() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
     if model.config.to_dict().get("pad_token_id") == INTERNLM2:
         as_internlm2(folder)
 

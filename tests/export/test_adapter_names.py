@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForMultimodalLM
 
 from mllm_edge.bundle import Bundle
 from mllm_edge.errors import ConfigError, MllmEdgeError, SourceError, WeightsError
@@ -31,7 +31,10 @@ from tests.tiny_internvl import save_tiny_internvl_chat
 Tensors = dict[str, torch.Tensor]
 FILE = "adapter_model.safetensors"
 # Attention and the multilayer perceptrons of both halves, whatever a family calls them.
-EVERYWHERE = r".*(layers|blocks|layer)\.\d+\..*(q_proj|v_proj|qkv|fc1|fc2|down_proj|attn\.proj)"
+EVERYWHERE = (
+    r".*(layers|blocks|layer)\.\d+\..*(q_proj|v_proj|qkv|query_key_value|fc1|fc2|down_proj|dense_4h_to_h|attn\.proj)"
+    r"|.*vision_embed_tokens|.*encoder\..*attn.*\.[qv]_proj"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +45,7 @@ def _quiet() -> Iterator[None]:
 
 
 def load(checkpoint: Path) -> Any:
-    return AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    return AutoModelForMultimodalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
 
 
 def train(model: Any, folder: Path, **options: Any) -> Path:
@@ -114,7 +117,8 @@ def test_names_of_the_checkpoint_on_the_hub(saved: Callable[..., Path], tmp_path
 
     other = renamed(today, tmp_path / "old", old)
     expected = merged(checkpoint, today)
-    assert any("vis" in name or "image_tower" in name for name in expected) or family == "chameleon", "convolutions"
+    of_images = ("vis", "image_tower", "img_processor", "vqmodel")
+    assert any(part in name for name in expected for part in of_images) or family == "chameleon", "convolutions"
     assert_same(merged(checkpoint, other), expected)
     found, notes = reference.adapted(load(checkpoint), open_source(str(checkpoint), adapters=[other]))
     assert notes == ()

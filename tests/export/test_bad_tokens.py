@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.pipeline import export
@@ -38,7 +39,12 @@ def add_tokens(checkpoint: Path, *tokens: tuple[str, int]) -> None:
 
 def vocabulary(checkpoint: Path) -> int:
     config = json.loads((checkpoint / "config.json").read_text())
-    return int(config.get("text_config", config)["vocab_size"])
+    return int(config.get("text_config", config)["vocab_size"]) + int(config.get("additional_vocab_size", 0))
+
+
+def words(checkpoint: Path) -> dict[str, int]:
+    """The tokens and their ids."""
+    return Tokenizer.from_file(str(checkpoint / "tokenizer.json")).get_vocab()
 
 
 def assert_refused(checkpoint: Path, *words: str) -> None:
@@ -69,8 +75,7 @@ def test_padding_that_no_prompt_needs_may_be_missing(checkpoint: Path) -> None:
 
 
 def test_more_ids_than_the_vocabulary(checkpoint: Path) -> None:
-    filled = len(json.loads((checkpoint / "tokenizer.json").read_text())["added_tokens"]) + 256
-    size = vocabulary(checkpoint)
+    filled, size = len(words(checkpoint)), vocabulary(checkpoint)
     add_tokens(checkpoint, *((f"<more_{i}>", i) for i in range(filled, size + 2)))
     assert_refused(checkpoint, f"ids reach {size + 1}", f"vocab_size is {size}")
 
@@ -79,10 +84,12 @@ def test_more_ids_than_embeddings(checkpoint: Path) -> None:
     """The head has all rows, the embeddings do not."""
     path = checkpoint / "model.safetensors"
     weights = load_file(path)
-    (name,) = (n for n in weights if n.endswith(("embed_tokens.weight", "shared.weight")))
-    weights[name] = weights[name][:260].contiguous()
+    ends, left = ("embed_tokens.weight", "shared.weight", "additional_embedding.weight"), 260
+    for name in sorted((n for n in weights if n.endswith(ends)), reverse=True):
+        weights[name] = weights[name][:left].contiguous()
+        left -= len(weights[name])
     save_file(weights, path)
-    last = max(t["id"] for t in json.loads((checkpoint / "tokenizer.json").read_text())["added_tokens"])
+    last = max(words(checkpoint).values())
     assert last >= 260
     assert_refused(checkpoint, f"ids reach {last}", "embeddings for 260 only")
 

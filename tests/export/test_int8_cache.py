@@ -82,8 +82,9 @@ def test_little_of_a_longer_text_is_clipped(bundles: tuple[Bundle, Bundle], targ
 def test_keys_that_are_turned_together_share_a_scale(bundles: tuple[Bundle, Bundle]) -> None:
     graph = onnx.load(bundles[1].path / bundles[1].variant("decoder", "cpu").file).graph
     scales = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer if t.name.endswith(".scale")}
+    turned = bundles[1].manifest.model.positions.ropes[0].dim  # the others of a head have scales of their own
     for layer in bundles[1].manifest.model.state[0].layers:
-        first, second = np.split(scales[f"present.{layer}.key.scale"], 2, axis=-1)
+        first, second = np.split(scales[f"present.{layer}.key.scale"][..., :turned], 2, axis=-1)
         np.testing.assert_array_equal(first, second)
         first, second = np.split(scales[f"present.{layer}.value.scale"], 2, axis=-1)
         assert (first != second).all()

@@ -13,7 +13,7 @@ from mllm_edge.export import loss
 from mllm_edge.export.checkpoint.source import open_source
 from mllm_edge.export.loss import References, ask, measure
 from mllm_edge.export.loss_questions import QUESTIONS
-from mllm_edge.export.reference import before, encodes, forget_prompts
+from mllm_edge.export.reference import before, forget_prompts, linear_layers
 from mllm_edge.export.source_model import Reference, Scope
 from mllm_edge.graph.precision import block_size
 from mllm_edge.runtime.vlm import VLM
@@ -126,10 +126,8 @@ def test_eight_bits_are_those_of_a_rounded_source(asked: tuple[Any, Path, Refere
     copy = copy_module.deepcopy(reference.model)
     head = copy.get_output_embeddings()
     head.weight = torch.nn.Parameter(in_eight_bits(head.weight, 64))
-    sides = [copy.get_decoder(), *([copy.get_encoder()] if encodes(copy) else [])]
-    for module in (module for side in sides for module in side.modules()):
-        if isinstance(module, torch.nn.Linear):
-            module.weight = torch.nn.Parameter(in_eight_bits(module.weight, 128))
+    for module in linear_layers(copy):
+        module.weight = torch.nn.Parameter(in_eight_bits(module.weight, 128))
     found = []
     for answered in references.answered:
         logits = whole(copy, answered.ids, answered.tokens[:-1].tolist())

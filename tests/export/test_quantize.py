@@ -128,9 +128,10 @@ BLOCKS = ["SM80", "SM86", "SM89", "SM120"]
 @pytest.mark.parametrize("target", ["tensorrt", "tensorrt-10.3"])
 def test_tensorrt_builds_what_was_quantized(quantized: Any, target: str) -> None:
     recipe, _, bundle, _ = quantized
-    assert set(bundle.manifest.components) >= {"vision_encoder", "connector", "decoder"}
+    assert set(bundle.manifest.components) >= {"vision_encoder", "decoder"}
     for component in bundle.manifest.components:
-        assert engine_bytes(bundle, component, target, CAPABILITIES.get(recipe, BLOCKS)) > 0
+        plain = bundle.manifest.model.role(component) == "choice"  # in float32, which Turing has no products of
+        assert engine_bytes(bundle, component, target, BLOCKS if plain else CAPABILITIES.get(recipe, BLOCKS)) > 0
 
 
 def engine_bytes(bundle: Bundle, component: str, target: str, capabilities: list[str]) -> int:
@@ -179,10 +180,8 @@ def test_factors_alone_change_nothing(family: str, floats: Callable[[str], Path]
                 prompt = vlm.processor.process("Where?", samples()[0]["images"])
                 logits.append(vlm.steps(vlm.encode(prompt), np.zeros(1, np.int64))[0])
         assert np.abs(logits[0] - logits[1]).max() <= 1e-3 * np.ptp(logits[0])
-        weights = [
-            _initializer(folder, "decoder", target, "layers.0.up_proj.weight")
-            for folder in (floats(family), tmp_path / "out")
-        ]
+        name = "layers.0.experts.0.up_proj.weight" if family == "aria" else "layers.0.up_proj.weight"
+        weights = [_initializer(folder, "decoder", target, name) for folder in (floats(family), tmp_path / "out")]
         changed += not np.allclose(*weights, rtol=0.05)
     assert changed == len(FLOAT32_TARGETS)
 
@@ -388,7 +387,7 @@ def test_what_cannot_be_quantized(float_bundle: Path, tmp_path: Path) -> None:
         quantize(float_bundle, tmp_path / "text", recipe=replace(CALIBRATED["int8"], rules=(rule,)), data=texts)
     rules = tmp_path / "r.toml"
     rules.write_text('[[rules]]\ncomponent = "decoder"\nlayers = "layers.0.upproj"\nkind = "float16"')
-    with pytest.raises(RecipeError, match=r"layers.0.upproj matches no layer\n.*near matches: .*layers.0.up_proj"):
+    with pytest.raises(RecipeError, match=r"layers.0.upproj matches no layer\n.*near matches: .*layers.0.\w+_proj"):
         quantize(float_bundle, tmp_path / "rules", recipe=str(rules), data=samples())
     assert {p.name for p in tmp_path.iterdir()} == {"empty", "out", "r.toml"}
 

@@ -31,6 +31,28 @@ def test_tensors_are_read_as_float32(tmp_path: Path, monkeypatch: pytest.MonkeyP
     read[...] = 1  # a copy of the caller's own
 
 
+def test_two_tensors_as_one(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    stored = {name: random.normal(size=(rows, 5)).astype(np.float16) for name, rows in (("a", 7), ("b", 2), ("c", 1))}
+    save_file(stored | {"thin": np.ones((3, 4), np.float16)}, tmp_path / "model.safetensors")
+    weights, whole = open_weights(tmp_path), np.concatenate([stored["a"], stored["b"]]).astype(np.float32)
+    weights.alter("b", lambda values, start: np.add(values, start + 1, out=values))
+    whole[7:] += 1
+    weights.extend("a", "b")
+    assert weights.shape("a") == (9, 5)
+    for read in (weights.use("a", (9, 5)), lambda: weights.read("a"), lambda: weights.view("a")):
+        assert np.array_equal(read(), whole)
+    for start, stop in ((0, 9), (2, 7), (3, 8), (6, 9), (7, 9), (8, 9)):
+        expected = np.concatenate([stored["a"], stored["b"]]).astype(np.float32)
+        expected[7:] += 1 + max(start - 7, 0)
+        assert np.array_equal(weights.rows("a", start, stop), expected[start:stop])
+    assert weights.unused() == ["c", "thin"]
+    with pytest.raises(WeightsError, match=r"thin has shape \[3, 4\], and stands behind c"):
+        weights.extend("c", "thin")
+    with pytest.raises(WeightsError, match="no tensor missing"):
+        weights.extend("c", "missing")
+
+
 def test_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     save_file({"a": np.ones((64, 64), np.float32)}, tmp_path / "model.safetensors")
     weights = open_weights(tmp_path)

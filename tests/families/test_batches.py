@@ -29,10 +29,12 @@ def bundle(family: str, floats: Callable[[str], Path]) -> Bundle:
 
 
 def prompts(vlm: VLM) -> list[Encoded]:
-    """Three prompts: an odd image, text alone, two images of unequal size."""
+    """Three prompts: an odd image, text alone, two images of unequal size, or as many as the model takes."""
+    assert vlm.spec.image is not None
     random = np.random.default_rng(0)
     images = [random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((50, 71), (64, 33), (40, 96))]
-    asked: list[tuple[str, list[Any]]] = [("What?", images[:1]), ("Hello there.", []), ("Same or not?", images[1:])]
+    two = images[1:][: vlm.spec.image.most_images]
+    asked: list[tuple[str, list[Any]]] = [("What?", images[:1]), ("Hello there.", []), ("Same or not?", two)]
     return [vlm.encode(vlm.processor.process(text, shown)) for text, shown in asked]
 
 

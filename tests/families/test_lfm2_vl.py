@@ -1,9 +1,6 @@
 """LFM2-VL: its image processor against transformers', which needs torchvision; tiles, refusals, predictions."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +24,9 @@ from mllm_edge.runtime.prompt.tables import table_inputs
 from mllm_edge.spec import ImageSpec
 from tests.families.parity import Exported, export_tiny, make_image
 from tests.families.rows.lfm2_vl import CONFIGS
+from tests.families.torchvision_processor import ask_transformers, picture
 from tests.tiny_lfm2_vl import save_tiny_lfm2_vl
 
-ROOT = Path(__file__).parents[2]
-TORCHVISION = ROOT / "build" / "torchvision"
 PUBLISHED = {
     "vision": {"patch_size": 16},
     "image_settings": {"min_image_tokens": 64, "max_image_tokens": 256, "tile_size": 512, "max_tiles": 10},
@@ -52,13 +48,6 @@ SMALL = [
 LARGE = [[(480, 640, "noise")], [(1080, 1920, "smooth")], [(700, 300, "noise"), (1000, 1001, "noise")]]
 
 
-def picture(height: int, width: int, kind: str) -> Image.Image:
-    """Smooth, or noise, where every rounding shows."""
-    if kind == "smooth":
-        return make_image(height, width, height)
-    return Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
 def sizes() -> list[tuple[int, int]]:
     """Sides that are multiples and beside them, with each other and with random ones."""
     random = np.random.default_rng(0)
@@ -74,20 +63,11 @@ def pictures(name: str) -> list[list[tuple[int, int, str]]]:
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint for each of `COMPARED`, and beside it what transformers' own processor makes of what it is asked."""
-    if not (TORCHVISION / "torchvision").is_dir():
-        pytest.fail(
-            "transformers' image processor of LFM2-VL needs torchvision: python -m pip install --no-deps --target "
-            "build/torchvision torchvision==0.28.0"
-        )
     folder = tmp_path_factory.mktemp("compared")
-    (folder / "out").mkdir()
     for name, config in COMPARED.items():
         save_tiny_lfm2_vl(folder / "in" / name, **config)
         (folder / "in" / name / "asked.json").write_text(json.dumps({"pictures": pictures(name), "sizes": sizes()}))
-    path = os.pathsep.join([str(ROOT), str(TORCHVISION)])
-    command = [sys.executable, "-m", "tests.families.torchvision_processor", str(folder / "in"), str(folder / "out")]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    ask_transformers(folder)
     return folder
 
 

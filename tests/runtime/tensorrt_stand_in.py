@@ -699,12 +699,15 @@ class _Context:
             self.profiler.report_layer_time(f"{layer.name}{suffix}", (i + 1) / 1e3)
 
     def _sized(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        """Shapes of inputs and outputs: the symbols of outputs are those of the inputs."""
+        """Shapes of inputs and outputs: the symbols of outputs are those of the inputs, or expressions of them."""
         graph, symbols = self._engine.session, dict[Any, int]()
         for value in graph.get_inputs():
             symbols |= dict(zip(value.shape, shapes[value.name], strict=True))
-        outputs = {v.name: tuple(d if isinstance(d, int) else symbols[d] for d in v.shape) for v in graph.get_outputs()}
-        return {**shapes, **outputs}
+
+        def size(dimension: int | str) -> int:
+            return dimension if isinstance(dimension, int) else int(eval(dimension, {}, symbols))
+
+        return {**shapes, **{v.name: tuple(map(size, v.shape)) for v in graph.get_outputs()}}
 
     def _views(
         self, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]

@@ -30,14 +30,21 @@ class Profiled(NamedTuple):
 
 @pytest.fixture(scope="module", params=families_of(""))
 def profiled(request: pytest.FixtureRequest, fours: Callable[[str], Path]) -> Profiled:
-    """Each family with 4-bit weights, asked about two images."""
+    """Each family with 4-bit weights, asked about two images, or as many as it takes."""
     bundle = fours(request.param)
+    image = Bundle.load(bundle).manifest.model.image
+    assert image is not None
     events: dict[str, list[dict[str, Any]]] = {}
     parse = module._events
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_events", lambda *args: events.setdefault(args[1].partition(".")[0], parse(*args)))
-        operators = profile_operators(bundle, "What?", IMAGES, new_tokens=NEW_TOKENS, threads=1)
+        operators = profile_operators(bundle, "What?", IMAGES[: image.most_images], new_tokens=NEW_TOKENS, threads=1)
     return Profiled(bundle, operators, events)
+
+
+def shown(bundle: Path) -> list[str]:
+    """The stages that images go through."""
+    return [stage.component for stage in Bundle.load(bundle).manifest.model.stages if stage.is_for("image")]
 
 
 def _seconds(events: list[dict[str, Any]], start: int, stop: int | None = None) -> float:
@@ -53,9 +60,9 @@ def _total(operators: tuple[Operator, ...], stage: str) -> float:
 
 
 def test_the_operators_are_the_events_of_the_second_call(profiled: Profiled) -> None:
-    _, operators, events = profiled
+    bundle, operators, events = profiled
     runs = {name: sum(e["name"] == "model_run" for e in listed) for name, listed in events.items()}
-    for component in ("vision_encoder", "connector"):
+    for component in shown(bundle):
         assert runs[component] % 2 == 0
         expected = _seconds(events[component], runs[component] // 2)
         assert _total(operators, component) == pytest.approx(expected)
@@ -69,7 +76,7 @@ def test_the_operators_are_the_events_of_the_second_call(profiled: Profiled) -> 
 def test_groups_lose_nothing(profiled: Profiled, group: Any) -> None:
     operators, groups = profiled.operators, group(profiled.operators)
     assert 0 < len(groups) < len(operators)
-    for stage in ("vision_encoder", "connector", "prefill", "decode"):
+    for stage in (*shown(profiled.bundle), "prefill", "decode"):
         alone, together = ([o for o in found if o.stage == stage] for found in (operators, groups))
         assert sum(o.calls for o in together) == sum(o.calls for o in alone)
         assert sum(o.seconds for o in together) == pytest.approx(sum(o.seconds for o in alone))
@@ -83,9 +90,16 @@ def test_calls(profiled: Profiled) -> None:
     assert calls == {"prefill": {1}, "decode": {NEW_TOKENS - 1}}
 
 
-def convolves(profiled: Profiled) -> bool:
-    """Whether images go through convolutions, in blocks that are no layers."""
-    return Bundle.load(profiled.bundle).manifest.model.family == "chameleon"
+# What images go through in families whose towers have no layers.
+WITHOUT_LAYERS = {
+    "chameleon": {"Conv", "InstanceNormalization"},
+    "emu3": {"Conv", "InstanceNormalization", "MultiHeadAttention"},
+    "fuyu": {"DynamicQuantizeMatMul"},
+}
+
+
+def without_layers(profiled: Profiled) -> set[str] | None:
+    return WITHOUT_LAYERS.get(Bundle.load(profiled.bundle).manifest.model.family)
 
 
 def test_kinds_by_stage(profiled: Profiled) -> None:
@@ -93,8 +107,8 @@ def test_kinds_by_stage(profiled: Profiled) -> None:
     kinds = {stage: {o.kind for o in groups if o.stage == stage} for stage in {o.stage for o in groups}}
     assert kinds["prefill"] >= {"MatMulNBits", "GroupQueryAttention"}
     assert kinds["decode"] >= {"MatMulNBits", "GroupQueryAttention"}
-    if convolves(profiled):
-        assert {"Conv", "InstanceNormalization"} <= kinds["vision_encoder"]
+    if (own := without_layers(profiled)) is not None:
+        assert own <= kinds["vision_encoder"]
     else:
         assert "MultiHeadAttention" in kinds["vision_encoder"]
         assert {"LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization"} & kinds["vision_encoder"]
@@ -112,7 +126,7 @@ def test_layers(profiled: Profiled) -> None:
     for stage in ("prefill", "decode"):
         assert {o.layer for o in groups if o.stage == stage} == {None, *range(decoder)}
     tower = {o.layer for o in groups if o.stage == "vision_encoder"}
-    if convolves(profiled):
+    if without_layers(profiled) is not None:
         assert tower == {None}
         return
     assert tower == {None, *range(max(layer for layer in tower if layer is not None) + 1)}
@@ -128,10 +142,10 @@ def test_nodes_without_a_layer_in_their_names_take_that_of_their_neighbours() ->
 
 def test_top_is_of_each_stage(profiled: Profiled) -> None:
     longest, bundle = top(profiled.operators, 2), Bundle.load(profiled.bundle)
-    stages = [stage.component for stage in bundle.manifest.model.stages if stage.is_for("image")]
-    expected = dict.fromkeys([*stages, "prefill", "decode"], 2)
-    connector = read_graph(bundle.listed(bundle.variant("connector", "cpu").file))
-    expected["connector"] = min(2, len(connector.nodes))  # one linear layer is one
+    expected = dict.fromkeys([*shown(profiled.bundle), "prefill", "decode"], 2)
+    for stage in shown(profiled.bundle):
+        graph = read_graph(bundle.listed(bundle.variant(stage, "cpu").file))
+        expected[stage] = min(2, len(graph.nodes))  # one linear layer is one
     assert Counter(o.stage for o in longest) == expected
     for operator in longest:
         better = [o for o in profiled.operators if o.stage == operator.stage and o.seconds > operator.seconds]

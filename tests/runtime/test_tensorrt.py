@@ -76,7 +76,7 @@ def test_answers_are_those_of_onnxruntime(machine: StandIn, exported: Path, tmp_
         growing = [spec for spec in vlm.spec.state if spec.kind == "growing"]
         # A prompt as short as a step of several tokens is run as one, and its logits are brought to their place.
         logits = 4 * vlm.spec.vocab_size * 2 * sum(length <= MOST_ROWS for length in lengths)
-    assert len(notices) == machine.counts["builds"] == len(vlm.bundle.manifest.components) >= 3
+    assert len(notices) == machine.counts["builds"] == len(vlm.bundle.manifest.components) >= 2
     assert all("building the engine" in notice and "GB of memory" in notice for notice in notices)
     # Caches are never copied; new rows of an append cache are, which every step leaves at the same place.
     row, copied = 4 * sum(spec.values(1) for spec in growing), machine.counts["bytes copied on the device"] - logits

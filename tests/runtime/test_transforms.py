@@ -5,8 +5,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers.models.aria.image_processing_pil_aria import AriaImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.deepseek_vl.image_processing_pil_deepseek_vl import DeepseekVLImageProcessorPil
+from transformers.models.fuyu.image_processing_pil_fuyu import FuyuImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
@@ -17,6 +19,7 @@ from mllm_edge.runtime.prompt.transforms.apply import apply_transforms, cut_of
 from mllm_edge.spec import (
     CenterCrop,
     Normalize,
+    PadToMultiple,
     PadToSquare,
     Patchify,
     Rescale,
@@ -27,6 +30,7 @@ from mllm_edge.spec import (
     ResizeToPixels,
     ResizeToSide,
     ResizeWithin,
+    ShrinkInto,
     SplitTiles,
 )
 
@@ -114,6 +118,40 @@ def test_longer_side_in_a_square_equals_the_source_library(size, side, least):
 def test_fitting_within_a_longest_edge_equals_the_source_library(size, multiple, longest):
     source = PixtralImageProcessorPil(size={"longest_edge": longest}, patch_size=multiple, do_pad=False)
     assert_equal_to(source, size, (ResizeWithin(multiple, longest, "bicubic"), *CLIP_VALUES))
+
+
+@pytest.mark.parametrize("size", [*SIZES, (49, 49), (107, 107)], ids=str)
+@pytest.mark.parametrize(("multiple", "least"), [(14, 336), (70, 1), (35, 490)])
+def test_filling_up_equals_the_shown_part_of_the_source_library(size, multiple, least):
+    source = AriaImageProcessorPil(max_image_size=490, min_image_size=least)
+    found = source.preprocess([picture(*size)])
+    height, width = (int(found["pixel_mask"][0].any(axis).sum()) for axis in (1, 0))
+    filled = ResizeToSide(490, least, "bicubic", truncated=True), PadToMultiple(multiple, (0, 0, 0))
+    half = Normalize((0.5,) * 3, (0.5,) * 3)
+    actual = apply_transforms(picture(*size), (*filled, Rescale(1 / 255), half))
+    cut = cut_of(*size, filled)
+    assert (cut.height, cut.width) == actual.shape[2:]
+    assert (cut.height, cut.width) == tuple(-(-side // multiple) * multiple for side in (height, width))
+    np.testing.assert_array_equal(actual, found["pixel_values"][:, :, : cut.height, : cut.width])
+
+
+@pytest.mark.parametrize("size", [size for size in SIZES if max(size) < 1000], ids=str)
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (1080, 1920), (256, 32)])
+def test_fitting_into_two_sides_equals_the_source_library(size, height, width):
+    sizes = {"size": {"height": height, "width": width}, "patch_size": {"height": 8, "width": 8}}
+    half = Normalize((0.5,) * 3, (0.5,) * 3)
+    steps = (ShrinkInto(height, width, "bilinear"), PadToMultiple(8, (1, 1, 1)), Rescale(1 / 255), half)
+    try:
+        found = FuyuImageProcessorPil(**sizes)(picture(*size))
+    except ValueError:  # nothing is left of a side
+        with pytest.raises(ImageError, match="shrink_into"):
+            cut_of(*size, steps)
+        return
+    cut, actual = cut_of(*size, steps), apply_transforms(picture(*size), steps)
+    assert (cut.height, cut.width) == tuple(
+        -(-found[f"image_unpadded_{side}"][0][0] // 8) * 8 for side in ("heights", "widths")
+    )
+    np.testing.assert_array_equal(actual[0], np.asarray(found["images"][0][0])[:, : cut.height, : cut.width])
 
 
 def test_strip_that_nothing_is_left_of_is_refused():

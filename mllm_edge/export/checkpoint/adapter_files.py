@@ -18,6 +18,8 @@ __all__ = ["CONFIG", "NONE", "WEIGHTS", "Adapter", "adapter_inside", "open_adapt
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _TEMPLATE = "chat_template.jinja"
 NONE = "none"  # in the place of a directory: not even the adapter that lies in the checkpoint's own
+# Folders in a checkpoint's, by its model type, with the adapter that the model sees images with.
+_FOR_IMAGES = {"phi4_multimodal": "vision-lora"}
 # Options that are read here, and those of training alone.
 _READ = {
     "alpha_pattern",
@@ -93,11 +95,15 @@ class Adapter:
         }
 
 
-def open_adapters(folder: Path, names: Sequence[str | Path], notices: Notices) -> tuple[Adapter, ...]:
-    """The adapter that lies in the checkpoint's own `folder`, if any, and then those of `names`; `NONE` among the names
-    leaves the first one out. Raises as `open_adapter`."""
+def open_adapters(
+    folder: Path, names: Sequence[str | Path], notices: Notices, model_type: object = None
+) -> tuple[Adapter, ...]:
+    """The adapter that lies in the checkpoint's own `folder`, if any, or that which models of its type see images with,
+    and then those of `names`; `NONE` among the names leaves the first one out. Raises as `open_adapter`."""
     opened = [open_adapter(name) for name in names if str(name) != NONE]
     inside = None if NONE in map(str, names) else adapter_inside(folder, notices)
+    if inside is None and NONE not in map(str, names) and model_type in _FOR_IMAGES:
+        opened = _with_one_for_images(folder / _FOR_IMAGES[str(model_type)], opened, notices)
     if inside is not None and all(inside.folder.resolve() != other.folder.resolve() for other in opened):
         notices.add(
             f"{folder}: an adapter lies in the folder (trained for {inside.base}): it is merged, as transformers does "
@@ -108,6 +114,23 @@ def open_adapters(folder: Path, names: Sequence[str | Path], notices: Notices) -
         if adapter is not inside:
             _tell_of_own_files(folder, adapter, notices)
     return tuple(opened)
+
+
+def _with_one_for_images(folder: Path, opened: list[Adapter], notices: Notices) -> list[Adapter]:
+    """With the adapter of `folder` before the others, unless there is none or it is among them."""
+    if any(folder.resolve() == other.folder.resolve() for other in opened):
+        return opened
+    if not (folder / CONFIG).is_file():
+        notices.add(
+            f"{folder}: no {CONFIG} here, and this model sees images with the adapter that belongs there: without it, "
+            "the export is right only if these weights hold it already"
+        )
+        return opened
+    notices.add(
+        f"{folder}: the adapter that this model sees images with is merged, and answers to texts alone have it, too; "
+        f"--adapter {NONE} leaves it out"
+    )
+    return [open_adapter(folder), *opened]
 
 
 def _tell_of_own_files(folder: Path, adapter: Adapter, notices: Notices) -> None:

@@ -51,6 +51,7 @@ WANTED = [
     "qformer_tokenizer/added_tokens.json",
     "qformer_tokenizer/vocab.txt",
     *ADAPTER_FILES,
+    *(f"vision-lora/{name}" for name in ADAPTER_FILES),  # Phi-4 multimodal's
     SINGLE,
     INDEX,
     _SHARDS,

@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 _OWN_FILES = "use this model's own files"
+_OTHERS = ("video_processor", "audio_processor")  # parts for what is no image
 
 
 def read_tokenizer(source: Source, cls: Any = None, **options: Any) -> Any:
@@ -116,8 +117,7 @@ def read_processor(
     accepted = inspect.signature(cls.__init__).parameters
     known = {key: value for key, value in {**gaps, **settings}.items() if key in accepted}
     parts = {"image_processor": image_processor, "tokenizer": tokenizer, **further}
-    if "video_processor" in accepted:
-        parts["video_processor"] = None
+    parts |= {name: None for name in _OTHERS if name in accepted}
     with quiet_transformers():
         return for_images(cls)(**{**known, **parts})
 
@@ -175,11 +175,12 @@ def stated_settings(source: Source) -> dict[str, Any]:
 
 
 def for_images(cls: Any) -> Any:
-    """A processor class of transformers that takes images and text only: its part for video needs torchvision."""
+    """A processor class of transformers that takes images and text only: its part for video needs torchvision, that for
+    sounds is not exported."""
     from transformers import ProcessorMixin
 
     class Parts(ProcessorMixin):
-        """Stands behind `cls`, which hands its parts on in their order, and none for video."""
+        """Stands behind `cls`, which hands its parts on in their order, and none for video or sounds."""
 
         def __init__(self, *parts: Any, **settings: Any):
             super().__init__(*(part for part in parts if part is not None), **settings)
@@ -187,7 +188,7 @@ def for_images(cls: Any) -> Any:
     class ForImages(cls, Parts):
         @classmethod
         def get_attributes(cls) -> list[str]:
-            return [name for name in super().get_attributes() if name != "video_processor"]
+            return [name for name in super().get_attributes() if name not in _OTHERS]
 
         # SmolVLM's own asks the part for video for its settings.
         apply_chat_template = ProcessorMixin.apply_chat_template

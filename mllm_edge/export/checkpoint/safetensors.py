@@ -64,6 +64,7 @@ class Weights:
     def __init__(self, entries: Mapping[str, _Entry]):
         self._entries = dict(entries)
         self._derived: dict[str, _Derived] = {}
+        self._behind: dict[str, str] = {}
         self._changes: dict[str, list[Change]] = {}
         self._used: set[str] = set()
 
@@ -79,6 +80,18 @@ class Weights:
         `cut` makes the part, of `shape`, from the mapped source; it should slice and reshape, not compute.
         """
         self._derived[name] = _Derived(source, shape, cut)
+
+    def extend(self, name: str, behind: str) -> None:
+        """Let the rows of the tensor `behind` stand behind those of `name`, as if the checkpoint stored one tensor.
+        Raises WeightsError for one that is missing, or rows of another size."""
+        first, second = self._entry(name), self._entry(behind)
+        if len(second.shape) != len(first.shape) or second.shape[1:] != first.shape[1:]:
+            raise WeightsError(
+                f"{second.file}: tensor {second.name} has shape {list(second.shape)}, and stands behind {first.name} "
+                f"{list(first.shape)}",
+                "download the checkpoint again",
+            )
+        self._behind[name] = behind
 
     def renamed(self, names: Mapping[str, str]) -> "Weights":
         """The tensors that are among `names` (name → the new one), unread and unchanged; raises WeightsError for two
@@ -127,7 +140,10 @@ class Weights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor; raises WeightsError when the checkpoint has no such tensor."""
-        return self._entry(name).shape
+        if name in self._derived:
+            return self._derived[name].shape
+        first, *others = (self._entry(stored).shape for stored in self._pieces(name))
+        return (first[0] + sum(rows for rows, *_ in others), *first[1:]) if others else first
 
     def dtype(self, name: str) -> np.dtype:
         """The stored dtype (bfloat16 through ml_dtypes)."""
@@ -140,14 +156,13 @@ class Weights:
         """
         derived = self._derived.get(name)
         entry = self._entry(derived.source if derived else name)
-        found = derived.shape if derived else entry.shape
+        found = derived.shape if derived else self.shape(name)
         if found != shape:
             raise WeightsError(
-                f"{entry.file}: tensor {self.stored_name(name)} has shape {list(found)}, but config.json asks for "
-                f"{list(shape)}",
+                f"{entry.file}: tensor {entry.name} has shape {list(found)}, but config.json asks for {list(shape)}",
                 "use the config.json that belongs to these weights",
             )
-        self._used.add(derived.source if derived else name)
+        self._used.update([derived.source] if derived else self._pieces(name))
         return lambda: self.read(name)
 
     def with_row(
@@ -168,6 +183,11 @@ class Weights:
         """A copy of the tensor in float32."""
         if name in self._derived:
             return self.view(name).astype(np.float32, order="C")
+        if name in self._behind:
+            return np.concatenate([self._read(stored) for stored in self._pieces(name)])
+        return self._read(name)
+
+    def _read(self, name: str) -> np.ndarray:
         entry = self._entry(name)
         self._used.add(name)
         values = np.empty(entry.shape, np.float32)
@@ -179,6 +199,13 @@ class Weights:
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """A copy of some rows (along the first axis) of a tensor, in float32."""
+        if name not in self._behind:
+            return self._rows(name, start, stop)
+        end, behind = self._entry(name).shape[0], self._behind[name]
+        parts = [self._rows(name, start, min(stop, end))] if start < end else []
+        return np.concatenate([*parts, *([self._rows(behind, max(start - end, 0), stop - end)] if stop > end else [])])
+
+    def _rows(self, name: str, start: int, stop: int) -> np.ndarray:
         entry = self._entry(name)
         self._used.add(name)
         values = np.empty((stop - start, *entry.shape[1:]), np.float32)
@@ -191,7 +218,7 @@ class Weights:
         if name in self._derived:
             derived = self._derived[name]
             return derived.cut(self.view(derived.source))
-        if name in self._changes:
+        if name in self._changes or name in self._behind:
             return self.read(name)
         entry = self._entry(name)
         self._used.add(name)
@@ -204,6 +231,10 @@ class Weights:
     def unused(self) -> list[str]:
         """Names that nobody claimed or read, in checkpoint order."""
         return [n for n in self._entries if n not in self._used]
+
+    def _pieces(self, name: str) -> tuple[str, ...]:
+        """The stored tensors that are one."""
+        return (name, self._behind[name]) if name in self._behind else (name,)
 
     def _likely_name(self, name: str) -> str:
         """What the files would call a tensor that is not there: told from one of another layer."""

@@ -72,8 +72,8 @@ def open_source(
     if not (folder / "config.json").is_file():
         raise SourceError(f"{folder}: no config.json here", "name a transformers checkpoint directory or a hub id")
     notices = Notices(tell)
-    opened = open_adapters(folder, adapters, notices)
     config = read_json(folder / "config.json")
+    opened = open_adapters(folder, adapters, notices, config.get("model_type"))
     if any(config.get(key) for key in own_lora.RANKS.values()):
         config = own_lora.with_merged_settings(config, open_files(weight_files(folder, config)), folder)
     return Source(model, folder, revision, config, opened, notices)

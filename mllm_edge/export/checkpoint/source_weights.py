@@ -28,7 +28,7 @@ def source_weights(source: Source) -> Weights:
 def empty_model(source: Source) -> Any:
     """The reference model without storage: its modules and their names."""
     import torch
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoModelForMultimodalLM
 
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(load_config(source))
+        return AutoModelForMultimodalLM.from_config(load_config(source))

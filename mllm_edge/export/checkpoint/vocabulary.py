@@ -1,6 +1,6 @@
 """Tokenizer, chat template and generation settings of a checkpoint, and whether they fit the weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.chat import chat_template
@@ -9,7 +9,7 @@ from mllm_edge.export.checkpoint.source import Source
 from mllm_edge.export.checkpoint.tokenizers import load_tokenizer, vocabulary_file
 from mllm_edge.spec import GenerationSpec, ModelSpec
 
-__all__ = ["chat_template", "check_generation", "check_vocabulary", "generation_spec", "vocabulary"]
+__all__ = ["chat_template", "check_generation", "check_vocabulary", "generation_spec", "require_words", "vocabulary"]
 
 _UNWRITTEN = ("unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
@@ -19,14 +19,19 @@ def vocabulary(source: Source) -> Mapping[str, int]:
     return load_tokenizer(source).get_vocab(with_added_tokens=True)
 
 
+def require_words(source: Source, tokens: Iterable[str]) -> None:
+    """Raise ConfigError unless the tokenizer has each of these special tokens."""
+    vocab, path = vocabulary(source), vocabulary_file(source)
+    for token in tokens:
+        if token not in vocab:
+            raise ConfigError(f"{path}: the special token {token} is missing", f"use this model's own {path.name}")
+
+
 def check_vocabulary(source: Source, numbered: Mapping[str, int], others: Sequence[str], vocab_size: int) -> None:
     """Raise ConfigError unless the tokenizer has all special tokens that images use (those of `numbered` with the ids
     that config.json states) and no id beyond `vocab_size`, but for those of `numbered`: they are read, never chosen."""
-    vocab = vocabulary(source)
-    path = vocabulary_file(source)
-    for token in (*numbered, *others):
-        if token not in vocab:
-            raise ConfigError(f"{path}: the special token {token} is missing", f"use this model's own {path.name}")
+    require_words(source, (*numbered, *others))
+    vocab, path = vocabulary(source), vocabulary_file(source)
     for token, number in numbered.items():
         if vocab[token] != number:
             raise ConfigError(

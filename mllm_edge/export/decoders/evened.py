@@ -58,6 +58,10 @@ class EvenedWeights:
 
         return changed if changes else read
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """As `Weights.shape`."""
+        return self._weights.shape(name)
+
     def _even(self, i: int, branch: Branch, norm: str | None) -> None:
         spec, width, scale = self._spec, self._spec.hidden_size, self._scale(i, norm)
         if branch.kind == "attention":

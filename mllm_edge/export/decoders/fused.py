@@ -13,6 +13,7 @@ def cut_rows(weights: Weights, source: str, parts: Mapping[str, int], row: int |
     """Consecutive rows of `source` [Σ rows, row]: `parts` maps each new name to its number of rows, in order. `row`
     None: `source` is a bias, without columns."""
     columns = () if row is None else (row,)
+    weights.use(source, (sum(parts.values()), *columns))  # for the error if the shape is another
     start = 0
     for name, rows in parts.items():
         end = start + rows
@@ -61,11 +62,15 @@ def part_pairs(
             weights.derive(f"{name}.{kind}", f"{source}.{kind}", (heads * dim, *columns), parted)
 
 
-def cut_experts(weights: Weights, source: str, parts: Mapping[str, int], experts: int, row: int) -> None:
-    """The weights of `experts` in `source`, [experts, Σ rows, row] or, where that is not its shape, [experts, row,
-    Σ rows]: `parts` maps each new name, in which `{e}` is the expert, to its number of rows, in order."""
+def cut_experts(
+    weights: Weights, source: str, parts: Mapping[str, int], experts: int, row: int, turned: bool | None = None
+) -> None:
+    """The weights of `experts` in `source`, [experts, Σ rows, row] or, where it is `turned`, [experts, row, Σ rows]
+    (None: where that alone is its shape): `parts` maps each new name, in which `{e}` is the expert, to its number of
+    rows, in order."""
     total, start = sum(parts.values()), 0
-    turned = weights.shape(source) == (experts, row, total) and row != total
+    if turned is None:
+        turned = weights.shape(source) == (experts, row, total) and row != total
     weights.use(source, (experts, row, total) if turned else (experts, total, row))  # for the error of another shape
     for name, rows in parts.items():
         end = start + rows

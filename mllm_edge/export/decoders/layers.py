@@ -22,6 +22,7 @@ from mllm_edge.spec import CROSS_BIAS, CROSS_ROWS, cross_names, state_input
 __all__ = ["Layers", "Stream"]
 
 _FLOAT = ir.DataType.FLOAT
+Factor = float | np.ndarray  # of all rows of a matrix, or of each
 
 
 class Stream:
@@ -111,10 +112,10 @@ class Layers:
         rows: list[int],
         row: int,
         bias: bool | Callable[[], np.ndarray],
-        factor: float = 1.0,
+        factor: Factor = 1.0,
     ) -> Linear:
-        """One layer whose weight is the `sources` stacked along the output axis, times `factor`; `bias`: whether the
-        sources have one, or the vector itself."""
+        """One layer whose weight is the `sources` stacked along the output axis, times `factor`, one for all or each of
+        its rows; `bias`: whether the sources have one, or the vector itself."""
         parts = [self._weights.use(f"{s}.weight", (n, row)) for s, n in zip(sources, rows, strict=True)]
         vector = bias if callable(bias) else None
         if bias is True:
@@ -125,12 +126,12 @@ class Layers:
 
     def _output(self, i: int, layer: LayerSpec, branch: Branch, x: ir.Value, inputs: "dict[str, ir.Value]") -> ir.Value:
         """What a branch makes of its (normalized) input."""
-        factor = self._spec.residual_scale if isinstance(self._spec, DecoderSpec) else 1.0
+        factor: Factor = self._spec.residual_scale if isinstance(self._spec, DecoderSpec) else 1.0
         if branch.gate is not None:
-            factor *= float(np.tanh(self._weights.use(self._name(i, branch.gate), (1,))()[0]))
+            factor = factor * self._gate(self._name(i, branch.gate))
         if branch.kind == "mlp":
             return self._mlp(i, x, factor)
-        assert branch.kind not in ("moe", "conv") or factor == 1, "a scale is folded into one last layer"
+        assert branch.kind not in ("moe", "conv") or _is_one(factor), "a scale is folded into one last layer"
         if branch.kind == "moe":
             return self._moe(i, x)
         if branch.kind == "conv":
@@ -139,8 +140,14 @@ class Layers:
             return self._cross_attention(i, x, inputs, factor)
         return self._self_attention(i, layer, x, inputs, factor)
 
+    def _gate(self, name: str) -> Factor:
+        """tanh of the tensor, one number or [.., H]."""
+        shape = self._weights.shape(name)
+        values = np.tanh(self._weights.use(name, shape if shape[-1:] == (self._spec.hidden_size,) else (1,))())
+        return float(values[0]) if values.shape == (1,) else values.reshape(-1)
+
     def _self_attention(
-        self, i: int, layer: LayerSpec, x: ir.Value, inputs: "dict[str, ir.Value]", factor: float
+        self, i: int, layer: LayerSpec, x: ir.Value, inputs: "dict[str, ir.Value]", factor: Factor
     ) -> ir.Value:
         """Projections (q and k packed; v apart, for it may need more bits), attention (over the cache, in a decoder),
         output projection."""
@@ -171,7 +178,7 @@ class Layers:
         )
         return self._ops.attention(name, spec, query, key, value, bias)
 
-    def _cross_attention(self, i: int, x: ir.Value, inputs: "dict[str, ir.Value]", factor: float) -> ir.Value:
+    def _cross_attention(self, i: int, x: ir.Value, inputs: "dict[str, ir.Value]", factor: Factor) -> ir.Value:
         cross = self._spec.cross if isinstance(self._spec, DecoderSpec) else None
         assert cross is not None
         spec, name, graph = cross.attention, f"layers.{i}.cross_attention", self._ops.graph
@@ -221,7 +228,7 @@ class Layers:
         gated = graph.node("Mul", [after, total], f"{name}.gated")
         return self._to_hidden(gated, f"{name}_out_proj", self._name(i, "conv_out_proj"), width, spec.bias)
 
-    def _mlp(self, i: int, x: ir.Value, factor: float) -> ir.Value:
+    def _mlp(self, i: int, x: ir.Value, factor: Factor) -> ir.Value:
         spec = self._spec.mlp
         sources = {part: self._name(i, part) for part in (("gate_proj",) if spec.gated else ()) + ("up_proj",)}
         return self._feed_forward(
@@ -236,7 +243,7 @@ class Layers:
         down: str,
         inner: int,
         bias: bool = False,
-        factor: float = 1.0,
+        factor: Factor = 1.0,
     ) -> ir.Value:
         """down(act(first) · second): gate and up stay apart, 2–3% faster than one product and a split."""
         graph = self._ops.graph
@@ -305,7 +312,7 @@ class Layers:
         read, kind = self._weights.use(name, shape), self._ops.graph.float_type
         return self._ops.graph.weight(name, kind, shape, lambda: to_float(name, change(read()), kind))
 
-    def _to_hidden(self, x: ir.Value, name: str, source: str, row: int, bias: bool, factor: float = 1.0) -> ir.Value:
+    def _to_hidden(self, x: ir.Value, name: str, source: str, row: int, bias: bool, factor: Factor = 1.0) -> ir.Value:
         layer = self.linear(name, [source], [self._spec.hidden_size], row, bias, factor)
         return self._rounded(x, layer)
 
@@ -326,5 +333,12 @@ def _tap(name: str, read: Callable[[], np.ndarray], k: int, kind: ir.DataType) -
     return to_float(name, np.ascontiguousarray(read()[:, 0, k]), kind)
 
 
-def _times(array: np.ndarray, factor: float) -> np.ndarray:
-    return array if factor == 1 else array * np.float32(factor)
+def _is_one(factor: Factor) -> bool:
+    return not isinstance(factor, np.ndarray) and factor == 1
+
+
+def _times(array: np.ndarray, factor: Factor) -> np.ndarray:
+    """The array [rows, ..], each row times its factor."""
+    if _is_one(factor):
+        return array
+    return array * np.asarray(factor, np.float32).reshape(-1, *[1] * (array.ndim - 1))

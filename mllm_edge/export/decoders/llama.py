@@ -43,9 +43,12 @@ class _Kind:
 
 
 _KINDS = {
+    "aria_text": _Kind(qkv_bias=None, output_bias=None),
     "chameleon": _Kind(qkv_bias=None, output_bias=None),
+    "emu3_text_model": _Kind(qkv_bias=None, output_bias=None),
     "glm4v_text": _Kind(qkv_bias=True, partial_rope=True, mrope="sectioned"),
     "granite": _Kind(qkv_bias=None, output_bias=None),
+    "idefics": _Kind(),
     "llama": _Kind(qkv_bias=None, output_bias=None),
     "mistral": _Kind(windowed=True),
     "mixtral": _Kind(windowed=True),
@@ -60,7 +63,7 @@ _KINDS = {
 }
 
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen2_vl_text", "qwen3", "qwen3_vl_text")
+MODEL_TYPES = ("emu3_text_model", "llama", "mistral", "qwen2", "qwen2_vl_text", "qwen3", "qwen3_vl_text")
 
 
 def spec(config: ConfigReader, weights: Weights, place: Place, model_type: str) -> DecoderSpec:

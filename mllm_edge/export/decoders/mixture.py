@@ -1,5 +1,5 @@
-"""Mixtures of experts in a Llama frame: Mixtral, Qwen2-MoE with an expert that every token shares, and the text model
-of Qwen3-VL-MoE, whose experts are stored as one tensor."""
+"""Mixtures of experts in a Llama frame: Mixtral, Qwen2-MoE with an expert that every token shares, and the text models
+of Qwen3-VL-MoE and Aria, whose experts are stored as one tensor."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from mllm_edge.graph.decoder_spec import Branch, DecoderSpec, LayerSpec, MoeSpec
 
 __all__ = ["MODEL_TYPES", "spec"]
 
-MODEL_TYPES = ("mixtral", "qwen2_moe", "qwen3_vl_moe_text")
+MODEL_TYPES = ("aria_text", "mixtral", "qwen2_moe", "qwen3_vl_moe_text")
 
 _MOE = LayerSpec((Branch("attention", pre="input_norm"), Branch("moe", pre="post_attention_norm")))
 _MIXTRAL = {
@@ -31,6 +31,11 @@ _QWEN2_MOE = {
     **{f"shared_{part}_proj": f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")},
     "shared_router": "mlp.shared_expert_gate",
 }
+_ARIA = {
+    **_QWEN3_MOE,
+    "router": "mlp.router",
+    **{f"shared_{part}_proj": f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")},
+}
 _PARTS = ("gate", "up", "down")
 # Losses and noise of training.
 _INERT = ("router_aux_loss_coef", "router_jitter_noise", "output_router_logits")
@@ -39,8 +44,8 @@ _INERT = ("router_aux_loss_coef", "router_jitter_noise", "output_router_logits")
 def spec(config: ConfigReader, weights: Weights, place: Place, model_type: str) -> DecoderSpec:
     """The decoder at `place`; errors as in `llama`."""
     plain = llama.spec(config, weights, place, model_type)
-    if model_type == "qwen3_vl_moe_text":
-        return _qwen3_moe(config, plain, place, weights)
+    if model_type in ("aria_text", "qwen3_vl_moe_text"):
+        return (_aria if model_type == "aria_text" else _qwen3_moe)(config, plain, place, weights)
     return (_mixtral if model_type == "mixtral" else _qwen2_moe)(config, plain, place)
 
 
@@ -65,19 +70,50 @@ def _qwen2_moe(config: ConfigReader, plain: DecoderSpec, place: Place) -> Decode
 
 def _qwen3_moe(config: ConfigReader, plain: DecoderSpec, place: Place, weights: Weights) -> DecoderSpec:
     """The largest few renormalized, nothing shared; the experts of a layer are two tensors, cut here by expert."""
-    experts, top_k = config.positive("num_local_experts"), config.positive("num_experts_per_tok")
-    if top_k > experts:
-        raise ConfigError(f"text_config: num_experts_per_tok {top_k} of {experts} experts", OWN_CONFIG)
-    moe = MoeSpec(experts, top_k, config.positive("moe_intermediate_size"))
+    moe = MoeSpec(
+        *_chosen(config, "num_local_experts", "num_experts_per_tok"), config.positive("moe_intermediate_size")
+    )
     sparse = _sparse(config, plain.layers, moe.experts)
     found = _with_experts(config, plain, place, moe, _QWEN3_MOE, sparse)
-    width, parts = plain.hidden_size, {k: f"{found.names.layer[f'expert_{k}_proj']}.weight" for k in _PARTS}
+    _cut(weights, place, found, moe, sparse)
+    return found
+
+
+def _aria(config: ConfigReader, plain: DecoderSpec, place: Place, weights: Weights) -> DecoderSpec:
+    """The softmax over the largest few, which is theirs over all, renormalized; several shared experts are one wide
+    one. A layer's experts are two tensors, each expert's columns its outputs."""
+    config.require("mlp_bias", False)
+    inner, shared = plain.mlp.inner, config.positive("moe_num_shared_experts")
+    moe = MoeSpec(*_chosen(config, "moe_num_experts", "moe_topk"), inner, shared_inner=shared * inner)
+    found = _with_experts(config, plain, place, moe, _ARIA, range(plain.layers))
+    _cut(weights, place, found, moe, range(plain.layers), turned=True)
+    return found
+
+
+def _chosen(config: ConfigReader, experts: str, top_k: str) -> tuple[int, int]:
+    """How many experts there are, and how many of them a token takes."""
+    count, taken = config.positive(experts), config.positive(top_k)
+    if taken > count:
+        raise ConfigError(f"text_config: {top_k} {taken} of {count} experts", OWN_CONFIG)
+    return count, taken
+
+
+def _cut(
+    weights: Weights,
+    place: Place,
+    found: DecoderSpec,
+    moe: MoeSpec,
+    sparse: "range | list[int]",
+    turned: bool | None = None,
+) -> None:
+    """Name each expert's part of a layer's two tensors."""
+    width, parts = found.hidden_size, {k: f"{found.names.layer[f'expert_{k}_proj']}.weight" for k in _PARTS}
     for i in sparse:
         gate, up, down = (parts[k].replace("{i}", str(i)) for k in _PARTS)
         stored = f"{place.prefix}.layers.{i}.mlp.experts"
-        cut_experts(weights, f"{stored}.gate_up_proj", {gate: moe.inner, up: moe.inner}, experts, width)
-        cut_experts(weights, f"{stored}.down_proj", {down: width}, experts, moe.inner)
-    return found
+        both = {gate: moe.inner, up: moe.inner}
+        cut_experts(weights, f"{stored}.gate_up_proj", both, moe.experts, width, turned)
+        cut_experts(weights, f"{stored}.down_proj", {down: width}, moe.experts, moe.inner, turned)
 
 
 def _sparse(config: ConfigReader, layers: int, experts: int) -> list[int]:

@@ -4,7 +4,6 @@ The decoder reads them as it reads text; it is not exported to write them.
 """
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.config import OWN_CONFIG
 from mllm_edge.export.checkpoint.image_settings import made_size, single_transforms
 from mllm_edge.export.checkpoint.processor import load_processor, require_tile, require_tokens
-from mllm_edge.export.checkpoint.safetensors import Weights
 from mllm_edge.export.checkpoint.source import Source
 from mllm_edge.export.family import Checkpoint, Family, Parts
 from mllm_edge.export.plan import TracedComponent
@@ -50,11 +48,11 @@ def _describe(checkpoint: Checkpoint) -> Parts:
         ),
         TracedComponent(
             Stage("connector", "connector", "slice"),
-            lambda: Codebook(config, hidden),
+            lambda: Codebook(config.latent, config.code_size, config.codes, hidden),
             (seen,),
             (TensorSpec("image_features", "float32", ("tiles", config.tokens, hidden)),),
             _VQ,
-            codebook_derived(config, weights, f"{_VQ}quantize.embedding.weight", partial(_rows, weights, words)),
+            codebook_derived(weights, f"{_VQ}quantize.embedding.weight", config.code_size, _EMBEDDING, words),
             {"tiles": TILES},
         ),
     )
@@ -77,10 +75,6 @@ def _words(checkpoint: Checkpoint, codes: int) -> np.ndarray:
             OWN_CONFIG,
         )
     return np.array([found[code] for code in range(codes)])
-
-
-def _rows(weights: Weights, words: np.ndarray) -> np.ndarray:
-    return weights.use(_EMBEDDING, weights.shape(_EMBEDDING))()[words]
 
 
 def _load_processor(source: Source) -> Any:

@@ -6,18 +6,17 @@ An image is one square tile. transformers takes the tower from timm.
 from collections.abc import Mapping
 from typing import Any
 
-from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.image_settings import made_size, single_transforms
 from mllm_edge.export.checkpoint.processor import load_processor, require_tile
 from mllm_edge.export.checkpoint.source import Source
-from mllm_edge.export.checkpoint.source_weights import empty_model
-from mllm_edge.export.families.llava_parts import SINGLE, single_image_spec, with_text_config
+from mllm_edge.export.families.llava_parts import SINGLE, single_image_spec
+from mllm_edge.export.families.timm_parts import require_wrapper, with_timm
 from mllm_edge.export.family import Checkpoint, Family, Parts
 from mllm_edge.export.plan import tile_components
 
 __all__ = ["FAMILY"]
 
-_VISION, _CONNECTOR, _WRAPPER = "model.vision_tower.timm_model.", "model.multi_modal_projector.", "timm_wrapper"
+_VISION, _CONNECTOR = "model.vision_tower.timm_model.", "model.multi_modal_projector."
 # For checkpoints that come without a template: a system message first; in a message images first, then the text.
 _TEMPLATE = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
@@ -34,12 +33,8 @@ def _describe(checkpoint: Checkpoint) -> Parts:
     from mllm_edge.export.vision.fastvit import FastVit, FastVitConfig, fastvit_derived, fastvit_unused
     from mllm_edge.export.vision.modules import ACTIVATIONS
 
-    source, top, text_hidden = checkpoint.source, checkpoint.top, checkpoint.decoder.hidden_size
-    kind = checkpoint.config.vision_config.model_type
-    if kind != _WRAPPER:
-        raise ConfigError(
-            f"{source.folder / 'config.json'}: vision_config.model_type = {kind!r}", f"supported: {_WRAPPER}"
-        )
+    top, text_hidden = checkpoint.top, checkpoint.decoder.hidden_size
+    require_wrapper(checkpoint)
     tower = FastVitConfig.read(checkpoint.vision, _tile(checkpoint))
     activation = top.require("projector_hidden_act", *ACTIVATIONS)
     bias, size = bool(top.take("multimodal_projector_bias")), tower.hidden_size
@@ -75,21 +70,6 @@ def _image_features(model: Any, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
     return found.last_hidden_state.flatten(2).transpose(1, 2), found.pooler_output.flatten(0, 1)
 
 
-def _with_timm(source: Source) -> Source:
-    """The source as it is; raises ConfigError where transformers cannot make its model, for lack of timm."""
-    source = with_text_config(source)
-    try:
-        empty_model(source)
-    except ImportError as e:
-        raise ConfigError(
-            f"{source.folder}: transformers takes this model's tower from timm, which cannot be imported",
-            "python -m pip install timm",
-        ) from e
-    except Exception:  # of settings that make no model: who reads them names the one that is wrong
-        return source
-    return source
-
-
 FAMILY = Family(
     name="fast_vlm",
     model_types=("fast_vlm",),
@@ -99,5 +79,5 @@ FAMILY = Family(
     load_processor=_load_processor,
     image_features=_image_features,
     image_token="image_token_index",
-    translated=_with_timm,
+    translated=with_timm,
 )

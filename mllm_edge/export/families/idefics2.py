@@ -4,7 +4,7 @@ An image is cut into quarters, with the whole behind them, or stays one picture;
 becomes one token per latent. What is no whole patch is left out, as the reference's mask hides it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mllm_edge.errors import ConfigError
@@ -12,6 +12,7 @@ from mllm_edge.export.checkpoint.config import ConfigReader
 from mllm_edge.export.checkpoint.image_settings import resample_name, value_transforms
 from mllm_edge.export.checkpoint.processor import OWN_PROCESSOR, load_processor, require_switched_on, require_tokens
 from mllm_edge.export.checkpoint.source import Source
+from mllm_edge.export.families.masked_patches import of_pictures, patches_of, shown_pixels
 from mllm_edge.export.family import Checkpoint, Family, Parts
 from mllm_edge.export.plan import cell_components
 from mllm_edge.spec import FitPatches, ImagePrompt, ImageSpec, LearnedPositions, Patchify
@@ -95,14 +96,7 @@ def _image_spec(checkpoint: Checkpoint, tower: "SiglipConfig", latents: int) -> 
 # ---------------------------------------------------------------- the reference
 def _whole_patches(model: Any, mask: Any) -> Any:
     """Which patches [pictures, rows, columns] are a picture's, of a mask of pixels [1, pictures, height, width]."""
-    patch = model.config.vision_config.patch_size
-    return mask[0].unfold(1, patch, patch).unfold(2, patch, patch).bool().flatten(3).all(-1)
-
-
-def _of_pictures(rows: Any, whole: Any) -> Iterator[Any]:
-    """Of patches [pictures, longest, D] those of each picture, [patches, 1, D]."""
-    for picture, kept in zip(rows, whole.flatten(1), strict=True):
-        yield picture[kept][:, None]
+    return shown_pixels(mask[0], model.config.vision_config.patch_size).all(-1)
 
 
 def _image_features(model: Any, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -110,16 +104,15 @@ def _image_features(model: Any, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
 
     mask = inputs["pixel_attention_mask"]
     found = model.model.get_image_features(inputs["pixel_values"], mask, return_dict=True)
-    hidden = torch.cat([*_of_pictures(found.last_hidden_state, _whole_patches(model, mask))])
-    return hidden, torch.cat(list(found.pooler_output))
+    hidden = torch.cat([*of_pictures(found.last_hidden_state, _whole_patches(model, mask))])
+    return hidden[:, None], torch.cat(list(found.pooler_output))
 
 
 def _pixel_values(model: Any, inputs: Mapping[str, Any]) -> Any:
     import torch
 
-    patch, pixels = model.config.vision_config.patch_size, inputs["pixel_values"][0]
-    patches = pixels.unfold(2, patch, patch).unfold(3, patch, patch).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
-    return torch.cat([*_of_pictures(patches, _whole_patches(model, inputs["pixel_attention_mask"]))])
+    patches = patches_of(inputs["pixel_values"][0], model.config.vision_config.patch_size)
+    return torch.cat([*of_pictures(patches, _whole_patches(model, inputs["pixel_attention_mask"]))])
 
 
 FAMILY = Family(

@@ -7,26 +7,19 @@ alone, which no export needs: the one that the reference gets here is ours, from
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from types import SimpleNamespace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mllm_edge.errors import ConfigError
-from mllm_edge.export.checkpoint.chat import chat_template
 from mllm_edge.export.checkpoint.image_settings import resample_name, value_transforms
-from mllm_edge.export.checkpoint.processing import (
-    processor_class,
-    read_image_settings,
-    read_processor,
-    read_tokenizer,
-)
+from mllm_edge.export.checkpoint.own_images import OWN_IMAGES, load_with_own_images
 from mllm_edge.export.checkpoint.processor import OWN_PROCESSOR, require_switched_on
 from mllm_edge.export.checkpoint.source import Source
 from mllm_edge.export.checkpoint.texts import Texts, read_texts
 from mllm_edge.export.family import Checkpoint, Family, Parts
 from mllm_edge.export.plan import cell_components
-from mllm_edge.runtime.prompt.image import load_image
 from mllm_edge.runtime.prompt.transforms.apply import apply_transforms, cut_of
 from mllm_edge.spec import ImagePrompt, ImageSpec, LearnedPositions, Patchify, SplitLarge, Transform
 
@@ -69,6 +62,7 @@ _TEMPLATE = (
 
 
 def _describe(checkpoint: Checkpoint) -> Parts:
+    from mllm_edge.export.vision.modules import channels_first
     from mllm_edge.export.vision.siglip2 import CellConnector, CellConnectorConfig, Siglip2Tower, read_siglip2
 
     weights, text_hidden = checkpoint.weights, checkpoint.decoder.hidden_size
@@ -84,17 +78,11 @@ def _describe(checkpoint: Checkpoint) -> Parts:
         image,
         (tower.hidden_size, text_hidden),
         (_VISION, "model.multi_modal_projector."),
-        {name: lambda: _channels_first(linear(), tower.patch)},
+        {name: lambda: channels_first(linear(), tower.patch)},
     )
     processor = checkpoint.processor
     markers = (processor.image_start_token, processor.image_end_token)
     return Parts(traced, image, (f"{_VISION}head.",), markers, arrays={_POSITIONS: table})
-
-
-def _channels_first(weight: np.ndarray, patch: int) -> np.ndarray:
-    """Columns for pixels of three neighbouring channels → those for patches of channels one behind the other."""
-    pixels = weight.reshape(len(weight), patch, patch, -1)
-    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).reshape(weight.shape)
 
 
 def _image_spec(checkpoint: Checkpoint, tower: "SiglipConfig", merge: int) -> ImageSpec:
@@ -173,30 +161,11 @@ def _texts(checkpoint: Checkpoint) -> Texts:
 def _load_processor(source: Source) -> Any:
     from transformers import Lfm2VlProcessor
 
-    processor_class(source, "Lfm2VlProcessor", ("Lfm2VlProcessor",))
-    stated = read_image_settings(source, ("Lfm2VlImageProcessor",))
-    given = {key: value for key, value in stated.items() if key in _DEFAULTS and value is not None}
-    settings = SimpleNamespace(**{**_DEFAULTS, **given})
-    tokenizer = read_tokenizer(source)
-    images = _image_processor(settings, _transforms(source, settings))
-    processor = read_processor(source, Lfm2VlProcessor, images, tokenizer)
-    processor.chat_template = chat_template(source, _TEMPLATE, tokenizer)
-    return processor
+    def inputs_of(settings: Any) -> Any:
+        return partial(_model_inputs, transforms=_transforms(source, settings))
 
-
-def _image_processor(settings: SimpleNamespace, transforms: tuple[Transform, ...]) -> Any:
-    """What transformers' Lfm2VlImageProcessor is to its processor and to the model."""
-    from transformers.image_processing_utils import BaseImageProcessor
-    from transformers.image_utils import make_flat_list_of_images
-
-    class Images(BaseImageProcessor):
-        valid_kwargs: Any = None  # its options are the settings
-
-        def __call__(self, images: Any, *_: Any, **options: Any) -> Any:
-            flat: Any = make_flat_list_of_images(images)
-            return _model_inputs([load_image(image) for image in flat], transforms)
-
-    return Images(**vars(settings))
+    names = ("Lfm2VlProcessor", "Lfm2VlImageProcessor")
+    return load_with_own_images(source, Lfm2VlProcessor, *names, _DEFAULTS, _TEMPLATE, inputs_of)
 
 
 def _model_inputs(images: list[Any], transforms: tuple[Transform, ...]) -> dict[str, Any]:
@@ -264,6 +233,6 @@ FAMILY = Family(
     load_processor=_load_processor,
     image_features=_image_features,
     pixel_values=_pixel_values,
-    note="transformers' image processor runs on torchvision alone: images are processed by our own on both sides",
+    note=OWN_IMAGES,
     texts=_texts,
 )

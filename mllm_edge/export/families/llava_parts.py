@@ -5,6 +5,7 @@ Those that fit an image into the best of many resolutions share these, and the l
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -232,20 +233,28 @@ def single_image_spec(checkpoint: Checkpoint, tile: int, tokens: int, images: An
 
 
 # ---------------------------------------------------------------- videos
-def read_video_spec(checkpoint: Checkpoint, processor: str, tile: int, features: int) -> VideoSpec | None:
+def read_video_spec(
+    checkpoint: Checkpoint,
+    processor: str,
+    tile: int,
+    features: int,
+    key: str = "video_token_index",
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+) -> VideoSpec | None:
     """Videos whose frames become so many tokens each, by the settings of a video `processor` that sees them as CLIP's
-    sees images. None for a folder without such settings, which transformers does not open for videos either."""
-    source, token_id = checkpoint.source, checkpoint.top.take("video_token_index")
+    sees images; `defaults` are its own, where they differ from CLIP's. `key`: what config.json calls the placeholder.
+    None for a folder without such settings, which transformers does not open for videos either."""
+    source, token_id = checkpoint.source, checkpoint.top.take(key)
     stated = read_video_settings(source, processor)
     if stated is None:
         return None
     token, found = checkpoint.processor.video_token, checkpoint.processor.video_token_id
     if found != token_id:
         raise ConfigError(
-            f"{source.folder / 'config.json'}: video_token_index = {token_id}, the tokenizer has {found} for {token}",
+            f"{source.folder / 'config.json'}: {key} = {token_id}, the tokenizer has {found} for {token}",
             "use the config.json and the tokenizer that belong to this model",
         )
-    transforms = single_transforms(source, clip_like(stated))
+    transforms = single_transforms(source, clip_like({**defaults, **stated}))
     require_tile(source, made_size(transforms), tile)
     return VideoSpec(transforms, token, token_id, features=features)
 

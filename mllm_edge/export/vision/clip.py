@@ -49,13 +49,21 @@ class ClassTokenEmbeddings(nn.Module):
 
 class MlpConnector(nn.Module):
     """vision_hidden [N, S, inputs] → image_features [N, S / pool², outputs]: linear, activation, linear. Before them a
-    norm, where `norm_eps` is told, and the mean of each pool × pool neighbours of a square of features."""
+    norm, where `norm_eps` is told, and the mean of each pool × pool neighbours of a square of features; `late`: the
+    mean of what the second layer gets, and so of what it makes."""
 
     def __init__(
-        self, inputs: int, outputs: int, activation: str, bias: bool, norm_eps: float | None = None, pool: int = 1
+        self,
+        inputs: int,
+        outputs: int,
+        activation: str,
+        bias: bool,
+        norm_eps: float | None = None,
+        pool: int = 1,
+        late: bool = False,
     ):
         super().__init__()
-        self.activation, self.pool = activation, pool
+        self.activation, self.pool, self.late = activation, pool, late
         self.projector_layernorm = None if norm_eps is None else nn.LayerNorm(inputs, eps=norm_eps)
         self.linear_1 = Linear(inputs, outputs, bias)
         self.linear_2 = Linear(outputs, outputs, bias)
@@ -63,9 +71,10 @@ class MlpConnector(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         if self.projector_layernorm is not None:
             hidden = self.projector_layernorm(hidden)
-        if self.pool > 1:
+        if self.pool > 1 and not self.late:
             hidden = _pooled(hidden, self.pool)
-        return self.linear_2(activate(self.activation, self.linear_1(hidden)))
+        hidden = activate(self.activation, self.linear_1(hidden))
+        return self.linear_2(_pooled(hidden, self.pool) if self.pool > 1 and self.late else hidden)
 
 
 def _pooled(hidden: torch.Tensor, pool: int) -> torch.Tensor:

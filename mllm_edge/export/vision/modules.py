@@ -7,6 +7,7 @@ the form that the target's dialect and the recipe call for. Everything else trac
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -19,6 +20,7 @@ __all__ = [
     "RmsNorm",
     "activate",
     "attention",
+    "channels_first",
     "packed_attention",
     "packed_linear",
     "pixel_shuffle",
@@ -91,6 +93,13 @@ class GatedMlp(nn.Module):
 def activate(name: str, x: torch.Tensor) -> torch.Tensor:
     """The activation `name`, one of ACTIVATIONS, element by element."""
     return _FUNCTIONS[name](x)
+
+
+def channels_first(weight: np.ndarray, patch: int) -> np.ndarray:
+    """The weight [out, patch² · C] of a layer on patches: columns for pixels of neighbouring channels become those for
+    channels one behind the other."""
+    pixels = weight.reshape(len(weight), patch, patch, -1)
+    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).reshape(weight.shape)
 
 
 def pixel_shuffle(hidden: torch.Tensor, patches: int, scale: int) -> torch.Tensor:

@@ -12,7 +12,15 @@ from torch import nn
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.config import ConfigReader
 from mllm_edge.export.checkpoint.processor import OWN_PROCESSOR
-from mllm_edge.export.vision.modules import ACTIVATIONS, Linear, Mlp, packed_attention, packed_linear, pixel_shuffle
+from mllm_edge.export.vision.modules import (
+    ACTIVATIONS,
+    Linear,
+    Mlp,
+    attention,
+    packed_attention,
+    packed_linear,
+    pixel_shuffle,
+)
 
 __all__ = [
     "PixelShuffleConnector",
@@ -53,16 +61,17 @@ class SiglipConfig:
         layers: int | None = None,
         inner: int | None = None,
         projection: str = "out_proj",
+        size: str = "hidden_size",
     ) -> "SiglipConfig":
         """A tower's settings; `tile`: where it is not `image_size`; `layers`: where not all of them are run; `inner`:
-        where no `intermediate_size` is stated. Raises ConfigError."""
+        where no `intermediate_size` is stated; `size`: what its width is called. Raises ConfigError."""
         image, patch = vision.side("image_size"), vision.side("patch_size")
         if tile is not None and tile % patch:
             raise ConfigError(
                 f"the image processor makes tiles of {tile} px, no multiple of the vision tower's patch of {patch}",
                 OWN_PROCESSOR,
             )
-        hidden, heads = vision.heads()
+        hidden, heads = vision.heads(size)
         return cls(
             hidden_size=hidden,
             intermediate_size=vision.take("intermediate_size") if inner is None else inner,
@@ -160,7 +169,7 @@ class SiglipEmbeddings(nn.Module):
 
 
 class SiglipLayer(nn.Module):
-    """Pre-norm transformer layer [N, S, D] → [N, S, D], of SigLIP and CLIP alike."""
+    """Pre-norm transformer layer [N, S, D] → [N, S, D], of SigLIP and CLIP alike; `bias` as of `attention`."""
 
     def __init__(self, config: SiglipConfig):
         super().__init__()
@@ -169,8 +178,8 @@ class SiglipLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = Mlp(config.hidden_size, config.intermediate_size, config.activation)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        hidden = hidden + self.self_attn(self.layer_norm1(hidden))
+    def forward(self, hidden: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        hidden = hidden + self.self_attn(self.layer_norm1(hidden), bias)
         return hidden + self.mlp(self.layer_norm2(hidden))
 
 
@@ -182,9 +191,14 @@ class _Attention(nn.Module):
         self.projection = config.projection
         self.add_module(config.projection, Linear(config.hidden_size, config.hidden_size))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        qkv = packed_linear(x, [self.q_proj, self.k_proj, self.v_proj])
-        return self.get_submodule(self.projection)(packed_attention(qkv, self.heads))
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        qkv, width = packed_linear(x, [self.q_proj, self.k_proj, self.v_proj]), x.shape[-1]
+        if bias is None:
+            seen = packed_attention(qkv, self.heads)
+        else:  # slices, because a split is traced to sequences
+            query, key, value = (qkv[..., i * width : (i + 1) * width] for i in range(3))
+            seen = attention(query, key, value, self.heads, bias)
+        return self.get_submodule(self.projection)(seen)
 
 
 class PixelShuffleConnector(nn.Module):

@@ -42,22 +42,24 @@ def read_siglip2(vision: ConfigReader) -> SiglipConfig:
 
 class Siglip2Tower(nn.Module):
     """A slice of an image: pixel_values [cells, merge², patch² · C] and position_embeds [cells, merge², D] float32 →
-    vision_hidden [cells, merge², D]. A patch is [patch, patch, C], flattened."""
+    vision_hidden [cells, merge², D], behind a last norm where `normed`. A patch is [patch, patch, C], flattened."""
 
-    def __init__(self, config: SiglipConfig, merge: int):
+    def __init__(self, config: SiglipConfig, merge: int, normed: bool = True):
         super().__init__()
         self.merge = merge
         patch_embedding = Linear(config.channels * config.patch**2, config.hidden_size)
         self.embeddings = nn.ModuleDict({"patch_embedding": patch_embedding})
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList([SiglipLayer(config) for _ in range(config.layers)])})
-        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps) if normed else None
 
     def forward(self, pixel_values: torch.Tensor, position_embeds: torch.Tensor) -> torch.Tensor:
         cells = self.embeddings["patch_embedding"](pixel_values) + position_embeds
         hidden = cells.flatten(0, 1).unsqueeze(0)
         for layer in self.encoder["layers"].children():
             hidden = layer(hidden)
-        return self.post_layernorm(hidden).reshape(-1, self.merge**2, hidden.shape[-1])
+        if self.post_layernorm is not None:
+            hidden = self.post_layernorm(hidden)
+        return hidden.reshape(-1, self.merge**2, hidden.shape[-1])
 
 
 @dataclass(frozen=True)

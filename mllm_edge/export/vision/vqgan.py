@@ -14,9 +14,10 @@ from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.config import OWN_CONFIG, ConfigReader
 from mllm_edge.export.checkpoint.safetensors import Weights
 
-__all__ = ["Codebook", "VqConfig", "VqEncoder", "codebook_derived"]
+__all__ = ["GROUPS", "NORM_EPS", "Codebook", "VqBlock", "VqConfig", "VqEncoder", "codebook_derived", "halved"]
 
-_GROUPS, _NORM_EPS = 32, 1e-6  # fixed in the reference
+GROUPS, NORM_EPS = 32, 1e-6  # fixed in the reference
+_TOGETHER = 8192  # codes that are looked at in one piece: all of Emu3's and an image's places take gigabytes
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,9 @@ class VqConfig:
         attention = vision.require("attn_type", "vanilla", "none", None) == "vanilla"
         vision.take("dropout")  # of training
         vision.require("double_latent", False)
-        if not widths or any(width % _GROUPS for width in (first, *widths)) or side % 2 ** (len(widths) - 1):
+        if not widths or any(width % GROUPS for width in (first, *widths)) or side % 2 ** (len(widths) - 1):
             raise ConfigError(
-                f"vq_config: base_channels {first} times channel_multiplier {factors} in {_GROUPS} groups, resolution "
+                f"vq_config: base_channels {first} times channel_multiplier {factors} in {GROUPS} groups, resolution "
                 f"{side} halved {len(widths) - 1} times",
                 OWN_CONFIG,
             )
@@ -85,7 +86,7 @@ class VqEncoder(nn.Module):
             ]
         )
         self.mid = _Middle(last, config.attends_last)
-        self.norm_out = nn.GroupNorm(_GROUPS, last, eps=_NORM_EPS)
+        self.norm_out = nn.GroupNorm(GROUPS, last, eps=NORM_EPS)
         self.conv_out = nn.Conv2d(last, config.latent, 3, padding=1)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -100,7 +101,7 @@ class _Level(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, blocks: int, attends: bool, halves: bool):
         super().__init__()
-        self.block = nn.ModuleList([_Block(inputs if i == 0 else outputs, outputs) for i in range(blocks)])
+        self.block = nn.ModuleList([VqBlock(inputs if i == 0 else outputs, outputs) for i in range(blocks)])
         self.attn = nn.ModuleList([_Attention(outputs) for _ in range(blocks)] if attends else [])
         self.downsample = nn.ModuleDict({"conv": nn.Conv2d(outputs, outputs, 3, stride=2)}) if halves else None
 
@@ -110,25 +111,30 @@ class _Level(nn.Module):
             hidden = self.attn[i](hidden) if len(self.attn) else hidden
         if self.downsample is None:
             return hidden
-        return self.downsample["conv"](nn.functional.pad(hidden, (0, 1, 0, 1)))
+        return halved(self.downsample["conv"], hidden)
+
+
+def halved(conv: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """[N, D, R, C] → [N, D, R/2, C/2], by a convolution of 3 × 3 that is filled up at the bottom and right alone."""
+    return conv(nn.functional.pad(hidden, (0, 1, 0, 1)))
 
 
 class _Middle(nn.Module):
     def __init__(self, width: int, attends: bool):
         super().__init__()
-        self.block_1, self.block_2 = _Block(width, width), _Block(width, width)
+        self.block_1, self.block_2 = VqBlock(width, width), VqBlock(width, width)
         self.attn_1 = _Attention(width) if attends else nn.Identity()
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.block_2(self.attn_1(self.block_1(hidden)))
 
 
-class _Block(nn.Module):
+class VqBlock(nn.Module):
     """[N, inputs, R, R] → [N, outputs, R, R], added to what comes in, whose width is changed if it must."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
-        self.norm1, self.norm2 = (nn.GroupNorm(_GROUPS, width, eps=_NORM_EPS) for width in (inputs, outputs))
+        self.norm1, self.norm2 = (nn.GroupNorm(GROUPS, width, eps=NORM_EPS) for width in (inputs, outputs))
         self.conv1, self.conv2 = (nn.Conv2d(width, outputs, 3, padding=1) for width in (inputs, outputs))
         self.nin_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else None
 
@@ -143,7 +149,7 @@ class _Attention(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.norm = nn.GroupNorm(_GROUPS, width, eps=_NORM_EPS)
+        self.norm = nn.GroupNorm(GROUPS, width, eps=NORM_EPS)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -155,31 +161,41 @@ class _Attention(nn.Module):
 
 class Codebook(nn.Module):
     """vision_hidden [N, latent, rows, columns] → image_features [N, rows · columns, outputs]: the row of `table` that
-    belongs to the nearest code."""
+    belongs to the nearest of `codes` codes of `size` elements."""
 
-    def __init__(self, config: VqConfig, outputs: int):
+    def __init__(self, latent: int, size: int, codes: int, outputs: int):
         super().__init__()
-        self.tokens = config.tokens
-        self.quant_conv = nn.Conv2d(config.latent, config.code_size, 1)
-        self.codes = nn.Parameter(torch.empty(config.code_size, config.codes))
-        self.lengths = nn.Parameter(torch.empty(config.codes))
-        self.table = nn.Parameter(torch.empty(config.codes, outputs))
+        self.quant_conv = nn.Conv2d(latent, size, 1)
+        self.codes = nn.Parameter(torch.empty(size, codes))
+        self.lengths = nn.Parameter(torch.empty(codes))
+        self.table = nn.Parameter(torch.empty(codes, outputs))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         places = self.quant_conv(hidden).flatten(2).transpose(1, 2)
-        # |z − e|² without |z|², which is the same for all codes, halved and turned.
-        chosen = torch.argmax(places @ self.codes - self.lengths, dim=-1)
-        return self.table.index_select(0, chosen.flatten()).reshape(-1, self.tokens, self.table.shape[1])
+        scores = self._scores(places, 0)
+        chosen = scores.argmax(-1)
+        for start in range(_TOGETHER, self.codes.shape[1], _TOGETHER):
+            highest, others = scores.amax(-1), self._scores(places, start)
+            chosen = torch.where(others.amax(-1) > highest, others.argmax(-1) + start, chosen)
+            scores = torch.maximum(highest, others.amax(-1)).unsqueeze(-1)
+        return nn.functional.embedding(chosen, self.table)
+
+    def _scores(self, places: torch.Tensor, start: int) -> torch.Tensor:
+        """How near places [N, S, size] are to some codes [N, S, ≤ _TOGETHER]: −|z − e|² without |z|², halved."""
+        if self.codes.shape[1] <= _TOGETHER:
+            return places @ self.codes - self.lengths
+        some = slice(start, start + _TOGETHER)
+        return places @ self.codes[:, some] - self.lengths[some]
 
 
 def codebook_derived(
-    config: VqConfig, weights: Weights, name: str, table: Callable[[], np.ndarray]
+    weights: Weights, name: str, size: int, embedding: str, words: np.ndarray
 ) -> dict[str, Callable[[], np.ndarray]]:
-    """The parameters of a Codebook that are not tensors of a checkpoint: of its codes, stored as `name`, and of `table`
-    [codes, outputs]."""
-    codes = weights.use(name, (config.codes, config.code_size))
+    """The parameters of a Codebook that are not tensors of a checkpoint: of its codes, stored as `name`, and of the
+    `words` [codes] that they are, whose rows stand in the tensor `embedding`."""
+    stored, rows = weights.use(name, (len(words), size)), weights.use(embedding, weights.shape(embedding))
     return {
-        "codes": lambda: np.ascontiguousarray(codes().T),
-        "lengths": lambda: np.square(codes()).sum(1) / 2,
-        "table": table,
+        "codes": lambda: np.ascontiguousarray(stored().T),
+        "lengths": lambda: np.square(stored()).sum(1) / 2,
+        "table": lambda: rows()[words],
     }

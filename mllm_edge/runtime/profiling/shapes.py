@@ -62,8 +62,15 @@ def stage_runs(
     found = []
     for slices, rows, cols in chain.from_iterable(layout.runs for layout in layouts):
         shapes = {name: array.shape for name, array in table_inputs(image, rows, cols, {}).items()}
-        found.append((_symbols(inputs, {**shapes, "pixel_values": (slices, *image.shape), **_beside(text, slices)}), 1))
+        pixels = (slices, *(_whole(layouts, image) if image.whole else image.shape))
+        found.append((_symbols(inputs, {**shapes, "pixel_values": pixels, **_beside(text, slices)}), 1))
     return found
+
+
+def _whole(layouts: Sequence[Layout], image: ImageSpec) -> tuple[int, int, int]:
+    """The shape of the canvas that whole images lie on."""
+    rows, cols = max(layout.rows for layout in layouts), max(layout.cols for layout in layouts)
+    return (image.channels, rows * image.height, cols * image.width)
 
 
 def _beside(text: Mapping[str, int], slices: int) -> dict[str, tuple[int, ...]]:

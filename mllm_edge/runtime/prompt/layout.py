@@ -2,18 +2,18 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mllm_edge.errors import ImageError, PromptError
-from mllm_edge.runtime.prompt.pack import PackedFrames, PackedTiles, packed, packed_frames
+from mllm_edge.runtime.prompt.pack import PackedFrames, PackedTiles, PackedWhole, packed, packed_frames
 from mllm_edge.runtime.prompt.sources import Kind
 from mllm_edge.runtime.prompt.timing import Timing, hours, in_words, written
 from mllm_edge.runtime.prompt.transforms.apply import cut_of
 from mllm_edge.spec import ImagePrompt, ImageSpec, VideoSpec
 
-__all__ = ["Layout", "grid_positions", "image_text", "layout_of", "shared_bounds", "video_layout"]
+__all__ = ["Layout", "grid_positions", "image_text", "layout_of", "on_one_canvas", "shared_bounds", "video_layout"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,9 +23,9 @@ class Layout:
     `slices`: rows of `pixel_values`, a grid of `rows` × `cols` and perhaps an overview, or tiles that it lacks.
     `tokens`: its tokens in the prompt, as many as `text` has placeholders. `pack`: how features become tokens, None:
     each is one, in their order. `tiles`: how many pictures the vision encoder sees of it. `grids`: rows and columns of
-    cells of each, where they are cut into cells; `rows` × `cols` is then the grid of cells of one alone, or of each
-    frame, else that of the tiles. `kind`: what it is. `blocks`: of grids that follow each other in the prompt without
-    anything between, the places of each on the first axis.
+    cells of each, where they are cut into cells; `rows` × `cols` is then the grid of cells of one alone, as of an image
+    that is left whole, or of each frame, else that of the tiles. `kind`: what it is. `blocks`: of grids that follow
+    each other in the prompt without anything between, the places of each on the first axis.
     """
 
     rows: int
@@ -34,7 +34,7 @@ class Layout:
     tiles: int
     tokens: int
     text: str
-    pack: PackedTiles | PackedFrames | None
+    pack: PackedTiles | PackedWhole | PackedFrames | None
     grids: tuple[tuple[int, int], ...] = ()
     kind: Kind = "image"
     blocks: tuple[tuple[int, ...], ...] = ((0,),)
@@ -56,7 +56,11 @@ def layout_of(image: ImageSpec, height: int, width: int, images: int = 1) -> Lay
     Raises ImageError when the size cannot be processed.
     """
     cut = cut_of(height, width, image.transforms_for(images))
-    pack = packed(image, height, width, cut) if image.pack else None
+    pack = packed(image, height, width, cut) if image.pack or image.whole else None
+    if isinstance(pack, PackedWhole):
+        text = image.prompt.single.replace("{rows}", str(pack.rows)).replace("{cols}", str(pack.cols))
+        text = text.replace("{image}", image.prompt.token * len(pack))
+        return Layout(pack.rows, pack.cols, 1, 1, len(pack), text, pack)
     crossed, grids = image.into == "cross_attention", _merged(image, cut.grids)
     tiles = [(1 if image.resampled else math.prod(grid)) * image.features for grid in grids]
     tiles = tiles or [image.features] * cut.slices
@@ -68,6 +72,18 @@ def layout_of(image: ImageSpec, height: int, width: int, images: int = 1) -> Lay
     else:
         text = image_text(image.prompt, cut.rows, cut.cols, tiles[0], tiles[-1])
     return Layout(cut.rows, cut.cols, image.tiles or cut.slices, len(tiles), tokens, text, pack, cut.grids)
+
+
+def on_one_canvas(layouts: Sequence[Layout]) -> tuple[Layout, ...]:
+    """Those of the images of a prompt: what is left whole lies on a canvas that all of these fit into."""
+    packs = [layout.pack for layout in layouts if isinstance(layout.pack, PackedWhole)]
+    if not packs:
+        return tuple(layouts)
+    canvas = max(pack.rows for pack in packs), max(pack.cols for pack in packs)
+    return tuple(
+        replace(layout, pack=replace(layout.pack, canvas=canvas)) if isinstance(layout.pack, PackedWhole) else layout
+        for layout in layouts
+    )
 
 
 def _merged(image: ImageSpec, grids: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

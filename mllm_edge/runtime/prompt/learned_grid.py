@@ -1,11 +1,11 @@
 """Learned positions of a square grid, brought to the grid of an image."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
 
-__all__ = ["How", "cell_positions", "interpolated_positions"]
+__all__ = ["How", "cell_positions", "cubic", "interpolated_positions", "learned_places"]
 
 How = Literal["edges", "corners", "cubic"]
 _KEYS = -0.75
@@ -22,7 +22,7 @@ def cell_positions(
     """The learned positions [n, n, D] for rows × cols cells of merge × merge patches: [rows · cols, merge², D] float32,
     in the cells' order; `bounds` as in LearnedPositions."""
     if bounds is not None:
-        down, across = (_places(bounds, places * merge) for places in (rows, cols))
+        down, across = (learned_places(bounds, places * merge) for places in (rows, cols))
         places = table[down][:, across].astype(np.float32)
     else:
         places = interpolated_positions(table, rows * merge, cols * merge, how)
@@ -40,7 +40,7 @@ def interpolated_positions(table: np.ndarray, rows: int, cols: int, how: How = "
     return (weights(side, rows) @ across.reshape(side, -1)).reshape(rows, cols, width)
 
 
-def _places(bounds: Sequence[float], places: int) -> np.ndarray:
+def learned_places(bounds: Sequence[float], places: int) -> np.ndarray:
     """Which learned place each of `places` has, [places] int64: that which its beginning lies in. The rounding of this
     arithmetic is part of the trained models, so it is repeated in the same steps."""
     begins = np.arange(places, dtype=np.float32) * (np.float32(1) / np.float32(places))
@@ -63,16 +63,34 @@ def _weights_between(side: int, places: int) -> np.ndarray:
     return np.maximum(1 - np.abs(np.arange(side) - centers[:, None]), 0).astype(np.float32)
 
 
+def cubic(planes: np.ndarray, height: int, width: int) -> np.ndarray:
+    """planes [C, H, W] → [C, height, width] float32, bicubically, and nothing is averaged."""
+    for axis, places in ((1, height), (2, width)):
+        if planes.shape[axis] == places:
+            continue  # each is itself
+        shape = [1, places, 1] if axis == 1 else [1, 1, places]
+        shares = _cubic_shares(planes.shape[axis], places)
+        parts = [np.take(planes, near, axis) * share.astype(np.float32).reshape(shape) for near, share in shares]
+        planes = np.sum(parts, axis=0)
+    return planes
+
+
 def _cubic_weights(side: int, places: int) -> np.ndarray:
-    """[places, side] float32: how much each learned place counts at each of `places`, the four around it by Keys'
-    kernel, as torch's grid_sample has it (a = −0.75); beyond an edge stands the last."""
+    """[places, side] float32: how much each learned place counts at each of `places`."""
+    weights = np.zeros((places, side))
+    for near, share in _cubic_shares(side, places):
+        np.add.at(weights, (np.arange(places), near), share)
+    return weights.astype(np.float32)
+
+
+def _cubic_shares(side: int, places: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Four times a place of `side` for each of `places`, and how much it counts there: those around it by Keys' kernel,
+    as torch's grid_sample has it (a = −0.75); beyond an edge stands the last."""
     centers = (np.arange(places) + 0.5) * side / places - 0.5
     first = np.floor(centers).astype(np.int64) - 1
-    weights = np.zeros((places, side))
     for near in range(4):
         distance = np.abs(centers - (first + near))
         inner = (_KEYS + 2) * distance**3 - (_KEYS + 3) * distance**2 + 1
         outer = _KEYS * (distance**3 - 5 * distance**2 + 8 * distance - 4)
         share = np.where(distance <= 1, inner, np.where(distance < 2, outer, 0))
-        np.add.at(weights, (np.arange(places), np.clip(first + near, 0, side - 1)), share)
-    return weights.astype(np.float32)
+        yield np.clip(first + near, 0, side - 1), share

@@ -1,5 +1,5 @@
-"""From features to tokens: those of an image's tiles are a grid that shrinks, and rows with an end; those of a video's
-frames shrink, and end once."""
+"""From features to tokens: those of an image's tiles are a grid that shrinks, and rows with an end; those of a whole
+image lie on a canvas; those of a video's frames shrink, and end once."""
 
 import math
 from collections.abc import Mapping
@@ -9,10 +9,11 @@ from functools import lru_cache
 import numpy as np
 
 from mllm_edge.errors import BundleError
+from mllm_edge.runtime.prompt.shown_patches import shown_patches
 from mllm_edge.runtime.prompt.transforms.cut import Cut
-from mllm_edge.spec import ImageSpec, RowEnd, Shrink, Unpad, VideoSpec
+from mllm_edge.spec import ImageSpec, RowEnd, Shrink, Trim, Unpad, VideoSpec, WholeLast
 
-__all__ = ["PackedFrames", "PackedTiles", "packed", "packed_frames"]
+__all__ = ["PackedFrames", "PackedTiles", "PackedWhole", "packed", "packed_frames"]
 
 _WORTH_SHRINKING = 1.1  # by side; fixed in the models that do it
 
@@ -35,13 +36,15 @@ class _Grid:
 @dataclass(frozen=True)
 class PackedTiles:
     """How an image's features become its tokens. `side`: features along a tile's side; the tiles are a grid of `rows` ×
-    `cols` behind an overview, or one tile alone. `row_end`: the bundle's array whose row ends each row, "" for none."""
+    `cols` behind an overview, or one tile alone. `row_end`: the bundle's array whose row ends each row, "" for none;
+    `before_whole`: that whose row stands before the overview where that comes last, "" where it comes first."""
 
     side: int
     rows: int
     cols: int
     grid: _Grid | None
     row_end: str
+    before_whole: str = ""
 
     @property
     def features(self) -> int:
@@ -53,7 +56,9 @@ class PackedTiles:
         if self.grid is None:
             return self.side**2 + bool(self.row_end)
         height, width = self.grid.size
-        return self.side**2 + height * (width + bool(self.row_end))
+        ended = height * (width + bool(self.row_end))
+        whole = self.side * (self.side + bool(self.row_end)) + 1 if self.before_whole else self.side**2
+        return whole + ended
 
     def apply(self, features: np.ndarray, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         """features [slices · side², H] → [tokens, H] float32; `arrays`: the bundle's, by file, each [rows, H]."""
@@ -66,8 +71,35 @@ class PackedTiles:
         g = self.grid
         rows = whole[g.top : g.top + g.height, g.left : g.left + g.width]
         rows = _bilinear(rows, g.shrunk) if g.shrunk is not None else rows
-        ends = [np.broadcast_to(row, (len(rows), 1, hidden)) for row in end]
-        return np.concatenate([overview, np.concatenate([rows, *ends], axis=1).reshape(-1, hidden)])
+        if not self.before_whole:
+            return np.concatenate([overview, _ended(rows, end)])
+        whole = overview.reshape(self.side, self.side, hidden)
+        return np.concatenate([_ended(rows, end), arrays[self.before_whole][:1], _ended(whole, end)])
+
+
+@dataclass(frozen=True)
+class PackedWhole:
+    """How the features of an image that is left whole become its tokens: the `rows` × `cols` at the top left of a
+    `canvas`. `row_end` as in PackedTiles."""
+
+    rows: int
+    cols: int
+    canvas: tuple[int, int]
+    row_end: str
+
+    @property
+    def features(self) -> int:
+        """How many it is made of."""
+        return math.prod(self.canvas)
+
+    def __len__(self) -> int:
+        """The number of tokens."""
+        return self.rows * (self.cols + bool(self.row_end))
+
+    def apply(self, features: np.ndarray, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """features [canvas, H] → [tokens, H] float32; `arrays`: the bundle's, by file, each [rows, H]."""
+        grid = features.reshape(*self.canvas, -1)[: self.rows, : self.cols]
+        return _ended(grid, [arrays[self.row_end][:1]] if self.row_end else [])
 
 
 @dataclass(frozen=True)
@@ -96,6 +128,12 @@ class PackedFrames:
         return np.concatenate([*(_bilinear(frame, size).reshape(-1, hidden) for frame in frames), arrays[self.end][:1]])
 
 
+def _ended(rows: np.ndarray, end: list[np.ndarray]) -> np.ndarray:
+    """rows [height, width, H], each with its `end` [1, H] → [tokens, H]."""
+    ends = [np.broadcast_to(row, (len(rows), 1, rows.shape[2])) for row in end]
+    return np.concatenate([rows, *ends], axis=1).reshape(-1, rows.shape[2])
+
+
 def packed_frames(image: ImageSpec, video: VideoSpec, frames: int) -> PackedFrames:
     """How `frames` frames become tokens; raises BundleError for frames whose features are no square."""
     side = _side(image)
@@ -110,11 +148,14 @@ def _side(image: ImageSpec) -> int:
     return side
 
 
-def packed(image: ImageSpec, height: int, width: int, cut: Cut) -> PackedTiles:
+def packed(image: ImageSpec, height: int, width: int, cut: Cut) -> PackedTiles | PackedWhole:
     """What `image.pack` makes of an image of `height` × `width` px that was cut so; raises BundleError for tiles whose
     features are no square."""
-    side = _side(image)
     row_end = next((step.file for step in image.pack if isinstance(step, RowEnd)), "")
+    if image.whole:
+        rows, cols = cut.height // image.height, cut.width // image.width
+        return PackedWhole(rows, cols, (rows, cols), row_end)
+    side = _side(image)
     if cut.slices == 1:
         return PackedTiles(side, 1, 1, None, row_end)
     grid = _Grid(0, 0, cut.rows * side, cut.cols * side)
@@ -123,7 +164,11 @@ def packed(image: ImageSpec, height: int, width: int, cut: Cut) -> PackedTiles:
             grid = _unpadded(grid, height, width)
         elif isinstance(step, Shrink):
             grid = _shrunk(grid, step.most * side**2)
-    return PackedTiles(side, cut.rows, cut.cols, grid, row_end)
+        elif isinstance(step, Trim):
+            rows, cols = shown_patches(cut, cut.height // (side * step.side))
+            grid = _Grid(0, 0, -(-rows // step.side), -(-cols // step.side))
+    last = next((step.file for step in image.pack if isinstance(step, WholeLast)), "")
+    return PackedTiles(side, cut.rows, cut.cols, grid, row_end, last)
 
 
 def _unpadded(grid: _Grid, height: int, width: int) -> _Grid:

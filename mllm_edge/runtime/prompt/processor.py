@@ -315,6 +315,9 @@ class Processor:
         border = self._image.prompt.border if self._image is not None else ""
         if not border:
             return made
+        assert self._image is not None
+        if not self._image.prompt.blank:
+            return re.sub(rf" *{re.escape(border)} *", border, made).replace(border * 2, border)
         return re.sub(rf"{re.escape(border)}(?=[^\s<])", f"{border} ", made.replace(border * 2, border))
 
     # ------------------------------------------------------------ images
@@ -322,6 +325,10 @@ class Processor:
         """That the model takes what is given."""
         if kinds and self._image is None:
             raise PromptError(f"this model takes no images, and got {len(kinds)}", "pass text only")
+        most, given = None if self._image is None else self._image.most_images, kinds.count("image")
+        if most is not None and given > most:
+            many = "one image" if most == 1 else f"{most} images"
+            raise PromptError(f"this model takes {many} in a prompt, and got {given}", "ask about each by itself")
         if "video" in kinds and (self._image is None or self._image.video is None):
             count = kinds.count("video")
             raise PromptError(f"this bundle takes no videos, and got {count}", "pass the frames as images")

@@ -11,10 +11,11 @@ import xxhash
 
 from mllm_edge.errors import BundleError, ImageError
 from mllm_edge.runtime.prompt.image import ImageSource, load_image
-from mllm_edge.runtime.prompt.layout import Layout, layout_of, shared_bounds, video_layout
+from mllm_edge.runtime.prompt.layout import Layout, layout_of, on_one_canvas, shared_bounds, video_layout
+from mllm_edge.runtime.prompt.shown_patches import shown_inputs
 from mllm_edge.runtime.prompt.sources import EncodedImage, Source, Video, kind_of
 from mllm_edge.runtime.prompt.timing import Timing
-from mllm_edge.runtime.prompt.transforms.apply import apply_transforms, first_size
+from mllm_edge.runtime.prompt.transforms.apply import apply_transforms, cut_of, first_size
 from mllm_edge.runtime.prompt.transforms.patches import frames_joined
 from mllm_edge.runtime.prompt.transforms.tiles import filled
 from mllm_edge.spec import PIXELS, ImageSpec, Transform
@@ -78,7 +79,7 @@ class Viewer:
                 if len(sources) == 1:
                     raise
                 raise ImageError(f"{kind_of(source)} {i + 1} of {len(sources)}: {error.message}", error.fix) from error
-        return tuple(found)
+        return _on_one_canvas(found) if self._spec.whole else tuple(found)
 
     def _shown(self, source: Source, images: int) -> Shown:
         spec = self._spec
@@ -86,16 +87,16 @@ class Viewer:
             if source.model != self._model:
                 raise ImageError("an encoded image of another bundle, or another target", "encode it with this one")
             # Some models see one of several images otherwise than one alone.
-            if spec.several is None or images < 2 or kind_of(source) == "video":
+            if images < 2 or not spec.seen_together or kind_of(source) == "video":
                 return source.shown
             assert source.source is not None
             source = source.source
         layout, made, size = self._video(source) if isinstance(source, Video) else self._image(source, images)
         for name, shape in spec.inputs.items():
-            if made[name].shape[1:] != shape:
+            found = made[name].shape[1:]
+            if (found[:1] if spec.whole else found) != (shape[:1] if spec.whole else shape):
                 raise BundleError(
-                    f"the transforms give {name} of {made[name].shape[1:]}, the model takes {shape}",
-                    "export the bundle again",
+                    f"the transforms give {name} of {found}, the model takes {shape}", "export the bundle again"
                 )
         if isinstance(source, Video):
             return Shown(layout, made, (len(source.frames), *size), source.timing)
@@ -107,7 +108,10 @@ class Viewer:
         (pixels, *views), size = self._transformed(source, ways)
         layout = layout_of(spec, *size, images)
         pixels = pixels if spec.tiles is None else filled(pixels, layout.slices)
-        return layout, dict(zip(spec.inputs, (pixels, *views), strict=True)), size
+        made = dict(zip((PIXELS, *(view.name for view in spec.views)), (pixels, *views), strict=True))
+        if spec.shown is not None:
+            made |= shown_inputs(spec.shown, cut_of(*size, spec.transforms_for(images)))
+        return layout, made, size
 
     def _video(self, video: Video) -> tuple[Layout, Arrays, tuple[int, int]]:
         spec = self._spec.video
@@ -150,3 +154,16 @@ class Viewer:
         image = load_image(source, wanted) if self._fast_jpeg else load_image(source)
         size = sizes[0] if sizes else (image.height, image.width)
         return [apply_transforms(image, transforms, size, frames) for transforms in ways], size
+
+
+def _on_one_canvas(shown: Sequence[Shown]) -> tuple[Shown, ...]:
+    """Images that are left whole, each [1, C, height, width], on canvases of zeros of one size, at the top left."""
+    if len(shown) < 2:
+        return tuple(shown)
+    pixels = [one.inputs[PIXELS] for one in shown if one.inputs is not None]
+    size, made = np.max([array.shape[1:] for array in pixels], axis=0), []
+    for one, layout, array in zip(shown, on_one_canvas([one.layout for one in shown]), pixels, strict=True):
+        canvas = np.zeros((1, *size), np.float32)
+        canvas[:, :, : array.shape[2], : array.shape[3]] = array
+        made.append(replace(one, layout=layout, inputs={PIXELS: canvas}))
+    return tuple(made)

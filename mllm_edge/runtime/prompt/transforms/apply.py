@@ -12,8 +12,8 @@ from mllm_edge.runtime.prompt.transforms.cut import Cut, resized
 from mllm_edge.runtime.prompt.transforms.patches import patches_cut, patchified
 from mllm_edge.runtime.prompt.transforms.resize import RESIZES
 from mllm_edge.runtime.prompt.transforms.tiles import TILES
-from mllm_edge.runtime.prompt.transforms.values import VALUES, look_up
-from mllm_edge.spec import MOST_PIXELS, Patchify, Transform
+from mllm_edge.runtime.prompt.transforms.values import VALUES, look_up, with_whole
+from mllm_edge.spec import MOST_PIXELS, Patchify, Transform, WholeBefore
 
 __all__ = ["apply_transforms", "cut_of", "first_size"]
 
@@ -51,8 +51,8 @@ def apply_transforms(
     """Apply `transforms` in order to an RGB image (see `load_image`): `pixel_values` [slices, …] float32 (see
     `ImageSpec`).
 
-    Resizing works on 8-bit pixels. Rescale and Normalize come after it and are exact to float32 rounding. Patchify
-    comes last and gives `pixel_values` another shape.
+    Resizing works on 8-bit pixels. Rescale and Normalize come after it and are exact to float32 rounding. Patchify,
+    which gives `pixel_values` another shape, or WholeBefore comes last.
     `size`: that of the image before it was decoded at a smaller scale, as `first_size` allows it. `frames` as of `Cut`.
     Raises ImageError when the image's size cannot be processed, BundleError for an impossible order of transforms.
     """
@@ -61,13 +61,13 @@ def apply_transforms(
     cut, tiles = Cut(*(size or (image.height, image.width)), frames=frames), [image]
     # 8 bits have 256 values: Rescale and Normalize act on a table of them, and every pixel is looked up once.
     table = np.tile(np.arange(256, dtype=np.float32), (3, 1))
-    on_values, patches = False, None
+    on_values, last = False, None
     for transform in transforms:
-        if patches is not None:
-            raise BundleError(f"transform {transform.op!r} comes after patchify", "export the bundle again")
+        if last is not None:
+            raise BundleError(f"transform {transform.op!r} comes after {last.op}", "export the bundle again")
         after = _cut_after(cut, transform)
-        if isinstance(transform, Patchify):
-            patches = transform
+        if isinstance(transform, (Patchify, WholeBefore)):
+            last = transform
         elif (of_values := VALUES.get(type(transform))) is not None:
             table, on_values = of_values(table, transform), True
         elif on_values:
@@ -75,15 +75,19 @@ def apply_transforms(
         else:
             tiles = _OF_PIXELS[type(transform)].pixels(tiles, transform, after)
         cut = after
-    if patches is None:
+    if isinstance(last, WholeBefore):
+        return with_whole(look_up(tiles, table), cut.rows, cut.cols)
+    if last is None:
         return look_up(tiles, table)
-    grids = [patchified(look_up([tile], table)[0], patches) for tile in tiles]  # of several sizes
+    grids = [patchified(look_up([tile], table)[0], last) for tile in tiles]  # of several sizes
     return grids[0] if len(grids) == 1 else np.concatenate(grids)
 
 
 def _cut_after(cut: Cut, transform: Transform) -> Cut:
     if type(transform) in VALUES:
         return cut
+    if isinstance(transform, WholeBefore):
+        return cut._replace(slices=cut.slices + 1)
     if isinstance(transform, Patchify):
         after = patches_cut(cut, transform)
     else:

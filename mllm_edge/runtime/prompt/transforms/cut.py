@@ -20,7 +20,8 @@ RESAMPLE = {
 class Cut(NamedTuple):
     """Slices of `height` × `width` px: a grid of rows × cols, and the overview where there is one more, in the size
     `overview` (height, width) where that is another. `sizes`: of all slices, where each has its own. `grids`: rows and
-    columns of cells, of each tile. `frames`: how many share bounds on pixels, and what their number is taken for."""
+    columns of cells, of each tile. `frames`: how many share bounds on pixels, and what their number is taken for.
+    `shown`: (height, width) of what the image fills of the tiles, at their top left, where that is not all."""
 
     height: int
     width: int
@@ -31,6 +32,7 @@ class Cut(NamedTuple):
     grids: tuple[tuple[int, int], ...] = ()
     sizes: tuple[tuple[int, int], ...] = ()
     frames: tuple[int, int] = (1, 1)
+    shown: tuple[int, int] | None = None
 
 
 def resized(tiles: list[Image.Image], transform: Any, after: Cut) -> list[Image.Image]:

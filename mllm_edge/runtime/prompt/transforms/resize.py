@@ -9,6 +9,7 @@ from mllm_edge.errors import ImageError
 from mllm_edge.runtime.prompt.transforms.cut import Cut, How
 from mllm_edge.spec import (
     CenterCrop,
+    PadToMultiple,
     PadToSquare,
     Resize,
     ResizeLongestEdge,
@@ -17,6 +18,7 @@ from mllm_edge.spec import (
     ResizeToPixels,
     ResizeToSide,
     ResizeWithin,
+    ShrinkInto,
 )
 
 __all__ = ["RESIZES", "whole_sides"]
@@ -50,9 +52,12 @@ def _resize_shortest_edge_cut(cut: Cut, transform: ResizeShortestEdge) -> Cut:
 
 
 def _resize_to_side_cut(cut: Cut, transform: ResizeToSide) -> Cut:
-    scale = transform.side / max(cut.height, cut.width)
-    height, width = (max(round(side * scale), transform.least) for side in (cut.height, cut.width))
-    return cut._replace(height=height, width=width)
+    scale, whole = transform.side / max(cut.height, cut.width), int if transform.truncated else round
+    height, width = (max(whole(side * scale), transform.least) for side in (cut.height, cut.width))
+    # Truncation may lose a pixel of the longer side, too.
+    if cut.width >= cut.height:
+        return cut._replace(height=height, width=max(transform.side, transform.least))
+    return cut._replace(height=max(transform.side, transform.least), width=width)
 
 
 def _resize_to_multiple_cut(cut: Cut, transform: ResizeToMultiple) -> Cut:
@@ -75,6 +80,13 @@ def _resize_within_cut(cut: Cut, transform: ResizeWithin) -> Cut:
     return cut._replace(height=_round_up(height, transform.multiple), width=_round_up(width, transform.multiple))
 
 
+def _shrink_into_cut(cut: Cut, transform: ShrinkInto) -> Cut:
+    scale = min(transform.height / cut.height, transform.width / cut.width)
+    if scale >= 1:
+        return cut
+    return cut._replace(height=int(cut.height * scale), width=int(cut.width * scale))
+
+
 def _fixed_cut(cut: Cut, transform: Resize | CenterCrop) -> Cut:
     return cut._replace(height=transform.height, width=transform.width)
 
@@ -82,6 +94,11 @@ def _fixed_cut(cut: Cut, transform: Resize | CenterCrop) -> Cut:
 def _pad_to_square_cut(cut: Cut, transform: PadToSquare) -> Cut:
     side = max(cut.height, cut.width)
     return cut._replace(height=side, width=side)
+
+
+def _pad_to_multiple_cut(cut: Cut, transform: PadToMultiple) -> Cut:
+    height, width = (_round_up(side, transform.multiple) for side in (cut.height, cut.width))
+    return cut._replace(height=height, width=width)
 
 
 def _resize_to_pixels_cut(cut: Cut, transform: ResizeToPixels) -> Cut:
@@ -121,12 +138,13 @@ def _crop(tiles: list[Image.Image], transform: CenterCrop, after: Cut) -> list[I
     return [tile.crop((left, top, left + after.width, top + after.height)) for tile in tiles]
 
 
-def _pad(tiles: list[Image.Image], transform: PadToSquare, after: Cut) -> list[Image.Image]:
-    padded = []
+def _pad(tiles: list[Image.Image], transform: PadToSquare | PadToMultiple, after: Cut) -> list[Image.Image]:
+    middle, padded = isinstance(transform, PadToSquare), []
     for tile in tiles:
-        square = Image.new("RGB", (after.width, after.height), transform.color)
-        square.paste(tile, ((after.width - tile.width) // 2, (after.height - tile.height) // 2))
-        padded.append(square)
+        whole = Image.new("RGB", (after.width, after.height), transform.color)
+        corner = ((after.width - tile.width) // 2, (after.height - tile.height) // 2) if middle else (0, 0)
+        whole.paste(tile, corner)
+        padded.append(whole)
     return padded
 
 
@@ -145,7 +163,9 @@ RESIZES: Mapping[type, How] = {
     ResizeToMultiple: How(_resize_to_multiple_cut),
     ResizeToPixels: How(_resize_to_pixels_cut),
     ResizeWithin: How(_resize_within_cut),
+    ShrinkInto: How(_shrink_into_cut),
     Resize: How(_fixed_cut),
     CenterCrop: How(_fixed_cut, _crop),
     PadToSquare: How(_pad_to_square_cut, _pad),
+    PadToMultiple: How(_pad_to_multiple_cut, _pad),
 }

@@ -9,7 +9,17 @@ from PIL import Image
 from mllm_edge.errors import BundleError, ImageError
 from mllm_edge.runtime.prompt.transforms.cut import RESAMPLE, Cut, How, resized
 from mllm_edge.runtime.prompt.transforms.resize import whole_sides
-from mllm_edge.spec import CoverTiles, FitCanvas, FitPatches, SelectResolution, SelectTiles, SplitLarge, SplitTiles
+from mllm_edge.spec import (
+    CoverTiles,
+    FillTiles,
+    FitCanvas,
+    FitPatches,
+    FitTiles,
+    SelectResolution,
+    SelectTiles,
+    SplitLarge,
+    SplitTiles,
+)
 
 __all__ = ["TILES", "filled", "fitted", "nearest_resolution", "on_canvas"]
 
@@ -83,7 +93,35 @@ def _kept(longer: float, shorter: float, size: int) -> float:
     return size * (shorter / longer * size) if longer > size else longer * shorter
 
 
-def _cover(tiles: list[Image.Image], transform: CoverTiles, after: Cut) -> list[Image.Image]:
+def _fill_tiles_cut(cut: Cut, transform: FillTiles) -> Cut:
+    if cut.slices > 1:
+        raise BundleError("fill_tiles comes after another split", "export the bundle again")
+    rows, cols = _filled_grid(cut.height, cut.width, transform)
+    return Cut(transform.size, transform.size, rows, cols, rows * cols + 1)
+
+
+def _filled_grid(height: int, width: int, transform: FillTiles) -> tuple[int, int]:
+    """(rows, cols) of the grid that FillTiles describes."""
+    size, ratio = transform.size, width / height
+    alike: dict[float, list[tuple[int, int]]] = {}  # of one aspect ratio, the largest first
+    for tiles in range(transform.max_tiles, 0, -1):
+        for cols in (n for n in range(1, tiles + 1) if tiles % n == 0):
+            alike.setdefault(cols / (tiles // cols), []).append((tiles // cols, cols))
+    best, longest = None, 0
+    for rows, cols in (grid for grids in alike.values() for grid in grids):
+        if rows * size >= height and cols * size >= width:
+            scale = min(cols * size / width, rows * size / height)
+            # The longer side first, and the other one by the ratio: the rounding decides between grids.
+            shorter = math.floor(scale * width / ratio if ratio >= 1 else scale * height * ratio)
+            if shorter >= longest:
+                best, longest = (rows, cols), shorter
+    if best is not None:
+        return best
+    nearest = max(n for n in alike if n <= ratio) if ratio >= 1 else min(n for n in alike if n > ratio)
+    return alike[nearest][0]
+
+
+def _cover(tiles: list[Image.Image], transform: CoverTiles | FillTiles, after: Cut) -> list[Image.Image]:
     if after.slices == 1:
         return resized(tiles, transform, after)
     canvas = Cut(after.rows * transform.size, after.cols * transform.size)
@@ -213,6 +251,30 @@ def _fit_canvas(tiles: list[Image.Image], transform: FitCanvas, after: Cut) -> l
     return _tiled(whole, transform.size, after)
 
 
+def _fit_tiles_cut(cut: Cut, transform: FitTiles) -> Cut:
+    if cut.slices > 1:
+        raise BundleError("fit_tiles comes after another split", "export the bundle again")
+    size, most = transform.size, transform.max_tiles
+    rows, cols = -(-cut.height // size), -(-cut.width // size)
+    if rows * cols > most:
+        rows, cols = _nearest_grid(cut.height, cut.width, SelectTiles(size, 1, most, False, transform.resample))
+    across, down = cols * size / cut.width, rows * size / cut.height
+    shown = (int(cut.height * across), cols * size) if across < down else (rows * size, int(cut.width * down))
+    if min(shown) < transform.least:
+        raise ImageError(
+            f"{cut.height}×{cut.width} px become {shown[0]}×{shown[1]}, and {transform.least} px are the least",
+            "crop the image to a less extreme aspect ratio",
+        )
+    return Cut(size, size, rows, cols, rows * cols, shown=shown)
+
+
+def _fit_tiles(tiles: list[Image.Image], transform: FitTiles, after: Cut) -> list[Image.Image]:
+    assert after.shown is not None
+    whole = Image.new("RGB", (after.cols * transform.size, after.rows * transform.size), "white")
+    whole.paste(resized(tiles, transform, Cut(*after.shown))[0])
+    return _tiled(whole, transform.size, after)
+
+
 def _quarters(height: int, width: int) -> list[tuple[int, int, int, int]]:
     """Left, top, right and bottom of the four quarters, row by row, and of the whole."""
     y, x = height // 2, width // 2
@@ -262,8 +324,10 @@ TILES: Mapping[type, How] = {
     SplitTiles: How(_split_tiles_cut, _split),
     SelectTiles: How(_select_tiles_cut, _select),
     CoverTiles: How(_cover_tiles_cut, _cover),
+    FillTiles: How(_fill_tiles_cut, _cover),
     SelectResolution: How(_select_resolution_cut, _select_resolution),
     SplitLarge: How(_split_large_cut, _split_large),
     FitCanvas: How(_fit_canvas_cut, _fit_canvas),
     FitPatches: How(_fit_patches_cut, _fit_patches),
+    FitTiles: How(_fit_tiles_cut, _fit_tiles),
 }

@@ -7,9 +7,10 @@ import numpy as np
 from PIL import Image
 
 from mllm_edge.errors import BundleError
+from mllm_edge.runtime.prompt.learned_grid import cubic
 from mllm_edge.spec import Normalize, Rescale
 
-__all__ = ["VALUES", "look_up"]
+__all__ = ["VALUES", "look_up", "with_whole"]
 
 
 def _rescale(table: np.ndarray, transform: Rescale) -> np.ndarray:
@@ -33,6 +34,14 @@ def look_up(tiles: list[Image.Image], table: np.ndarray) -> np.ndarray:
             # uint8 indices are always in range; "clip" only spares numpy a buffer.
             np.take(table[channel], pixels[..., channel], out=plane, mode="clip")
     return pixel_values
+
+
+def with_whole(tiles: np.ndarray, rows: int, cols: int) -> np.ndarray:
+    """tiles [rows · cols, C, H, W] float32 → [1 + rows · cols, C, H, W]: before them what WholeBefore describes."""
+    channels, height, width = tiles.shape[1:]
+    grid = tiles.reshape(rows, cols, channels, height, width).transpose(2, 0, 3, 1, 4)
+    whole = cubic(grid.reshape(channels, rows * height, cols * width), height, width)
+    return np.concatenate([whole[None], tiles])
 
 
 VALUES: Mapping[type, Callable[[np.ndarray, Any], np.ndarray]] = {Rescale: _rescale, Normalize: _normalize}
