@@ -79,9 +79,10 @@ def image_problems(image: ImageSpec, model: ModelSpec) -> Iterator[str]:
     for step in image.pack:
         if isinstance(step, Shrink):
             yield from positive("model.image.pack.most", step.most)
-    cut = [t.op for t in (*image.transforms, *(image.several or ())) if t.op in _CUTTING]
-    if image.whole and (cut or image.tables or image.views or image.tiles or image.video or image.into != "tokens"):
-        yield f"images are left whole, and are cut ({', '.join(cut)}), have tables or views, or are looked at"
+    if image.most_images is not None:
+        yield from positive("model.image.most_images", image.most_images)
+    if image.whole:
+        yield from _whole(image, model)
     if image.pack and (image.patches is not None or math.isqrt(image.features) ** 2 != image.features):
         yield f"features are packed, and {image.features} of a tile are no square"
     names = [*(view.name for view in image.views), *(name for table in image.tables for name in table.names)]
@@ -98,6 +99,14 @@ def image_problems(image: ImageSpec, model: ModelSpec) -> Iterator[str]:
     for table in image.tables:
         yield from _table(table, image)
     yield from _canvas(image)
+
+
+def _whole(image: ImageSpec, model: ModelSpec) -> Iterator[str]:
+    cut = [t.op for t in (*image.transforms, *(image.several or ())) if t.op in _CUTTING]
+    if cut or image.tables or image.views or image.tiles or image.video or image.into != "tokens":
+        yield f"images are left whole, and are cut ({', '.join(cut)}), have tables or views, or are looked at"
+    if image.features != 1 or any(stage.per == "slice" for stage in model.stages):
+        yield f"images are left whole: a cell makes {image.features} features, or stages take several images at once"
 
 
 def _video(image: ImageSpec, video: VideoSpec, model: ModelSpec) -> Iterator[str]:
