@@ -85,9 +85,10 @@ def image_problems(image: ImageSpec, model: ModelSpec) -> Iterator[str]:
             yield from positive("model.image.pack.side", step.side)
             if image.height % max(step.side * math.isqrt(image.features), 1):
                 yield f"features of {step.side} x {step.side} patches of a tile of {image.height} px"
-    cut = [t.op for t in (*image.transforms, *(image.several or ())) if t.op in _CUTTING]
-    if image.whole and (cut or image.tables or image.views or image.tiles or image.video or image.into != "tokens"):
-        yield f"images are left whole, and are cut ({', '.join(cut)}), have tables or views, or are looked at"
+    if image.most_images is not None:
+        yield from positive("model.image.most_images", image.most_images)
+    if image.whole:
+        yield from _whole(image, model)
     if image.pack and (image.patches is not None or math.isqrt(image.features) ** 2 != image.features):
         yield f"features are packed, and {image.features} of a tile are no square"
     shown = image.shown.names if image.shown is not None else ()
@@ -107,6 +108,14 @@ def image_problems(image: ImageSpec, model: ModelSpec) -> Iterator[str]:
     for table in image.tables:
         yield from _table(table, image)
     yield from _canvas(image)
+
+
+def _whole(image: ImageSpec, model: ModelSpec) -> Iterator[str]:
+    cut = [t.op for t in (*image.transforms, *(image.several or ())) if t.op in _CUTTING]
+    if cut or image.tables or image.views or image.tiles or image.video or image.into != "tokens":
+        yield f"images are left whole, and are cut ({', '.join(cut)}), have tables or views, or are looked at"
+    if image.features != 1 or any(stage.per == "slice" for stage in model.stages):
+        yield f"images are left whole: a cell makes {image.features} features, or stages take several images at once"
 
 
 def _video(image: ImageSpec, video: VideoSpec, model: ModelSpec) -> Iterator[str]:

@@ -66,8 +66,11 @@ def test_what_is_left_whole_is_neither_cut_nor_looked_at(vlm: VLM) -> None:
     image = vlm.spec.image
     assert image is not None
     assert not list(image_problems(image, vlm.spec))
-    for wrong in (replace(image, into="cross_attention"), replace(image, tiles=2)):
+    for wrong in (replace(image, into="cross_attention"), replace(image, tiles=2), replace(image, features=2)):
         assert any("left whole" in problem for problem in image_problems(wrong, vlm.spec))
+    several = replace(vlm.spec, stages=tuple(replace(stage, per="slice") for stage in vlm.spec.stages))
+    assert any("several images at once" in problem for problem in image_problems(image, several))
+    assert list(image_problems(replace(image, most_images=0), vlm.spec))
     assert not list(image_problems(replace(image, transforms=(Resize(8, 8, "bicubic"),)), vlm.spec))
 
 
