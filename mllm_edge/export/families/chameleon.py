@@ -39,7 +39,7 @@ def _describe(checkpoint: Checkpoint) -> Parts:
     seen = TensorSpec("vision_hidden", "float32", ("tiles", config.latent, rows, rows))
     traced = (
         TracedComponent(
-            Stage("vision_encoder", "vision", "slice"),
+            Stage("vision_encoder", "choice", "slice"),
             lambda: VqEncoder(config),
             (TensorSpec(PIXELS, "float32", ("tiles", config.channels, config.side, config.side)),),
             (seen,),
@@ -47,7 +47,7 @@ def _describe(checkpoint: Checkpoint) -> Parts:
             ranges={"tiles": TILES},
         ),
         TracedComponent(
-            Stage("connector", "connector", "slice"),
+            Stage("connector", "choice", "slice"),
             lambda: Codebook(config.latent, config.code_size, config.codes, hidden),
             (seen,),
             (TensorSpec("image_features", "float32", ("tiles", config.tokens, hidden)),),
