@@ -53,10 +53,6 @@ class FeatureCache:
         while self.nbytes > self.budget:
             self._rows.popitem(last=False)
 
-    def clear(self) -> None:
-        """Give up everything."""
-        self._rows.clear()
-
 
 def save_encoded(image: EncodedImage, path: str | os.PathLike[str]) -> None:
     """Write an encoded image to a file, whole or not at all; raises WriteError."""

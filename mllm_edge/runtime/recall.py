@@ -38,12 +38,6 @@ class Recall:
         self._crossed: tuple[tuple[int, ...], Mapping[str, np.ndarray]] = ((), {})
         self.prefixes = Prefixes(decoder, components.model, prefix_cache)
 
-    def forget(self) -> None:
-        """Give up everything."""
-        self._features.clear()
-        self._crossed = ((), {})
-        self.prefixes.forget()
-
     def look(self, shown: Shown, trace: Trace) -> Shown:
         """An image with the features that the stages make of it, without its pixels. Where the stages get the text of
         a prompt, too, the pixels stay, and the features are left for later."""

@@ -112,7 +112,7 @@ class VLM:
         self._decoder: Decoder | None = Decoder(decoder.session, decoder.variant, self.spec, decoder.backend, table)
         self.embed = Embedder(bundle.embeddings(), self.spec.embedding, bundle.touched(self.spec.embedding.file))
         parts = self._components, self._arrays, self.embed, self._decoder
-        self._recall = Recall(*parts, image_cache, prefix_cache)
+        self._remembered: Recall | None = Recall(*parts, image_cache, prefix_cache)
         free = weakref.WeakMethod(self._free)  # without a circle: a VLM that is dropped goes at once
         self._turns = Turns(lambda: _call(free()))
         native.watch()
@@ -189,6 +189,13 @@ class VLM:
             raise ClosedError("the model was closed", "open it again with VLM.load")
         return self._decoder
 
+    @property
+    def _recall(self) -> Recall:
+        """What is remembered between calls; raises ClosedError."""
+        if self._remembered is None:
+            raise ClosedError("the model was closed", "open it again with VLM.load")
+        return self._remembered
+
     def close(self) -> None:
         """Release sessions and caches. Calls that wait, or come later, raise ClosedError; one that runs does so at its
         next token, and is waited for. A second `close` does nothing."""
@@ -196,7 +203,7 @@ class VLM:
 
     def _free(self) -> None:
         self._sessions.clear()
-        self._recall.forget()
+        self._remembered = None
         self.embed.close()
         self._decoder = None
 

@@ -121,10 +121,6 @@ class Prefixes:
         while self.nbytes > self._budget and len(self._kept) > 1:
             self._kept.popitem(last=False)
 
-    def forget(self) -> None:
-        """Give up all snapshots."""
-        self._kept.clear()
-
     def _of(self, held: np.ndarray, keys: np.ndarray) -> int:
         """How many tokens of a sequence that was held begin a prompt."""
         count = shared(held, keys)
