@@ -104,8 +104,8 @@ class Decoder:
         """Hold the first `count` tokens of what the cache holds, or of a snapshot, and have room for `prompt`, which
         begins with these, and `room` tokens behind it; with what its cross-attention sees. The rest of the prompt is
         not run yet. Raises as `reset`."""
-        held, wanted = self._opened(), len(prompt) + room
-        if held.capacity < wanted:
+        held, wanted = self.cache, len(prompt) + room
+        if held is None or held.batch != 1 or held.capacity < wanted:
             snapshot = self.snapshot() if snapshot is None else snapshot
             held = self.reset(wanted)
         if snapshot is not None:
