@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mllm_edge.runtime.prompt.image import BGR
-    from mllm_edge.runtime.prompt.sources import Video
+    from mllm_edge.runtime.prompt.sources import EncodedImage, Video
     from mllm_edge.runtime.vlm import VLM, Chunk, Result
 
-__all__ = ["BGR", "VLM", "Chunk", "Result", "Video", "__version__"]
+__all__ = ["BGR", "VLM", "Chunk", "EncodedImage", "Result", "Video", "__version__"]
 
 __version__ = "0.1.0"
 
@@ -25,8 +25,8 @@ def __getattr__(name: str) -> Any:
         from mllm_edge.runtime.prompt.image import BGR
 
         return BGR
-    if name == "Video":
-        from mllm_edge.runtime.prompt.sources import Video
+    if name in ("EncodedImage", "Video"):
+        from mllm_edge.runtime.prompt import sources
 
-        return Video
+        return getattr(sources, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,7 +18,7 @@ from mllm_edge.cli import VERBS
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 REFERENCE = ROOT / "docs" / "cli.md"
-GUIDES = tuple(ROOT / "docs" / name for name in ("first-model.md", "python.md"))
+GUIDES = tuple(ROOT / "docs" / name for name in ("first-model.md", "python.md", "embedding.md"))
 # The reasons a block may give for not being run.
 EXCUSES = {"installs packages", "sets up an environment of its own", "downloads a model"}
 _BLOCK = re.compile(r"(?:<!-- not-run: (?P<excuse>[^\n]*?) -->\n)?```(?P<language>bash|python)\n(?P<code>.*?)```", re.S)
@@ -82,6 +82,22 @@ def test_the_demo_shows_answers_and_latencies(tiny_bundle: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     for word in ("images/circles.png", "(expected: ", "vision_encoder", "prefill", "ttft", "tok/s"):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("example", "shown", "words"),
+    [
+        ("many_questions.py", "images/circles.png", ("prompt tokens were there", "Is there a circle? no: ")),
+        ("camera_loop.py", "images", (" ms  ", "frames were dropped")),
+    ],
+)
+def test_examples_run(tiny_bundle: Path, example: str, shown: str, words: tuple[str, ...]) -> None:
+    command = [sys.executable, str(ROOT / "examples" / example), str(tiny_bundle), str(ROOT / "examples" / shown)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    for word in words:
         assert word in done.stdout
 
 

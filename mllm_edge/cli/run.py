@@ -27,6 +27,7 @@ __all__ = ["command"]
 @click.argument("prompt")
 @click.option("--image", "images", multiple=True, metavar="FILE", help="An image, '-' for standard input; repeatable.")
 @click.option("--system", metavar="TEXT", help="A system message before the question.")
+@click.option("--choices", multiple=True, metavar="TEXT", help="Tell how likely this answer is; repeatable.")
 @sampling_options
 @speculation_option
 @click.option("--raw", is_flag=True, help="PROMPT is rendered already, with one image placeholder per image.")
@@ -39,6 +40,7 @@ def command(
     prompt: str,
     images: tuple[str, ...],
     system: str | None,
+    choices: tuple[str, ...],
     raw: bool,
     threads: int | None,
     spin: "Spin",
@@ -53,7 +55,8 @@ def command(
 ) -> None:
     """Ask the model in BUNDLE about PROMPT and the images; '-' reads PROMPT from standard input.
 
-    The answer is streamed to standard output, latencies of every stage follow on standard error.
+    The answer is streamed to standard output, latencies of every stage follow on standard error. With --choices nothing
+    is made up: each of them stands behind its share of what all of them have, the likeliest first.
     """
     if raw and system is not None:
         raise click.UsageError("--system and --raw exclude each other: a raw prompt holds its system message itself")
@@ -76,6 +79,9 @@ def command(
     with VLM.load(bundle, backend=backend, notice=note, trace=loading, **setting) as vlm:
         if context_cut(vlm, max_context):
             note(context_cut(vlm, max_context))
+        if choices:
+            _scores(vlm, messages, sources, choices, raw, as_json)
+            return
         result = _answer(vlm, messages, sources, show=not as_json, raw=raw, **options)
     load = sum(span.seconds for span in loading.spans)
     if as_json:
@@ -110,6 +116,17 @@ def _stdin_text() -> str:
 def _conversation(system: str, text: str, images: int) -> list[dict[str, Any]]:
     content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": text}]
     return [{"role": "system", "content": system}, {"role": "user", "content": content}]
+
+
+def _scores(
+    vlm: "VLM", messages: Any, images: list[str | bytes], choices: tuple[str, ...], raw: bool, as_json: bool
+) -> None:
+    scores = vlm.score_answers(messages, images, answers=choices, raw=raw)
+    if as_json:
+        print_json({"choices": [{"answer": s.answer, "share": s.share, "logprob": s.logprob} for s in scores]})
+        return
+    for score in sorted(scores, key=lambda score: -score.share):
+        write_answer(f"{score.share:.3f}  {score.answer}\n")
 
 
 def _answer(vlm: "VLM", messages: Any, images: list[str | bytes], show: bool, **options: Any) -> "Result":

@@ -262,3 +262,19 @@ def test_verify_reads_every_file_first(cli: Cli, tiny_bundle: Path, tmp_path: Pa
     assert result.exit_code == 1
     assert "embed_tokens.npy differs from what was exported" in result.stderr
     assert "copy the bundle again" in result.stderr
+
+
+def test_choices_are_told_by_their_shares(cli: Cli, tiny_bundle: Path, image_file: Path) -> None:
+    command = ("run", tiny_bundle, "Is there a cat?", "--image", image_file, "--choices", "yes", "--choices", "no")
+    with VLM.load(tiny_bundle) as vlm:
+        scores = vlm.score_answers("Is there a cat?", str(image_file), answers=["yes", "no"])
+    result = cli(*command)
+    assert result.exit_code == 0, result.stderr
+    ranked = sorted(scores, key=lambda score: -score.share)
+    assert result.stdout == "".join(f"{score.share:.3f}  {score.answer}\n" for score in ranked)
+    found = json.loads(cli(*command, "--json").stdout)["choices"]
+    assert [entry["answer"] for entry in found] == ["yes", "no"]
+    assert sum(entry["share"] for entry in found) == pytest.approx(1)
+    wrong = cli(*command, "--choices", " ")
+    assert wrong.exit_code != 0
+    assert "an answer is ' '" in wrong.stderr
