@@ -91,9 +91,10 @@ def behind(model: Any, inputs: Mapping[str, Any], out: Any, tokens: Any) -> dict
     if encodes(model):
         read = {"encoder_outputs": BaseModelOutput(last_hidden_state=out.encoder_last_hidden_state)}
         return {"decoder_input_ids": tokens, "attention_mask": inputs.get("attention_mask"), **read, **cache}
-    seen = {name: inputs[name][:, -1:] for name in ("cross_attention_mask", "image_attention_mask") if name in inputs}
-    if "image_attention_mask" in seen:  # IDEFICS keeps nothing of the images, and looks at them in each step
-        seen["pixel_values"] = inputs["pixel_values"]
+    seen = {name: inputs[name][:, -1:] for name in ("cross_attention_mask",) if name in inputs}
+    if {"image_attention_mask", "pixel_values"} <= set(inputs):  # IDEFICS keeps nothing of the images, and looks again
+        mask = inputs["image_attention_mask"][:, -1:]
+        seen |= {"image_attention_mask": mask, "pixel_values": inputs["pixel_values"]}
     return {"input_ids": tokens, **seen, **cache}
 
 

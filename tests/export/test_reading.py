@@ -242,10 +242,10 @@ def test_wrong_ids_are_found(folder: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_wrong_pixels_are_found(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mllm_edge.runtime.prompt import processor
+    from mllm_edge.runtime.prompt import shown
 
-    load = processor.load_image
-    monkeypatch.setattr(processor, "load_image", lambda source: load(source).transpose(0))
+    load = shown.load_image
+    monkeypatch.setattr(shown, "load_image", lambda source: load(source).transpose(0))
     with pytest.raises(ParityError, match="pixel_values differ"):
         export(str(folder), tmp_path / "out", recipe_name="fp32")
 
