@@ -42,9 +42,12 @@ FLOORS = {
         ("machine", "onnx_file"),
         ("backends", "prompt"),
         ("decode",),
-        ("answer", "arguments", "encode", "turns"),
+        ("arguments", "encode", "turns"),
+        ("encoded_image", "recall"),
+        ("answer", "saved_state"),
+        ("conversation",),
         ("vlm",),
-        ("budget", "build", "conversation", "doctor"),
+        ("budget", "build", "doctor"),
         ("profiling",),
     ),
     "graph": (
@@ -249,7 +252,7 @@ def test_importing_vlm_opens_no_engine() -> None:
 def test_unknown_attribute_of_the_package() -> None:
     import mllm_edge
 
-    assert set(mllm_edge.__all__) == {"BGR", "VLM", "Chunk", "Result", "Video", "__version__"}
+    assert set(mllm_edge.__all__) == {"BGR", "VLM", "Chunk", "EncodedImage", "Result", "Video", "__version__"}
     with pytest.raises(AttributeError, match="nothing_like_it"):
         _ = mllm_edge.nothing_like_it
 

@@ -14,13 +14,13 @@ from PIL import Image
 from mllm_edge.bundle import CHAT_TEMPLATE
 from mllm_edge.errors import PromptError
 from mllm_edge.files import write_whole
+from mllm_edge.runtime.answer import Chunk
 from mllm_edge.runtime.arguments import given_trace
 from mllm_edge.runtime.numbers import whole
 from mllm_edge.runtime.options import Options
 from mllm_edge.runtime.prompt.image import image_path, load_image
 from mllm_edge.runtime.prompt.sources import EncodedImage, Source, Video, kind_of
-from mllm_edge.runtime.saved_state import load_state, save_state
-from mllm_edge.runtime.vlm import VLM, Chunk
+from mllm_edge.runtime.saved_state import Model, load_state, save_state
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -39,7 +39,7 @@ class Conversation:
     (`prefix_cache` of `VLM.load` keeps that of others). Raises PromptError for a bundle without a chat template.
     """
 
-    def __init__(self, vlm: VLM, system: str | None = None):
+    def __init__(self, vlm: Model, system: str | None = None):
         if CHAT_TEMPLATE not in vlm.bundle.manifest.files:
             raise PromptError(
                 f"{vlm.bundle.path} has no chat template, so it holds no conversation",

@@ -22,7 +22,7 @@ from mllm_edge.spec import ImageSpec
 
 __all__ = ["FeatureCache", "encoded_bytes", "load_encoded", "save_encoded"]
 
-_FIX = "give a file that EncodedImage.save wrote, and the bundle that it was encoded with"
+_FIX = "give a file that VLM.save_image wrote, and the bundle that it was encoded with"
 _PICTURE, _ABOUT = "picture", "about"
 
 

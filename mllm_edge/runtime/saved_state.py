@@ -5,27 +5,47 @@ from __future__ import annotations
 import io
 import json
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, Any, Protocol
 
 import numpy as np
 
+from mllm_edge.bundle import Bundle
 from mllm_edge.errors import PromptError
 from mllm_edge.files import write_whole
 from mllm_edge.runtime.decode.decoder import DecoderSnapshot
 from mllm_edge.runtime.decode.state import Snapshot
 from mllm_edge.runtime.encoded_image import encoded_bytes
+from mllm_edge.runtime.prompt.sources import EncodedImage, Source
+from mllm_edge.runtime.trace import Trace
 
-if TYPE_CHECKING:
-    from mllm_edge.runtime.prompt.sources import EncodedImage
-    from mllm_edge.runtime.vlm import VLM
-
-__all__ = ["load_state", "save_state"]
+__all__ = ["Model", "load_state", "save_state"]
 
 _FIX = "give a file that save_state wrote, and the bundle and backend that it was made with"
 
 
+class Model(Protocol):
+    """What a conversation asks: a `VLM`, whose methods these are."""
+
+    bundle: Bundle
+    identity: str
+
+    @property
+    def stream(self) -> Callable[..., Iterator[Any]]: ...
+
+    def encode_image(self, image: Source, trace: Trace | None = None) -> EncodedImage: ...
+
+    def load_image(self, path: str | os.PathLike[str] | IO[bytes]) -> EncodedImage: ...
+
+    def count_tokens(self, prompt: Any, image_sizes: Sequence[tuple[float, ...]] = ()) -> int: ...
+
+    def held(self, messages: Any) -> tuple[np.ndarray, DecoderSnapshot] | None: ...
+
+    def hold(self, keys: np.ndarray, snapshot: DecoderSnapshot) -> None: ...
+
+
 def save_state(
-    vlm: VLM, messages: list[dict[str, Any]], plain: list[dict[str, Any]], path: str | os.PathLike[str]
+    vlm: Model, messages: list[dict[str, Any]], plain: list[dict[str, Any]], path: str | os.PathLike[str]
 ) -> None:
     """Write `messages`, whose images are encoded, and as `plain` JSON has them; raises WriteError."""
     found = vlm.held(messages) if messages else None
@@ -43,7 +63,7 @@ def save_state(
         write_whole(os.fspath(path), file.getvalue())
 
 
-def load_state(vlm: VLM, path: str | os.PathLike[str]) -> tuple[Any, list[EncodedImage]]:
+def load_state(vlm: Model, path: str | os.PathLike[str]) -> tuple[Any, list[EncodedImage]]:
     """The plain messages and the encoded images of a file that `save_state` wrote; what the decoder held is kept for
     the next turn. Raises PromptError for a file that is none, or is another model's."""
     try:

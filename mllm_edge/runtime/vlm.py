@@ -28,6 +28,7 @@ from mllm_edge.runtime.arguments import (
 from mllm_edge.runtime.backends.base import Backend, Keeping, Session
 from mllm_edge.runtime.backends.choose import open_backend
 from mllm_edge.runtime.backends.components import open_component
+from mllm_edge.runtime.conversation import Conversation
 from mllm_edge.runtime.decode import along
 from mllm_edge.runtime.decode.decoder import Decoder, DecoderSnapshot
 from mllm_edge.runtime.decode.encoded import Encoded
@@ -37,7 +38,7 @@ from mllm_edge.runtime.decode.scores import AnswerScore, Scoring, answer_scores
 from mllm_edge.runtime.decode.speculation import PromptLookup, check_speculation
 from mllm_edge.runtime.decode.token_rules import TokenRules
 from mllm_edge.runtime.encode import Components, encoded
-from mllm_edge.runtime.encoded_image import load_encoded
+from mllm_edge.runtime.encoded_image import load_encoded, save_encoded
 from mllm_edge.runtime.limits import MOST_ALTERNATIVES, TILES_PER_RUN
 from mllm_edge.runtime.log import logger
 from mllm_edge.runtime.machine.threads import Spin, Threads
@@ -56,8 +57,6 @@ from mllm_edge.spec import ENCODED
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from mllm_edge.runtime.conversation import Conversation
 
 __all__ = ["VLM", "Chunk", "Result"]
 
@@ -365,7 +364,7 @@ class VLM:
 
     def encode_image(self, image: Source, trace: Trace | None = None) -> EncodedImage:
         """Look at an image (or a video) once, for any number of prompts: the value stands for it wherever an image may.
-        `EncodedImage.save` writes it to a file, `load_image` reads that.
+        `save_image` writes it to a file, `load_image` reads that.
 
         Raises as `stream` does for images."""
         trace = given_trace(trace)
@@ -378,8 +377,12 @@ class VLM:
         with self._turns.turn():
             return EncodedImage(source, self._recall.look(shown, trace), self.identity)
 
+    def save_image(self, image: EncodedImage, path: str | os.PathLike[str]) -> None:
+        """Write an encoded image to a file, whole or not at all; raises WriteError."""
+        save_encoded(image, path)
+
     def load_image(self, path: str | os.PathLike[str] | IO[bytes]) -> EncodedImage:
-        """An encoded image that `EncodedImage.save` wrote; raises ImageError for a file of another bundle."""
+        """An encoded image that `save_image` wrote; raises ImageError for a file of another bundle."""
         if self.spec.image is None:
             raise PromptError("this model takes no images", "pass text only")
         return load_encoded(path, self.spec.image, self.identity)
@@ -387,8 +390,6 @@ class VLM:
     def chat(self, system: str | None = None) -> Conversation:
         """A conversation, each turn of which runs only what is new; raises PromptError for a bundle without a chat
         template."""
-        from mllm_edge.runtime.conversation import Conversation
-
         return Conversation(self, system)
 
     def held(self, messages: Messages) -> tuple[np.ndarray, DecoderSnapshot] | None:

@@ -84,7 +84,7 @@ def test_more_ids_than_embeddings(checkpoint: Path) -> None:
     """The head has all rows, the embeddings do not."""
     path = checkpoint / "model.safetensors"
     weights = load_file(path)
-    ends, left = ("embed_tokens.weight", "shared.weight", "additional_embedding.weight"), 260
+    ends, left = (".embed_tokens.weight", "shared.weight", "additional_embedding.weight"), 260
     for name in sorted((n for n in weights if n.endswith(ends)), reverse=True):
         weights[name] = weights[name][:left].contiguous()
         left -= len(weights[name])

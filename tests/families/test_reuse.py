@@ -48,7 +48,7 @@ def looks(trace: Trace) -> int:
 def test_an_encoded_image_is_the_image(vlm: VLM, tmp_path: Path) -> None:
     frame = picture(50, 71)
     seen = vlm.encode_image(frame)
-    seen.save(tmp_path / "image.npz")
+    vlm.save_image(seen, tmp_path / "image.npz")
     expected = vlm.encode(vlm.processor.process("What?", frame))
     for image in (seen, vlm.load_image(tmp_path / "image.npz")):
         trace = Trace()
@@ -109,7 +109,7 @@ def test_a_conversation_says_what_fresh_prompts_say(vlm: VLM) -> None:
 def test_encoded_images_of_others_are_refused(vlm: VLM, tmp_path: Path) -> None:
     seen = vlm.encode_image(picture(30, 40))
     other = EncodedImage(seen.source, seen.shown, "another")
-    other.save(tmp_path / "other.npz")
+    vlm.save_image(other, tmp_path / "other.npz")
     with pytest.raises(ImageError, match="another bundle"):
         vlm.generate("What?", other)
     with pytest.raises(ImageError, match="another bundle"):

@@ -112,7 +112,7 @@ def video_layout(image: ImageSpec, frames: int, height: int, width: int, timing:
     shown = -(-frames // video.patches.frames) if video.patches is not None else frames
     pack = packed_frames(image, video, frames) if video.features is None else None
     tokens = len(pack) if pack is not None else shown * cut.slices * (video.features or 0)
-    text = video_text(video, shown, tokens, timing)
+    text = _video_text(video, shown, tokens, timing)
     grids, size = ((cut.rows, cut.cols),) * shown if video.patches is not None else (), (cut.rows, cut.cols)
     return Layout(*size, shown * cut.slices, shown, tokens, text, pack, grids, "video", _blocks(video, shown, timing))
 
@@ -139,7 +139,7 @@ def _blocks(video: VideoSpec, shown: int, timing: Timing | None) -> tuple[tuple[
     return (tuple((np.arange(shown, dtype=np.float32) * step).astype(int).tolist()),)
 
 
-def video_text(video: VideoSpec, shown: int, tokens: int, timing: Timing | None) -> str:
+def _video_text(video: VideoSpec, shown: int, tokens: int, timing: Timing | None) -> str:
     """The text that stands for a video of so many frames, or few of them that share cells, and tokens."""
     frames = video.patches.frames if video.patches is not None else 1
     times = timing.groups(frames) if timing is not None else ((0.0, 0.0),) * shown

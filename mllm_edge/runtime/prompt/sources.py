@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from PIL import Image
@@ -11,9 +11,6 @@ from PIL import Image
 from mllm_edge.errors import ImageError, PromptError
 from mllm_edge.runtime.prompt.image import BGR, ImageSource
 from mllm_edge.runtime.prompt.timing import timing_of
-
-if TYPE_CHECKING:
-    from mllm_edge.runtime.prompt.shown import Shown
 
 __all__ = ["EncodedImage", "Kind", "Source", "Video", "as_sources", "entry_source", "in_order", "kind_of", "merged"]
 
@@ -52,23 +49,17 @@ class Video:
 @dataclass(frozen=True, eq=False)
 class EncodedImage:
     """An image (or a video) that a model has looked at, as `VLM.encode_image` returns it: it stands for its `source` in
-    any later prompt of that model, and is not looked at again. `model`: whose stages made of it what it is `shown` as.
-    The source is None where no prompt needs it.
+    any later prompt of that model, and is not looked at again. `model`: whose stages made of it what it is `shown` as
+    (a `Shown`). The source is None where no prompt needs it.
     """
 
     source: ImageSource | None
-    shown: "Shown"
+    shown: Any
     model: str
 
     def __repr__(self) -> str:
         layout = self.shown.layout
         return f"EncodedImage({layout.kind}, {layout.tokens} tokens)"
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it to a file, whole or not at all, for `VLM.load_image`; raises WriteError."""
-        from mllm_edge.runtime.encoded_image import save_encoded
-
-        save_encoded(self, path)
 
 
 Source = ImageSource | Video | EncodedImage
@@ -78,7 +69,8 @@ _ALONE = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, BGR, Vide
 def kind_of(source: Source) -> Kind:
     """Which placeholder stands for it."""
     if isinstance(source, EncodedImage):
-        return source.shown.layout.kind
+        kind: Kind = source.shown.layout.kind
+        return kind
     return "video" if isinstance(source, Video) else "image"
 
 
