@@ -55,7 +55,11 @@ def test_only_set_up_is_not_run() -> None:
         assert block.excuse is None or block.excuse in EXCUSES, f"README.md:{block.line}"
 
 
-@pytest.mark.parametrize("document", [README, REFERENCE, *GUIDES], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "document",
+    # Each takes long, and what the others leave is of no use to it.
+    [pytest.param(p, marks=pytest.mark.xdist_group(p.name), id=p.name) for p in (README, REFERENCE, *GUIDES)],
+)
 def test_every_block_runs_and_answers_rightly(document: Path, tmp_path: Path) -> None:
     environment = _environment(tmp_path)
     folder = tmp_path / "work"
