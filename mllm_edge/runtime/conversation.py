@@ -4,7 +4,7 @@ import base64
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +47,8 @@ class Conversation:
             )
         self._vlm = vlm
         self._first = [] if system is None else [{"role": "system", "content": system}]
-        self._seen: dict[int, EncodedImage] = {}  # by the identity of what an entry holds
+        # By the identity of what an entry holds, which is kept beside it: another's could be the same once it is gone.
+        self._seen: dict[int, tuple[Any, EncodedImage]] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -132,27 +133,31 @@ class Conversation:
         """Write the conversation with its images and with what the decoder holds of it to one file, whole or not at
         all; raises WriteError."""
         messages = [self._looked_at(message, {}) for message in self._messages]
-        save_state(self._vlm, messages, self.messages(), path)
+        stated = [{**message, "content": _stated(message["content"])} for message in self._messages]
+        save_state(self._vlm, messages, stated, path)
 
     def load_state(self, path: str | os.PathLike[str]) -> None:
         """Go on with a conversation that `save_state` wrote: nothing of it is looked at or run again, as long as
         `prefix_cache` holds it. Raises PromptError or ImageError, before any change, for a file of another bundle."""
         data, images = load_state(self._vlm, path)
-        self._take(os.fspath(path), data)
+        self._take(os.fspath(path), data, images)
         entries = [entry for message in self._messages for entry in _entries(message) if entry["type"] in _KINDS]
-        self._seen |= {id(e[e["type"]]): image for e, image in zip(entries, images, strict=False)}
+        for entry, image in zip(entries, images, strict=True):
+            source = entry.setdefault(entry["type"], image)
+            self._seen[id(source)] = source, image
 
-    def _take(self, path: str, data: Any) -> None:
-        """Go on with messages that were read from a file."""
+    def _take(self, path: str, data: Any, images: Sequence[EncodedImage] = ()) -> None:
+        """Go on with messages that were read from a file; with the encoded `images` of all that they show, if known."""
         if not isinstance(data, list) or not all(isinstance(m, dict) and "content" in m for m in data):
             raise PromptError(f"{path}: not a list of messages", _SAVED)
         loaded = [{**message, "content": _decoded(message["content"])} for message in data]
         entries = [entry for m in loaded for entry in _entries(m)]
-        if not all(isinstance(e, dict) and ("image" in e or e.get("type") != "image") for e in entries):
+        known = bool(images)
+        if not all(isinstance(e, dict) and (known or "image" in e or e.get("type") != "image") for e in entries):
             raise PromptError(f"{path}: an image without its path, or an entry that is none", _SAVED)
-        images = [entry["image"] for entry in entries if entry.get("type") == "image"]
-        if loaded:
-            self._vlm.count_tokens(loaded, [(image.height, image.width) for image in images])
+        if loaded and not known:
+            pictures = [entry["image"] for entry in entries if entry.get("type") == "image"]
+            self._vlm.count_tokens(loaded, [(picture.height, picture.width) for picture in pictures])
         self._messages, self._waiting = loaded, []
 
     def _looked_at(self, message: dict[str, Any], options: Options) -> dict[str, Any]:
@@ -167,8 +172,8 @@ class Conversation:
             return entry
         source = entry[kind]
         if id(source) not in self._seen:
-            self._seen[id(source)] = self._vlm.encode_image(source, options.get("trace"))
-        return {"type": kind, kind: self._seen[id(source)]}
+            self._seen[id(source)] = source, self._vlm.encode_image(source, options.get("trace"))
+        return {"type": kind, kind: self._seen[id(source)][1]}
 
 
 def _entry(source: Source) -> dict[str, Any]:
@@ -189,6 +194,14 @@ def _plain(content: Any) -> Any:
     if isinstance(content, str):
         return content
     return [_plain_entry(entry) for entry in content]
+
+
+def _stated(content: Any) -> Any:
+    """As JSON has it, without what only an encoded image tells."""
+    if isinstance(content, str):
+        return content
+    pictured = [e.get("type") not in _KINDS or isinstance(e[e["type"]], Image.Image) for e in content]
+    return [_plain_entry(e) if plain else {"type": e["type"]} for e, plain in zip(content, pictured, strict=True)]
 
 
 def _plain_entry(entry: dict[str, Any]) -> dict[str, Any]:

@@ -199,3 +199,25 @@ def test_a_closed_model_encodes_nothing(bundle: Bundle) -> None:
 
 def _failing(*_: Any, **__: Any) -> Any:
     raise RuntimeError("in the midst")
+
+
+def test_encoded_images_are_saved_with_a_conversation(bundle: Bundle, vlm: VLM, tmp_path: Path) -> None:
+    chat = vlm.chat()
+    chat.attach(vlm.encode_image(frame(4)))
+    say(chat, "What is this?")
+    chat.save_state(tmp_path / "talk.npz")
+    with pytest.raises(PromptError, match="save_state"):
+        chat.save(str(tmp_path / "talk.json"))
+    with VLM(bundle, OnnxRuntimeCpu()) as again:
+        loaded = again.chat()
+        loaded.load_state(tmp_path / "talk.npz")
+        assert say(loaded, "And why?").token_ids == say(chat, "And why?").token_ids
+
+
+def test_pictures_that_are_gone_are_not_taken_for_others(vlm: VLM) -> None:
+    """A new picture may lie where one lay that was forgotten."""
+    chat = vlm.chat()
+    for seed in range(8):
+        chat.reset()
+        chat.attach(frame(seed))
+        assert say(chat, "What is this?").token_ids == fresh(vlm, chat)
