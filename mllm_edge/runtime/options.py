@@ -5,13 +5,13 @@ from typing import TypedDict
 
 from mllm_edge.runtime.trace import Trace
 
-__all__ = ["MAX_NEW_TOKENS", "Options"]
+__all__ = ["MAX_NEW_TOKENS", "CallOptions", "Options"]
 
 MAX_NEW_TOKENS = 256  # of an answer, where neither the call nor the checkpoint says it
 
 
-class Options(TypedDict, total=False):
-    """The keyword options of `VLM.stream`, which says what they mean; a test holds the two together."""
+class CallOptions(TypedDict, total=False):
+    """What `VLM.stream` makes a call of, and says the meaning of; a test holds this and `Asking.call` together."""
 
     max_new_tokens: int | None
     temperature: float
@@ -29,4 +29,9 @@ class Options(TypedDict, total=False):
     logprobs: int | None
     reuse: bool | None
     trace: Trace | None
+
+
+class Options(CallOptions, total=False):
+    """All keyword options of `VLM.stream`."""
+
     wait: bool

@@ -15,16 +15,10 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from mllm_edge.bundle import CHAT_TEMPLATE, Bundle
-from mllm_edge.errors import BackendError, ClosedError, ContextError, OptionError, PromptError
-from mllm_edge.runtime.answer import Call, Chunk, Result, answer, begin
-from mllm_edge.runtime.arguments import (
-    first,
-    given_trace,
-    graph_input,
-    image_sizes_of,
-    named,
-    stop_strings,
-)
+from mllm_edge.errors import ClosedError, PromptError
+from mllm_edge.runtime.answer import Call, Chunk, Result, answer
+from mllm_edge.runtime.arguments import given_trace, graph_input, image_sizes_of, named
+from mllm_edge.runtime.asking import Asking
 from mllm_edge.runtime.backends.base import Backend, Keeping, Session
 from mllm_edge.runtime.backends.choose import open_backend
 from mllm_edge.runtime.backends.components import open_component
@@ -32,18 +26,14 @@ from mllm_edge.runtime.conversation import Conversation
 from mllm_edge.runtime.decode import along
 from mllm_edge.runtime.decode.decoder import Decoder, DecoderSnapshot
 from mllm_edge.runtime.decode.encoded import Encoded
-from mllm_edge.runtime.decode.generate import prefill
-from mllm_edge.runtime.decode.sampling import Sampler, SamplingParams
-from mllm_edge.runtime.decode.scores import AnswerScore, Scoring, answer_scores
-from mllm_edge.runtime.decode.speculation import PromptLookup, check_speculation
-from mllm_edge.runtime.decode.token_rules import TokenRules
+from mllm_edge.runtime.decode.scores import AnswerScore
 from mllm_edge.runtime.encode import Components, encoded
 from mllm_edge.runtime.encoded_image import load_encoded, save_encoded
-from mllm_edge.runtime.limits import MOST_ALTERNATIVES, TILES_PER_RUN
+from mllm_edge.runtime.limits import TILES_PER_RUN
 from mllm_edge.runtime.log import logger
 from mllm_edge.runtime.machine.threads import Spin, Threads
 from mllm_edge.runtime.numbers import whole
-from mllm_edge.runtime.options import MAX_NEW_TOKENS, Options
+from mllm_edge.runtime.options import CallOptions, Options
 from mllm_edge.runtime.prompt.embedder import Embedder
 from mllm_edge.runtime.prompt.image import load_image
 from mllm_edge.runtime.prompt.processor import Messages, Processor, Prompt
@@ -51,6 +41,7 @@ from mllm_edge.runtime.prompt.sources import EncodedImage, Source, Video
 from mllm_edge.runtime.prompt.stage_text import StageTokens
 from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
 from mllm_edge.runtime.recall import PREFIX_CACHE, Recall
+from mllm_edge.runtime.scoring import scored
 from mllm_edge.runtime.trace import Trace
 from mllm_edge.runtime.turns import Turn, Turns, native
 from mllm_edge.spec import ENCODED
@@ -90,14 +81,13 @@ class VLM:
         self.identity = f"{bundle.identity}-{backend.target}"  # of what encoded images and saved states are of
         self.processor = Processor(self.spec, self.tokenizer, template, fast_jpeg, stage_tokens, self.identity)
         self.stop_ids = frozenset(generation.eos_token_ids)
-        self._defaults = generation.defaults
         names = bundle.manifest.components
         opened = {name: open_component(bundle, name, backend, threads, notice) for name in names}
         self._types = {name: {t.name: t.dtype for t in component.variant.inputs} for name, component in opened.items()}
         self._sessions = {name: component.session for name, component in opened.items()}
         self._kept = False
-        self._engine_context = self._sessions["decoder"].limits.get("capacity", self.spec.context_length)
-        longest = min(self._engine_context, self.spec.context_length)
+        engine_context = self._sessions["decoder"].limits.get("capacity", self.spec.context_length)
+        longest = min(engine_context, self.spec.context_length)
         wanted = longest if max_context is None else whole("max_context", max_context, 1)
         self.context_length = min(wanted, longest)
         limits = [session.limits.get("tiles", TILES_PER_RUN) for session in self._sessions.values()]
@@ -109,6 +99,8 @@ class VLM:
         table = bundle.array(self.spec.positions.table) if self.spec.positions.table else None
         decoder = opened["decoder"]
         self._decoder: Decoder | None = Decoder(decoder.session, decoder.variant, self.spec, decoder.backend, table)
+        steps = self.context_length, engine_context, self._decoder.rows, self._decoder.rewindable
+        self._asking = Asking(self.spec, self.processor, generation.defaults, *steps)
         self.embed = Embedder(bundle.embeddings(), self.spec.embedding, bundle.touched(self.spec.embedding.file))
         parts = self._components, self._arrays, self.embed, self._decoder
         self._remembered: Recall | None = Recall(*parts, image_cache, prefix_cache)
@@ -219,23 +211,8 @@ class VLM:
         prompt: Messages,
         images: Source | Iterable[Source] = (),
         *,
-        max_new_tokens: int | None = None,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        frequency_penalty: float = 0.0,
-        presence_penalty: float = 0.0,
-        seed: int | None = None,
-        stop: str | Sequence[str] | None = None,
-        raw: bool = False,
-        ignore_eos: bool = False,
-        speculation: int = 0,
-        logprobs: int | None = None,
-        reuse: bool | None = None,
-        trace: Trace | None = None,
         wait: bool = True,
+        **options: Unpack[CallOptions],
     ) -> Iterator[Chunk]:
         """Answer piece by piece. Arguments are checked and the prompt is processed before the first piece is asked for;
         then the call waits its turn.
@@ -260,36 +237,7 @@ class VLM:
         """
         self._turns.check(wait)
         with self._turns.working():
-            self._check_speculation(speculation)
-            own = self._defaults
-            max_new_tokens = whole("max_new_tokens", first(max_new_tokens, own.max_new_tokens, MAX_NEW_TOKENS), 1)
-            trace = given_trace(trace)
-            params = SamplingParams(
-                temperature,
-                first(top_k, own.top_k, 0),
-                first(top_p, own.top_p, 1.0),
-                first(min_p, own.min_p, 0.0),
-                first(repetition_penalty, own.repetition_penalty),
-                frequency_penalty,
-                presence_penalty,
-                seed,
-            )
-            stops = stop_strings(first(stop, () if ignore_eos else own.stop_strings))
-            with trace.span("preprocess"):
-                processed = self._process(prompt, images, raw)
-                ids, places = processed.token_ids, processed.image_positions
-                guesser = PromptLookup(ids, speculation, places) if speculation else None
-                if self.spec.text_encoder is not None:  # rules and penalties count what the decoder holds
-                    ids = np.array(self.spec.text_encoder.start)
-            most = min(max_new_tokens, self._room(processed))
-            stop_ids = frozenset() if ignore_eos else self.stop_ids
-            rules = TokenRules(own, ids, stop_ids) if TokenRules.wanted(own) else None
-            reuse = any(one.known is not None for one in processed.shown) if reuse is None else bool(reuse)
-            chooser = Sampler(params, ids, rules)
-            sampler = (
-                chooser if logprobs is None else Scoring(chooser, whole("logprobs", logprobs, 0, MOST_ALTERNATIVES))
-            )
-            call = Call(processed, sampler, stop_ids, stops, most, trace, guesser, raw, reuse)
+            call = self._asking.call(prompt, images, self.stop_ids, **options)
         return self._in_turn(call, wait)
 
     def score_answers(
@@ -312,19 +260,10 @@ class VLM:
         """
         self._turns.check(wait)
         with self._turns.working():
-            trace = given_trace(trace)
-            with trace.span("preprocess"):
-                processed = self._process(prompt, images, raw)
-                end = (min(self.stop_ids),) if ended and self.stop_ids else ()
-                tokens = [np.array((*self.processor.answer_tokens(processed, text, raw), *end)) for text in answers]
-                if not tokens:
-                    raise OptionError("there are no answers to score", "give one or more: answers=[…]")
-            longest = max(map(len, tokens))
-            if longest > self._room(processed):
-                raise ContextError(f"an answer of {longest} tokens does not fit behind the prompt", "shorten it")
-            reuse = any(one.known is not None for one in processed.shown) if reuse is None else bool(reuse)
+            end = sorted(self.stop_ids)[:1] if ended else ()
+            sought = self._asking.sought(prompt, images, answers, end, raw, reuse, trace)
         with self._turns.turn(), self._whole_or_forgotten():
-            return self._scores(processed, list(zip(answers, tokens, strict=True)), reuse, trace)
+            return scored(sought, self._recall, self.decoder, self.embed)
 
     def count_tokens(self, prompt: Messages, image_sizes: Sequence[tuple[float, ...]] = ()) -> int:
         """Prompt tokens, image tokens included, for images of these (height, width) and videos of (frames, height,
@@ -451,39 +390,6 @@ class VLM:
         if not prompt.shown:
             raise PromptError("the prompt has no images", "make one with images: vlm.processor.process(text, images)")
 
-    def _process(self, prompt: Messages, images: Any, raw: bool) -> Prompt:
-        if not raw:
-            return self.processor.process(prompt, images)
-        if not isinstance(prompt, str):
-            raise PromptError("raw=True takes one rendered string", "give messages without raw=True")
-        return self.processor.process_text(prompt, images)
-
-    def _check_speculation(self, count: int) -> None:
-        check_speculation(count, self.decoder.rewindable)
-        rows = self.decoder.rows
-        if count >= rows:
-            raise BackendError(
-                f"speculation={count} takes steps of {count + 1} tokens; the decoder's engine checks {rows} at most",
-                f"build it anew with `mllm-edge build`, or use speculation up to {rows - 1}",
-            )
-
-    def _room(self, prompt: Prompt) -> int:
-        """Tokens that still fit behind the prompt; raises ContextError when there is not even one."""
-        tokens, image = len(prompt.token_ids), len(prompt.image_positions)
-        begun = self.spec.begun(tokens)
-        wanted = max(tokens, begun + 1)
-        if wanted <= self.context_length:
-            return self.context_length - begun
-        smaller = self.context_length < self.spec.context_length
-        fix = "raise --max-context" if smaller else "use fewer or smaller images, or a shorter prompt"
-        if self.context_length == self._engine_context < self.spec.context_length:
-            fix = f"mllm-edge build --max-seq N, with {wanted} or more"
-        raise ContextError(
-            f"the prompt has {tokens} tokens ({image} of them for images) and an answer needs at least one; "
-            f"the context holds {self.context_length}: {wanted - self.context_length} too many",
-            fix,
-        )
-
     def _in_turn(self, call: Call, wait: bool) -> Iterator[Chunk]:
         """An answer's pieces, each made within the call's turn; the turn ends before the last one is handed out."""
         turn, pieces = Turn(), self._pieces(call)
@@ -520,20 +426,6 @@ class VLM:
                     if isinstance(session, Keeping):
                         session.keep()
             self._kept = True
-
-    def _scores(
-        self, prompt: Prompt, answers: Sequence[tuple[str, np.ndarray]], reuse: bool, trace: Trace
-    ) -> list[AnswerScore]:
-        found = (self._recall.reused if reuse else self._recall.encode)(prompt, trace)
-        rest, reused = begin(found, self.decoder, max(len(tokens) for _, tokens in answers), trace)
-        with trace.span("prefill"):
-            (first,) = prefill(self.decoder, rest, len(found if isinstance(found, Encoded) else found.encoded))
-        assert isinstance(first, np.ndarray)
-        with trace.span("decode"):
-            scores = answer_scores(self.decoder, self.embed, first, answers)
-        if reused is not None:
-            reused.ran()
-        return scores
 
     @contextmanager
     def _whole_or_forgotten(self) -> Iterator[None]:

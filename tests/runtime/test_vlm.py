@@ -220,14 +220,15 @@ def test_a_model_says_what_it_is(tiny_bundle: Path) -> None:
     assert repr(vlm).endswith("context 100, closed)")
 
 
-def test_the_options_as_a_type_are_those_of_stream() -> None:
+def test_the_options_as_a_type_are_those_a_call_is_made_of() -> None:
     import inspect
 
-    from mllm_edge.runtime.options import Options
+    from mllm_edge.runtime.asking import Asking
+    from mllm_edge.runtime.options import CallOptions
 
-    taken = {n: p for n, p in inspect.signature(VLM.stream).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    assert list(taken) == list(Options.__annotations__)
-    source = inspect.getsource(Options)
+    taken = {n: p for n, p in inspect.signature(Asking.call).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    assert list(taken) == list(CallOptions.__annotations__)
+    source = inspect.getsource(CallOptions)
     for name, parameter in taken.items():
         assert f"    {name}: {parameter.annotation}\n" in source
 

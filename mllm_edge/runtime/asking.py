@@ -1,0 +1,157 @@
+"""What callers ask of a model, checked and made into calls; nothing is run but the work before the first stage."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mllm_edge.errors import BackendError, ContextError, OptionError, PromptError
+from mllm_edge.runtime.answer import Call
+from mllm_edge.runtime.arguments import first, given_trace, stop_strings
+from mllm_edge.runtime.decode.sampling import Sampler, SamplingParams
+from mllm_edge.runtime.decode.scores import Scoring
+from mllm_edge.runtime.decode.speculation import PromptLookup, check_speculation
+from mllm_edge.runtime.decode.token_rules import TokenRules
+from mllm_edge.runtime.limits import MOST_ALTERNATIVES
+from mllm_edge.runtime.numbers import whole
+from mllm_edge.runtime.options import MAX_NEW_TOKENS
+from mllm_edge.runtime.prompt.processor import Messages, Processor, Prompt
+from mllm_edge.runtime.prompt.sources import Source
+from mllm_edge.runtime.scoring import Sought
+from mllm_edge.runtime.trace import Trace
+from mllm_edge.spec import GenerationDefaults, ModelSpec
+
+__all__ = ["Asking"]
+
+Images = Source | Iterable[Source]
+
+
+@dataclass(frozen=True)
+class Asking:
+    """Makes calls for one model. `defaults`: the checkpoint's own settings. A prompt and its answer have at most
+    `context_length` tokens, and the decoder's engine holds `engine_context`; `rows`: tokens that a step checks at most,
+    where the decoder's state is `rewindable`."""
+
+    model: ModelSpec
+    processor: Processor
+    defaults: GenerationDefaults
+    context_length: int
+    engine_context: int
+    rows: int
+    rewindable: bool
+
+    def call(
+        self,
+        prompt: Messages,
+        images: Images,
+        stop_ids: Collection[int],
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        raw: bool = False,
+        ignore_eos: bool = False,
+        speculation: int = 0,
+        logprobs: int | None = None,
+        reuse: bool | None = None,
+        trace: Trace | None = None,
+    ) -> Call:
+        """The call that `VLM.stream` makes of its options, which says what they mean and what is raised."""
+        self._check_speculation(speculation)
+        own = self.defaults
+        max_new_tokens = whole("max_new_tokens", first(max_new_tokens, own.max_new_tokens, MAX_NEW_TOKENS), 1)
+        trace = given_trace(trace)
+        params = SamplingParams(
+            temperature,
+            first(top_k, own.top_k, 0),
+            first(top_p, own.top_p, 1.0),
+            first(min_p, own.min_p, 0.0),
+            first(repetition_penalty, own.repetition_penalty),
+            frequency_penalty,
+            presence_penalty,
+            seed,
+        )
+        stops = stop_strings(first(stop, () if ignore_eos else own.stop_strings))
+        with trace.span("preprocess"):
+            processed = self._process(prompt, images, raw)
+            ids, places = processed.token_ids, processed.image_positions
+            guesser = PromptLookup(ids, speculation, places) if speculation else None
+            if self.model.text_encoder is not None:  # rules and penalties count what the decoder holds
+                ids = np.array(self.model.text_encoder.start)
+        most = min(max_new_tokens, self._room(processed))
+        stop_ids = () if ignore_eos else stop_ids
+        rules = TokenRules(own, ids, stop_ids) if TokenRules.wanted(own) else None
+        chooser = Sampler(params, ids, rules)
+        sampler = chooser if logprobs is None else Scoring(chooser, whole("logprobs", logprobs, 0, MOST_ALTERNATIVES))
+        return Call(processed, sampler, stop_ids, stops, most, trace, guesser, raw, _reused(processed, reuse))
+
+    def sought(
+        self,
+        prompt: Messages,
+        images: Images,
+        answers: Sequence[str],
+        end: Sequence[int],
+        raw: bool,
+        reuse: bool | None,
+        trace: Trace | None,
+    ) -> Sought:
+        """What `VLM.score_answers` makes of its options, which says what they mean and what is raised; the tokens `end`
+        end each answer."""
+        trace = given_trace(trace)
+        with trace.span("preprocess"):
+            processed = self._process(prompt, images, raw)
+            tokens = [np.array((*self.processor.answer_tokens(processed, text, raw), *end)) for text in answers]
+        if not tokens:
+            raise OptionError("there are no answers to score", "give one or more: answers=[…]")
+        paired = tuple(zip(answers, tokens, strict=True))
+        sought = Sought(processed, paired, _reused(processed, reuse), trace)
+        if sought.longest > self._room(processed):
+            raise ContextError(f"an answer of {sought.longest} tokens does not fit behind the prompt", "shorten it")
+        return sought
+
+    def _process(self, prompt: Messages, images: Images, raw: bool) -> Prompt:
+        if not raw:
+            return self.processor.process(prompt, images)
+        if not isinstance(prompt, str):
+            raise PromptError("raw=True takes one rendered string", "give messages without raw=True")
+        return self.processor.process_text(prompt, images)
+
+    def _check_speculation(self, count: int) -> None:
+        check_speculation(count, self.rewindable)
+        if count >= self.rows:
+            raise BackendError(
+                f"speculation={count} takes steps of {count + 1} tokens; "
+                f"the decoder's engine checks {self.rows} at most",
+                f"build it anew with `mllm-edge build`, or use speculation up to {self.rows - 1}",
+            )
+
+    def _room(self, prompt: Prompt) -> int:
+        """Tokens that still fit behind the prompt; raises ContextError when there is not even one."""
+        tokens, image = len(prompt.token_ids), len(prompt.image_positions)
+        begun = self.model.begun(tokens)
+        wanted = max(tokens, begun + 1)
+        if wanted <= self.context_length:
+            return self.context_length - begun
+        smaller = self.context_length < self.model.context_length
+        fix = "raise --max-context" if smaller else "use fewer or smaller images, or a shorter prompt"
+        if self.context_length == self.engine_context < self.model.context_length:
+            fix = f"mllm-edge build --max-seq N, with {wanted} or more"
+        raise ContextError(
+            f"the prompt has {tokens} tokens ({image} of them for images) and an answer needs at least one; "
+            f"the context holds {self.context_length}: {wanted - self.context_length} too many",
+            fix,
+        )
+
+
+def _reused(prompt: Prompt, reuse: bool | None) -> bool:
+    """What is asked for, or where nothing is: whether an image of the prompt was encoded before."""
+    return any(one.known is not None for one in prompt.shown) if reuse is None else bool(reuse)
