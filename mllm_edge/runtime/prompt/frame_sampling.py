@@ -1,0 +1,135 @@
+"""Which frames are taken, of a recording or as they come: what a caller says, or what a model's own processor does."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from mllm_edge.errors import OptionError
+from mllm_edge.runtime.numbers import number, whole
+from mllm_edge.spec import FrameSampling
+
+__all__ = ["DEFAULT", "frames_on_show", "positions", "told"]
+
+# Where neither a caller nor the model's processor says anything.
+DEFAULT = FrameSampling("even", frames=8)
+_ALL = FrameSampling("even")
+_FASTEST = 1e9  # frames a second; as many seconds as one frame may take
+_MOST_LOOKS = 1_000_000  # at a recording of this many and more every frame is taken
+_NEAR = 0.0015  # seconds: some files tell times in whole milliseconds
+
+
+def told(fps: Any = None, frames: Any = None) -> FrameSampling | None:
+    """What a caller says: `fps` frames a second; so many `frames` at equal distances, or all where there are fewer;
+    both: at that rate, and where that would be more than `frames`, so many. `frames` "all": every one. None: nothing.
+    Raises OptionError."""
+    rate = None if fps is None else number("fps", fps, 1 / _FASTEST, _FASTEST)
+    if isinstance(frames, str):
+        if frames != "all" or rate is not None:
+            raise OptionError(f"frames is {frames!r:.60}", 'give a number, or frames="all" without fps')
+        return _ALL
+    most = None if frames is None else whole("frames", frames, 1)
+    if rate is not None:
+        return FrameSampling("rate", fps=rate, most=most)
+    return None if most is None else FrameSampling("even", frames=most)
+
+
+def positions(sampling: FrameSampling, total: int, rate: float) -> np.ndarray:
+    """Of `total` frames, `rate` a second, which ones are taken [n], in order, from 0 to below `total`. Between two
+    numbers is the time between two frames, when the first of them is on show."""
+    return np.clip(_RULES[sampling.rule](sampling, total, rate), 0, np.nextafter(total, 0))
+
+
+def frames_on_show(sampling: FrameSampling, times: Sequence[float], end: float, rate: float | None) -> list[int]:
+    """Of frames that begin to be shown at `times` (seconds, rising; the last until `end`), which ones are taken, in
+    order. `rate`: frames a second that a file states, if it does. Frames at unequal distances are taken by time: those
+    on show when the taken ones of as many at equal distances would be, each once."""
+    total, seen = len(times), np.asarray(times) - times[0]
+    if sampling == _ALL:
+        return list(range(total))
+    length = max(end - times[0], float(seen[-1]), _NEAR)
+    rates = [each for each in (rate, total / length) if each]
+    even = next((each for each in rates if np.abs(seen * each - np.arange(total)).max() <= 0.5), None)
+    if even is not None:
+        found = np.floor(positions(sampling, total, even) + 1e-6).astype(int)
+    else:
+        wanted = positions(sampling, total, total / length) * (length / total)
+        found = np.maximum(np.searchsorted(seen, wanted + _NEAR, "right") - 1, 0)
+    return _paired(found.tolist()) if sampling.rule == "steps" else list(dict.fromkeys(found.tolist()))
+
+
+# ---------------------------------------------------------------- the rules of `FrameSampling`
+def _count(sampling: FrameSampling, total: int, rate: float) -> int:
+    multiple = sampling.multiple
+    if sampling.frames is not None:
+        wanted: float = round(sampling.frames / multiple) * multiple
+    elif sampling.fps is None:
+        wanted = total
+    else:
+        wanted = max(total / rate * sampling.fps, sampling.least)
+        wanted = wanted if sampling.most is None else min(wanted, sampling.most)
+    return max(math.floor(min(wanted, total) / multiple) * multiple, 1)
+
+
+def _rate(sampling: FrameSampling, total: int, rate: float) -> np.ndarray:
+    step = rate / (sampling.fps or rate)
+    count = math.ceil(total / step - 1e-6)
+    if sampling.most is not None and count > sampling.most:
+        return _even(FrameSampling("even", frames=sampling.most), total, rate)
+    return np.arange(max(count, 1)) * step if count <= _MOST_LOOKS else np.arange(total)
+
+
+def _even(sampling: FrameSampling, total: int, rate: float) -> np.ndarray:
+    count = _count(sampling, total, rate)
+    return np.arange(count) * total // count
+
+
+def _stride(sampling: FrameSampling, total: int, rate: float) -> np.ndarray:
+    step = total / _count(sampling, total, rate)
+    shift = step / 2 if sampling.shift is None else sampling.shift
+    found = np.floor(_arange(shift, total, step))
+    return found[found < total]  # the reference's own may be one too many, by rounding
+
+
+def _arange(first: float, end: float, step: float) -> np.ndarray:
+    """`torch.arange` in float32, rounding as on x86-64: eight numbers are made of the first of them, in blocks of 16."""
+    places = np.arange(math.ceil((end - first) / step))
+    eighths = np.where(places < len(places) // 16 * 16, places % 8, 0)
+    firsts = (first + (places - eighths) * step).astype(np.float32)
+    return (firsts.astype(float) + eighths * step).astype(np.float32)
+
+
+def _ends(sampling: FrameSampling, total: int, rate: float) -> np.ndarray:
+    return np.linspace(0, total - 1, _count(sampling, total, rate)).round()
+
+
+def _steps(sampling: FrameSampling, total: int, rate: float) -> np.ndarray:
+    length, fps, count = total / rate, sampling.fps or rate, 0
+    if length <= sampling.seconds:
+        found = np.ceil(np.arange(max(math.floor(length * fps), 1)) * rate / fps)
+    else:
+        count = int(sampling.seconds * fps)
+        found = np.ceil(np.linspace(0, length, count) * rate) if count < total else np.arange(total)
+    return np.array(_paired(np.minimum(found, total - 1).astype(int).tolist()))
+
+
+def _inner(sampling: FrameSampling, total: int, rate: float) -> np.ndarray:
+    length, fps, most = total / rate, sampling.fps or rate, sampling.most or total
+    first, last = 0, total - 1
+    if length - 2 * sampling.seconds > most * fps:
+        first, last = int(sampling.seconds * rate), min(int(total - sampling.seconds * rate), total - 1)
+        first, last = (first, last) if first < last else (0, total - 1)
+    return np.unique(np.linspace(first, last, max(min(round(fps * length), most), 1), dtype=int))
+
+
+def _paired(found: Sequence[int]) -> list[int]:
+    """Each once, and the last again where their number is odd."""
+    once = list(dict.fromkeys(found))
+    return once + once[-1:] * (len(once) % 2)
+
+
+_RULES: Mapping[str, Callable[[FrameSampling, int, float], np.ndarray]] = MappingProxyType(
+    {"rate": _rate, "even": _even, "stride": _stride, "ends": _ends, "steps": _steps, "inner": _inner}
+)
