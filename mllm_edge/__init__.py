@@ -7,11 +7,23 @@ stays light.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mllm_edge.runtime.prompt.image import BGR
-    from mllm_edge.runtime.prompt.sources import EncodedImage, Video
+    from mllm_edge.runtime.prompt.frame_window import FrameWindow
+    from mllm_edge.runtime.prompt.image import BGR, Pixels
+    from mllm_edge.runtime.prompt.sources import EncodedImage, Video, VideoFile
     from mllm_edge.runtime.vlm import VLM, Chunk, Result
 
-__all__ = ["BGR", "VLM", "Chunk", "EncodedImage", "Result", "Video", "__version__"]
+__all__ = [
+    "BGR",
+    "VLM",
+    "Chunk",
+    "EncodedImage",
+    "FrameWindow",
+    "Pixels",
+    "Result",
+    "Video",
+    "VideoFile",
+    "__version__",
+]
 
 __version__ = "0.1.0"
 
@@ -21,11 +33,15 @@ def __getattr__(name: str) -> Any:
         from mllm_edge.runtime import vlm
 
         return getattr(vlm, name)
-    if name == "BGR":
-        from mllm_edge.runtime.prompt.image import BGR
+    if name in ("BGR", "Pixels"):
+        from mllm_edge.runtime.prompt import image
 
-        return BGR
-    if name in ("EncodedImage", "Video"):
+        return getattr(image, name)
+    if name == "FrameWindow":
+        from mllm_edge.runtime.prompt.frame_window import FrameWindow
+
+        return FrameWindow
+    if name in ("EncodedImage", "Video", "VideoFile"):
         from mllm_edge.runtime.prompt import sources
 
         return getattr(sources, name)

@@ -205,7 +205,7 @@ def test_a_read_only_array_is_fine():
         (np.zeros((4, 4, 3), np.int64), "int64"),
         (np.zeros((4, 4, 3), np.complex64), "complex64"),
         (np.zeros((4, 4), object), "object"),
-        (np.zeros((3, 4, 5), np.uint8), "transpose"),
+        (np.zeros((3, 4, 5), np.uint8), "channels='first'"),
         (np.zeros((4, 4, 2), np.uint8), "(4, 4, 2)"),
         (np.zeros((1, 4, 4, 3), np.uint8), "one by one"),
         (np.zeros(7, np.uint8), "(7,)"),

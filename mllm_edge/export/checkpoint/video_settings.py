@@ -41,8 +41,8 @@ def video_settings(source: Source, processor: str, **defaults: Any) -> SimpleNam
 
 def frame_sampling(source: Source, settings: Any, rule: FrameRule = "even", **further: Any) -> FrameSampling | None:
     """Which frames a video processor takes by its `settings` fps and num_frames, of which num_frames counts where both
-    are stated; `further`: as of `FrameSampling`. None where neither is: then it takes none by itself. Raises ConfigError
-    for what is no such number."""
+    are stated; `further`: as of `FrameSampling`. None where neither is: then it takes none by itself. Raises
+    ConfigError for what is no such number."""
     fps, frames = (getattr(settings, name, None) for name in ("fps", "num_frames"))
     made = FrameSampling(rule, fps=None if frames is not None else fps, frames=frames, **further)
     if problem := next(sampling_problems(made), None):

@@ -142,8 +142,9 @@ def video_spec(
     **written: Any,
 ) -> VideoSpec | None:
     """Videos as cells of patches of a few frames each, by the settings of a video `processor`, and its `defaults` where
-    none are stated; `rule`: by which it takes frames of a recording; `written`: how they are told, as of `VideoSpec`, the
-    placeholder of images unless `token` and `token_id` are others. None as of `video_settings`; errors as of `image_spec`."""
+    none are stated; `rule`: by which it takes frames of a recording; `written`: how they are told, as of `VideoSpec`,
+    the placeholder of images unless `token` and `token_id` are others. None as of `video_settings`; errors as of
+    `image_spec`."""
     source = checkpoint.source
     fixed = {"merge_size": 2, "temporal_patch_size": 2, "cap_pixels_per_frame": False, **_TAKEN}
     settings = video_settings(source, processor, **fixed, **defaults)

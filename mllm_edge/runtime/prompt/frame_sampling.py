@@ -11,11 +11,11 @@ from mllm_edge.errors import OptionError
 from mllm_edge.runtime.numbers import number, whole
 from mllm_edge.spec import FrameSampling
 
-__all__ = ["DEFAULT", "frames_on_show", "positions", "told"]
+__all__ = ["ALL", "DEFAULT", "frames_on_show", "positions", "told"]
 
 # Where neither a caller nor the model's processor says anything.
 DEFAULT = FrameSampling("even", frames=8)
-_ALL = FrameSampling("even")
+ALL = FrameSampling("even")
 _FASTEST = 1e9  # frames a second; as many seconds as one frame may take
 _MOST_LOOKS = 1_000_000  # at a recording of this many and more every frame is taken
 _NEAR = 0.0015  # seconds: some files tell times in whole milliseconds
@@ -29,35 +29,54 @@ def told(fps: Any = None, frames: Any = None) -> FrameSampling | None:
     if isinstance(frames, str):
         if frames != "all" or rate is not None:
             raise OptionError(f"frames is {frames!r:.60}", 'give a number, or frames="all" without fps')
-        return _ALL
+        return ALL
     most = None if frames is None else whole("frames", frames, 1)
     if rate is not None:
         return FrameSampling("rate", fps=rate, most=most)
     return None if most is None else FrameSampling("even", frames=most)
 
 
-def positions(sampling: FrameSampling, total: int, rate: float) -> np.ndarray:
-    """Of `total` frames, `rate` a second, which ones are taken [n], in order, from 0 to below `total`. Between two
-    numbers is the time between two frames, when the first of them is on show."""
-    return np.clip(_RULES[sampling.rule](sampling, total, rate), 0, np.nextafter(total, 0))
+def positions(sampling: FrameSampling, total: int, rate: float) -> list[int]:
+    """Of `total` frames at equal distances, `rate` a second, those that are taken by a rule that counts frames (each
+    but `rate`), in order."""
+    found = _RULES[sampling.rule](sampling, total, rate)
+    return np.clip(found, 0, total - 1).astype(int).tolist()
 
 
 def frames_on_show(sampling: FrameSampling, times: Sequence[float], end: float, rate: float | None) -> list[int]:
     """Of frames that begin to be shown at `times` (seconds, rising; the last until `end`), which ones are taken, in
-    order. `rate`: frames a second that a file states, if it does. Frames at unequal distances are taken by time: those
-    on show when the taken ones of as many at equal distances would be, each once."""
+    order, each once. `rate`: frames a second that a file states, if it does. Where frames are at unequal distances, and
+    by the rule `rate` always, those are taken that are on show when the taken ones of as many at equal distances would
+    be."""
     total, seen = len(times), np.asarray(times) - times[0]
-    if sampling == _ALL:
+    if sampling == ALL:
         return list(range(total))
     length = max(end - times[0], float(seen[-1]), _NEAR)
-    rates = [each for each in (rate, total / length) if each]
+    if sampling.rule == "rate":
+        return _at_rate(sampling, seen, length)
+    rates = [each for each in (rate, (total - 1) / (seen[-1] or length) or 1 / length) if each]
     even = next((each for each in rates if np.abs(seen * each - np.arange(total)).max() <= 0.5), None)
     if even is not None:
-        found = np.floor(positions(sampling, total, even) + 1e-6).astype(int)
+        found = positions(sampling, total, even)
     else:
-        wanted = positions(sampling, total, total / length) * (length / total)
-        found = np.maximum(np.searchsorted(seen, wanted + _NEAR, "right") - 1, 0)
-    return _paired(found.tolist()) if sampling.rule == "steps" else list(dict.fromkeys(found.tolist()))
+        found = _on_show(seen, np.array(positions(sampling, total, total / length)) * (length / total))
+    return _paired(found) if sampling.rule == "steps" else list(dict.fromkeys(found))
+
+
+def _at_rate(sampling: FrameSampling, seen: np.ndarray, length: float) -> list[int]:
+    fps = sampling.fps or 1.0
+    count = math.floor((float(seen[-1]) + length) / 2 * fps) + 1  # until the last one's middle
+    if sampling.most is not None and count > sampling.most:
+        found = _on_show(seen, np.arange(sampling.most) * (length / sampling.most))
+    else:
+        found = _on_show(seen, np.arange(count) / fps) if count <= _MOST_LOOKS else list(range(len(seen)))
+    return list(dict.fromkeys(found))
+
+
+def _on_show(seen: np.ndarray, wanted: np.ndarray) -> list[int]:
+    """Which frame is on show at each of the `wanted` times."""
+    found: list[int] = np.maximum(np.searchsorted(seen, wanted + _NEAR, "right") - 1, 0).tolist()
+    return found
 
 
 # ---------------------------------------------------------------- the rules of `FrameSampling`
@@ -73,14 +92,6 @@ def _count(sampling: FrameSampling, total: int, rate: float) -> int:
     return max(math.floor(min(wanted, total) / multiple) * multiple, 1)
 
 
-def _rate(sampling: FrameSampling, total: int, rate: float) -> np.ndarray:
-    step = rate / (sampling.fps or rate)
-    count = math.ceil(total / step - 1e-6)
-    if sampling.most is not None and count > sampling.most:
-        return _even(FrameSampling("even", frames=sampling.most), total, rate)
-    return np.arange(max(count, 1)) * step if count <= _MOST_LOOKS else np.arange(total)
-
-
 def _even(sampling: FrameSampling, total: int, rate: float) -> np.ndarray:
     count = _count(sampling, total, rate)
     return np.arange(count) * total // count
@@ -94,7 +105,7 @@ def _stride(sampling: FrameSampling, total: int, rate: float) -> np.ndarray:
 
 
 def _arange(first: float, end: float, step: float) -> np.ndarray:
-    """`torch.arange` in float32, rounding as on x86-64: eight numbers are made of the first of them, in blocks of 16."""
+    """`torch.arange` in float32, rounding as on x86-64: eight numbers are made of their first, in blocks of 16."""
     places = np.arange(math.ceil((end - first) / step))
     eighths = np.where(places < len(places) // 16 * 16, places % 8, 0)
     firsts = (first + (places - eighths) * step).astype(np.float32)
@@ -131,5 +142,5 @@ def _paired(found: Sequence[int]) -> list[int]:
 
 
 _RULES: Mapping[str, Callable[[FrameSampling, int, float], np.ndarray]] = MappingProxyType(
-    {"rate": _rate, "even": _even, "stride": _stride, "ends": _ends, "steps": _steps, "inner": _inner}
+    {"even": _even, "stride": _stride, "ends": _ends, "steps": _steps, "inner": _inner}
 )
