@@ -59,6 +59,15 @@ def answered(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     return {"answer": out.sequences[0, -STEPS:], "logits": torch.cat(out.logits)}
 
 
+def taken(processor: Any, checkpoint: Path) -> list[np.ndarray]:
+    """The frames that the video processor takes of each recording [total, frames a second]."""
+    from transformers.video_utils import VideoMetadata
+
+    recordings = json.loads((checkpoint / "recordings.json").read_text())
+    known = [VideoMetadata(total_num_frames=n, fps=fps, duration=n / fps) for n, fps in recordings]
+    return [np.array(processor.video_processor.sample_frames(one)) for one in known]
+
+
 def main(folder: Path, out: Path) -> None:
     _library = declared()
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -66,7 +75,7 @@ def main(folder: Path, out: Path) -> None:
     for checkpoint in sorted(folder.iterdir()):
         processor = AutoProcessor.from_pretrained(checkpoint)
         model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
-        found: dict[str, np.ndarray] = {}
+        found = {f"taken.{i}": indices for i, indices in enumerate(taken(processor, checkpoint))}
         for i, case in enumerate(json.loads((checkpoint / "asked.json").read_text())):
             inputs = inputs_of(processor, case)
             tensors = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor)}

@@ -55,11 +55,14 @@ def frames_on_show(sampling: FrameSampling, times: Sequence[float], end: float, 
     if sampling.rule == "rate":
         return _at_rate(sampling, seen, length)
     rates = [each for each in (rate, (total - 1) / (seen[-1] or length) or 1 / length) if each]
-    even = next((each for each in rates if np.abs(seen * each - np.arange(total)).max() <= 0.5), None)
-    if even is not None:
-        found = positions(sampling, total, even)
+    alike = next((each for each in rates if np.abs(seen * each - np.arange(total)).max() <= 0.5), None)
+    if alike is not None:
+        found = positions(sampling, total, alike)
     else:
-        found = _on_show(seen, np.array(positions(sampling, total, total / length)) * (length / total))
+        count = _count(sampling, total, total / length)
+        even = sampling.rule == "even"
+        places = np.arange(count) * (total / count) if even else np.array(positions(sampling, total, total / length))
+        found = _on_show(seen, places * (length / total))
     return _paired(found) if sampling.rule == "steps" else list(dict.fromkeys(found))
 
 
@@ -117,11 +120,11 @@ def _ends(sampling: FrameSampling, total: int, rate: float) -> np.ndarray:
 
 
 def _steps(sampling: FrameSampling, total: int, rate: float) -> np.ndarray:
-    length, fps, count = total / rate, sampling.fps or rate, 0
+    length, fps = total / rate, sampling.fps or rate
     if length <= sampling.seconds:
         found = np.ceil(np.arange(max(math.floor(length * fps), 1)) * rate / fps)
     else:
-        count = int(sampling.seconds * fps)
+        count = max(int(sampling.seconds * fps), 1)
         found = np.ceil(np.linspace(0, length, count) * rate) if count < total else np.arange(total)
     return np.array(_paired(np.minimum(found, total - 1).astype(int).tolist()))
 

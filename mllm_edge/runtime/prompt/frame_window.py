@@ -58,8 +58,8 @@ class FrameWindow:
             return tuple(time for time, _ in self._held)
 
     def add(self, frame: ImageSource, time: float | None = None) -> None:
-        """A new frame, as `load_image` takes it, and when it was taken. Raises OptionError for a time before that of the
-        last one, and keeps what there is."""
+        """A new frame, as `load_image` takes it, and when it was taken. A time before that of the last one is an
+        OptionError, and nothing is added."""
         taken = self._clock() if time is None else time
         with self._lock:
             now = number("time", taken, self._held[-1][0] if self._held else 0, _LONGEST)

@@ -118,14 +118,12 @@ class Video:
 
         Raises OptionError for numbers that cannot be, ImageError for a file that is not there. What is damaged, cut
         off or without video is an ImageError of the call that shows it, which names the file."""
-        begin = number("start", start, 0, _LONGEST)
-        until = None if end is None else number("end", end, begin, _LONGEST, above=True)
         if isinstance(file, (str, os.PathLike)):
             open_file(image_path(file), "video").close()
         elif not isinstance(file, (bytes, bytearray, memoryview)) and not hasattr(file, "read"):
             fix = "pass a path, the bytes of a file or a file object; frames in memory are Video([…])"
             raise ImageError(f"cannot open a video from {type(file).__name__}", fix)
-        return VideoFile(file, told(fps, frames), begin, until)
+        return _video_file(file, fps, frames, start, end)
 
     def __repr__(self) -> str:
         return f"Video({len(self.frames)} frames{f', {self.timing}' if self.timing else ''})"
@@ -150,6 +148,13 @@ class EncodedImage:
 Source = ImageSource | Video | VideoFile | EncodedImage
 _ALONE = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, BGR, Pixels, Video, VideoFile, EncodedImage)
 _SHOWN = (Video, VideoFile, EncodedImage)
+
+
+def _video_file(file: VideoBytes, fps: Any, frames: Any, start: Any, end: Any) -> VideoFile:
+    """As `Video.open` makes it, but not looked for."""
+    begin = 0.0 if start is None else number("start", start, 0, _LONGEST)
+    until = None if end is None else number("end", end, begin, _LONGEST, above=True)
+    return VideoFile(file, told(fps, frames), begin, until)
 
 
 def kind_of(source: Source) -> Kind:
@@ -195,7 +200,7 @@ def _entry_video(entry: Mapping[str, Any]) -> Source | None:
     if shown is None or isinstance(shown, _SHOWN):
         return shown
     if isinstance(shown, (str, os.PathLike)) and ("video" not in entry or os.fspath(shown).lower().endswith(_FILES)):
-        return Video.open(shown, **{key: entry[key] for key in _OPTIONS if key in entry})
+        return _video_file(shown, *(entry.get(key) for key in _OPTIONS))  # opened when the model is known to take it
     return Video(shown)
 
 

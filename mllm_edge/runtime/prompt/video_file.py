@@ -67,7 +67,8 @@ def clip_of(file: VideoBytes, sampling: FrameSampling, start: float = 0.0, end: 
             f"{name}: cut off at {index.cut:.2f} s",
             f"copy it again, or end before: end={max(index.cut - 0.01, 0):.2f}",
         )
-    first, behind = bisect_right(index.times, start + _NEAR) - 1, bisect_right(index.times, until - _NEAR)
+    first = bisect_right(index.times, start + _NEAR) - 1
+    behind = bisect_right(index.times, until - _NEAR) if until < index.end else len(index.times)
     if start >= index.end or first < 0 or behind <= first:
         raise ImageError(
             f"{name}: no frames from {start:g} to {until:g} s", f"it lasts {index.end:g} s: choose start and end within"
