@@ -26,6 +26,7 @@ from tests.tiny_glm4v import save_tiny_glm4v
 from tests.tiny_internvl import save_tiny_internvl
 from tests.tiny_qwen3 import save_tiny_qwen3_vl
 from tests.tiny_qwen25 import save_tiny_qwen25_vl
+from tests.video_files import even, save_video
 
 ROOT = Path(__file__).parents[2]
 TORCHVISION = ROOT / "build" / "torchvision"
@@ -149,6 +150,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "out").mkdir()
     for name in ASKED:
         save(name, folder / "in" / name)
+    save_video(folder / "clip.mp4", even(120), size=(64, 96))
     path = os.pathsep.join([str(ROOT), str(TORCHVISION)])
     command = [sys.executable, "-m", "tests.families.video_reference", str(folder / "in"), str(folder / "out")]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
@@ -156,7 +158,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def of_transformers(compared: Path, name: str, case: int) -> dict[str, np.ndarray]:
+def of_transformers(compared: Path, name: str, case: int | str) -> dict[str, np.ndarray]:
     found = np.load(compared / "out" / f"{name}.npz")
     return {key.split(".", 1)[1]: found[key] for key in found.files if key.startswith(f"{case}.")}
 
@@ -185,10 +187,18 @@ def test_whole_path_agrees(compared: Path, tmp_path: Path, name: str) -> None:
                 np.testing.assert_allclose(found, expected["logits"], atol=2e-4 * scale)
             if len(case["shown"]) == 1:
                 pixels = expected.get("pixel_values_videos", expected.get("pixel_values"))
-                assert pixels is not None
-                assert prompt.pixel_values is not None
-                ours = prompt.pixel_values.reshape(pixels.reshape(-1, prompt.pixel_values.shape[-1]).shape)
-                assert np.abs(ours - pixels.reshape(ours.shape)).max() <= 1.0 / 255 / 0.22 + 1e-5
+                _require_close(prompt.pixel_values, pixels)
+        expected = of_transformers(compared, name, "file")
+        entry = {"type": "video", "video": str(compared / "clip.mp4")}
+        prompt = vlm.processor.process([{"role": "user", "content": [entry, {"type": "text", "text": "What?"}]}])
+        np.testing.assert_array_equal(prompt.token_ids, expected["input_ids"][0])
+        _require_close(prompt.pixel_values, expected.get("pixel_values_videos", expected.get("pixel_values")))
+
+
+def _require_close(ours: np.ndarray | None, pixels: np.ndarray | None) -> None:
+    assert ours is not None
+    assert pixels is not None
+    np.testing.assert_allclose(ours.reshape(-1), pixels.reshape(-1), atol=1.0 / 255 / 0.22 + 1e-5)
 
 
 @pytest.mark.parametrize("name", ASKED)
