@@ -35,6 +35,7 @@ _CUTTING = {
     *("split_tiles", "select_tiles", "cover_tiles", "fill_tiles", "select_resolution"),
     *("fit_canvas", "fit_tiles", "whole_before", "split_large", "fit_patches", "patchify"),
 }
+_MOST_FRAMES = 1000  # a second
 _MAY_BE_ZERO = {"min_pixels"}  # of the sizes of transforms
 
 
@@ -144,9 +145,9 @@ def sampling_problems(sampling: FrameSampling) -> Iterator[str]:
     """What of the frames that are taken of a recording cannot be."""
     numbers = {name: getattr(sampling, name) for name in ("frames", "least", "most", "multiple")}
     wrong = [name for name, n in numbers.items() if n is not None and not (type(n) is int and 1 <= n <= LARGEST)]
-    for name, least in (("fps", 1 / LARGEST), ("seconds", 0), ("shift", 0)):
+    for name, least, most in (("fps", 1 / LARGEST, _MOST_FRAMES), ("seconds", 0, LARGEST), ("shift", 0, LARGEST)):
         n = getattr(sampling, name)
-        if n is not None and not (type(n) in (int, float) and least <= n <= LARGEST):
+        if n is not None and not (type(n) in (int, float) and least <= n <= most):
             wrong.append(name)
     for name in wrong:
         yield f"{name} = {getattr(sampling, name)!r} of the frames of a video"

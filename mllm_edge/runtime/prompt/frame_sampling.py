@@ -40,7 +40,7 @@ def positions(sampling: FrameSampling, total: int, rate: float) -> list[int]:
     """Of `total` frames at equal distances, `rate` a second, those that are taken by a rule that counts frames (each
     but `rate`), in order."""
     found = _RULES[sampling.rule](sampling, total, rate)
-    return np.clip(found, 0, total - 1).astype(int).tolist()
+    return np.clip(found, 0, total - 1).astype(int).tolist() or [0]
 
 
 def frames_on_show(sampling: FrameSampling, times: Sequence[float], end: float, rate: float | None) -> list[int]:

@@ -29,10 +29,11 @@ def test_the_plain_rule_is_that_of_transformers(settings: dict[str, float]) -> N
 @pytest.mark.parametrize("rule", ["even", "stride", "ends", "steps", "inner"])
 def test_every_rule_takes_frames_that_there_are(rule: str) -> None:
     for total, rate, fps in itertools.product((1, 2, 3, 40, 2000), (0.1, 7.0, 240.0), (0.01, 2.0, 500.0)):
-        sampling = FrameSampling(rule, fps=fps, least=4, most=30, multiple=1, seconds=2.0)  # type: ignore[arg-type]
-        found = positions(sampling, total, rate)
-        assert found == sorted(found)
-        assert 0 <= found[0] <= found[-1] < total
+        for shift in (0.0, None, 7.5):
+            sampling = FrameSampling(rule, fps, least=4, most=30, shift=shift, seconds=2.0)  # type: ignore[arg-type]
+            found = positions(sampling, total, rate)
+            assert found == sorted(found)
+            assert 0 <= found[0] <= found[-1] < total
 
 
 # ---------------------------------------------------------------- by time
