@@ -66,7 +66,9 @@ FLOORS = {
 }
 RUNTIME_LIBRARIES = {"PIL", "jinja2", "numpy", "tokenizers", "xxhash"}
 ENGINES = {"cuda", "onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"}
+EXTRAS = {"mllm_edge.runtime.prompt.video_file": {"av"}}
 FORBIDDEN = (
+    "av",
     "huggingface_hub",
     "matplotlib",
     "ml_dtypes",
@@ -152,7 +154,7 @@ def test_the_foundation_stands_alone(name: str) -> None:
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("mllm_edge.runtime")])
 def test_the_runtime_imports_only_what_a_device_has(module: str) -> None:
-    engines = ENGINES if module.startswith("mllm_edge.runtime.backends.") else set()
+    engines = ENGINES if module.startswith("mllm_edge.runtime.backends.") else EXTRAS.get(module, set())
     assert _roots(module) - _for_type_checkers(module) <= RUNTIME_LIBRARIES | engines | {"mllm_edge"}
     assert {part.partition(".")[0] for part in _own(module)} <= FOUNDATION | {"runtime"}
 
@@ -253,8 +255,9 @@ def test_importing_vlm_opens_no_engine() -> None:
 def test_unknown_attribute_of_the_package() -> None:
     import mllm_edge
 
-    names = {"BGR", "VLM", "Cancel", "Chunk", "EncodedImage", "Result", "Video", "__version__"}
-    assert set(mllm_edge.__all__) == names
+    images = {"BGR", "EncodedImage", "FrameWindow", "Pixels", "Video", "VideoFile"}
+    assert set(mllm_edge.__all__) == images | {"AsyncVLM", "VLM", "Cancel", "Chunk", "Result", "__version__"}
+    assert all(getattr(mllm_edge, name) for name in mllm_edge.__all__)
     with pytest.raises(AttributeError, match="nothing_like_it"):
         _ = mllm_edge.nothing_like_it
 
