@@ -13,7 +13,7 @@ from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.decode.generate import generate, prefill
 from mllm_edge.runtime.decode.sampling import Sampler
 from mllm_edge.runtime.decode.scores import Scoring, TokenScore
-from mllm_edge.runtime.decode.speculation import PromptLookup
+from mllm_edge.runtime.decode.speculation import Guesser
 from mllm_edge.runtime.prompt.embedder import Embedder
 from mllm_edge.runtime.prompt.processor import Prompt
 from mllm_edge.runtime.prompt.tokenizer import StopStrings, StreamDecoder, Tokenizer
@@ -33,8 +33,9 @@ class Result:
     """A finished answer. `token_ids` are the tokens produced, without the stop token; `text` is theirs, without the
     whitespace it begins with (unless the prompt was raw).
 
-    `logprobs`: of each of them, where they are asked for. `finish_reason`: stop (the model ended), stop_string, or
-    length (max_new_tokens or the context is used up).
+    `logprobs`: of each of them, where they are asked for. `finish_reason`: stop (the model ended, or a guide did),
+    stop_string, or length (max_new_tokens or the context is used up; the text is then the beginning of one that a guide
+    allows).
     """
 
     text: str
@@ -89,8 +90,9 @@ class Pace:
 
 @dataclass(frozen=True)
 class Call:
-    """What is asked: the prompt, how tokens are chosen, and what ends the answer. `raw`: the answer goes on with the
-    prompt's own text, so that the whitespace between the two belongs to it. `reuse`: see `VLM.stream`."""
+    """What is asked: the prompt, how tokens are chosen, and what ends the answer. `lead`: whitespace before the answer
+    is none of it; where the prompt is raw, the answer goes on with its text. `guided`: the text is a guide's. `reuse`:
+    see `VLM.stream`."""
 
     prompt: Prompt
     sampler: Sampler | Scoring
@@ -98,9 +100,10 @@ class Call:
     stops: StopStrings
     max_new_tokens: int
     trace: Trace
-    guesser: PromptLookup | None
-    raw: bool = False
+    guesser: Guesser | None
+    lead: bool = True
     reuse: bool = False
+    guided: bool = False
     pace: Pace = field(default_factory=Pace)
 
 
@@ -121,7 +124,7 @@ def answer(
     ids: list[int] = []
     times: list[float] = []
     texts: list[str] = []
-    begun, told = str if call.raw else _Begun(), 0
+    begun, told = _Begun(" \n" if call.guided else None) if call.lead else str, 0
     try:
         for token in generate(decoder, embed, encoded, call.sampler, call.stop_ids, most, trace, call.guesser):
             if reused is not None and not ids:
@@ -139,12 +142,15 @@ def answer(
             yield chunk if chunk.text else None
         else:
             with trace.span("detokenize"):
-                tail = begun(stops.push(text.flush()) + stops.flush())
+                rest = text.flush()
+                # Half a character that was cut is no part of what a guide allows.
+                rest = rest.rstrip("\ufffd") if call.guided and len(ids) == most else rest
+                tail = begun(stops.push(rest) + stops.flush())
             texts.append(tail)
     finally:
         if reused is not None:
             reused.held(ids)
-    reason: FinishReason = "length" if len(ids) == most else "stop"
+    reason: FinishReason = "length" if len(ids) == most and not call.sampler.ended else "stop"
     if stops.matched is not None:
         reason = "stop_string"
     held = (0 if decoder.cache is None else decoder.cache.nbytes) + sum(a.nbytes for a in encoded.cross.values())
@@ -170,14 +176,14 @@ def begin(prompt: Encoded | Reused, decoder: Decoder, room: int, trace: Trace) -
 
 
 class _Begun:
-    """The pieces of a text without the whitespace it begins with, which parts an answer from the prompt: a tokenizer's
-    first word brings a blank along, and many models begin with a new line."""
+    """The pieces of a text without the `whitespace` (None: any) that it begins with, which parts an answer from the
+    prompt: a tokenizer's first word brings a blank along, and many models begin with a new line."""
 
-    def __init__(self) -> None:
-        self._begun = False
+    def __init__(self, whitespace: str | None) -> None:
+        self._whitespace, self._begun = whitespace, False
 
     def __call__(self, piece: str) -> str:
-        piece = piece if self._begun else piece.lstrip()
+        piece = piece if self._begun else piece.lstrip(self._whitespace)
         self._begun = self._begun or bool(piece)
         return piece
 

@@ -62,7 +62,7 @@ def generate(
     trace: Trace,
     guesser: Guesser | None = None,
 ) -> Iterator[int]:
-    """Yield token ids until a stop id (which is not yielded) or `max_new_tokens`.
+    """Yield token ids until a stop id (which is not yielded), the sampler's end or `max_new_tokens`.
 
     `prompt`, of S tokens, is appended to what the decoder's cache holds; the cache must have room for
     S + max_new_tokens − 1 positions. At each token the cache holds all before it. Trace: prefill, first_token, then
@@ -93,7 +93,7 @@ def generate(
             if guesser is not None:
                 guesser.observe(token)
             yield token
-            if produced == max_new_tokens:
+            if produced == max_new_tokens or sampler.ended:
                 return
             if token != guessed:
                 break

@@ -14,7 +14,7 @@ __all__ = ["AnswerScore", "Scoring", "TokenScore", "answer_scores", "log_softmax
 
 @dataclass(frozen=True)
 class TokenScore:
-    """A token's natural logarithm of its probability, before any penalty or temperature, and the `alternatives`
+    """A token's natural logarithm of its probability, before any penalty, temperature or guide, and the `alternatives`
     (token id, its logarithm) that were likeliest in its place, the likeliest first."""
 
     token_id: int
@@ -60,6 +60,11 @@ class Scoring:
     def __init__(self, sampler: Sampler, top: int):
         self._sampler, self._top = sampler, top
         self.scores: list[TokenScore] = []
+
+    @property
+    def ended(self) -> bool:
+        """As `Sampler.ended`."""
+        return self._sampler.ended
 
     def sample(self, row: np.ndarray | TopLogits) -> int:
         """As `Sampler.sample`, of all logits [V]."""
