@@ -104,8 +104,8 @@ class Asking:
             most = min(max_new_tokens, self._room(processed))
             constraint = self.guiding.constraint(guide, thinking, processed, ends, most, max_new_tokens)
             guesser: Guesser | None = PromptLookup(ids, speculation, places) if speculation else None
-            if guesser is not None and constraint is not None:
-                guesser = ConstrainedGuesser(guesser, constraint, speculation)
+            if constraint is not None and self.rewindable:
+                guesser = ConstrainedGuesser(constraint, guesser)
             if self.model.text_encoder is not None:  # rules and penalties count what the decoder holds
                 ids = np.array(self.model.text_encoder.start)
         rules = TokenRules(own, ids, ends) if TokenRules.wanted(own) else None

@@ -1,5 +1,6 @@
 """What an answer must be beside likely: which tokens may come, told one token after another."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -33,8 +34,9 @@ class Constraint(Protocol):
         """`token` is the next one of the answer; it was allowed."""
         ...
 
-    def forced(self) -> list[int]:
-        """Tokens that are as good as certain to come next, for the text that they spell is."""
+    def forced(self) -> Sequence[int]:
+        """The tokens that come next whatever the logits are, none of which is a stop id: those of a text that nothing
+        else may stand in place of, as the tokenizer spells it."""
         ...
 
     def possible(self, tokens: list[int]) -> int:
@@ -43,18 +45,18 @@ class Constraint(Protocol):
 
 
 class ConstrainedGuesser:
-    """Guesses what is certain to come, `most` tokens at a time, else what another guesser guesses and may come."""
+    """Guesses what is forced, else what another guesser guesses and may come."""
 
-    def __init__(self, guesser: Guesser, constraint: Constraint, most: int):
-        self._guesser, self._constraint, self._most = guesser, constraint, most
+    def __init__(self, constraint: Constraint, guesser: Guesser | None):
+        self._constraint, self._guesser = constraint, guesser
 
     def guess(self, count: int) -> list[int]:
-        forced = self._constraint.forced()[: min(count, self._most)]
-        if forced:
-            self._guesser.guess(0)  # it is asked before each step
+        forced = list(self._constraint.forced()[:count])
+        if self._guesser is None:
             return forced
-        guess = self._guesser.guess(count)
-        return guess[: self._constraint.possible(guess)]
+        guess = self._guesser.guess(0 if forced else count)  # it is asked before each step
+        return forced or guess[: self._constraint.possible(guess)]
 
     def observe(self, token: int) -> None:
-        self._guesser.observe(token)
+        if self._guesser is not None:
+            self._guesser.observe(token)

@@ -74,7 +74,7 @@ def generate(
     cannot be taken back.
     """
     check_speculation(int(guesser is not None), decoder.rewindable)
-    rows: Sequence[np.ndarray | TopLogits] | np.ndarray = []
+    rows: Sequence[np.ndarray | TopLogits | None] | np.ndarray = []
     with trace.span("prefill"):
         cache = decoder.cache
         assert cache is not None, "reset() comes first"
@@ -106,8 +106,10 @@ def generate(
                 rows = decoder.top_logits(embeds) if top_suffices else [decoder.forward(embeds)]
                 continue
             trace.count("guessed", len(guess))
-            held = cache.length + 1
-            rows = (decoder.top_logits if top_suffices else decoder.forward)(embeds, project=range(len(embeds)))
+            held, certain = cache.length + 1, sampler.certain(guess)
+            project = range(certain, len(embeds))
+            found = (decoder.top_logits if top_suffices else decoder.forward)(embeds, project=project)
+            rows = [*[None] * certain, *found]
             cache.truncate(held)  # what was guessed counts when it has come true
 
 

@@ -9,7 +9,7 @@ llguidance makes it of the file, and byte-level and byte-fallback tokenizers are
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,8 @@ import numpy as np
 from mllm_edge.errors import BackendError, BundleError, OptionError
 from mllm_edge.install import install_hint
 from mllm_edge.runtime.decode.guide import Guide
-from mllm_edge.runtime.decode.schema_parts import failing_part
+from mllm_edge.runtime.decode.schema_parts import failing_part, parts_of
+from mllm_edge.runtime.prompt.control_tokens import continued
 from mllm_edge.runtime.prompt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ __all__ = ["Guided", "Guides"]
 _JSON: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 # What models write before an answer, and what is no part of it.
 _LEAD = 'start: (" " | "\\n" | "\\n\\n")? @answer'
+_OF_NUMBERS = ("type", "multipleOf", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 _KEPT = 8  # guides that a model keeps ready
 _PROBE = 'Probe: {"a1": [1, -2.5]}\n'
 
@@ -50,39 +52,20 @@ class Guides:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int):
         self._tokenizer, self._size = tokenizer, vocab_size
         self._lock = threading.Lock()
-        self._vocabulary: LLTokenizer | None = None
+        self._vocabulary: _Vocabulary | None = None
         self._ready: OrderedDict[Guide, _Ready] = OrderedDict()
 
     def start(self, guide: Guide, stop_ids: Collection[int]) -> "Guided":
         """The guide for one answer, which `stop_ids` end. Raises OptionError for a guide that no answer can follow,
         BackendError where llguidance is missing, BundleError for a tokenizer whose tokens are not pieces of text."""
         with self._lock:
-            ready = self._ready.pop(guide, None) or self._made(guide)
+            if self._vocabulary is None:
+                self._vocabulary = _vocabulary(self._tokenizer, self._size)
+            ready = self._ready.pop(guide, None) or _made(guide, self._vocabulary)
             self._ready[guide] = ready
             if len(self._ready) > _KEPT:
                 self._ready.popitem(last=False)
             return Guided(guide.kind, ready, self._size, stop_ids)
-
-    def _made(self, guide: Guide) -> _Ready:
-        if self._vocabulary is None:
-            self._vocabulary = _vocabulary(self._tokenizer, self._size)
-        grammar = _grammar(guide)
-        plain = _matcher(self._vocabulary, grammar)
-        if plain.is_error():
-            raise _refused(guide, plain.get_error(), lambda text: _error_of(self._vocabulary, text))
-        if not plain.is_accepting():
-            self._require_a_beginning(guide, plain)
-        if any(plain.validate_tokens(self._vocabulary.tokenize_str(blank)) for blank in (" ", "\n")):
-            return _Ready(plain, False)
-        return _Ready(_matcher(self._vocabulary, _with_lead(grammar)), True)
-
-    def _require_a_beginning(self, guide: Guide, matcher: "LLMatcher") -> None:
-        try:
-            Guided(guide.kind, _Ready(matcher, False), self._size, ()).allowed()
-        except OptionError as error:
-            raise OptionError(
-                f"{guide.kind}: there is no text that it allows and this model's tokens can begin", _FIXES[guide.kind]
-            ) from error
 
 
 class Guided:
@@ -91,11 +74,12 @@ class Guided:
     def __init__(self, kind: str, ready: _Ready, vocab_size: int, stop_ids: Collection[int]):
         self._kind, self.lead = kind, ready.lead
         self._matcher = ready.matcher.deep_copy()
-        self._stop_ids, self._stops = frozenset(stop_ids), np.array([*stop_ids], np.int64)
-        self._size = vocab_size
+        self._stop_ids, self._size = frozenset(stop_ids), vocab_size
         # One bit a token, and one for the end, which is a token of llguidance's own.
-        self._bits = np.zeros(-(-(vocab_size + 1) // 32), np.int32)
+        bits = np.zeros(-(-(vocab_size + 1) // 32), np.int32)
+        self._bits, self._place, self._nbytes = bits.view(np.uint8), bits.ctypes.data, bits.nbytes
         self._allowed: np.ndarray | None = None
+        self._forced: list[int] | None = None
 
     @property
     def ended(self) -> bool:
@@ -108,23 +92,31 @@ class Guided:
 
     def allowed(self) -> np.ndarray:
         if self._allowed is None:
-            self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+            self._matcher.unsafe_compute_mask_ptr(self._place, self._nbytes)
             self._require_no_error()
-            bits = np.unpackbits(self._bits.view(np.uint8), count=self._size + 1, bitorder="little").view(bool)
-            self._allowed, end = bits[:-1], bits[-1]
-            self._allowed[self._stops] = end
-            if not self._allowed.any() and not end:
+            bits = np.unpackbits(self._bits, count=self._size + 1, bitorder="little").view(bool)
+            self._allowed, end = bits[:-1], bool(bits[-1])
+            for token in self._stop_ids:
+                self._allowed[token] = end
+            if not end and not self._allowed.any():
                 raise self._stuck("no token of the vocabulary may come next, and the answer may not end")
         return self._allowed
 
     def observe(self, token: int) -> None:
-        if token not in self._stop_ids:
-            self._allowed = None
-            if not self._matcher.consume_token(token):
-                self._require_no_error()
+        if token in self._stop_ids:
+            return
+        self._allowed = None
+        self._forced = (self._forced[1:] or None) if self._forced and self._forced[0] == token else None
+        if not self._matcher.consume_token(token):
+            self._require_no_error()
 
-    def forced(self) -> list[int]:
-        return [] if self._matcher.is_stopped() else self._matcher.compute_ff_tokens()
+    def forced(self) -> Sequence[int]:
+        if self._forced is None:
+            tokens = [] if self._matcher.is_stopped() else self._matcher.compute_ff_tokens()
+            stop = next((i for i, token in enumerate(tokens) if token in self._stop_ids), len(tokens))
+            # A tokenizer may write a text otherwise where it stands alone.
+            self._forced = tokens[: self.possible(tokens[:stop])]
+        return self._forced
 
     def possible(self, tokens: list[int]) -> int:
         return self._matcher.validate_tokens(tokens) if tokens else 0
@@ -141,7 +133,29 @@ class Guided:
         )
 
 
+@dataclass(frozen=True, eq=False)
 class _Vocabulary:
+    """What llguidance knows of a model's tokens, and which of them, [V] bool, begin with a blank or a line break
+    (`begins_blank`), or are nothing else (`blank`)."""
+
+    known: "LLTokenizer"
+    begins_blank: np.ndarray
+    blank: np.ndarray
+
+    def matcher(self, grammar: str) -> "LLMatcher":
+        from llguidance import LLMatcher, LLParserLimits
+
+        return LLMatcher(self.known, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
+
+    def first(self, matcher: "LLMatcher") -> np.ndarray:
+        """Which tokens may come first, [V] bool."""
+        try:
+            return Guided("", _Ready(matcher, False), len(self.blank), ()).allowed()
+        except OptionError:
+            return np.zeros(len(self.blank), bool)
+
+
+class _Tokens:
     """What llguidance asks of a tokenizer. Without an end of its own, it adds one behind the last token."""
 
     eos_token_id = bos_token_id = None
@@ -151,10 +165,11 @@ class _Vocabulary:
         self.special_token_ids = sorted(i for i in tokenizer.special_ids if i < len(tokens))
 
     def __call__(self, text: bytes) -> list[int]:
-        return self._tokenizer.encode(text.decode(), False)
+        ids = continued(self._tokenizer, text.decode())
+        return ids if all(i < len(self.tokens) for i in ids) else []
 
 
-def _vocabulary(tokenizer: Tokenizer, size: int) -> "LLTokenizer":
+def _vocabulary(tokenizer: Tokenizer, size: int) -> _Vocabulary:
     try:
         from llguidance import LLTokenizer, TokenizerWrapper
     except ImportError as error:
@@ -169,7 +184,9 @@ def _vocabulary(tokenizer: Tokenizer, size: int) -> "LLTokenizer":
             "guided",
             "ask without schema, regex, choices and grammar",
         )
-    return LLTokenizer(TokenizerWrapper(_Vocabulary(tokenizer, tokens)))
+    known = LLTokenizer(TokenizerWrapper(_Tokens(tokenizer, tokens)))
+    begins = np.array([token.startswith((b" ", b"\n")) for token in tokens])
+    return _Vocabulary(known, begins, np.array([not token.strip(b" \n") for token in tokens]))
 
 
 def _agrees(tokenizer: Tokenizer, tokens: list[bytes]) -> bool:
@@ -178,10 +195,31 @@ def _agrees(tokenizer: Tokenizer, tokens: list[bytes]) -> bool:
     return b"".join(tokens[i] for i in ids).decode(errors="replace").lstrip() == tokenizer.decode(ids).lstrip()
 
 
-def _matcher(vocabulary: "LLTokenizer", grammar: str) -> "LLMatcher":
-    from llguidance import LLMatcher, LLParserLimits
+def _made(guide: Guide, vocabulary: _Vocabulary) -> _Ready:
+    grammar = _grammar(guide)
+    plain = vocabulary.matcher(grammar)
+    if plain.is_error():
+        raise _refused(guide, plain.get_error(), vocabulary)
+    if guide.kind == "schema":
+        _require_multiples(json.loads(guide.text), vocabulary)
+    if (vocabulary.first(plain) & vocabulary.begins_blank).any():
+        return _Ready(plain, False)
+    lead = vocabulary.matcher(_with_lead(grammar))
+    if not plain.is_accepting() and not (vocabulary.first(lead) & ~vocabulary.blank).any():
+        what = f"{guide.kind}: there is no text that it allows and this model's tokens can begin"
+        raise OptionError(what, _FIXES[guide.kind])
+    return _Ready(lead, True)
 
-    return LLMatcher(vocabulary, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
+
+def _require_multiples(schema: dict[str, Any], vocabulary: _Vocabulary) -> None:
+    """llguidance 1.6 writes no negative multiples, and takes a schema that has no others."""
+    for place, part in parts_of(schema):
+        if "multipleOf" in part:
+            alone = {key: value for key, value in part.items() if key in _OF_NUMBERS}
+            matcher = vocabulary.matcher(_grammar(Guide("schema", json.dumps(alone))))
+            if not matcher.is_error() and not vocabulary.first(matcher).any():
+                what = f"schema, at {place}: with multipleOf no negative numbers can be written"
+                raise OptionError(what, "leave multipleOf out, or allow numbers from 0 on")
 
 
 def _grammar(guide: Guide) -> str:
@@ -208,20 +246,18 @@ def _with_lead(grammar: str) -> str:
     return json.dumps({"grammars": [{"lark_grammar": _LEAD}, {**parts[0], "name": "answer"}, *parts[1:]]})
 
 
-def _error_of(vocabulary: "LLTokenizer | None", schema: str) -> str:
-    """What llguidance has against a schema; empty: nothing."""
-    assert vocabulary is not None
-    try:
-        return _matcher(vocabulary, _grammar(Guide("schema", schema))).get_error()
-    except OptionError as error:
-        return error.message
+def _refused(guide: Guide, message: str, vocabulary: _Vocabulary) -> OptionError:
+    def error_of(schema: str) -> str:
+        try:
+            return vocabulary.matcher(_grammar(Guide("schema", schema))).get_error()
+        except OptionError as error:
+            return error.message
 
-
-def _refused(guide: Guide, message: str, error_of: Callable[[str], str]) -> OptionError:
-    if guide.kind != "schema":
-        return OptionError(f"{guide.kind}: {_first_line(message)}", _FIXES[guide.kind])
-    place, message = failing_part(json.loads(guide.text), message, error_of)
-    return OptionError(f"schema, at {place}: {_first_line(message)}", _FIXES["schema"])
+    place = ""
+    if guide.kind == "schema":
+        at, message = failing_part(json.loads(guide.text), message, error_of)
+        place = f", at {at}"
+    return OptionError(f"{guide.kind}{place}: {_first_line(message)}", _FIXES[guide.kind])
 
 
 _FIXES = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 
@@ -88,14 +89,27 @@ class Sampler:
         """Whether nothing can come any more, by the constraint; the model's own end is not needed then."""
         return self._constraint is not None and self._constraint.ended
 
-    def sample(self, logits: np.ndarray | TopLogits) -> int:
+    def certain(self, tokens: Sequence[int]) -> int:
+        """How many of `tokens` come next whatever the logits are."""
+        forced = () if self._constraint is None else self._constraint.forced()
+        pairs = zip(tokens, forced, strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    def sample(self, logits: np.ndarray | TopLogits | None) -> int:
         """The next token for `logits` [V] float32, which stay as they are, or for the best of them where `needs` is a
-        number: the token is the same.
+        number: the token is the same. None will do where the token is certain.
 
         Raises ValueError when the best logit is not finite (NaN anywhere, +inf, or everything −inf), OptionError where
         the constraint allows no token.
         """
-        token = self._of_top(logits) if isinstance(logits, TopLogits) else self._choose(logits, self._constraint)
+        forced = () if self._constraint is None else self._constraint.forced()
+        if forced:
+            token = forced[0]
+        elif isinstance(logits, TopLogits):
+            token = self._of_top(logits)
+        else:
+            assert logits is not None, "the token is not certain"
+            token = self._choose(logits, self._constraint)
         self.observe(token)
         return token
 
@@ -119,7 +133,9 @@ class Sampler:
             _require_finite(penalized[token])
             if constraint is None or constraint.allows(token):
                 return token
-            return int(np.argmax(self._allowed(penalized, logits, constraint)))
+            ids, allowed = self._allowed(penalized, logits, constraint)
+            place = int(np.argmax(allowed))
+            return place if ids is None else int(ids[place])
         ids, probabilities = self._distribution(logits, constraint)
         cumulative = np.cumsum(probabilities)
         drawn = np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")
@@ -148,11 +164,12 @@ class Sampler:
         logits = self._penalized(row)
         best = int(np.argmax(logits))
         _require_finite(logits[best])
+        among = None
         if constraint is not None:
-            logits = self._allowed(logits, row, constraint)
+            among, logits = self._allowed(logits, row, constraint)
             best = int(np.argmax(logits))
         if params.temperature == 0:
-            return np.array([best]), np.ones(1)
+            return np.array([best if among is None else among[best]]), np.ones(1)
         ids = _top_k(logits, params.top_k)
         weights = _weights(logits if ids is None else logits[ids], logits[best], params.temperature)
         if params.top_p < 1.0:
@@ -161,18 +178,22 @@ class Sampler:
             ids, weights = _keep(np.flatnonzero(weights >= params.min_p), ids, weights)
         if ids is None:
             ids = np.arange(len(logits))
-        return ids, weights / weights.sum(dtype=np.float64)
+        return ids if among is None else among[ids], weights / weights.sum(dtype=np.float64)
 
-    def _allowed(self, penalized: np.ndarray, row: np.ndarray, constraint: Constraint) -> np.ndarray:
-        """What of `penalized` [V], which `row` has become, the constraint allows; the rest is −inf."""
+    def _allowed(
+        self, penalized: np.ndarray, row: np.ndarray, constraint: Constraint
+    ) -> tuple[np.ndarray | None, np.ndarray]:
+        """The ids (None: all) that the constraint allows, and what they have of `penalized` [V], which `row` has
+        become."""
         allowed = constraint.allowed()
         if allowed is None:
-            return penalized
-        logits = np.where(allowed, penalized, np.float32(-np.inf))
+            return None, penalized
+        ids = np.flatnonzero(allowed)
+        logits = penalized[ids]
         if self._rules is not None and not np.isfinite(logits.max()):
-            logits = np.where(allowed, self._with_penalties(row), np.float32(-np.inf))
+            logits = self._with_penalties(row)[ids]
         _require_finite(logits.max())
-        return logits
+        return ids, logits
 
     def _penalized(self, logits: np.ndarray) -> np.ndarray:
         logits = np.asarray(logits)

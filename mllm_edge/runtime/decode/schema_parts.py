@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-__all__ = ["failing_part"]
+__all__ = ["failing_part", "parts_of"]
 
 _DEFINITIONS = ("$defs", "definitions")
 _OF_NAMES = ("properties", "patternProperties", *_DEFINITIONS)
@@ -29,6 +29,13 @@ def failing_part(schema: dict[str, Any], message: str, error_of: Callable[[str],
             return place, message
         _, place, part, message = min(refused, key=lambda one: one[0])
         seen.add(place)
+
+
+def parts_of(schema: dict[str, Any], place: str = "#") -> Iterator[tuple[str, dict[str, Any]]]:
+    """A schema and all that are in it, as JSON pointers and what stands there."""
+    yield place, schema
+    for name, part in _parts(schema):
+        yield from parts_of(part, f"{place}/{name}")
 
 
 def _referred(schema: dict[str, Any], part: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -66,7 +66,11 @@ class Scoring:
         """As `Sampler.ended`."""
         return self._sampler.ended
 
-    def sample(self, row: np.ndarray | TopLogits) -> int:
+    def certain(self, tokens: Sequence[int]) -> int:
+        """None: of each the logits are told."""
+        return 0
+
+    def sample(self, row: np.ndarray | TopLogits | None) -> int:
         """As `Sampler.sample`, of all logits [V]."""
         assert isinstance(row, np.ndarray), "needs is None"
         logits = row.copy()  # penalties write into them

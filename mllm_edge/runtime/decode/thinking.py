@@ -106,10 +106,11 @@ class Thinking:
             self._behind.observe(token)
         self._begun = True
 
-    def forced(self) -> list[int]:
+    def forced(self) -> Sequence[int]:
         if self._inside:
-            return [self._tokens.end] if self._used_up else []
-        return [] if self._behind is None or not self._begun else self._behind.forced()
+            return (self._tokens.end,) if self._used_up else ()
+        may_begin = not self._begun and self._tokens.start is not None
+        return () if self._behind is None or may_begin else self._behind.forced()
 
     def possible(self, tokens: list[int]) -> int:
         """Up to where the thinking begins or ends: more is not guessed at once."""

@@ -87,7 +87,7 @@ class Tokenizer:
 
         A decoder that strips a text's first blank does so afterwards.
         """
-        kinds = set(self.decoder_kinds)
+        kinds = set(self.decoder_kinds) - {"Fuse"}
         if kinds == {"ByteLevel"}:
             plain = _byte_level_bytes
         elif kinds and kinds <= _PIECES:
@@ -246,7 +246,7 @@ _BYTES = _byte_alphabet()
 _BYTE_CODES = {ord(character): byte for character, byte in _BYTES.items()}
 _BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")
 # Steps of decoders for which a token is a piece of the text, with U+2581 for a blank, or "<0xHH>" for a byte.
-_PIECES = {"ByteFallback", "Fuse", "Metaspace", "Replace", "Strip"}
+_PIECES = {"ByteFallback", "Metaspace", "Replace", "Strip"}
 
 
 def _byte_level_bytes(token: str) -> bytes:
