@@ -71,7 +71,7 @@ def test_metadata(metadata: Message) -> None:
     assert metadata["Name"] == "mllm-edge"
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
-    extras = {"calibrate", "cpu", "export", "jetson", "optimum", "report", "rtx", "tensorrt", "test"}
+    extras = {"calibrate", "cpu", "export", "guidance", "jetson", "optimum", "report", "rtx", "tensorrt", "test"}
     assert set(metadata.get_all("Provides-Extra", [])) == extras
 
 
