@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mllm_edge.runtime.prompt.image import BGR
     from mllm_edge.runtime.prompt.sources import EncodedImage, Video
+    from mllm_edge.runtime.stopping import Cancel
     from mllm_edge.runtime.vlm import VLM, Chunk, Result
 
-__all__ = ["BGR", "VLM", "Chunk", "EncodedImage", "Result", "Video", "__version__"]
+__all__ = ["BGR", "VLM", "Cancel", "Chunk", "EncodedImage", "Result", "Video", "__version__"]
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,10 @@ def __getattr__(name: str) -> Any:
         from mllm_edge.runtime.prompt.image import BGR
 
         return BGR
+    if name == "Cancel":
+        from mllm_edge.runtime.stopping import Cancel
+
+        return Cancel
     if name in ("EncodedImage", "Video"):
         from mllm_edge.runtime.prompt import sources
 

@@ -21,6 +21,8 @@ MllmEdgeError
 ├── BackendError       a runtime that is missing or refuses a graph (also RuntimeError)
 ├── BusyError          a call that would have to wait for another one, and may not or cannot (also RuntimeError)
 ├── GivenUpError       an answer that a later call of its thread ended (also RuntimeError)
+├── CancelledError     a call that its `Cancel` ended (also RuntimeError)
+├── TimedOutError      a call that was not done in its time (also TimeoutError)
 └── ClosedError        a model that was closed, before or during a call (also RuntimeError)
 ```
 
@@ -32,6 +34,7 @@ __all__ = [
     "BackendError",
     "BundleError",
     "BusyError",
+    "CancelledError",
     "ClosedError",
     "ConfigError",
     "ContextError",
@@ -46,6 +49,7 @@ __all__ = [
     "PromptError",
     "RecipeError",
     "SourceError",
+    "TimedOutError",
     "UnsupportedModelError",
     "WeightsError",
     "WriteError",
@@ -138,6 +142,14 @@ class BusyError(MllmEdgeError, RuntimeError):
 
 class GivenUpError(MllmEdgeError, RuntimeError):
     """An unfinished answer that ended because its thread began another call."""
+
+
+class CancelledError(MllmEdgeError, RuntimeError):
+    """A call that was ended by the `Cancel` it was given."""
+
+
+class TimedOutError(MllmEdgeError, TimeoutError):
+    """A call that was not done within the `timeout` it was given, and has no part of a result to show."""
 
 
 class ClosedError(MllmEdgeError, RuntimeError):

@@ -38,17 +38,17 @@ FLOORS = {
         ("cli",),
     ),
     "runtime": (
-        ("arrays", "foreign", "limits", "log", "numbers", "trace", "options"),
+        ("arrays", "foreign", "limits", "log", "numbers", "trace", "stopping", "options"),
         ("machine", "onnx_file"),
         ("backends", "prompt"),
         ("decode",),
-        ("arguments", "encode", "turns"),
+        ("arguments", "encode", "health", "turns"),
         ("encoded_image", "recall"),
         ("answer", "guiding", "saved_state"),
         ("scoring",),
         ("asking", "conversation"),
         ("vlm",),
-        ("budget", "build", "doctor"),
+        ("asynchronous", "budget", "build", "doctor"),
         ("profiling",),
     ),
     "graph": (
@@ -256,7 +256,8 @@ def test_importing_vlm_opens_no_engine() -> None:
 def test_unknown_attribute_of_the_package() -> None:
     import mllm_edge
 
-    assert set(mllm_edge.__all__) == {"BGR", "VLM", "Chunk", "EncodedImage", "Result", "Video", "__version__"}
+    names = {"BGR", "VLM", "Cancel", "Chunk", "EncodedImage", "Result", "Video", "__version__"}
+    assert set(mllm_edge.__all__) == names
     with pytest.raises(AttributeError, match="nothing_like_it"):
         _ = mllm_edge.nothing_like_it
 

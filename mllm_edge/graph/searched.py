@@ -36,16 +36,25 @@ def quantize_blocks(
 
 def _search(grouped: np.ndarray, zero: int, codes: np.ndarray, scales: np.ndarray) -> None:
     """Better `codes` and `scales` for the blocks [n, blocks, block]; they hold those of rounding to nearest."""
-    inverse, best = reciprocal(scales), np.zeros_like(scales)
-    importance = np.abs(grouped)
-    weighted = importance * grouped
+    relative, importance = grouped * reciprocal(scales)[..., None], np.abs(grouped)
+    best, chosen = np.zeros_like(scales), np.ones_like(scales)
+    tried, weighted = np.empty_like(grouped), np.empty_like(grouped)
     for factor in _FACTORS:
-        tried = np.clip(np.rint(grouped * (inverse * np.float32(factor))[..., None]), -zero, zero - 1)
-        along = np.einsum("nbk,nbk->nb", weighted, tried)
-        power = np.einsum("nbk,nbk,nbk->nb", importance, tried, tried)
+        _rounded(relative, np.float32(factor), zero, tried)
+        np.multiply(importance, tried, out=weighted)
+        along = np.einsum("nbk,nbk->nb", weighted, grouped)
+        power = np.einsum("nbk,nbk->nb", weighted, tried)
         # What the best scale takes off Σ |w|·w².
         gain = np.divide(np.square(along), power, out=np.zeros_like(power), where=power > 0)
         better = gain > best
-        best[better] = gain[better]
+        best[better], chosen[better] = gain[better], factor
         scales[better] = along[better] / power[better]
-        codes[better] = (tried[better] + zero).astype(np.uint8)
+    _rounded(relative, chosen[..., None], zero, tried)
+    np.add(tried, zero, out=codes, casting="unsafe")
+
+
+def _rounded(relative: np.ndarray, factor: np.ndarray | np.float32, zero: int, out: np.ndarray) -> None:
+    """Fill `out` with the integers next to `relative` · `factor` that codes around `zero` hold."""
+    np.multiply(relative, factor, out=out)
+    np.rint(out, out=out)
+    np.clip(out, -zero, zero - 1, out=out)

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from mllm_edge.errors import TimedOutError
 from mllm_edge.runtime.decode.decoder import Decoder
 from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.decode.generate import generate, prefill
@@ -18,11 +19,12 @@ from mllm_edge.runtime.prompt.embedder import Embedder
 from mllm_edge.runtime.prompt.processor import Prompt
 from mllm_edge.runtime.prompt.tokenizer import StopStrings, StreamDecoder, Tokenizer
 from mllm_edge.runtime.recall import Reused
+from mllm_edge.runtime.stopping import Stopping
 from mllm_edge.runtime.trace import Metrics, Trace
 
-__all__ = ["Call", "Chunk", "FinishReason", "Pace", "Result", "answer", "begin"]
+__all__ = ["Call", "Chunk", "FinishReason", "Pace", "Result", "answer", "begin", "unanswered"]
 
-FinishReason = Literal["stop", "stop_string", "length"]
+FinishReason = Literal["stop", "stop_string", "length", "timeout"]
 
 # The cache grows in steps of this many positions, so that similar prompts share one allocation.
 _CAPACITY_STEP = 256
@@ -34,8 +36,8 @@ class Result:
     whitespace it begins with (unless the prompt was raw).
 
     `logprobs`: of each of them, where they are asked for. `finish_reason`: stop (the model ended, or a guide did),
-    stop_string, or length (max_new_tokens or the context is used up; the text is then the beginning of one that a guide
-    allows).
+    stop_string, length (max_new_tokens or the context is used up), or timeout (the answer is as long as its time was).
+    By the last two a guided text is the beginning of one that is allowed.
     """
 
     text: str
@@ -91,8 +93,8 @@ class Pace:
 @dataclass(frozen=True)
 class Call:
     """What is asked: the prompt, how tokens are chosen, and what ends the answer. `lead`: whitespace before the answer
-    is none of it; where the prompt is raw, the answer goes on with its text. `guided`: the text is a guide's. `reuse`:
-    see `VLM.stream`."""
+    is none of it; where the prompt is raw, the answer goes on with its text. `reuse`: see `VLM.stream`; `guided`: the
+    text is a guide's; `stopping`: when it ends whatever it has done by then."""
 
     prompt: Prompt
     sampler: Sampler | Scoring
@@ -104,6 +106,7 @@ class Call:
     lead: bool = True
     reuse: bool = False
     guided: bool = False
+    stopping: Stopping = field(default_factory=Stopping)
     pace: Pace = field(default_factory=Pace)
 
 
@@ -125,6 +128,7 @@ def answer(
     times: list[float] = []
     texts: list[str] = []
     begun, told = _Begun(" \n" if call.guided else None) if call.lead else str, 0
+    reason: FinishReason = "stop"
     try:
         for token in generate(decoder, embed, encoded, call.sampler, call.stop_ids, most, trace, call.guesser):
             if reused is not None and not ids:
@@ -142,21 +146,28 @@ def answer(
             yield chunk if chunk.text else None
         else:
             with trace.span("detokenize"):
-                rest = text.flush()
-                # Half a character that was cut is no part of what a guide allows.
-                rest = rest.rstrip("\ufffd") if call.guided and len(ids) == most else rest
+                rest = _rest(text, call.guided and len(ids) == most)
                 tail = begun(stops.push(rest) + stops.flush())
             texts.append(tail)
+    except TimedOutError:
+        tail, reason = begun(stops.push(_rest(text, call.guided)) + stops.flush()), "timeout"
+        texts.append(tail)
     finally:
         if reused is not None:
             reused.held(ids)
-    reason: FinishReason = "length" if len(ids) == most and not call.sampler.ended else "stop"
+    if reason != "timeout":
+        reason = "length" if len(ids) == most and not call.sampler.ended else "stop"
     if stops.matched is not None:
         reason = "stop_string"
     held = (0 if decoder.cache is None else decoder.cache.nbytes) + sum(a.nbytes for a in encoded.cross.values())
     metrics = _metrics(call, times, held, 0 if reused is None else reused.count)
     scored = tuple(call.sampler.scores[: len(ids)]) if isinstance(call.sampler, Scoring) else ()
     yield Chunk(tail, (), Result("".join(texts), tuple(ids), reason, metrics, scored), scored[told:])
+
+
+def unanswered(call: Call) -> Chunk:
+    """The only piece of an answer whose time was over before its first token."""
+    return Chunk("", (), Result("", (), "timeout", _metrics(call, (), 0, 0)))
 
 
 def begin(prompt: Encoded | Reused, decoder: Decoder, room: int, trace: Trace) -> tuple[Encoded, Reused | None]:
@@ -169,10 +180,15 @@ def begin(prompt: Encoded | Reused, decoder: Decoder, room: int, trace: Trace) -
         prompt.resume(room)
     *first, last = prompt.pieces
     for piece in first:
-        with trace.span("prefill"):
-            prefill(decoder, prompt.encoded.piece(piece), len(prompt.encoded))
-            prompt.ran(piece.stop)
+        prefill(decoder, prompt.encoded.piece(piece), len(prompt.encoded), trace)
+        prompt.ran(piece.stop)
     return prompt.encoded.piece(last), prompt
+
+
+def _rest(text: StreamDecoder, guided: bool) -> str:
+    """What is left of a text, without half a character that was cut where a guide allows whole ones."""
+    rest = text.flush()
+    return rest.rstrip("\ufffd") if guided else rest
 
 
 class _Begun:

@@ -24,6 +24,7 @@ from mllm_edge.runtime.options import MAX_NEW_TOKENS
 from mllm_edge.runtime.prompt.processor import Messages, Processor, Prompt
 from mllm_edge.runtime.prompt.sources import Source
 from mllm_edge.runtime.scoring import Sought
+from mllm_edge.runtime.stopping import Cancel, Stopping
 from mllm_edge.runtime.trace import Trace
 from mllm_edge.spec import GenerationDefaults, ModelSpec
 
@@ -75,13 +76,16 @@ class Asking:
         speculation: int = 0,
         logprobs: int | None = None,
         reuse: bool | None = None,
+        cancel: Cancel | None = None,
+        timeout: float | None = None,
         trace: Trace | None = None,
     ) -> Call:
         """The call that `VLM.stream` makes of its options, which says what they mean and what is raised."""
+        stopping = Stopping(cancel, timeout)
         self._check_speculation(speculation)
         own = self.defaults
         max_new_tokens = whole("max_new_tokens", first(max_new_tokens, own.max_new_tokens, MAX_NEW_TOKENS), 1)
-        trace = given_trace(trace)
+        trace = _stopped(trace, stopping)
         params = SamplingParams(
             temperature,
             first(top_k, own.top_k, 0),
@@ -112,8 +116,8 @@ class Asking:
         chooser = Sampler(params, ids, rules, constraint)
         sampler = chooser if logprobs is None else Scoring(chooser, whole("logprobs", logprobs, 0, MOST_ALTERNATIVES))
         lead = not raw and (constraint is None or constraint.lead)
-        reused = _reused(processed, reuse)
-        return Call(processed, sampler, ends, stops, most, trace, guesser, lead, reused, guide is not None)
+        reused, guided = _reused(processed, reuse), guide is not None
+        return Call(processed, sampler, ends, stops, most, trace, guesser, lead, reused, guided, stopping)
 
     def sought(
         self,
@@ -123,18 +127,19 @@ class Asking:
         end: Sequence[int],
         raw: bool,
         reuse: bool | None,
+        stopping: Stopping,
         trace: Trace | None,
     ) -> Sought:
         """What `VLM.score_answers` makes of its options, which says what they mean and what is raised; the tokens `end`
         end each answer."""
-        trace = given_trace(trace)
+        trace = _stopped(trace, stopping)
         with trace.span("preprocess"):
             processed = self._process(prompt, images, raw)
             tokens = [np.array((*self.processor.answer_tokens(processed, text, raw), *end)) for text in answers]
         if not tokens:
             raise OptionError("there are no answers to score", "give one or more: answers=[…]")
         paired = tuple(zip(answers, tokens, strict=True))
-        sought = Sought(processed, paired, _reused(processed, reuse), trace)
+        sought = Sought(processed, paired, _reused(processed, reuse), trace, stopping)
         if sought.longest > self._room(processed):
             raise ContextError(f"an answer of {sought.longest} tokens does not fit behind the prompt", "shorten it")
         return sought
@@ -171,6 +176,13 @@ class Asking:
             f"the context holds {self.context_length}: {wanted - self.context_length} too many",
             fix,
         )
+
+
+def _stopped(trace: Trace | None, stopping: Stopping) -> Trace:
+    """The caller's trace, or a new one, that ends the call in time."""
+    trace = given_trace(trace)
+    trace.check = stopping.check
+    return trace
 
 
 def _reused(prompt: Prompt, reuse: bool | None) -> bool:

@@ -57,6 +57,7 @@ class Components:
         """The outputs of some stages, by component, when the first are `given` these."""
         known, found = dict(given), dict[str, Arrays]()
         for stage in stages:
+            trace.check()
             with trace.span(stage.component):
                 outputs = self._run(stage.component, {name: known[name] for name in self._inputs[stage.component]})
             known |= outputs

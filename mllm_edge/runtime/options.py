@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
+from mllm_edge.runtime.stopping import Cancel
 from mllm_edge.runtime.trace import Trace
 
 __all__ = ["MAX_NEW_TOKENS", "CallOptions", "Options"]
@@ -35,6 +36,8 @@ class CallOptions(TypedDict, total=False):
     speculation: int
     logprobs: int | None
     reuse: bool | None
+    cancel: Cancel | None
+    timeout: float | None
     trace: Trace | None
 
 

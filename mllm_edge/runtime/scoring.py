@@ -12,6 +12,7 @@ from mllm_edge.runtime.decode.scores import AnswerScore, answer_scores
 from mllm_edge.runtime.prompt.embedder import Embedder
 from mllm_edge.runtime.prompt.processor import Prompt
 from mllm_edge.runtime.recall import Recall
+from mllm_edge.runtime.stopping import Stopping
 from mllm_edge.runtime.trace import Trace
 
 __all__ = ["Sought", "scored"]
@@ -20,12 +21,13 @@ __all__ = ["Sought", "scored"]
 @dataclass(frozen=True)
 class Sought:
     """Answers whose likelihood is asked for, each with its token ids [n], and the prompt they stand behind. `reuse`:
-    see `VLM.stream`."""
+    see `VLM.stream`; `stopping`: when the call ends, whatever it has done by then."""
 
     prompt: Prompt
     answers: tuple[tuple[str, np.ndarray], ...]
     reuse: bool
     trace: Trace
+    stopping: Stopping
 
     @property
     def longest(self) -> int:
@@ -37,8 +39,8 @@ def scored(sought: Sought, recall: Recall, decoder: Decoder, embed: Embedder) ->
     """The score of each answer, in order."""
     found = (recall.reused if sought.reuse else recall.encode)(sought.prompt, sought.trace)
     rest, reused = begin(found, decoder, sought.longest, sought.trace)
-    with sought.trace.span("prefill"):
-        (first,) = prefill(decoder, rest, len(found if isinstance(found, Encoded) else found.encoded))
+    whole = len(found if isinstance(found, Encoded) else found.encoded)
+    (first,) = prefill(decoder, rest, whole, sought.trace)
     assert isinstance(first, np.ndarray)
     with sought.trace.span("decode"):
         scores = answer_scores(decoder, embed, first, sought.answers)

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -57,13 +57,19 @@ class _Running:
         self._trace.add(self._name, self._begin, time.perf_counter())
 
 
+def _go_on() -> None:
+    """What ends no call."""
+
+
 @dataclass
 class Trace:
-    """Collects spans, those of a call by the names in STAGES, and `counts` of what happened within them."""
+    """Collects spans, those of a call by the names in STAGES, and `counts` of what happened within them. `check` is
+    called before each run of a component, and raises where the call is to end."""
 
     spans: list[Span] = field(default_factory=list)
     origin: float = field(default_factory=time.perf_counter)
     counts: Counter[str] = field(default_factory=Counter)
+    check: Callable[[], None] = field(default=_go_on, repr=False, compare=False)
 
     def span(self, name: str) -> AbstractContextManager[None]:
         """Time the body of a `with` statement."""

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 
 from mllm_edge.errors import BusyError, ClosedError, GivenUpError
+from mllm_edge.runtime.stopping import Stopping
 
 __all__ = ["Turn", "Turns", "native"]
 
@@ -54,12 +55,12 @@ class Turns:
             if not wait and holder is not None and (holder.thread != threading.get_ident() or len(self._queue) > 1):
                 raise _busy()
 
-    def take(self, turn: Turn, wait: bool = True) -> None:
+    def take(self, turn: Turn, wait: bool = True, stopping: Stopping | None = None) -> None:
         """Wait until all turns that were taken before are released; an answer that this thread has begun and not
         finished is given up first, for it would never end.
 
         Raises ClosedError, also while it waits; BusyError without `wait`, and for a call from within another one of
-        this thread, such as from a signal's handler.
+        this thread, such as from a signal's handler; what `stopping` raises.
         """
         with self._lock:
             self.check()
@@ -78,7 +79,10 @@ class Turns:
                 raise _busy()
             self._queue[turn.number] = weakref.ref(turn, partial(self._remove, turn.number))
             self._grant()
-        turn.granted.acquire()
+        stopping = stopping or Stopping()
+        with stopping.waiting(partial(_open, weakref.ref(turn))) as seconds:
+            turn.granted.acquire(timeout=seconds)
+        stopping.check()
         self.check()
 
     def release(self, turn: Turn) -> None:
@@ -125,7 +129,7 @@ class Turns:
             native.leave()
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
+    def turn(self, stopping: Stopping | None = None) -> Iterator[None]:
         """A turn for the body, or within an unfinished answer of this thread that answer's."""
         holder = self._holder()
         if holder is not None and holder.thread == threading.get_ident() and not holder.depth:
@@ -134,11 +138,22 @@ class Turns:
             return
         turn = Turn()
         try:
-            self.take(turn)
+            self.take(turn, True, stopping)
             with self.working(turn):
                 yield
         finally:
             self.release(turn)
+
+    @property
+    def queued(self) -> int:
+        """Calls that have their turn, or wait for it."""
+        with self._lock:
+            return len(self._queue)
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
 
     def close(self) -> None:
         """Refuse all calls from now on, those that wait too; returns when nobody works any more, but for this thread:

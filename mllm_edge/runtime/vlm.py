@@ -15,8 +15,8 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from mllm_edge.bundle import CHAT_TEMPLATE, Bundle
-from mllm_edge.errors import ClosedError, PromptError
-from mllm_edge.runtime.answer import Call, Chunk, Result, answer
+from mllm_edge.errors import CancelledError, ClosedError, PromptError, TimedOutError
+from mllm_edge.runtime.answer import Call, Chunk, Result, answer, unanswered
 from mllm_edge.runtime.arguments import given_trace, graph_input, image_sizes_of, named
 from mllm_edge.runtime.asking import Asking
 from mllm_edge.runtime.backends.base import Backend, Keeping, Session
@@ -31,8 +31,10 @@ from mllm_edge.runtime.decode.scores import AnswerScore
 from mllm_edge.runtime.encode import Components, encoded
 from mllm_edge.runtime.encoded_image import load_encoded, save_encoded
 from mllm_edge.runtime.guiding import Guiding
+from mllm_edge.runtime.health import Health, Record, State
 from mllm_edge.runtime.limits import TILES_PER_RUN
 from mllm_edge.runtime.log import logger
+from mllm_edge.runtime.machine.cpu import resident
 from mllm_edge.runtime.machine.threads import Spin, Threads
 from mllm_edge.runtime.numbers import whole
 from mllm_edge.runtime.options import CallOptions, Options
@@ -44,6 +46,7 @@ from mllm_edge.runtime.prompt.stage_text import StageTokens
 from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
 from mllm_edge.runtime.recall import PREFIX_CACHE, Recall
 from mllm_edge.runtime.scoring import scored
+from mllm_edge.runtime.stopping import Cancel, Stopping
 from mllm_edge.runtime.trace import Trace
 from mllm_edge.runtime.turns import Turn, Turns, native
 from mllm_edge.spec import ENCODED
@@ -52,6 +55,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["VLM", "Chunk", "Result"]
+
+_WARM_UP = "What is in the picture?"
 
 
 class VLM:
@@ -108,6 +113,7 @@ class VLM:
         parts = self._components, self._arrays, self.embed, self._decoder
         self._remembered: Recall | None = Recall(*parts, image_cache, prefix_cache)
         free = weakref.WeakMethod(self._free)  # without a circle: a VLM that is dropped goes at once
+        self._record = Record()
         self._turns = Turns(lambda: _call(free()))
         native.watch()
 
@@ -195,6 +201,21 @@ class VLM:
         next token, and is waited for. A second `close` does nothing."""
         self._turns.close()
 
+    def warm_up(self, image_size: tuple[int, int] | None = None) -> Result:
+        """Answer once, so that the first question takes no longer than later ones: pages of the weights are read,
+        engines are ready. `image_size`: (height, width) in px of the pictures to come; without it a model that takes
+        images sees one of 512 × 512. Raises as `stream` does."""
+        height, width = image_size or (512, 512)
+        images = [] if self.spec.image is None else [np.zeros((height, width, 3), np.uint8)]
+        return self.generate(_WARM_UP, images, max_new_tokens=2, ignore_eos=True)
+
+    def health(self) -> Health:
+        """How the model fares; never waits."""
+        queued, record = self._turns.queued, self._record
+        state: State = "closed" if self._turns.closed else "busy" if queued else "ready"
+        counts = record.done, record.failed, record.stopped
+        return Health(state, max(queued - 1, 0), record.running, *counts, record.last_error, resident())
+
     def _free(self) -> None:
         self._sessions.clear()
         self._remembered = None
@@ -227,23 +248,25 @@ class VLM:
         `temperature` 0 is greedy. `stop`: strings that end the answer and are not part of it; `stop_token_ids`: tokens,
         beside the model's own. `schema` (a dict, JSON, or a class with pydantic's `model_json_schema`), `regex`,
         `choices` (some strings) or `grammar` (Lark's syntax): what the whole answer must be, with `[guidance]`
-        installed; what it does not allow gets no probability. An answer that max_new_tokens cuts is the beginning of
-        such a one. `max_thinking_tokens`: the most between the model's thinking tokens, whose second one is then
-        written for it (`thinking_end`: its name, where it is none that is known); what guides an answer begins behind.
-        `raw`: the prompt is rendered already, with one image placeholder per image. `ignore_eos`: go on after the
-        model's end, for measurements of one length. `speculation`: the most tokens (0 to 15) that are guessed from the
-        prompt and the answer so far, or are certain by what guides it, and checked by the decoder in one step: the
-        tokens are the same, but for ties that rounding decides, which may differ with the width of a step. `logprobs`:
-        pieces and result tell how likely the model held each token, with so many alternatives (0 to 100). `reuse`: what
-        earlier calls with `reuse` left of a prompt that begins like this one is not run again; None: where an image is
-        an encoded one. Sums are then rounded in another order, and where activations are quantized by the run (int8) an
-        answer may be another. `trace` gets the call's spans; it must be new. `wait` False: raise BusyError where
-        another call has its turn.
+        installed; what it does not allow gets no probability. An answer that is cut is the beginning of such a one.
+        `max_thinking_tokens`: the most between the model's thinking tokens, whose second one is then written for it
+        (`thinking_end`: its name, where it is none that is known); what guides an answer begins behind. `raw`: the
+        prompt is rendered already, with one image placeholder per image. `ignore_eos`: go on after the model's end, for
+        measurements of one length. `speculation`: the most tokens (0 to 15) that are guessed from the prompt and the
+        answer so far, and checked by the decoder in one step: the tokens are the same, but for ties that rounding
+        decides, which may differ with the width of a step. `logprobs`: pieces and result tell how likely the model held
+        each token, with so many alternatives (0 to 100). `reuse`: what earlier calls with `reuse` left of a prompt that
+        begins like this one is not run again; None: where an image is an encoded one. Sums are then rounded in another
+        order, and where activations are quantized by the run (int8) an answer may be another. `cancel`: another thread
+        ends the call with it, before the next run of a component, piece of a long prompt, or token. `timeout`: seconds
+        from the call on, after which the answer ends likewise, with what there is of it; waiting for other calls
+        counts, and so does the time that the caller keeps a piece. `trace` gets the call's spans; it must be new.
+        `wait` False: raise BusyError where another call has its turn.
 
         Raises PromptError, ImageError, ContextError (too many tokens), OptionError,
         BackendError (speculation is more than the decoder's engine was built for, or llguidance is missing),
         BundleError (a tokenizer that cannot be guided), ClosedError; while the pieces come also GivenUpError (this
-        thread has begun another call), and OptionError where a guide turns out to lead nowhere.
+        thread has begun another call), CancelledError, and OptionError where a guide turns out to lead nowhere.
         """
         self._turns.check(wait)
         with self._turns.working():
@@ -259,20 +282,23 @@ class VLM:
         ended: bool = False,
         raw: bool = False,
         reuse: bool | None = None,
+        cancel: Cancel | None = None,
+        timeout: float | None = None,
         trace: Trace | None = None,
         wait: bool = True,
     ) -> list[AnswerScore]:
         """How likely each of some answers is: the prompt is run once, then each answer's tokens in one step. An answer
         is written as the model would begin it: with a blank before it where the prompt ends in a text without one.
 
-        `ended`: the end of the answer counts, too. The others are as in `stream`. Raises as `stream` does, and
-        OptionError for no answers, or an empty one.
+        `ended`: the end of the answer counts, too. The others are as in `stream`. Raises as `stream` does, OptionError
+        for no answers, or an empty one, and TimedOutError.
         """
         self._turns.check(wait)
         with self._turns.working():
             end = sorted(self.stop_ids)[:1] if ended else ()
-            sought = self._asking.sought(prompt, images, answers, end, raw, reuse, trace)
-        with self._turns.turn(), self._whole_or_forgotten():
+            stopping = Stopping(cancel, timeout)
+            sought = self._asking.sought(prompt, images, answers, end, raw, reuse, stopping, trace)
+        with self._turns.turn(stopping), self._record.call(), self._whole_or_forgotten():
             return scored(sought, self._recall, self.decoder, self.embed)
 
     def count_tokens(self, prompt: Messages, image_sizes: Sequence[tuple[float, ...]] = ()) -> int:
@@ -311,19 +337,27 @@ class VLM:
         self._require_images(prompt)
         return self.encode_and_outputs(prompt, trace)[1]
 
-    def encode_image(self, image: Source, trace: Trace | None = None) -> EncodedImage:
+    def encode_image(
+        self,
+        image: Source,
+        trace: Trace | None = None,
+        *,
+        cancel: Cancel | None = None,
+        timeout: float | None = None,
+    ) -> EncodedImage:
         """Look at an image (or a video) once, for any number of prompts: the value stands for it wherever an image may.
         `save_image` writes it to a file, `load_image` reads that.
 
-        Raises as `stream` does for images."""
-        trace = given_trace(trace)
+        Raises as `stream` does for images, and TimedOutError."""
+        trace, stopping = given_trace(trace), Stopping(cancel, timeout)
+        trace.check = stopping.check
         if isinstance(image, EncodedImage):
             return image
         with self._turns.working(), trace.span("preprocess"):
             keeps = self.spec.image is not None and self.spec.image.seen_together
             source = load_image(image) if keeps and not isinstance(image, Video) else None
             shown = self.processor.show(image if source is None else source)
-        with self._turns.turn():
+        with self._turns.turn(stopping), self._record.call():
             return EncodedImage(source, self._recall.look(shown, trace), self.identity)
 
     def save_image(self, image: EncodedImage, path: str | os.PathLike[str]) -> None:
@@ -404,29 +438,37 @@ class VLM:
         """An answer's pieces, each made within the call's turn; the turn ends before the last one is handed out."""
         turn, pieces = Turn(), self._pieces(call)
         try:
-            with call.pace.waiting():
-                self._turns.take(turn, wait)
-            finished = False
-            while not finished:
-                try:
-                    self._turns.enter(turn)
-                    piece = next(pieces)
-                finally:
-                    self._turns.leave(turn)
-                if piece is None:
-                    continue
-                finished = piece.result is not None
-                if finished:
-                    self._keep()
-                    self._turns.release(turn)
-                    _log(piece.result)
-                call.pace.hand_out()
-                yield piece
-                call.pace.take_back()
+            try:
+                with call.pace.waiting():
+                    self._turns.take(turn, wait, call.stopping)
+            except TimedOutError:
+                yield unanswered(call)
+                return
+            with self._record.call():
+                yield from self._taken(call, turn, pieces)
         finally:
             self._turns.release(turn)
             with native.section():
                 pieces.close()
+
+    def _taken(self, call: Call, turn: Turn, pieces: Iterator[Chunk | None]) -> Iterator[Chunk]:
+        finished = False
+        while not finished:
+            try:
+                self._turns.enter(turn)
+                piece = next(pieces)
+            finally:
+                self._turns.leave(turn)
+            if piece is None:
+                continue
+            finished = piece.result is not None
+            if finished:
+                self._keep()
+                self._turns.release(turn)
+                _log(piece.result)
+            call.pace.hand_out()
+            yield piece
+            call.pace.take_back()
 
     def _keep(self) -> None:
         """What the first answer made engines compile stays, however this process ends."""
@@ -442,6 +484,8 @@ class VLM:
         """Whatever comes in the midst of a step may leave things half done."""
         try:
             yield
+        except (CancelledError, TimedOutError):  # between two runs
+            raise
         except BaseException:
             if self._decoder is not None:
                 self._decoder.forget()
@@ -451,7 +495,9 @@ class VLM:
         try:
             prompt = (self._recall.reused if call.reuse else self._recall.encode)(call.prompt, call.trace)
             yield from answer(call, prompt, self.decoder, self.embed, self.tokenizer, self.context_length)
-        except GeneratorExit:  # it was abandoned between two pieces
+        except TimedOutError:
+            yield unanswered(call)
+        except (GeneratorExit, CancelledError):  # it was abandoned between two pieces or runs
             raise
         except BaseException:  # whatever came in the midst of a step may have left things half done
             if self._decoder is not None:

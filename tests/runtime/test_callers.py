@@ -195,7 +195,9 @@ def test_an_error_passes_the_turn_on_and_the_next_answer_is_right(vlm: VLM) -> N
             assert answer() == expected
 
 
-@pytest.mark.parametrize("part", ["turns.py", "vlm.py", "answer.py", "decoder.py", "onnxruntime_cpu.py", "state.py"])
+@pytest.mark.parametrize(
+    "part", ["turns.py", "vlm.py", "answer.py", "health.py", "decoder.py", "onnxruntime_cpu.py", "state.py"]
+)
 def test_an_exception_anywhere_leaves_a_model_that_answers_right(vlm: VLM, part: str) -> None:
     """As a signal's handler raises it, where a function begins or before a line."""
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mllm_edge.export.checkpoint.safetensors import Weights
+from mllm_edge.graph.chunks import for_each_chunk
 from mllm_edge.graph.decoder_spec import Branch, DecoderSpec, EncoderSpec
 
 __all__ = ["EvenedWeights"]
@@ -157,13 +158,23 @@ def _branches(spec: DecoderSpec | EncoderSpec) -> Iterator[tuple[int, Branch]]:
 
 
 def _changed(tensor: np.ndarray, change: _Change) -> np.ndarray:
-    tensor = tensor + np.float32(change.offset)
-    if change.rows is not None:
-        rows = change.rows()
-        tensor = tensor * (rows[:, None] if tensor.ndim == 2 else rows)
-    if change.columns is not None:
-        tensor = tensor * change.columns()
-    return tensor - np.float32(change.offset)
+    """The tensor in its own place: it is a copy that nobody else reads."""
+    rows = None if change.rows is None else change.rows()
+    columns = None if change.columns is None else change.columns()
+    if change.offset:
+        tensor += np.float32(change.offset)
+
+    def work(start: int, stop: int) -> None:
+        part = tensor[start:stop]
+        if rows is not None:
+            part *= rows[start:stop].reshape(-1, *[1] * (tensor.ndim - 1))
+        if columns is not None:
+            part *= columns
+
+    for_each_chunk(len(tensor), tensor[0].size, work)
+    if change.offset:
+        tensor -= np.float32(change.offset)
+    return tensor
 
 
 def _halfway(inputs: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -178,13 +189,29 @@ def _halfway(inputs: np.ndarray, columns: np.ndarray) -> np.ndarray:
 
 def _columns(weights: Sequence[np.ndarray]) -> np.ndarray:
     """Root mean square [K] of the columns of all weights [N, K] together."""
-    squares = sum(np.einsum("nk,nk->k", weight, weight) for weight in weights)
+    squares = np.zeros(weights[0].shape[1], np.float32)
+    for weight in weights:
+        parts = dict[int, np.ndarray]()
+
+        def work(start: int, stop: int, of: np.ndarray = weight, into: dict[int, np.ndarray] = parts) -> None:
+            into[start] = np.einsum("nk,nk->k", of[start:stop], of[start:stop])
+
+        for_each_chunk(len(weight), weight.shape[1], work)
+        for start in sorted(parts):  # whatever thread was first, the sum is the same
+            squares += parts[start]
     return np.sqrt(squares / sum(len(weight) for weight in weights))
 
 
 def _rows(weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """Norm [N] of a weight's rows for inputs that are `scale` [K] large."""
-    return np.linalg.norm(weight * scale, axis=1)
+    norms = np.empty(len(weight), np.float32)
+
+    def work(start: int, stop: int) -> None:
+        part = weight[start:stop] * scale
+        norms[start:stop] = np.sqrt(np.einsum("nk,nk->n", part, part))
+
+    for_each_chunk(len(weight), weight.shape[1], work)
+    return norms
 
 
 def _inverse(factors: Read) -> Read:

@@ -40,15 +40,19 @@ def _whole_spans(spans: np.ndarray, start: int, end: int) -> int:
     return int(inside[0]) if inside[0] > start else int(inside[-1]) + 1
 
 
-def prefill(decoder: Decoder, prompt: Encoded, length: int, top: bool = False) -> Sequence[np.ndarray | TopLogits]:
-    """Append a prompt, or a part of it, in chunks; the last token's logits, or the `top` of them. `length`: see
-    `Decoder.forward`."""
+def prefill(
+    decoder: Decoder, prompt: Encoded, length: int, trace: Trace, top: bool = False
+) -> Sequence[np.ndarray | TopLogits]:
+    """Append a prompt, or a part of it, in chunks, each a span; the last token's logits, or the `top` of them.
+    `length`: see `Decoder.forward`."""
     cache, rows = decoder.cache, list[np.ndarray | TopLogits]()
     assert cache is not None, "reset() comes first"
     deepest = None if decoder.deepest is None else decoder.deepest - cache.length
     for piece in chunks(len(prompt), PREFILL_CHUNK, prompt.spans, deepest):
-        part = prompt.piece(piece)
-        rows = [*decoder.top_logits(part, length)] if top else [decoder.forward(part, length)]
+        trace.check()
+        with trace.span("prefill"):
+            part = prompt.piece(piece)
+            rows = [*decoder.top_logits(part, length)] if top else [decoder.forward(part, length)]
     return rows
 
 
@@ -70,18 +74,17 @@ def generate(
 
     `guesser`: a step also runs what it guesses, and tokens that come as guessed take no step of their own. The sampler
     sees the same rows of logits in the same order (but for rounding, which may differ with a step's width), so the
-    tokens are the same. Counts: `guessed` tokens, and those `accepted`. Raises OptionError where the decoder's state
-    cannot be taken back.
+    tokens are the same. Rows that the sampler does not look at are not projected. Counts: `guessed` tokens, and those
+    `accepted`. Raises OptionError where the decoder's state cannot be taken back.
     """
     check_speculation(int(guesser is not None), decoder.rewindable)
-    rows: Sequence[np.ndarray | TopLogits | None] | np.ndarray = []
-    with trace.span("prefill"):
-        cache = decoder.cache
-        assert cache is not None, "reset() comes first"
-        # Where the sampler needs no more of them than the session finds, the logits stay on the device.
-        top_suffices = sampler.needs is not None and sampler.needs < decoder.top
-        length = cache.length + len(prompt) if prompt.end is None else prompt.end
-        rows = prefill(decoder, prompt, length, top_suffices)
+    rows: Sequence[np.ndarray | TopLogits | None] | np.ndarray
+    cache = decoder.cache
+    assert cache is not None, "reset() comes first"
+    # Where the sampler needs no more of them than the session finds, the logits stay on the device.
+    top_suffices = sampler.needs is not None and sampler.needs < decoder.top
+    length = cache.length + len(prompt) if prompt.end is None else prompt.end
+    rows = prefill(decoder, prompt, length, trace, top_suffices)
     produced, guess = 0, list[int]()
     while True:
         for row, guessed in zip(rows, [*guess, None], strict=True):
@@ -99,6 +102,7 @@ def generate(
                 break
             cache.extend(1)
             trace.count("accepted")
+        trace.check()
         with trace.span("decode"):
             guess = [] if guesser is None else _guess(guesser, decoder, stop_ids, max_new_tokens - produced - 1)
             embeds = embed(np.array([token, *guess]))

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-__all__ = ["give_back_memory", "peak_rss", "physical_cores", "cpu_name"]
+__all__ = ["cpu_name", "give_back_memory", "peak_rss", "physical_cores", "resident"]
 
 _STATUS = Path("/proc/self/status")
 
@@ -33,17 +33,28 @@ def cpu_name() -> str:
 
 def peak_rss() -> int:
     """Peak resident memory of this process in bytes; 0 where it cannot be read."""
-    if _STATUS.is_file():  # what getrusage tells may be the parent's peak, if that was larger
-        lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
-        told = next((line for line in lines if line.startswith("VmHWM:")), None)
-        if told is not None:
-            return 1024 * int(told.split()[1])
+    told = _status("VmHWM:")  # what getrusage tells may be the parent's peak, if that was larger
+    if told:
+        return told
     try:
         import resource
     except ImportError:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident() -> int:
+    """Resident memory of this process in bytes; 0 where it cannot be read."""
+    return _status("VmRSS:")
+
+
+def _status(name: str) -> int:
+    """Bytes that the system tells of this process under that name; 0 where it does not."""
+    if not _STATUS.is_file():
+        return 0
+    lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(name)), 0)
 
 
 def give_back_memory() -> None:

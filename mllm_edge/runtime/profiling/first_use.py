@@ -7,7 +7,6 @@ uses a tokenizer and a picture.
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -15,10 +14,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from mllm_edge.install import install_hint
+from mllm_edge.runtime.machine.cpu import resident
 
 __all__ = ["first_use"]
 
-_STATUS = Path("/proc/self/status")
 _SECONDS = 60  # far more than a slow board takes
 
 
@@ -39,17 +38,14 @@ def _measure() -> int:
     from mllm_edge.runtime.profiling.roofline import product_graph
 
     ort, size = import_onnxruntime(install_hint("cpu")), 8
-    before = _resident()
+    before = resident()
+    if not before:
+        sys.exit("the system does not tell how much memory a process has")
     session = ort.InferenceSession(product_graph("float32", size), providers=["CPUExecutionProvider"])
     session.run(None, {"rows": np.ones((size, size), np.float32)})
     Tokenizer.from_str(Tokenizer(BPE()).to_str()).encode("a")
     Image.new("RGB", (size, size)).resize((2 * size, 2 * size), Image.Resampling.LANCZOS)
-    return _resident() - before
-
-
-def _resident() -> int:
-    lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
+    return resident() - before
 
 
 if __name__ == "__main__":
