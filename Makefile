@@ -61,7 +61,7 @@ $(TORCH_STAMP): | $(BIN)/python
 	touch $@
 
 $(INSTALLED): pyproject.toml $(TORCH_STAMP)
-	$(PIP) install -e ".[export,cpu,rtx,test]"
+	$(PIP) install -e ".[export,cpu,guidance,rtx,test]"
 	touch $@
 
 $(TORCHVISION): $(INSTALLED)

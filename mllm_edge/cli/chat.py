@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mllm_edge.cli.guiding import guide_of, guide_options
 from mllm_edge.cli.options import (
     context_cut,
     runtime_options,
@@ -43,6 +44,7 @@ _HELP = """/image FILE  attach an image to the next message; several are allowed
 @click.option("--system", metavar="TEXT", help="A system message before the conversation.")
 @video_options
 @sampling_options
+@guide_options
 @speculation_option
 @runtime_options
 @click.option("--quiet", is_flag=True, help="No rates on standard error.")
@@ -74,6 +76,7 @@ def command(
 
     setting: dict[str, Any] = {"threads": threads, "spin": spin, "affinity": affinity, "max_context": max_context}
     setting["fast_jpeg"] = fast_jpeg
+    guide_of(options)  # one at most
     unused = without_effect(options)
     if unused:
         note(unused)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mllm_edge.cli.guiding import guide_of, guide_options
 from mllm_edge.cli.options import (
     context_cut,
     json_option,
@@ -30,8 +31,9 @@ __all__ = ["command"]
 @click.option("--image", "images", multiple=True, metavar="FILE", help="An image, '-' for standard input; repeatable.")
 @video_options
 @click.option("--system", metavar="TEXT", help="A system message before the question.")
-@click.option("--choices", multiple=True, metavar="TEXT", help="Tell how likely this answer is; repeatable.")
+@click.option("--choices", "scored", multiple=True, metavar="TEXT", help="Tell how likely this answer is; repeatable.")
 @sampling_options
+@guide_options
 @speculation_option
 @click.option("--raw", is_flag=True, help="PROMPT is rendered already, with one image placeholder per image.")
 @runtime_options
@@ -46,7 +48,7 @@ def command(
     fps: float | None,
     frames: int | None,
     system: str | None,
-    choices: tuple[str, ...],
+    scored: tuple[str, ...],
     raw: bool,
     threads: int | None,
     spin: "Spin",
@@ -66,6 +68,9 @@ def command(
     """
     if raw and system is not None:
         raise click.UsageError("--system and --raw exclude each other: a raw prompt holds its system message itself")
+    guide = guide_of(options)
+    if guide and scored:
+        raise click.UsageError(f"{guide} and --choices exclude each other: with --choices no answer is made")
     if (fps or frames) and not videos:
         raise click.UsageError("--fps and --frames are of videos, and there is no --video")
     shown, text = _inputs((*images, *videos), prompt)
@@ -88,10 +93,12 @@ def command(
     with VLM.load(bundle, backend=backend, notice=note, trace=loading, **setting) as vlm:
         if context_cut(vlm, max_context):
             note(context_cut(vlm, max_context))
-        if choices:
-            _scores(vlm, messages, sources, choices, raw, as_json)
+        if scored:
+            _scores(vlm, messages, sources, scored, raw, as_json)
             return
         result = _answer(vlm, messages, sources, show=not as_json, raw=raw, **options)
+    if guide and result.finish_reason == "length":
+        note(f"cut short: not yet all of what {guide} asks for; raise --max-new-tokens")
     load = sum(span.seconds for span in loading.spans)
     if as_json:
         metrics = {**result.metrics.as_dict(), "load": load}

@@ -14,7 +14,7 @@ from mllm_edge.runtime.decode.encoded import Encoded
 from mllm_edge.runtime.decode.generate import generate, prefill
 from mllm_edge.runtime.decode.sampling import Sampler
 from mllm_edge.runtime.decode.scores import Scoring, TokenScore
-from mllm_edge.runtime.decode.speculation import PromptLookup
+from mllm_edge.runtime.decode.speculation import Guesser
 from mllm_edge.runtime.prompt.embedder import Embedder
 from mllm_edge.runtime.prompt.processor import Prompt
 from mllm_edge.runtime.prompt.tokenizer import StopStrings, StreamDecoder, Tokenizer
@@ -35,8 +35,9 @@ class Result:
     """A finished answer. `token_ids` are the tokens produced, without the stop token; `text` is theirs, without the
     whitespace it begins with (unless the prompt was raw).
 
-    `logprobs`: of each of them, where they are asked for. `finish_reason`: stop (the model ended), stop_string, length
-    (max_new_tokens or the context is used up), or timeout (the answer is as long as its time was).
+    `logprobs`: of each of them, where they are asked for. `finish_reason`: stop (the model ended, or a guide did),
+    stop_string, length (max_new_tokens or the context is used up), or timeout (the answer is as long as its time was).
+    By the last two a guided text is the beginning of one that is allowed.
     """
 
     text: str
@@ -91,9 +92,9 @@ class Pace:
 
 @dataclass(frozen=True)
 class Call:
-    """What is asked: the prompt, how tokens are chosen, and what ends the answer. `raw`: the answer goes on with the
-    prompt's own text, so that the whitespace between the two belongs to it. `reuse`: see `VLM.stream`; `stopping`: when
-    it ends whatever it has done by then."""
+    """What is asked: the prompt, how tokens are chosen, and what ends the answer. `lead`: whitespace before the answer
+    is none of it; where the prompt is raw, the answer goes on with its text. `reuse`: see `VLM.stream`; `guided`: the
+    text is a guide's; `stopping`: when it ends whatever it has done by then."""
 
     prompt: Prompt
     sampler: Sampler | Scoring
@@ -101,9 +102,10 @@ class Call:
     stops: StopStrings
     max_new_tokens: int
     trace: Trace
-    guesser: PromptLookup | None
-    raw: bool = False
+    guesser: Guesser | None
+    lead: bool = True
     reuse: bool = False
+    guided: bool = False
     stopping: Stopping = field(default_factory=Stopping)
     pace: Pace = field(default_factory=Pace)
 
@@ -125,7 +127,7 @@ def answer(
     ids: list[int] = []
     times: list[float] = []
     texts: list[str] = []
-    begun, told = str if call.raw else _Begun(), 0
+    begun, told = _Begun(" \n" if call.guided else None) if call.lead else str, 0
     reason: FinishReason = "stop"
     try:
         for token in generate(decoder, embed, encoded, call.sampler, call.stop_ids, most, trace, call.guesser):
@@ -144,16 +146,17 @@ def answer(
             yield chunk if chunk.text else None
         else:
             with trace.span("detokenize"):
-                tail = begun(stops.push(text.flush()) + stops.flush())
+                rest = _rest(text, call.guided and len(ids) == most)
+                tail = begun(stops.push(rest) + stops.flush())
             texts.append(tail)
     except TimedOutError:
-        tail, reason = begun(stops.push(text.flush()) + stops.flush()), "timeout"
+        tail, reason = begun(stops.push(_rest(text, call.guided)) + stops.flush()), "timeout"
         texts.append(tail)
     finally:
         if reused is not None:
             reused.held(ids)
     if reason != "timeout":
-        reason = "length" if len(ids) == most else "stop"
+        reason = "length" if len(ids) == most and not call.sampler.ended else "stop"
     if stops.matched is not None:
         reason = "stop_string"
     held = (0 if decoder.cache is None else decoder.cache.nbytes) + sum(a.nbytes for a in encoded.cross.values())
@@ -182,15 +185,21 @@ def begin(prompt: Encoded | Reused, decoder: Decoder, room: int, trace: Trace) -
     return prompt.encoded.piece(last), prompt
 
 
-class _Begun:
-    """The pieces of a text without the whitespace it begins with, which parts an answer from the prompt: a tokenizer's
-    first word brings a blank along, and many models begin with a new line."""
+def _rest(text: StreamDecoder, guided: bool) -> str:
+    """What is left of a text, without half a character that was cut where a guide allows whole ones."""
+    rest = text.flush()
+    return rest.rstrip("\ufffd") if guided else rest
 
-    def __init__(self) -> None:
-        self._begun = False
+
+class _Begun:
+    """The pieces of a text without the `whitespace` (None: any) that it begins with, which parts an answer from the
+    prompt: a tokenizer's first word brings a blank along, and many models begin with a new line."""
+
+    def __init__(self, whitespace: str | None) -> None:
+        self._whitespace, self._begun = whitespace, False
 
     def __call__(self, piece: str) -> str:
-        piece = piece if self._begun else piece.lstrip()
+        piece = piece if self._begun else piece.lstrip(self._whitespace)
         self._begun = self._begun or bool(piece)
         return piece
 

@@ -3,13 +3,15 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from mllm_edge.errors import OptionError
 from mllm_edge.runtime.arrays import in_cuda_memory, on_host
 from mllm_edge.runtime.numbers import number, whole
 from mllm_edge.runtime.prompt.tokenizer import StopStrings
 from mllm_edge.runtime.trace import Trace
 
-__all__ = ["first", "given_trace", "graph_input", "image_sizes_of", "named", "stop_strings"]
+__all__ = ["first", "given_trace", "graph_input", "image_sizes_of", "named", "stop_strings", "token_ids"]
 
 
 def given_trace(trace: Any) -> Trace:
@@ -68,3 +70,12 @@ def stop_strings(stop: Any) -> StopStrings:
     except (TypeError, ValueError) as error:
         what = str(error) if isinstance(error, ValueError) else f"stop: {stop!r:.60} is no list of strings"
         raise OptionError(what, "give stop as a string, or several in a list") from error
+
+
+def token_ids(name: str, ids: Any, vocab_size: int) -> list[int]:
+    """One token id or several, none for None; raises OptionError."""
+    if ids is None:
+        return []
+    if isinstance(ids, str) or not isinstance(ids, (int, np.integer, Iterable)):
+        raise OptionError(f"{name} must be a list of token ids, not {ids!r:.60}", f"give {name} as whole numbers")
+    return [whole(name, i, 0, vocab_size - 1) for i in (ids if isinstance(ids, Iterable) else [ids])]

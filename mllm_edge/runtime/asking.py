@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from mllm_edge.errors import BackendError, ContextError, OptionError, PromptError
 from mllm_edge.runtime.answer import Call
-from mllm_edge.runtime.arguments import first, given_trace, stop_strings
+from mllm_edge.runtime.arguments import first, given_trace, stop_strings, token_ids
+from mllm_edge.runtime.decode.constraint import ConstrainedGuesser
+from mllm_edge.runtime.decode.guide import guide_of
 from mllm_edge.runtime.decode.sampling import Sampler, SamplingParams
 from mllm_edge.runtime.decode.scores import Scoring
-from mllm_edge.runtime.decode.speculation import PromptLookup, check_speculation
+from mllm_edge.runtime.decode.speculation import Guesser, PromptLookup, check_speculation
 from mllm_edge.runtime.decode.token_rules import TokenRules
+from mllm_edge.runtime.guiding import Guiding
 from mllm_edge.runtime.limits import MOST_ALTERNATIVES
 from mllm_edge.runtime.numbers import whole
 from mllm_edge.runtime.options import MAX_NEW_TOKENS
@@ -33,7 +37,7 @@ Images = Source | Iterable[Source]
 class Asking:
     """Makes calls for one model. `defaults`: the checkpoint's own settings. A prompt and its answer have at most
     `context_length` tokens, and the decoder's engine holds `engine_context`; `rows`: tokens that a step checks at most,
-    where the decoder's state is `rewindable`."""
+    where the decoder's state is `rewindable`. `guiding`: makes the constraints."""
 
     model: ModelSpec
     processor: Processor
@@ -42,6 +46,7 @@ class Asking:
     engine_context: int
     rows: int
     rewindable: bool
+    guiding: Guiding
 
     def call(
         self,
@@ -59,6 +64,13 @@ class Asking:
         presence_penalty: float = 0.0,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
+        stop_token_ids: int | Sequence[int] | None = None,
+        schema: Mapping[str, Any] | str | Any = None,
+        regex: str | None = None,
+        choices: Sequence[str] | None = None,
+        grammar: str | None = None,
+        max_thinking_tokens: int | None = None,
+        thinking_end: str | None = None,
         raw: bool = False,
         ignore_eos: bool = False,
         speculation: int = 0,
@@ -85,19 +97,27 @@ class Asking:
             seed,
         )
         stops = stop_strings(first(stop, () if ignore_eos else own.stop_strings))
+        ends = {*(() if ignore_eos else stop_ids), *token_ids("stop_token_ids", stop_token_ids, self.model.vocab_size)}
+        guide = guide_of(schema, regex, choices, grammar)
+        thinking = self.guiding.thinking(max_thinking_tokens, thinking_end)
+        if guide is not None:
+            self.guiding.check(guide, raw, ignore_eos)
         with trace.span("preprocess"):
             processed = self._process(prompt, images, raw)
             ids, places = processed.token_ids, processed.image_positions
-            guesser = PromptLookup(ids, speculation, places) if speculation else None
+            most = min(max_new_tokens, self._room(processed))
+            constraint = self.guiding.constraint(guide, thinking, processed, ends, most, max_new_tokens)
+            guesser: Guesser | None = PromptLookup(ids, speculation, places) if speculation else None
+            if constraint is not None and self.rewindable:
+                guesser = ConstrainedGuesser(constraint, guesser)
             if self.model.text_encoder is not None:  # rules and penalties count what the decoder holds
                 ids = np.array(self.model.text_encoder.start)
-        most = min(max_new_tokens, self._room(processed))
-        stop_ids = () if ignore_eos else stop_ids
-        rules = TokenRules(own, ids, stop_ids) if TokenRules.wanted(own) else None
-        chooser = Sampler(params, ids, rules)
+        rules = TokenRules(own, ids, ends) if TokenRules.wanted(own) else None
+        chooser = Sampler(params, ids, rules, constraint)
         sampler = chooser if logprobs is None else Scoring(chooser, whole("logprobs", logprobs, 0, MOST_ALTERNATIVES))
-        reused = _reused(processed, reuse)
-        return Call(processed, sampler, stop_ids, stops, most, trace, guesser, raw, reused, stopping)
+        lead = not raw and (constraint is None or constraint.lead)
+        reused, guided = _reused(processed, reuse), guide is not None
+        return Call(processed, sampler, ends, stops, most, trace, guesser, lead, reused, guided, stopping)
 
     def sought(
         self,

@@ -1,7 +1,7 @@
 """The options of an answer as a type, for calls that hand them on."""
 
-from collections.abc import Sequence
-from typing import TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
 
 from mllm_edge.runtime.stopping import Cancel
 from mllm_edge.runtime.trace import Trace
@@ -24,6 +24,13 @@ class CallOptions(TypedDict, total=False):
     presence_penalty: float
     seed: int | None
     stop: str | Sequence[str] | None
+    stop_token_ids: int | Sequence[int] | None
+    schema: Mapping[str, Any] | str | Any
+    regex: str | None
+    choices: Sequence[str] | None
+    grammar: str | None
+    max_thinking_tokens: int | None
+    thinking_end: str | None
     raw: bool
     ignore_eos: bool
     speculation: int

@@ -26,9 +26,11 @@ from mllm_edge.runtime.conversation import Conversation
 from mllm_edge.runtime.decode import along
 from mllm_edge.runtime.decode.decoder import Decoder, DecoderSnapshot
 from mllm_edge.runtime.decode.encoded import Encoded
+from mllm_edge.runtime.decode.guided import Guides
 from mllm_edge.runtime.decode.scores import AnswerScore
 from mllm_edge.runtime.encode import Components, encoded
 from mllm_edge.runtime.encoded_image import load_encoded, save_encoded
+from mllm_edge.runtime.guiding import Guiding
 from mllm_edge.runtime.health import Health, Record, State
 from mllm_edge.runtime.limits import TILES_PER_RUN
 from mllm_edge.runtime.log import logger
@@ -105,7 +107,8 @@ class VLM:
         decoder = opened["decoder"]
         self._decoder: Decoder | None = Decoder(decoder.session, decoder.variant, self.spec, decoder.backend, table)
         steps = self.context_length, engine_context, self._decoder.rows, self._decoder.rewindable
-        self._asking = Asking(self.spec, self.processor, generation.defaults, *steps)
+        guiding = Guiding(self.tokenizer, Guides(self.tokenizer, self.spec.vocab_size), self.spec.vocab_size)
+        self._asking = Asking(self.spec, self.processor, generation.defaults, *steps, guiding)
         self.embed = Embedder(bundle.embeddings(), self.spec.embedding, bundle.touched(self.spec.embedding.file))
         parts = self._components, self._arrays, self.embed, self._decoder
         self._remembered: Recall | None = Recall(*parts, image_cache, prefix_cache)
@@ -242,22 +245,28 @@ class VLM:
         and videos, each a `Video` of such frames, or a file by `Video.open`.
         Options that are None are as the checkpoint's own generation settings say, else 256 tokens, and no effect; its
         rules on which tokens may come (suppressed ones, bad words, n-grams that may not repeat) always apply.
-        `temperature` 0 is greedy. `stop`: strings that end the answer and are not part of it. `raw`: the prompt is
-        rendered already, with one image placeholder per image. `ignore_eos`: go on after the model's end, for
+        `temperature` 0 is greedy. `stop`: strings that end the answer and are not part of it; `stop_token_ids`: tokens,
+        beside the model's own. `schema` (a dict, JSON, or a class with pydantic's `model_json_schema`), `regex`,
+        `choices` (some strings) or `grammar` (Lark's syntax): what the whole answer must be, with `[guidance]`
+        installed; what it does not allow gets no probability. An answer that is cut is the beginning of such a one.
+        `max_thinking_tokens`: the most between the model's thinking tokens, whose second one is then written for it
+        (`thinking_end`: its name, where it is none that is known); what guides an answer begins behind. `raw`: the
+        prompt is rendered already, with one image placeholder per image. `ignore_eos`: go on after the model's end, for
         measurements of one length. `speculation`: the most tokens (0 to 15) that are guessed from the prompt and the
         answer so far, and checked by the decoder in one step: the tokens are the same, but for ties that rounding
-        decides, which may differ with the width of a step. `logprobs`: pieces and result tell how likely each token
-        was, with so many alternatives (0 to 100). `reuse`: what earlier calls with `reuse` left of a prompt that begins
-        like this one is not run again; None: where an image is an encoded one. Sums are then rounded in another order,
-        and where activations are quantized by the run (int8) an answer may be another. `cancel`: another thread ends
-        the call with it, before the next run of a component, piece of a long prompt, or token. `timeout`: seconds from
-        the call on, after which the answer ends likewise, with what there is of it; waiting for other calls counts, and
-        so does the time that the caller keeps a piece. `trace` gets the call's spans; it must be new. `wait` False:
-        raise BusyError where another call has its turn.
+        decides, which may differ with the width of a step. `logprobs`: pieces and result tell how likely the model held
+        each token, with so many alternatives (0 to 100). `reuse`: what earlier calls with `reuse` left of a prompt that
+        begins like this one is not run again; None: where an image is an encoded one. Sums are then rounded in another
+        order, and where activations are quantized by the run (int8) an answer may be another. `cancel`: another thread
+        ends the call with it, before the next run of a component, piece of a long prompt, or token. `timeout`: seconds
+        from the call on, after which the answer ends likewise, with what there is of it; waiting for other calls
+        counts, and so does the time that the caller keeps a piece. `trace` gets the call's spans; it must be new.
+        `wait` False: raise BusyError where another call has its turn.
 
         Raises PromptError, ImageError, ContextError (too many tokens), OptionError,
-        BackendError (speculation is more than the decoder's engine was built for), ClosedError; while the pieces come
-        also GivenUpError (this thread has begun another call) and CancelledError.
+        BackendError (speculation is more than the decoder's engine was built for, or llguidance is missing),
+        BundleError (a tokenizer that cannot be guided), ClosedError; while the pieces come also GivenUpError (this
+        thread has begun another call), CancelledError, and OptionError where a guide turns out to lead nowhere.
         """
         self._turns.check(wait)
         with self._turns.working():

@@ -175,3 +175,11 @@ def test_a_conversation_that_cannot_be_saved_keeps_the_file(
     assert "/reset" in result.stderr  # the conversation goes on
     assert file.read_text() == "precious"
     assert [path.name for path in tmp_path.iterdir()] == ["talk.json"]
+
+
+def test_every_answer_is_guided(cli: Cli, tiny_bundle: Path) -> None:
+    result = cli("chat", tiny_bundle, "--one-of", "yes", "--one-of", "no", input="Hi\nAnd?\n")
+    assert result.exit_code == 0, result.stderr
+    assert set(result.stdout.split()) <= {"yes", "no"}
+    assert len(result.stdout.split()) == 2
+    assert cli("chat", tiny_bundle, "--one-of", "a", "--regex", "a", input="").exit_code == 2

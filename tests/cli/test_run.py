@@ -278,3 +278,53 @@ def test_choices_are_told_by_their_shares(cli: Cli, tiny_bundle: Path, image_fil
     wrong = cli(*command, "--choices", " ")
     assert wrong.exit_code != 0
     assert "an answer is ' '" in wrong.stderr
+
+
+SCHEMA = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
+
+
+@pytest.mark.parametrize(
+    ("option", "content", "pattern"),
+    [
+        ("--schema", json.dumps(SCHEMA), r'\{"n": [12]\}'),
+        ("--schema", None, r'\{"n": [12]\}'),
+        ("--regex", "[ab]{3}", "[ab]{3}"),
+        ("--one-of", "yes", "yes"),
+        ("--grammar", None, "left|right"),
+    ],
+)
+def test_the_answer_is_what_is_asked_for(
+    cli: Cli, tiny_bundle: Path, tmp_path: Path, option: str, content: str | None, pattern: str
+) -> None:
+    """`content` None: a file of it."""
+    if content is None:
+        content = str(tmp_path / "file")
+        Path(content).write_text(json.dumps(SCHEMA) if option == "--schema" else 'start: "left" | "right"')
+    result = cli("run", tiny_bundle, "Hi", option, content, "--quiet")
+    assert result.exit_code == 0, result.stderr
+    assert re.fullmatch(pattern, result.stdout.strip())
+    assert result.stderr == ""
+
+
+def test_a_cut_answer_is_told(cli: Cli, tiny_bundle: Path) -> None:
+    result = cli("run", tiny_bundle, "Hi", "--regex", "[ab]{30}", "--quiet", "-n", "5")
+    assert result.exit_code == 0
+    assert result.stderr == "cut short: not yet all of what --regex asks for; raise --max-new-tokens\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--regex", "a", "--one-of", "b"), "--regex and --one-of exclude each other"),
+        (("--regex", "a", "--choices", "b"), "--regex and --choices exclude each other"),
+        (("--schema", "none.json"), "none.json: cannot be read (No such file or directory)"),
+        (("--grammar", "."), ".: cannot be read (Is a directory)"),
+        (("--regex", "("), "unclosed group"),
+        (("--max-thinking-tokens", "5"), "no token that ends a thinking part"),
+        (("--stop-token-id", "9999"), "from 0 to 319"),
+    ],
+)
+def test_what_cannot_be_asked_for(cli: Cli, tiny_bundle: Path, options: tuple[str, ...], told: str) -> None:
+    result = cli("run", tiny_bundle, "Hi", *options)
+    assert result.exit_code == 2
+    assert told in result.stderr

@@ -23,15 +23,17 @@ class TopLogits:
     total: float
     whole: Callable[[], np.ndarray]
 
-    def row(self, count: int) -> tuple[np.ndarray | None, np.ndarray]:
-        """Ids, the lowest first, and logits of the `count` largest and of all that equal the smallest of these.
+    def row(self, count: int, allowed: np.ndarray | None = None) -> tuple[np.ndarray | None, np.ndarray]:
+        """Ids, the lowest first, and logits of the `count` largest and of all that equal the smallest of these;
+        `allowed` [V] bool: among which tokens, None: all.
 
         Where there may be more such than the N at hand, all logits with None for their ids: TensorRT does not say which
         of equal ones it takes. Likewise for a NaN, which may have any place in its order.
         """
-        last = self.values[min(count, len(self.values)) - 1]
-        if np.isnan(self.total) or not self.values[-1] < last:
+        places = np.arange(len(self.values)) if allowed is None else np.flatnonzero(allowed[self.ids])
+        count = min(count, len(places)) if allowed is None else count
+        if np.isnan(self.total) or count > len(places) or not self.values[-1] < self.values[places[count - 1]]:
             return None, self.whole()
-        kept = np.flatnonzero(self.values >= last)
+        kept = places[self.values[places] >= self.values[places[count - 1]]]
         kept = kept[np.argsort(self.ids[kept])]
         return self.ids[kept], self.values[kept]

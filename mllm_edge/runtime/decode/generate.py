@@ -66,7 +66,7 @@ def generate(
     trace: Trace,
     guesser: Guesser | None = None,
 ) -> Iterator[int]:
-    """Yield token ids until a stop id (which is not yielded) or `max_new_tokens`.
+    """Yield token ids until a stop id (which is not yielded), the sampler's end or `max_new_tokens`.
 
     `prompt`, of S tokens, is appended to what the decoder's cache holds; the cache must have room for
     S + max_new_tokens − 1 positions. At each token the cache holds all before it. Trace: prefill, first_token, then
@@ -74,11 +74,11 @@ def generate(
 
     `guesser`: a step also runs what it guesses, and tokens that come as guessed take no step of their own. The sampler
     sees the same rows of logits in the same order (but for rounding, which may differ with a step's width), so the
-    tokens are the same. Counts: `guessed` tokens, and those `accepted`. Raises OptionError where the decoder's state
-    cannot be taken back.
+    tokens are the same. Rows that the sampler does not look at are not projected. Counts: `guessed` tokens, and those
+    `accepted`. Raises OptionError where the decoder's state cannot be taken back.
     """
     check_speculation(int(guesser is not None), decoder.rewindable)
-    rows: Sequence[np.ndarray | TopLogits] | np.ndarray
+    rows: Sequence[np.ndarray | TopLogits | None] | np.ndarray
     cache = decoder.cache
     assert cache is not None, "reset() comes first"
     # Where the sampler needs no more of them than the session finds, the logits stay on the device.
@@ -96,7 +96,7 @@ def generate(
             if guesser is not None:
                 guesser.observe(token)
             yield token
-            if produced == max_new_tokens:
+            if produced == max_new_tokens or sampler.ended:
                 return
             if token != guessed:
                 break
@@ -110,8 +110,10 @@ def generate(
                 rows = decoder.top_logits(embeds) if top_suffices else [decoder.forward(embeds)]
                 continue
             trace.count("guessed", len(guess))
-            held = cache.length + 1
-            rows = (decoder.top_logits if top_suffices else decoder.forward)(embeds, project=range(len(embeds)))
+            held, certain = cache.length + 1, sampler.certain(guess)
+            project = range(certain, len(embeds))
+            found = (decoder.top_logits if top_suffices else decoder.forward)(embeds, project=project)
+            rows = [*[None] * certain, *found]
             cache.truncate(held)  # what was guessed counts when it has come true
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 
 from mllm_edge.errors import BundleError
 from mllm_edge.runtime.backends.top_logits import TopLogits
+from mllm_edge.runtime.decode.constraint import Constraint
 from mllm_edge.runtime.decode.token_rules import TokenRules
 from mllm_edge.runtime.numbers import LARGEST, number, whole
 
@@ -52,15 +54,21 @@ class SamplingParams:
 
 
 class Sampler:
-    """Chooses one token after another for one answer; remembers the tokens for the penalties and for `rules`."""
+    """Chooses one token after another for one answer; remembers the tokens for the penalties, for `rules` and for the
+    `constraint`, which is told of each.
+
+    What a constraint does not allow has no probability at all, before anything else is decided. Where it allows nothing
+    but what the rules forbid, they give way.
+    """
 
     def __init__(
         self,
         params: SamplingParams,
         prompt_ids: Sequence[int] | np.ndarray = (),
         rules: TokenRules | None = None,
+        constraint: Constraint | None = None,
     ):
-        self._params, self._rules = params, rules
+        self._params, self._rules, self._constraint = params, rules, constraint
         # numpy.random takes 0.1 s to import: a greedy answer does without it.
         self._random = None if params.temperature == 0 else np.random.default_rng(params.seed)
         self._seen = np.unique(np.asarray(prompt_ids, np.int64))
@@ -76,29 +84,59 @@ class Sampler:
             return None
         return 1 if params.temperature == 0 else params.top_k or None
 
-    def sample(self, logits: np.ndarray | TopLogits) -> int:
-        """The next token for `logits` [V] float32, which stay as they are, or for the best of them where `needs` is a
-        number: the token is the same.
+    @property
+    def ended(self) -> bool:
+        """Whether nothing can come any more, by the constraint; the model's own end is not needed then."""
+        return self._constraint is not None and self._constraint.ended
 
-        Raises ValueError when the best logit is not finite (NaN anywhere, +inf, or everything −inf).
+    def certain(self, tokens: Sequence[int]) -> int:
+        """How many of `tokens` come next whatever the logits are."""
+        forced = () if self._constraint is None else self._constraint.forced()
+        pairs = zip(tokens, forced, strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    def sample(self, logits: np.ndarray | TopLogits | None) -> int:
+        """The next token for `logits` [V] float32, which stay as they are, or for the best of them where `needs` is a
+        number: the token is the same. None will do where the token is certain.
+
+        Raises ValueError when the best logit is not finite (NaN anywhere, +inf, or everything −inf), OptionError where
+        the constraint allows no token.
         """
-        if isinstance(logits, TopLogits):
-            assert self.needs is not None, "all logits decide"
-            ids, row = logits.row(self.needs)
-            place = self._choose(row)
-            token = place if ids is None else int(ids[place])
+        forced = () if self._constraint is None else self._constraint.forced()
+        if forced:
+            token = forced[0]
+        elif isinstance(logits, TopLogits):
+            token = self._of_top(logits)
         else:
-            token = self._choose(logits)
+            assert logits is not None, "the token is not certain"
+            token = self._choose(logits, self._constraint)
         self.observe(token)
         return token
 
-    def _choose(self, logits: np.ndarray) -> int:
+    def _of_top(self, logits: TopLogits) -> int:
+        assert self.needs is not None, "all logits decide"
+        ids, row = logits.row(self.needs)
+        constraint = self._constraint
+        if constraint is not None and ids is not None:
+            token = int(ids[np.argmax(row)])
+            _require_finite(row.max())
+            if self._random is None and constraint.allows(token):
+                return token
+            ids, row = logits.row(self.needs, constraint.allowed())
+        place = self._choose(row, constraint if ids is None else None)
+        return place if ids is None else int(ids[place])
+
+    def _choose(self, logits: np.ndarray, constraint: Constraint | None) -> int:
         if self._random is None:
-            logits = self._penalized(logits)
-            token = int(np.argmax(logits))
-            _require_finite(logits[token])
-            return token
-        ids, probabilities = self.distribution(logits)
+            penalized = self._penalized(logits)
+            token = int(np.argmax(penalized))
+            _require_finite(penalized[token])
+            if constraint is None or constraint.allows(token):
+                return token
+            ids, allowed = self._allowed(penalized, logits, constraint)
+            place = int(np.argmax(allowed))
+            return place if ids is None else int(ids[place])
+        ids, probabilities = self._distribution(logits, constraint)
         cumulative = np.cumsum(probabilities)
         drawn = np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")
         last = np.searchsorted(cumulative, cumulative[-1])  # behind it every probability is 0
@@ -111,18 +149,27 @@ class Sampler:
         self._counts[token] = self._counts.get(token, 0) + 1
         if self._rules is not None:
             self._rules.observe(token)
+        if self._constraint is not None:
+            self._constraint.observe(token)
 
     def distribution(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Candidates for `logits` [V] float32: ids [K] int64 and their probabilities [K] float64, which sum to 1.
 
-        At temperature 0 there is one candidate. Raises ValueError as `sample` does.
+        At temperature 0 there is one candidate. Raises as `sample` does.
         """
+        return self._distribution(logits, self._constraint)
+
+    def _distribution(self, row: np.ndarray, constraint: Constraint | None) -> tuple[np.ndarray, np.ndarray]:
         params = self._params
-        logits = self._penalized(logits)
+        logits = self._penalized(row)
         best = int(np.argmax(logits))
         _require_finite(logits[best])
+        among = None
+        if constraint is not None:
+            among, logits = self._allowed(logits, row, constraint)
+            best = int(np.argmax(logits))
         if params.temperature == 0:
-            return np.array([best]), np.ones(1)
+            return np.array([best if among is None else among[best]]), np.ones(1)
         ids = _top_k(logits, params.top_k)
         weights = _weights(logits if ids is None else logits[ids], logits[best], params.temperature)
         if params.top_p < 1.0:
@@ -131,7 +178,22 @@ class Sampler:
             ids, weights = _keep(np.flatnonzero(weights >= params.min_p), ids, weights)
         if ids is None:
             ids = np.arange(len(logits))
-        return ids, weights / weights.sum(dtype=np.float64)
+        return ids if among is None else among[ids], weights / weights.sum(dtype=np.float64)
+
+    def _allowed(
+        self, penalized: np.ndarray, row: np.ndarray, constraint: Constraint
+    ) -> tuple[np.ndarray | None, np.ndarray]:
+        """The ids (None: all) that the constraint allows, and what they have of `penalized` [V], which `row` has
+        become."""
+        allowed = constraint.allowed()
+        if allowed is None:
+            return None, penalized
+        ids = np.flatnonzero(allowed)
+        logits = penalized[ids]
+        if self._rules is not None and not np.isfinite(logits.max()):
+            logits = self._with_penalties(row)[ids]
+        _require_finite(logits.max())
+        return ids, logits
 
     def _penalized(self, logits: np.ndarray) -> np.ndarray:
         logits = np.asarray(logits)

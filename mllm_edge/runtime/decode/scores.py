@@ -14,7 +14,7 @@ __all__ = ["AnswerScore", "Scoring", "TokenScore", "answer_scores", "log_softmax
 
 @dataclass(frozen=True)
 class TokenScore:
-    """A token's natural logarithm of its probability, before any penalty or temperature, and the `alternatives`
+    """A token's natural logarithm of its probability, before any penalty, temperature or guide, and the `alternatives`
     (token id, its logarithm) that were likeliest in its place, the likeliest first."""
 
     token_id: int
@@ -61,7 +61,16 @@ class Scoring:
         self._sampler, self._top = sampler, top
         self.scores: list[TokenScore] = []
 
-    def sample(self, row: np.ndarray | TopLogits) -> int:
+    @property
+    def ended(self) -> bool:
+        """As `Sampler.ended`."""
+        return self._sampler.ended
+
+    def certain(self, tokens: Sequence[int]) -> int:
+        """None: of each the logits are told."""
+        return 0
+
+    def sample(self, row: np.ndarray | TopLogits | None) -> int:
         """As `Sampler.sample`, of all logits [V]."""
         assert isinstance(row, np.ndarray), "needs is None"
         logits = row.copy()  # penalties write into them

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,25 @@ class Tokenizer:
     def token(self, token_id: int) -> str | None:
         """The vocabulary's own spelling of `token_id`, or None when there is no such id."""
         return self._core.id_to_token(token_id)
+
+    def token_bytes(self, size: int) -> list[bytes] | None:
+        """What each of the ids below `size` adds to a text, as UTF-8 that may begin or end within a character; of an
+        added token its name, of an id that there is not nothing. None where tokens are not pieces of text.
+
+        A decoder that strips a text's first blank does so afterwards.
+        """
+        kinds = set(self.decoder_kinds) - {"Fuse"}
+        if kinds == {"ByteLevel"}:
+            plain = _byte_level_bytes
+        elif kinds and kinds <= _PIECES:
+            plain = _piece_bytes if "ByteFallback" in kinds else _piece_text
+        else:
+            return None
+        table = [b""] * size
+        for token, i in self._core.get_vocab(with_added_tokens=True).items():
+            if i < size:
+                table[i] = token.encode() if i in self.added_tokens else plain(token)
+        return table
 
 
 def _flat_decoder_kinds(decoder: Mapping[str, Any]) -> list[str]:
@@ -221,6 +241,27 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTES = _byte_alphabet()
+
+
+_BYTE_CODES = {ord(character): byte for character, byte in _BYTES.items()}
+_BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")
+# Steps of decoders for which a token is a piece of the text, with U+2581 for a blank, or "<0xHH>" for a byte.
+_PIECES = {"ByteFallback", "Metaspace", "Replace", "Strip"}
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    try:
+        return token.translate(_BYTE_CODES).encode("latin-1")
+    except UnicodeEncodeError:
+        return token.encode()
+
+
+def _piece_text(token: str) -> bytes:
+    return token.replace("\u2581", " ").encode()
+
+
+def _piece_bytes(token: str) -> bytes:
+    return bytes([int(token[3:5], 16)]) if _BYTE_PIECE.fullmatch(token) else _piece_text(token)
 
 
 class _Utf8Stream:
