@@ -19,6 +19,7 @@ from mllm_edge.runtime.numbers import whole
 from mllm_edge.runtime.options import MAX_NEW_TOKENS
 from mllm_edge.runtime.prompt.processor import Messages, Processor, Prompt
 from mllm_edge.runtime.prompt.sources import Source
+from mllm_edge.runtime.prompt.token_budget import TokenBudget, budget_of
 from mllm_edge.runtime.scoring import Sought
 from mllm_edge.runtime.trace import Trace
 from mllm_edge.spec import GenerationDefaults, ModelSpec
@@ -32,7 +33,7 @@ Images = Source | Iterable[Source]
 class Asking:
     """Makes calls for one model. `defaults`: the checkpoint's own settings. A prompt and its answer have at most
     `context_length` tokens, and the decoder's engine holds `engine_context`; `rows`: tokens that a step checks at most,
-    where the decoder's state is `rewindable`."""
+    where the decoder's state is `rewindable`. `budget`: tokens of an image, where a call says nothing else."""
 
     model: ModelSpec
     processor: Processor
@@ -41,6 +42,7 @@ class Asking:
     engine_context: int
     rows: int
     rewindable: bool
+    budget: TokenBudget
 
     def call(
         self,
@@ -63,13 +65,15 @@ class Asking:
         speculation: int = 0,
         logprobs: int | None = None,
         reuse: bool | None = None,
+        max_image_tokens: int | None = None,
+        min_image_tokens: int | None = None,
         trace: Trace | None = None,
     ) -> Call:
         """The call that `VLM.stream` makes of its options, which says what they mean and what is raised."""
         self._check_speculation(speculation)
         own = self.defaults
         max_new_tokens = whole("max_new_tokens", first(max_new_tokens, own.max_new_tokens, MAX_NEW_TOKENS), 1)
-        trace = given_trace(trace)
+        budget, trace = budget_of(max_image_tokens, min_image_tokens), given_trace(trace)
         params = SamplingParams(
             temperature,
             first(top_k, own.top_k, 0),
@@ -82,7 +86,7 @@ class Asking:
         )
         stops = stop_strings(first(stop, () if ignore_eos else own.stop_strings))
         with trace.span("preprocess"):
-            processed = self._process(prompt, images, raw)
+            processed = self._process(prompt, images, raw, budget)
             ids, places = processed.token_ids, processed.image_positions
             guesser = PromptLookup(ids, speculation, places) if speculation else None
             if self.model.text_encoder is not None:  # rules and penalties count what the decoder holds
@@ -102,13 +106,14 @@ class Asking:
         end: Sequence[int],
         raw: bool,
         reuse: bool | None,
+        budget: TokenBudget,
         trace: Trace | None,
     ) -> Sought:
         """What `VLM.score_answers` makes of its options, which says what they mean and what is raised; the tokens `end`
         end each answer."""
         trace = given_trace(trace)
         with trace.span("preprocess"):
-            processed = self._process(prompt, images, raw)
+            processed = self._process(prompt, images, raw, budget)
             tokens = [np.array((*self.processor.answer_tokens(processed, text, raw), *end)) for text in answers]
         if not tokens:
             raise OptionError("there are no answers to score", "give one or more: answers=[…]")
@@ -118,12 +123,17 @@ class Asking:
             raise ContextError(f"an answer of {sought.longest} tokens does not fit behind the prompt", "shorten it")
         return sought
 
-    def _process(self, prompt: Messages, images: Images, raw: bool) -> Prompt:
+    def budget_for(self, most: int | None, least: int | None) -> TokenBudget:
+        """The options max_image_tokens and min_image_tokens, or the model's own; raises OptionError."""
+        return budget_of(most, least).over(self.budget)
+
+    def _process(self, prompt: Messages, images: Images, raw: bool, budget: TokenBudget) -> Prompt:
+        bounds = budget.over(self.budget)
         if not raw:
-            return self.processor.process(prompt, images)
+            return _checked(self.processor.process(prompt, images, budget=bounds), budget)
         if not isinstance(prompt, str):
             raise PromptError("raw=True takes one rendered string", "give messages without raw=True")
-        return self.processor.process_text(prompt, images)
+        return _checked(self.processor.process_text(prompt, images, bounds), budget)
 
     def _check_speculation(self, count: int) -> None:
         check_speculation(count, self.rewindable)
@@ -150,6 +160,18 @@ class Asking:
             f"the context holds {self.context_length}: {wanted - self.context_length} too many",
             fix,
         )
+
+
+def _checked(prompt: Prompt, budget: TokenBudget) -> Prompt:
+    """The prompt, whose encoded images keep what is asked for; raises OptionError."""
+    for one in prompt.shown:
+        tokens = one.layout.tokens
+        if one.known is not None and one.layout.kind == "image" and tokens > (budget.most or tokens):
+            raise OptionError(
+                f"an encoded image has {tokens} tokens, and max_image_tokens is {budget.most}",
+                f"encode it with max_image_tokens={budget.most}",
+            )
+    return prompt
 
 
 def _reused(prompt: Prompt, reuse: bool | None) -> bool:

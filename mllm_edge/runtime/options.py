@@ -28,6 +28,8 @@ class CallOptions(TypedDict, total=False):
     speculation: int
     logprobs: int | None
     reuse: bool | None
+    max_image_tokens: int | None
+    min_image_tokens: int | None
     trace: Trace | None
 
 
