@@ -23,6 +23,7 @@ from mllm_edge.runtime.numbers import whole
 from mllm_edge.runtime.options import MAX_NEW_TOKENS
 from mllm_edge.runtime.prompt.processor import Messages, Processor, Prompt
 from mllm_edge.runtime.prompt.sources import Source
+from mllm_edge.runtime.prompt.token_budget import TokenBudget, budget_of
 from mllm_edge.runtime.scoring import Sought
 from mllm_edge.runtime.stopping import Cancel, Stopping
 from mllm_edge.runtime.trace import Trace
@@ -37,7 +38,8 @@ Images = Source | Iterable[Source]
 class Asking:
     """Makes calls for one model. `defaults`: the checkpoint's own settings. A prompt and its answer have at most
     `context_length` tokens, and the decoder's engine holds `engine_context`; `rows`: tokens that a step checks at most,
-    where the decoder's state is `rewindable`. `guiding`: makes the constraints."""
+    where the decoder's state is `rewindable`. `guiding`: makes the constraints; `budget`: tokens of an image, where a
+    call says nothing else."""
 
     model: ModelSpec
     processor: Processor
@@ -47,6 +49,7 @@ class Asking:
     rows: int
     rewindable: bool
     guiding: Guiding
+    budget: TokenBudget
 
     def call(
         self,
@@ -78,6 +81,8 @@ class Asking:
         reuse: bool | None = None,
         cancel: Cancel | None = None,
         timeout: float | None = None,
+        max_image_tokens: int | None = None,
+        min_image_tokens: int | None = None,
         trace: Trace | None = None,
     ) -> Call:
         """The call that `VLM.stream` makes of its options, which says what they mean and what is raised."""
@@ -85,7 +90,7 @@ class Asking:
         self._check_speculation(speculation)
         own = self.defaults
         max_new_tokens = whole("max_new_tokens", first(max_new_tokens, own.max_new_tokens, MAX_NEW_TOKENS), 1)
-        trace = _stopped(trace, stopping)
+        budget, trace = budget_of(max_image_tokens, min_image_tokens), _stopped(trace, stopping)
         params = SamplingParams(
             temperature,
             first(top_k, own.top_k, 0),
@@ -103,7 +108,7 @@ class Asking:
         if guide is not None:
             self.guiding.check(guide, raw, ignore_eos)
         with trace.span("preprocess"):
-            processed = self._process(prompt, images, raw)
+            processed = self._process(prompt, images, raw, budget)
             ids, places = processed.token_ids, processed.image_positions
             most = min(max_new_tokens, self._room(processed))
             constraint = self.guiding.constraint(guide, thinking, processed, ends, most, max_new_tokens)
@@ -128,13 +133,14 @@ class Asking:
         raw: bool,
         reuse: bool | None,
         stopping: Stopping,
+        budget: TokenBudget,
         trace: Trace | None,
     ) -> Sought:
         """What `VLM.score_answers` makes of its options, which says what they mean and what is raised; the tokens `end`
         end each answer."""
         trace = _stopped(trace, stopping)
         with trace.span("preprocess"):
-            processed = self._process(prompt, images, raw)
+            processed = self._process(prompt, images, raw, budget)
             tokens = [np.array((*self.processor.answer_tokens(processed, text, raw), *end)) for text in answers]
         if not tokens:
             raise OptionError("there are no answers to score", "give one or more: answers=[…]")
@@ -144,12 +150,17 @@ class Asking:
             raise ContextError(f"an answer of {sought.longest} tokens does not fit behind the prompt", "shorten it")
         return sought
 
-    def _process(self, prompt: Messages, images: Images, raw: bool) -> Prompt:
+    def budget_for(self, most: int | None, least: int | None) -> TokenBudget:
+        """The options max_image_tokens and min_image_tokens, or the model's own; raises OptionError."""
+        return budget_of(most, least).over(self.budget)
+
+    def _process(self, prompt: Messages, images: Images, raw: bool, budget: TokenBudget) -> Prompt:
+        bounds = budget.over(self.budget)
         if not raw:
-            return self.processor.process(prompt, images)
+            return _checked(self.processor.process(prompt, images, budget=bounds), budget)
         if not isinstance(prompt, str):
             raise PromptError("raw=True takes one rendered string", "give messages without raw=True")
-        return self.processor.process_text(prompt, images)
+        return _checked(self.processor.process_text(prompt, images, bounds), budget)
 
     def _check_speculation(self, count: int) -> None:
         check_speculation(count, self.rewindable)
@@ -183,6 +194,18 @@ def _stopped(trace: Trace | None, stopping: Stopping) -> Trace:
     trace = given_trace(trace)
     trace.check = stopping.check
     return trace
+
+
+def _checked(prompt: Prompt, budget: TokenBudget) -> Prompt:
+    """The prompt, whose encoded images keep what is asked for; raises OptionError."""
+    for one in prompt.shown:
+        tokens = one.layout.tokens
+        if one.known is not None and one.layout.kind == "image" and tokens > (budget.most or tokens):
+            raise OptionError(
+                f"an encoded image has {tokens} tokens, and max_image_tokens is {budget.most}",
+                f"encode it with max_image_tokens={budget.most}",
+            )
+    return prompt
 
 
 def _reused(prompt: Prompt, reuse: bool | None) -> bool:

@@ -95,7 +95,8 @@ class Conversation:
                 left -= 1
 
     def ask(self, text: str, **options: "Unpack[Options]") -> Iterator[Chunk]:
-        """Answer `text` piece by piece; options and errors are those of `VLM.stream`.
+        """Answer `text` piece by piece; options and errors are those of `VLM.stream`. Bounds on image tokens are for
+        images that were not seen before: those of earlier turns stay as they are.
 
         After an error, or when nothing was said yet, conversation and waiting images are as before. An answer that is
         given up half-way stays in the conversation as far as it came.
@@ -104,10 +105,11 @@ class Conversation:
         options.setdefault("reuse", True)
         question = {"role": "user", "content": [*self._waiting, {"type": "text", "text": text}]}
         asked = [self._looked_at(message, options) for message in (*self._messages, question)]
+        rest: Options = {**options, "max_image_tokens": None, "min_image_tokens": None}
         said: list[str] = []
         finished = False
         try:
-            for chunk in self._vlm.stream(asked, **options):
+            for chunk in self._vlm.stream(asked, **rest):
                 said.append(chunk.text)
                 yield chunk
             finished = True
@@ -179,7 +181,15 @@ class Conversation:
             return entry
         source = entry[kind]
         if id(source) not in self._seen:
-            self._seen[id(source)] = source, self._vlm.encode_image(source, options.get("trace"))
+            self._seen[id(source)] = (
+                source,
+                self._vlm.encode_image(
+                    source,
+                    options.get("trace"),
+                    max_image_tokens=options.get("max_image_tokens"),
+                    min_image_tokens=options.get("min_image_tokens"),
+                ),
+            )
         return {"type": kind, kind: self._seen[id(source)][1]}
 
 

@@ -18,6 +18,7 @@ from mllm_edge.runtime.prompt.layout import layout_of, video_layout
 from mllm_edge.runtime.prompt.shown import Shown
 from mllm_edge.runtime.prompt.sources import EncodedImage
 from mllm_edge.runtime.prompt.timing import Timing
+from mllm_edge.runtime.prompt.token_budget import budget_of, within
 from mllm_edge.spec import ImageSpec
 
 __all__ = ["FeatureCache", "encoded_bytes", "load_encoded", "save_encoded"]
@@ -66,6 +67,7 @@ def encoded_bytes(image: EncodedImage) -> bytes:
         "model": image.model,
         "key": shown.key,
         "size": shown.size,
+        "budget": [shown.budget.most, shown.budget.least],
         "timing": None if timing is None else [timing.times, timing.duration, timing.rate],
     }
     arrays: dict[str, Any] = {_ABOUT: np.frombuffer(json.dumps(about).encode(), np.uint8)}
@@ -84,9 +86,14 @@ def load_encoded(path: str | os.PathLike[str] | IO[bytes], spec: ImageSpec, mode
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         about = json.loads(arrays[_ABOUT].tobytes())
-        size, timing = tuple(about["size"]), about["timing"]
+        size: tuple[int, ...] = tuple(about["size"])
+        timing = about["timing"]
         known = None if timing is None else Timing(tuple(timing[0]), timing[1], timing[2])
-        layout = video_layout(spec, *size, known) if len(size) == 3 else layout_of(spec, *size)
+        budget = budget_of(*about.get("budget", (None, None)))
+        if len(size) == 3:
+            layout = video_layout(spec, *size, known)
+        else:
+            layout = layout_of(within(spec, size[0], size[1], budget), *size)
         parts = {
             kind: {n.removeprefix(f"{kind}/"): a for n, a in arrays.items() if n.startswith(f"{kind}/")}
             for kind in ("features", "inputs")
@@ -99,7 +106,7 @@ def load_encoded(path: str | os.PathLike[str] | IO[bytes], spec: ImageSpec, mode
     if stated != model:
         raise ImageError(f"{path}: an encoded image of another bundle, or another target", _FIX)
     picture = Image.fromarray(arrays[_PICTURE]) if _PICTURE in arrays else None
-    shown = Shown(layout, parts["inputs"] or None, size, known, parts["features"] or None, key)
+    shown = Shown(layout, parts["inputs"] or None, size, known, parts["features"] or None, key, budget)
     if shown.features is None and shown.inputs is None:
         raise ImageError(f"{path}: not an encoded image (it is empty)", _FIX)
     return EncodedImage(picture, shown, model)

@@ -38,6 +38,8 @@ class CallOptions(TypedDict, total=False):
     reuse: bool | None
     cancel: Cancel | None
     timeout: float | None
+    max_image_tokens: int | None
+    min_image_tokens: int | None
     trace: Trace | None
 
 

@@ -33,7 +33,14 @@ class Model(Protocol):
     @property
     def stream(self) -> Callable[..., Iterator[Any]]: ...
 
-    def encode_image(self, image: Source, trace: Trace | None = None) -> EncodedImage: ...
+    def encode_image(
+        self,
+        image: Source,
+        trace: Trace | None = None,
+        *,
+        max_image_tokens: int | None = None,
+        min_image_tokens: int | None = None,
+    ) -> EncodedImage: ...
 
     def load_image(self, path: str | os.PathLike[str] | IO[bytes]) -> EncodedImage: ...
 

@@ -43,6 +43,7 @@ from mllm_edge.runtime.prompt.image import load_image
 from mllm_edge.runtime.prompt.processor import Messages, Processor, Prompt
 from mllm_edge.runtime.prompt.sources import EncodedImage, Source, kind_of
 from mllm_edge.runtime.prompt.stage_text import StageTokens
+from mllm_edge.runtime.prompt.token_budget import FREE, TokenBudget, budget_of
 from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
 from mllm_edge.runtime.recall import PREFIX_CACHE, Recall
 from mllm_edge.runtime.scoring import scored
@@ -78,6 +79,7 @@ class VLM:
         fast_jpeg: bool = False,
         image_cache: int = 0,
         prefix_cache: int = PREFIX_CACHE,
+        image_tokens: TokenBudget = FREE,
     ):
         self.bundle, self.backend = bundle, backend
         self.spec = bundle.manifest.model
@@ -108,7 +110,7 @@ class VLM:
         self._decoder: Decoder | None = Decoder(decoder.session, decoder.variant, self.spec, decoder.backend, table)
         steps = self.context_length, engine_context, self._decoder.rows, self._decoder.rewindable
         guiding = Guiding(self.tokenizer, Guides(self.tokenizer, self.spec.vocab_size), self.spec.vocab_size)
-        self._asking = Asking(self.spec, self.processor, generation.defaults, *steps, guiding)
+        self._asking = Asking(self.spec, self.processor, generation.defaults, *steps, guiding, image_tokens)
         self.embed = Embedder(bundle.embeddings(), self.spec.embedding, bundle.touched(self.spec.embedding.file))
         parts = self._components, self._arrays, self.embed, self._decoder
         self._remembered: Recall | None = Recall(*parts, image_cache, prefix_cache)
@@ -131,6 +133,8 @@ class VLM:
         verify: bool = False,
         image_cache: int = 0,
         prefix_cache: int = PREFIX_CACHE,
+        max_image_tokens: int | None = None,
+        min_image_tokens: int | None = None,
         notice: Callable[[str], None] = warnings.warn,
         trace: Trace | None = None,
     ) -> VLM:
@@ -147,7 +151,8 @@ class VLM:
         `verify`: compare every file with its SHA-256 first; without, what is read is compared with faster checksums.
         `image_cache`: bytes for the features of the images that were seen last, by their content, so that one that
         comes again is not looked at again. `prefix_cache`: bytes for what calls with `reuse` and conversations go back
-        to, beside the last one's.
+        to, beside the last one's. `max_image_tokens`, `min_image_tokens`: of each image, as in `stream`, for calls that
+        do not say it.
 
         `notice` is told when engines have to be built first, and when a component runs on the CPU because
         the GPU's engine refuses it. `trace` gets the spans backend (the engine is chosen and imported) and
@@ -156,6 +161,7 @@ class VLM:
         if max_context is not None:
             max_context = whole("max_context", max_context, 1)
         caches = whole("image_cache", image_cache, 0), whole("prefix_cache", prefix_cache, 0)
+        image_tokens = budget_of(max_image_tokens, min_image_tokens)
         chosen_threads = Threads.of(threads, spin, affinity)
         bundle = Bundle.load(path)
         if verify:
@@ -166,7 +172,7 @@ class VLM:
             with trace.span("backend"):
                 chosen = open_backend(backend, chosen_threads, bundle=bundle, max_seq=max_seq, notice=notice)
             with trace.span("open"):
-                vlm = cls(bundle, chosen, max_context, chosen_threads, notice, fast_jpeg, *caches)
+                vlm = cls(bundle, chosen, max_context, chosen_threads, notice, fast_jpeg, *caches, image_tokens)
         logger.info("%r opened in %.2f s", vlm, trace.seconds("backend") + trace.seconds("open"))
         return vlm
 
@@ -257,11 +263,13 @@ class VLM:
         decides, which may differ with the width of a step. `logprobs`: pieces and result tell how likely the model held
         each token, with so many alternatives (0 to 100). `reuse`: what earlier calls with `reuse` left of a prompt that
         begins like this one is not run again; None: where an image is an encoded one. Sums are then rounded in another
-        order, and where activations are quantized by the run (int8) an answer may be another. `cancel`: another thread
-        ends the call with it, before the next run of a component, piece of a long prompt, or token. `timeout`: seconds
-        from the call on, after which the answer ends likewise, with what there is of it; waiting for other calls
-        counts, and so does the time that the caller keeps a piece. `trace` gets the call's spans; it must be new.
-        `wait` False: raise BusyError where another call has its turn.
+        order, and where activations are quantized by the run (int8) an answer may be another. `max_image_tokens`: no
+        image has more; it is shown in fewer pixels or tiles, by the model's own settings. `min_image_tokens`: the
+        model's own lower bound, where it enlarges small images, is another one. Both leave videos as they are.
+        `cancel`: another thread ends the call with it, before the next run of a component, piece of a long prompt, or
+        token. `timeout`: seconds from the call on, after which the answer ends likewise, with what there is of it;
+        waiting for other calls counts, and so does the time that the caller keeps a piece. `trace` gets the call's
+        spans; it must be new. `wait` False: raise BusyError where another call has its turn.
 
         Raises PromptError, ImageError, ContextError (too many tokens), OptionError,
         BackendError (speculation is more than the decoder's engine was built for, or llguidance is missing),
@@ -284,6 +292,8 @@ class VLM:
         reuse: bool | None = None,
         cancel: Cancel | None = None,
         timeout: float | None = None,
+        max_image_tokens: int | None = None,
+        min_image_tokens: int | None = None,
         trace: Trace | None = None,
         wait: bool = True,
     ) -> list[AnswerScore]:
@@ -296,16 +306,24 @@ class VLM:
         self._turns.check(wait)
         with self._turns.working():
             end = sorted(self.stop_ids)[:1] if ended else ()
-            stopping = Stopping(cancel, timeout)
-            sought = self._asking.sought(prompt, images, answers, end, raw, reuse, stopping, trace)
+            stopping, budget = Stopping(cancel, timeout), budget_of(max_image_tokens, min_image_tokens)
+            sought = self._asking.sought(prompt, images, answers, end, raw, reuse, stopping, budget, trace)
         with self._turns.turn(stopping), self._record.call(), self._whole_or_forgotten():
             return scored(sought, self._recall, self.decoder, self.embed)
 
-    def count_tokens(self, prompt: Messages, image_sizes: Sequence[tuple[float, ...]] = ()) -> int:
+    def count_tokens(
+        self,
+        prompt: Messages,
+        image_sizes: Sequence[tuple[float, ...]] = (),
+        *,
+        max_image_tokens: int | None = None,
+        min_image_tokens: int | None = None,
+    ) -> int:
         """Prompt tokens, image tokens included, for images of these (height, width) and videos of (frames, height,
         width), with a fourth number, frames a second, where the model reads times; nothing is run."""
+        budget = self._asking.budget_for(max_image_tokens, min_image_tokens)
         with self._turns.working():
-            return self.processor.count_tokens(prompt, image_sizes_of(image_sizes))
+            return self.processor.count_tokens(prompt, image_sizes_of(image_sizes), budget=budget)
 
     def component(self, name: str, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Run one component by itself (all but the decoder), its inputs cast to the graph's types.
@@ -344,19 +362,22 @@ class VLM:
         *,
         cancel: Cancel | None = None,
         timeout: float | None = None,
+        max_image_tokens: int | None = None,
+        min_image_tokens: int | None = None,
     ) -> EncodedImage:
         """Look at an image (or a video) once, for any number of prompts: the value stands for it wherever an image may.
         `save_image` writes it to a file, `load_image` reads that.
 
         Raises as `stream` does for images, and TimedOutError."""
         trace, stopping = given_trace(trace), Stopping(cancel, timeout)
+        budget = self._asking.budget_for(max_image_tokens, min_image_tokens)
         trace.check = stopping.check
         if isinstance(image, EncodedImage):
             return image
         with self._turns.working(), trace.span("preprocess"):
             keeps = self.spec.image is not None and self.spec.image.seen_together
             source = load_image(image) if keeps and kind_of(image) == "image" else None  # type: ignore[arg-type]
-            shown = self.processor.show(image if source is None else source)
+            shown = self.processor.show(image if source is None else source, budget)
         with self._turns.turn(stopping), self._record.call():
             return EncodedImage(source, self._recall.look(shown, trace), self.identity)
 

@@ -7,14 +7,18 @@ from itertools import chain
 from mllm_edge.runtime.limits import TILES_PER_RUN
 from mllm_edge.runtime.prompt.layout import Layout, layout_of
 from mllm_edge.runtime.prompt.tables import table_inputs
+from mllm_edge.runtime.prompt.token_budget import FREE, TokenBudget, within
 from mllm_edge.spec import ImageSpec, LearnedPositions, ModelSpec, Stage, Variant, cross_bytes
 
 __all__ = ["crossed", "crossed_bytes", "layouts_of", "stage_runs"]
 
 
-def layouts_of(image: ImageSpec | None, sizes: Sequence[tuple[int, int]]) -> list[Layout]:
+def layouts_of(image: ImageSpec | None, sizes: Sequence[tuple[int, int]], budget: TokenBudget = FREE) -> list[Layout]:
     """The layouts of images of these (width, height)."""
-    return [] if image is None else [layout_of(image, height, width, len(sizes)) for width, height in sizes]
+    if image is None:
+        return []
+    count = len(sizes)
+    return [layout_of(within(image, high, wide, budget, count), high, wide, count) for wide, high in sizes]
 
 
 def crossed(model: ModelSpec, layouts: Sequence[Layout], tokens: int = 0) -> int:

@@ -24,6 +24,7 @@ from mllm_edge.runtime.prompt.shown import Shown, Viewer
 from mllm_edge.runtime.prompt.sources import Kind, Source, as_sources, entry_source, in_order, kind_of, merged
 from mllm_edge.runtime.prompt.stage_text import StageTokens
 from mllm_edge.runtime.prompt.timing import timing_of
+from mllm_edge.runtime.prompt.token_budget import FREE, TokenBudget, within
 from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
 from mllm_edge.spec import PIXELS, ImagePrompt, ImageSpec, ModelSpec, VideoSpec
 
@@ -114,6 +115,7 @@ class Processor:
         images: Source | Iterable[Source] = (),
         *,
         add_generation_prompt: bool = True,
+        budget: TokenBudget = FREE,
     ) -> Prompt:
         """The prompt for `messages`: a string (one user message, the images before it), or messages in chat format.
 
@@ -121,28 +123,28 @@ class Processor:
         "text": …}, {"type": "image"} and {"type": "video"} entries. An image entry may hold its image ("image", "path",
         "url" for a local path or data: URI, or "base64"), a video entry the list of its frames ("video"); the others
         take theirs from `images`, in order. `images` is one image or several, each as `load_image` takes it; a `Video`
-        among them is a video.
+        among them is a video. `budget`: the tokens that each image may have.
 
         A text that spells one of the model's control tokens (the end of a turn, an image placeholder) stays text.
 
         Raises PromptError when messages, images and template do not fit together; ImageError when an image cannot be
-        decoded.
+        decoded; OptionError for a budget that the model cannot keep.
         """
         sources = as_sources(images)
         conversation, entries = self._parse(messages, [kind_of(source) for source in sources])
         sources = merged(entries, sources)
         kinds = [kind_of(source) for source in sources]
         pieces, add_special_tokens = self._render(conversation, kinds, add_generation_prompt)
-        return self._assemble(pieces, self._shown(self._as_written(pieces, sources)), add_special_tokens)
+        return self._assemble(pieces, self._shown(self._as_written(pieces, sources), budget), add_special_tokens)
 
-    def process_text(self, text: str, images: Source | Iterable[Source] = ()) -> Prompt:
+    def process_text(self, text: str, images: Source | Iterable[Source] = (), budget: TokenBudget = FREE) -> Prompt:
         """The prompt for an already rendered `text` with one placeholder per image, such as "<image>Describe this."
 
-        Raises PromptError when the number of placeholders is not the number of images; ImageError as `process` does.
+        Raises PromptError when the number of placeholders is not the number of images; else as `process` does.
         """
         sources, pieces = as_sources(images), (Piece(text),)
         self._check_placeholders(pieces, [kind_of(source) for source in sources])
-        return self._assemble(pieces, self._shown(self._as_written(pieces, sources)), None)
+        return self._assemble(pieces, self._shown(self._as_written(pieces, sources), budget), None)
 
     def count_tokens(
         self,
@@ -151,13 +153,26 @@ class Processor:
         *,
         add_generation_prompt: bool = True,
         raw: bool = False,
+        budget: TokenBudget = FREE,
     ) -> int:
         """Number of tokens of the prompt that `process` would give for images of these (height, width) px sizes, and
         videos of (frames, height, width) or, where the prompt tells times, (frames, height, width, frames a second).
 
         Exact, and without pixels: image entries need no image, and given ones are not opened. The sizes, one per image
         in order, are those of the upright images. `raw`: `messages` is a rendered text, as for `process_text`.
+        `budget`: the tokens that each image may have.
         """
+        return self.laid_out(messages, image_sizes, add_generation_prompt, raw, budget)[0]
+
+    def laid_out(
+        self,
+        messages: Messages,
+        image_sizes: Sequence[tuple[float, ...]],
+        add_generation_prompt: bool = True,
+        raw: bool = False,
+        budget: TokenBudget = FREE,
+    ) -> tuple[int, list[Layout]]:
+        """`count_tokens`, and the layouts of images and videos as they follow each other in the text."""
         kinds: list[Kind] = ["image" if len(size) == 2 else "video" for size in image_sizes]
         if raw:
             pieces: tuple[Piece, ...] = (Piece(str(messages)),)
@@ -172,8 +187,8 @@ class Processor:
                 )
             pieces, add_special_tokens = self._render(conversation, kinds, add_generation_prompt)
         sizes = in_order(self._kinds_in(pieces), list(zip(kinds, image_sizes, strict=True)))
-        layouts = [self._layout(size, kinds.count("image")) for size in sizes]
-        return len(self._encode(pieces, layouts, add_special_tokens))
+        layouts = [self._layout(size, kinds.count("image"), budget) for size in sizes]
+        return len(self._encode(pieces, layouts, add_special_tokens)), layouts
 
     def answer_tokens(self, prompt: Prompt, answer: Any, raw: bool = False) -> list[int]:
         """Token ids of an answer behind a prompt, with a blank before it where the prompt ends in a text without one
@@ -186,11 +201,12 @@ class Processor:
         parted = raw or last is not None or answer[0].isspace() or prompt.text[-1:].isspace()
         return continued(self._tokenizer, answer if parted else f" {answer}")
 
-    def show(self, source: Source) -> Shown:
-        """One image or video as it is shown alone. Raises PromptError for a model that takes none, ImageError."""
+    def show(self, source: Source, budget: TokenBudget = FREE) -> Shown:
+        """One image or video as it is shown alone. Raises PromptError for a model that takes none, ImageError,
+        OptionError for the budget."""
         self.require([kind_of(source)])
         assert self._viewer is not None
-        return self._viewer.show([source])[0]
+        return self._viewer.show([source], budget)[0]
 
     def spelled(self, text: str) -> list[str]:
         """The control tokens whose names a user's `text` spells, in order: they stay text."""
@@ -334,15 +350,15 @@ class Processor:
             what = f"this bundle takes no videos, and got {count}; its model is {self._model_type}"
             raise PromptError(what, "pass the frames as images")
 
-    def _layout(self, size: tuple[Any, ...], images: int) -> Layout:
+    def _layout(self, size: tuple[Any, ...], images: int, budget: TokenBudget) -> Layout:
         assert self._image is not None
         if len(size) == 2:
-            return layout_of(self._image, *size, images)
+            return layout_of(within(self._image, *size, budget, images), *size, images)
         frames, height, width, *fps = size
         return video_layout(self._image, frames, height, width, timing_of(frames, None, fps[0] if fps else None, None))
 
-    def _shown(self, sources: Sequence[Source]) -> tuple[Shown, ...]:
-        return () if self._viewer is None else self._viewer.show(sources)
+    def _shown(self, sources: Sequence[Source], budget: TokenBudget) -> tuple[Shown, ...]:
+        return () if self._viewer is None else self._viewer.show(sources, budget)
 
     def _assemble(self, pieces: Sequence[Piece], shown: tuple[Shown, ...], add_special_tokens: bool | None) -> Prompt:
         layouts = [one.layout for one in shown]

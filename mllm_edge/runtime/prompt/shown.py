@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import xxhash
 
-from mllm_edge.errors import BundleError, ImageError
+from mllm_edge.errors import BundleError, ImageError, OptionError
 from mllm_edge.runtime.prompt.image import ImageSource, load_image
 from mllm_edge.runtime.prompt.layout import Layout, layout_of, on_one_canvas, shared_bounds, video_layout
 from mllm_edge.runtime.prompt.shown_patches import shown_inputs
 from mllm_edge.runtime.prompt.sources import EncodedImage, Source, Video, VideoFile, kind_of
 from mllm_edge.runtime.prompt.timing import Timing, timing_of
+from mllm_edge.runtime.prompt.token_budget import FREE, TokenBudget, within
 from mllm_edge.runtime.prompt.transforms.apply import apply_transforms, cut_of, first_size
 from mllm_edge.runtime.prompt.transforms.patches import frames_joined
 from mllm_edge.runtime.prompt.transforms.tiles import filled
@@ -30,7 +31,7 @@ class Shown:
     """An image or a video of a prompt. `inputs`: its pixel values and views [slices, …] float32 by name; `features`:
     what the stages made of it, rows [n, …] by name, where that is known; one of the two may be None. `size`: (height,
     width) in px, of a video (frames, height, width), and its `timing`. `known`: the key, where the inputs are not
-    there."""
+    there. `budget`: what its tokens were asked to keep."""
 
     layout: Layout
     inputs: Arrays | None
@@ -38,6 +39,7 @@ class Shown:
     timing: Timing | None = None
     features: Arrays | None = None
     known: int | None = None
+    budget: TokenBudget = FREE
 
     @cached_property
     def key(self) -> int:
@@ -68,20 +70,22 @@ class Viewer:
         takes."""
         self._spec, self._fast_jpeg, self._model = spec, fast_jpeg, model
 
-    def show(self, sources: Sequence[Source]) -> tuple[Shown, ...]:
-        """What becomes of all that a prompt shows; raises ImageError that names which of them it is."""
+    def show(self, sources: Sequence[Source], budget: TokenBudget = FREE) -> tuple[Shown, ...]:
+        """What becomes of all that a prompt shows, where each image keeps a `budget` of tokens; raises ImageError, or
+        OptionError for the budget, that names which of them it is."""
         images = sum(kind_of(source) == "image" for source in sources)
         found: list[Shown] = []
         for i, source in enumerate(sources):
             try:
-                found.append(self._shown(source, images))
-            except ImageError as error:
+                found.append(self._shown(source, images, budget))
+            except (ImageError, OptionError) as error:
                 if len(sources) == 1:
                     raise
-                raise ImageError(f"{kind_of(source)} {i + 1} of {len(sources)}: {error.message}", error.fix) from error
+                of = f"{kind_of(source)} {i + 1} of {len(sources)}"
+                raise type(error)(f"{of}: {error.message}", error.fix) from error
         return _on_one_canvas(found) if self._spec.whole else tuple(found)
 
-    def _shown(self, source: Source, images: int) -> Shown:
+    def _shown(self, source: Source, images: int, budget: TokenBudget) -> Shown:
         spec = self._spec
         if isinstance(source, EncodedImage):
             if source.model != self._model:
@@ -90,23 +94,29 @@ class Viewer:
             if images < 2 or not spec.seen_together or kind_of(source) == "video":
                 return source.shown
             assert source.source is not None
-            source = source.source
+            budget, source = source.shown.budget.at_most(budget.most), source.source
         if isinstance(source, (Video, VideoFile)):
             layout, made, size, timing = self._video(source)
+            budget = FREE
         else:
-            layout, made, size, timing = self._image(source, images)
+            layout, made, size, timing = self._image(source, images, budget)
         for name, shape in spec.inputs.items():
             found = made[name].shape[1:]
             if (found[:1] if spec.whole else found) != (shape[:1] if spec.whole else shape):
                 raise BundleError(
                     f"the transforms give {name} of {found}, the model takes {shape}", "export the bundle again"
                 )
-        return Shown(layout, made, size, timing)
+        return Shown(layout, made, size, timing, budget=budget)
 
-    def _image(self, source: ImageSource, images: int) -> tuple[Layout, Arrays, tuple[int, ...], Timing | None]:
-        spec = self._spec
-        ways = spec.transforms_for(images), *(view.transforms for view in spec.views)
+    def _image(
+        self, source: ImageSource, images: int, budget: TokenBudget
+    ) -> tuple[Layout, Arrays, tuple[int, ...], Timing | None]:
+        def ways(height: int, width: int) -> list[tuple[Transform, ...]]:
+            spec = within(self._spec, height, width, budget, images)
+            return [spec.transforms_for(images), *(view.transforms for view in spec.views)]
+
         (pixels, *views), size = self._transformed(source, ways)
+        spec = within(self._spec, *size, budget, images)
         layout = layout_of(spec, *size, images)
         pixels = pixels if spec.tiles is None else filled(pixels, layout.slices)
         made = dict(zip((PIXELS, *(view.name for view in spec.views)), (pixels, *views), strict=True))
@@ -123,7 +133,7 @@ class Viewer:
         made, sizes = list[np.ndarray](), list[tuple[int, int]]()
         for i, frame in enumerate(frames):
             try:
-                (pixels,), size = self._transformed(frame, (transforms,), shared)
+                (pixels,), size = self._transformed(frame, lambda *_: [transforms], shared)
                 if patches is not None and sizes and size != sizes[0]:
                     (height, width), first = size, f"{sizes[0][0]}×{sizes[0][1]}"
                     raise ImageError(f"{height}×{width} px, and the first is {first}", "give frames of one size")
@@ -140,22 +150,26 @@ class Viewer:
         return layout, {PIXELS: np.concatenate(made)}, (count, *sizes[0]), timing
 
     def _transformed(
-        self, source: ImageSource, ways: Sequence[Sequence[Transform]], frames: tuple[int, int] = (1, 1)
+        self,
+        source: ImageSource,
+        ways: Callable[[int, int], Sequence[Sequence[Transform]]],
+        frames: tuple[int, int] = (1, 1),
     ) -> tuple[list[np.ndarray], tuple[int, int]]:
-        """What several ways make of an image, and its size (height, width) as it is before it was decoded at a smaller
-        scale; `frames` as of `Cut`."""
+        """What several ways, which its (height, width) decides, make of an image, and its size (height, width) as it is
+        before it was decoded at a smaller scale; `frames` as of `Cut`."""
         sizes = list[tuple[int, int]]()
 
         def wanted(height: int, width: int) -> tuple[int, int] | None:
-            firsts = [size for transforms in ways if (size := first_size(height, width, transforms, frames))]
-            if len(firsts) < len(ways):
+            chosen = ways(height, width)
+            firsts = [size for transforms in chosen if (size := first_size(height, width, transforms, frames))]
+            if len(firsts) < len(chosen):
                 return None
             sizes.append((height, width))
             return max(height for height, _ in firsts), max(width for _, width in firsts)
 
         image = load_image(source, wanted) if self._fast_jpeg else load_image(source)
         size = sizes[0] if sizes else (image.height, image.width)
-        return [apply_transforms(image, transforms, size, frames) for transforms in ways], size
+        return [apply_transforms(image, transforms, size, frames) for transforms in ways(*size)], size
 
 
 def _frames_of(
