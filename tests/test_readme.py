@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -94,6 +95,8 @@ def test_the_demo_shows_answers_and_latencies(tiny_bundle: Path) -> None:
     [
         ("many_questions.py", "images/circles.png", ("prompt tokens were there", "Is there a circle? no: ")),
         ("camera_loop.py", "images", (" ms  ", "frames were dropped")),
+        ("robot_node.py", "images", ("watch: ", "answer: ", "calls were done")),
+        ("two_threads.py", "images/circles.png", ("How many circles are there? ", "the watch looked ")),
     ],
 )
 def test_examples_run(tiny_bundle: Path, example: str, shown: str, words: tuple[str, ...]) -> None:
@@ -103,6 +106,25 @@ def test_examples_run(tiny_bundle: Path, example: str, shown: str, words: tuple[
     assert done.returncode == 0, done.stderr
     for word in words:
         assert word in done.stdout
+
+
+def test_the_folder_watcher_goes_on_where_it_was_interrupted(tiny_bundle: Path, tmp_path: Path) -> None:
+    folder, lines = tmp_path / "in", tmp_path / "lines.jsonl"
+    folder.mkdir()
+    for name in ("circles.png", "pair.png"):
+        shutil.copy(ROOT / "examples" / "images" / name, folder)
+    (folder / "broken.png").write_bytes(b"no picture")
+    lines.write_text('{"image": "pair.png", "answer": "was there"}\n{"image": "circ', encoding="utf-8")
+    example = ROOT / "examples" / "folder_watcher.py"
+    command = [sys.executable, str(example), str(tiny_bundle), str(folder), str(lines), "--once"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    found = {line["image"]: line for line in map(json.loads, lines.read_text(encoding="utf-8").splitlines())}
+    assert found.keys() == {"pair.png", "circles.png", "broken.png"}
+    assert found["pair.png"]["answer"] == "was there"
+    assert "seconds" in found["circles.png"]
+    assert "broken.png" in found["broken.png"]["error"]
 
 
 @pytest.mark.parametrize("document", [README, REFERENCE, *GUIDES], ids=lambda path: path.name)
