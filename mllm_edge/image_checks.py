@@ -9,6 +9,7 @@ from mllm_edge.spec import (
     PIXELS,
     AspectRatioId,
     FitCanvas,
+    FrameSampling,
     GridMerge,
     GridWindows,
     ImageSpec,
@@ -24,7 +25,7 @@ from mllm_edge.spec import (
     View,
 )
 
-__all__ = ["LARGEST", "image_problems", "positive"]
+__all__ = ["LARGEST", "image_problems", "positive", "sampling_problems"]
 
 LARGEST = (1 << 31) - 1  # of any size
 _TABLE_INPUTS = {"grid_rope": 2, "grid_windows": 3, "grid_merge": 1, "learned_positions": 1, "aspect_ratio_id": 1}
@@ -34,6 +35,7 @@ _CUTTING = {
     *("split_tiles", "select_tiles", "cover_tiles", "fill_tiles", "select_resolution"),
     *("fit_canvas", "fit_tiles", "whole_before", "split_large", "fit_patches", "patchify"),
 }
+_MOST_FRAMES = 1000  # a second
 _MAY_BE_ZERO = {"min_pixels"}  # of the sizes of transforms
 
 
@@ -120,6 +122,8 @@ def _whole(image: ImageSpec, model: ModelSpec) -> Iterator[str]:
 
 def _video(image: ImageSpec, video: VideoSpec, model: ModelSpec) -> Iterator[str]:
     yield from _order(video.transforms)
+    if video.sampling is not None:
+        yield from sampling_problems(video.sampling)
     if not video.transforms or not video.token or video.written == image.prompt.written:
         yield "videos are not transformed, or have no placeholder of their own"
     if "{image}" not in video.frame or (video.features is None and (video.frame != "{image}" or video.between)):
@@ -135,6 +139,20 @@ def _video(image: ImageSpec, video: VideoSpec, model: ModelSpec) -> Iterator[str
             yield "a video's features are its tokens, and something stands behind them, or its cells are not images'"
     elif image.patches is not None or math.isqrt(image.features) ** 2 != image.features:
         yield f"a video's features are pooled, and {image.features} of a frame are no square"
+
+
+def sampling_problems(sampling: FrameSampling) -> Iterator[str]:
+    """What of the frames that are taken of a recording cannot be."""
+    numbers = {name: getattr(sampling, name) for name in ("frames", "least", "most", "multiple")}
+    wrong = [name for name, n in numbers.items() if n is not None and not (type(n) is int and 1 <= n <= LARGEST)]
+    for name, least, most in (("fps", 1 / LARGEST, _MOST_FRAMES), ("seconds", 0, LARGEST), ("shift", 0, LARGEST)):
+        n = getattr(sampling, name)
+        if n is not None and not (type(n) in (int, float) and least <= n <= most):
+            wrong.append(name)
+    for name in wrong:
+        yield f"{name} = {getattr(sampling, name)!r} of the frames of a video"
+    if not wrong and sampling.most is not None and sampling.most < max(sampling.least, sampling.multiple):
+        yield f"{max(sampling.least, sampling.multiple)} frames of a video at least, and {sampling.most} at most"
 
 
 def _view(view: View, image: ImageSpec) -> Iterator[str]:

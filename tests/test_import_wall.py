@@ -66,9 +66,10 @@ FLOORS = {
 }
 RUNTIME_LIBRARIES = {"PIL", "jinja2", "numpy", "tokenizers", "xxhash"}
 # What an extra installs, and the one file that imports it, within functions.
-EXTRAS = {"mllm_edge.runtime.decode.guided": {"llguidance"}}
+EXTRAS = {"mllm_edge.runtime.decode.guided": {"llguidance"}, "mllm_edge.runtime.prompt.video_file": {"av"}}
 ENGINES = {"cuda", "onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"}
 FORBIDDEN = (
+    "av",
     "huggingface_hub",
     "llguidance",
     "matplotlib",
@@ -256,8 +257,9 @@ def test_importing_vlm_opens_no_engine() -> None:
 def test_unknown_attribute_of_the_package() -> None:
     import mllm_edge
 
-    names = {"BGR", "VLM", "Cancel", "Chunk", "EncodedImage", "Result", "Video", "__version__"}
-    assert set(mllm_edge.__all__) == names
+    images = {"BGR", "EncodedImage", "FrameWindow", "Pixels", "Video", "VideoFile"}
+    assert set(mllm_edge.__all__) == images | {"AsyncVLM", "VLM", "Cancel", "Chunk", "Result", "__version__"}
+    assert all(getattr(mllm_edge, name) for name in mllm_edge.__all__)
     with pytest.raises(AttributeError, match="nothing_like_it"):
         _ = mllm_edge.nothing_like_it
 

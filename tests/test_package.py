@@ -71,7 +71,8 @@ def test_metadata(metadata: Message) -> None:
     assert metadata["Name"] == "mllm-edge"
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
-    extras = {"calibrate", "cpu", "export", "guidance", "jetson", "optimum", "report", "rtx", "tensorrt", "test"}
+    kinds = {"calibrate", "export", "guidance", "optimum", "report", "test", "video"}
+    extras = kinds | {"cpu", "jetson", "rtx", "tensorrt"}
     assert set(metadata.get_all("Provides-Extra", [])) == extras
 
 

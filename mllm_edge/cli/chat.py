@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mllm_edge.cli.guiding import guide_of, guide_options
-from mllm_edge.cli.options import context_cut, runtime_options, sampling_options, speculation_option, without_effect
+from mllm_edge.cli.options import (
+    context_cut,
+    runtime_options,
+    sampling_options,
+    speculation_option,
+    video_options,
+    videos_of,
+    without_effect,
+)
 from mllm_edge.cli.output import note, write_answer
 from mllm_edge.errors import ContextError, MllmEdgeError
 
@@ -23,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 _HELP = """/image FILE  attach an image to the next message; several are allowed
+/video FILE  attach a video, of whose frames --fps and --frames say which
 /reset       forget the conversation
 /save FILE   write the conversation as JSON messages
 /load FILE   go on with a saved conversation
@@ -30,9 +39,10 @@ _HELP = """/image FILE  attach an image to the next message; several are allowed
 /quit        leave (or Ctrl-D); Ctrl-C stops an answer"""
 
 
-@click.command("chat", short_help="Talk with a bundle about images.")
+@click.command("chat", short_help="Talk with a bundle about images and videos.")
 @click.argument("bundle", type=click.Path())
 @click.option("--system", metavar="TEXT", help="A system message before the conversation.")
+@video_options
 @sampling_options
 @guide_options
 @speculation_option
@@ -42,6 +52,9 @@ _HELP = """/image FILE  attach an image to the next message; several are allowed
 def command(
     ctx: click.Context,
     bundle: str,
+    videos: tuple[str, ...],
+    fps: float | None,
+    frames: int | None,
     system: str | None,
     threads: int | None,
     spin: "Spin",
@@ -70,7 +83,9 @@ def command(
     with VLM.load(bundle, backend=backend, notice=note, **setting) as vlm:
         if context_cut(vlm, max_context):
             note(context_cut(vlm, max_context))
-        chat = _Chat(vlm, Conversation(vlm, system), quiet, options)
+        chat = _Chat(vlm, Conversation(vlm, system), quiet, options, (fps, frames))
+        for video in videos:
+            chat.attach_video(video)
         for line in _lines():
             if not chat.take(line):
                 break
@@ -82,9 +97,16 @@ def command(
 class _Chat:
     """One conversation with its commands and counts."""
 
-    def __init__(self, vlm: "VLM", conversation: "Conversation", quiet: bool, options: dict[str, Any]):
+    def __init__(
+        self,
+        vlm: "VLM",
+        conversation: "Conversation",
+        quiet: bool,
+        options: dict[str, Any],
+        sampled: tuple[float | None, int | None] = (None, None),
+    ):
         self._vlm, self._conversation = vlm, conversation
-        self._quiet, self._options = quiet, options
+        self._quiet, self._options, self._sampled = quiet, options, sampled
         self._answers = self._tokens = self._steps = 0
         self._seconds = 0.0
         self.failed = False
@@ -105,6 +127,12 @@ class _Chat:
             raise click.UsageError(str(e)) from e
         return True
 
+    def attach_video(self, path: str) -> None:
+        """For the next message; raises MllmEdgeError for a model that takes none."""
+        self._vlm.processor.require(["video"])
+        self._conversation.attach(videos_of([path], *self._sampled)[0])
+        self._waiting()
+
     def finish(self) -> None:
         """The last line: how fast the answers were."""
         if not self._quiet:
@@ -114,11 +142,13 @@ class _Chat:
     def _obey(self, text: str) -> None:
         name, _, argument = text.partition(" ")
         conversation, path = self._conversation, _path(argument)
-        if name in ("/image", "/save", "/load") and not path:
+        if name in ("/image", "/video", "/save", "/load") and not path:
             raise MllmEdgeError(f"{name} needs a file", f"{name} FILE")
         if name == "/image":
             conversation.attach(path)
-            note(f"{conversation.waiting} image{'s' * (conversation.waiting > 1)} with the next message")
+            self._waiting()
+        elif name == "/video":
+            self.attach_video(path)
         elif name == "/save":
             conversation.save(path)
             note(f"saved to {path}")
@@ -132,6 +162,11 @@ class _Chat:
             note(_HELP)
         else:
             raise MllmEdgeError(f"no command {name}", "/help lists them")
+
+    def _waiting(self) -> None:
+        count, kinds = self._conversation.waiting, self._conversation.waiting_kinds
+        what = "image" if kinds == {"image"} else "video" if kinds == {"video"} else "picture"
+        note(f"{count} {what}{'s' * (count > 1)} with the next message")
 
     def _answer(self, text: str) -> None:
         result = None

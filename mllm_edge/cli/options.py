@@ -20,6 +20,8 @@ __all__ = [
     "sampling_options",
     "speculation_option",
     "target_option",
+    "video_options",
+    "videos_of",
     "without_effect",
 ]
 
@@ -93,6 +95,31 @@ def sampling_options(command: _F) -> _F:
 def runtime_options(command: _F) -> _F:
     """How a bundle is opened, by the names that `VLM.load` has for them."""
     return _apply(_RUNTIME, command)
+
+
+def video_options(command: _F) -> _F:
+    """Videos, and which of their frames are shown, for the verbs that make answers: `videos_of` takes these."""
+    options = (
+        click.option(
+            "--video", "videos", multiple=True, metavar="FILE", help="A video (needs the extra 'video'); repeatable."
+        ),
+        click.option(
+            "--fps",
+            type=click.FloatRange(0, min_open=True),
+            help="Frames a second to take of a video; default: as the model's own processor.",
+        ),
+        click.option(
+            "--frames", type=POSITIVE, help="Frames to take of a video, evenly; with --fps no more than these."
+        ),
+    )
+    return _apply(options, command)
+
+
+def videos_of(files: Sequence[Any], fps: float | None, frames: int | None) -> list[Any]:
+    """The videos of `--video`, as paths or bytes, with what `--fps` and `--frames` say."""
+    from mllm_edge.runtime.prompt.sources import Video
+
+    return [Video.open(file, fps=fps, frames=frames) for file in files]
 
 
 def speculation_option(command: _F) -> _F:

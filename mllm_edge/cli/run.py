@@ -12,6 +12,8 @@ from mllm_edge.cli.options import (
     runtime_options,
     sampling_options,
     speculation_option,
+    video_options,
+    videos_of,
     without_effect,
 )
 from mllm_edge.cli.output import milliseconds, note, print_json, write_answer
@@ -23,10 +25,11 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
-@click.command("run", short_help="Ask a bundle a question about images.")
+@click.command("run", short_help="Ask a bundle a question about images and videos.")
 @click.argument("bundle", type=click.Path())
 @click.argument("prompt")
 @click.option("--image", "images", multiple=True, metavar="FILE", help="An image, '-' for standard input; repeatable.")
+@video_options
 @click.option("--system", metavar="TEXT", help="A system message before the question.")
 @click.option("--choices", "scored", multiple=True, metavar="TEXT", help="Tell how likely this answer is; repeatable.")
 @sampling_options
@@ -41,6 +44,9 @@ def command(
     bundle: str,
     prompt: str,
     images: tuple[str, ...],
+    videos: tuple[str, ...],
+    fps: float | None,
+    frames: int | None,
     system: str | None,
     scored: tuple[str, ...],
     raw: bool,
@@ -55,7 +61,7 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Ask the model in BUNDLE about PROMPT and the images; '-' reads PROMPT from standard input.
+    """Ask the model in BUNDLE about PROMPT, the images and the videos; '-' reads PROMPT from standard input.
 
     The answer is streamed to standard output, latencies of every stage follow on standard error. With --choices nothing
     is made up: each of them stands behind its share of what all of them have, the likeliest first.
@@ -65,8 +71,11 @@ def command(
     guide = guide_of(options)
     if guide and scored:
         raise click.UsageError(f"{guide} and --choices exclude each other: with --choices no answer is made")
-    sources, text = _inputs(images, prompt)
-    messages = text if system is None else _conversation(system, text, len(sources))
+    if (fps or frames) and not videos:
+        raise click.UsageError("--fps and --frames are of videos, and there is no --video")
+    shown, text = _inputs((*images, *videos), prompt)
+    messages = text if system is None else _conversation(system, text, len(images), len(videos))
+    sources = [*shown[: len(images)], *videos_of(shown[len(images) :], fps, frames)]
     from mllm_edge.runtime.trace import Trace
     from mllm_edge.runtime.vlm import VLM
 
@@ -100,9 +109,9 @@ def command(
 
 
 def _inputs(images: tuple[str, ...], prompt: str) -> tuple[list[str | bytes], str]:
-    """Images as paths or bytes, and the prompt's text; standard input can be one of them."""
+    """Images and videos as paths or bytes, and the prompt's text; standard input can be one of them."""
     if [prompt, *images].count("-") > 1:
-        raise click.UsageError("standard input can be read once: only one of PROMPT and --image may be '-'")
+        raise click.UsageError("standard input can be read once: only one of PROMPT, --image and --video may be '-'")
     sources: list[str | bytes] = [_stdin() if image == "-" else image for image in images]
     return sources, _stdin_text() if prompt == "-" else prompt
 
@@ -120,14 +129,13 @@ def _stdin_text() -> str:
         raise click.UsageError(f"the prompt on standard input is not UTF-8: {e}") from e
 
 
-def _conversation(system: str, text: str, images: int) -> list[dict[str, Any]]:
-    content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": text}]
+def _conversation(system: str, text: str, images: int, videos: int) -> list[dict[str, Any]]:
+    shown = [{"type": "image"}] * images + [{"type": "video"}] * videos
+    content = [*shown, {"type": "text", "text": text}]
     return [{"role": "system", "content": system}, {"role": "user", "content": content}]
 
 
-def _scores(
-    vlm: "VLM", messages: Any, images: list[str | bytes], choices: tuple[str, ...], raw: bool, as_json: bool
-) -> None:
+def _scores(vlm: "VLM", messages: Any, images: list[Any], choices: tuple[str, ...], raw: bool, as_json: bool) -> None:
     scores = vlm.score_answers(messages, images, answers=choices, raw=raw)
     if as_json:
         print_json({"choices": [{"answer": s.answer, "share": s.share, "logprob": s.logprob} for s in scores]})
@@ -136,7 +144,7 @@ def _scores(
         write_answer(f"{score.share:.3f}  {score.answer}\n")
 
 
-def _answer(vlm: "VLM", messages: Any, images: list[str | bytes], show: bool, **options: Any) -> "Result":
+def _answer(vlm: "VLM", messages: Any, images: list[Any], show: bool, **options: Any) -> "Result":
     """Run, and write the pieces as they come when `show`."""
     result, begun = None, False
     for chunk in vlm.stream(messages, images, **options):

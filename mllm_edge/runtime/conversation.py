@@ -19,7 +19,7 @@ from mllm_edge.runtime.arguments import given_trace
 from mllm_edge.runtime.numbers import whole
 from mllm_edge.runtime.options import Options
 from mllm_edge.runtime.prompt.image import image_path, load_image
-from mllm_edge.runtime.prompt.sources import EncodedImage, Source, Video, kind_of
+from mllm_edge.runtime.prompt.sources import EncodedImage, Source, Video, VideoFile, entry_source, kind_of
 from mllm_edge.runtime.saved_state import Model, load_state, save_state
 
 if TYPE_CHECKING:
@@ -29,14 +29,16 @@ __all__ = ["Conversation"]
 
 _SAVED = "give a file that /save wrote"
 _KINDS = ("image", "video")
+_ANY_VIDEO = (2, 64, 64, 1.0)  # a size, where only the messages are looked at
 
 
 class Conversation:
     """What was said so far, and the images that wait for the next message.
 
-    Images are decoded when they are attached: the file may change afterwards. Each is looked at once, and a turn runs
-    only what is new: what the decoder holds of the turns before it stays as long as no other call needs its place
-    (`prefix_cache` of `VLM.load` keeps that of others). Raises PromptError for a bundle without a chat template.
+    Images are decoded when they are attached: the file may change afterwards; a video file is when it is asked about.
+    Each is looked at once, and a turn runs only what is new: what the decoder holds of the turns before it stays as
+    long as no other call needs its place (`prefix_cache` of `VLM.load` keeps that of others). Raises PromptError for a
+    bundle without a chat template.
     """
 
     def __init__(self, vlm: Model, system: str | None = None):
@@ -58,8 +60,13 @@ class Conversation:
 
     @property
     def waiting(self) -> int:
-        """Images attached to the next message."""
+        """Images and videos attached to the next message."""
         return len(self._waiting)
+
+    @property
+    def waiting_kinds(self) -> set[str]:
+        """What of: "image", "video"."""
+        return {entry["type"] for entry in self._waiting}
 
     @property
     def turns(self) -> int:
@@ -153,11 +160,11 @@ class Conversation:
         loaded = [{**message, "content": _decoded(message["content"])} for message in data]
         entries = [entry for m in loaded for entry in _entries(m)]
         known = bool(images)
-        if not all(isinstance(e, dict) and (known or "image" in e or e.get("type") != "image") for e in entries):
+        if not all(isinstance(e, dict) and (known or e.get("type") not in _KINDS or e["type"] in e) for e in entries):
             raise PromptError(f"{path}: an image without its path, or an entry that is none", _SAVED)
         if loaded and not known:
-            pictures = [entry["image"] for entry in entries if entry.get("type") == "image"]
-            self._vlm.count_tokens(loaded, [(picture.height, picture.width) for picture in pictures])
+            shown = [entry[entry["type"]] for entry in entries if entry.get("type") in _KINDS]
+            self._vlm.count_tokens(loaded, [_ANY_VIDEO if kind_of(one) == "video" else one.size[::-1] for one in shown])
         self._messages, self._waiting = loaded, []
 
     def _looked_at(self, message: dict[str, Any], options: Options) -> dict[str, Any]:
@@ -178,7 +185,9 @@ class Conversation:
 
 def _entry(source: Source) -> dict[str, Any]:
     """What a message holds of an image or a video."""
-    if isinstance(source, (Video, EncodedImage)):
+    if isinstance(source, VideoFile) and isinstance(source.file, (str, os.PathLike)):
+        return {"type": "video", "video": source, "path": str(image_path(source.file).absolute()), **source.stated}
+    if isinstance(source, (Video, VideoFile, EncodedImage)):
         return {"type": kind_of(source), kind_of(source): source}
     entry = {"type": "image", "image": load_image(source)}
     if not isinstance(source, (str, os.PathLike)) or str(source).lower().startswith("data:"):
@@ -206,7 +215,7 @@ def _stated(content: Any) -> Any:
 
 def _plain_entry(entry: dict[str, Any]) -> dict[str, Any]:
     if entry.get("type") not in _KINDS or "path" in entry:
-        return {key: value for key, value in entry.items() if key != "image"}
+        return {key: value for key, value in entry.items() if key not in _KINDS}
     source = entry[entry["type"]]
     if not isinstance(source, Image.Image):
         raise PromptError(f"{source!r} is no picture that a file of messages holds", "use save_state")
@@ -222,6 +231,7 @@ def _decoded(content: Any) -> Any:
 
 
 def _decoded_entry(entry: Any) -> Any:
-    if not isinstance(entry, dict) or entry.get("type") != "image" or not {"path", "url"} & entry.keys():
+    if not isinstance(entry, dict) or entry.get("type") not in _KINDS or not {"path", "url"} & entry.keys():
         return entry
-    return _entry(entry.get("path") or entry["url"])
+    source = entry_source(entry)
+    return entry if source is None else _entry(source)

@@ -41,10 +41,15 @@ def _was_given(frame: FrameType, interrupted: FrameType) -> bool:
 
 def _all_within(trace: TracebackType | None, libraries: tuple[str, ...]) -> bool:
     while trace is not None:
-        if not _is_of(trace.tb_frame.f_globals.get("__name__", ""), libraries):
+        if not _is_of(_module(trace.tb_frame), libraries):
             return False
         trace = trace.tb_next
     return True
+
+
+def _module(frame: FrameType) -> str:
+    """The name of its module, or the first part of it: a frame that Cython made knows a path in its package alone."""
+    return frame.f_globals.get("__name__") or frame.f_code.co_filename.partition("/")[0].removesuffix(".py")
 
 
 def _is_of(module: str, libraries: tuple[str, ...]) -> bool:

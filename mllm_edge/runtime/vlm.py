@@ -41,7 +41,7 @@ from mllm_edge.runtime.options import CallOptions, Options
 from mllm_edge.runtime.prompt.embedder import Embedder
 from mllm_edge.runtime.prompt.image import load_image
 from mllm_edge.runtime.prompt.processor import Messages, Processor, Prompt
-from mllm_edge.runtime.prompt.sources import EncodedImage, Source, Video
+from mllm_edge.runtime.prompt.sources import EncodedImage, Source, kind_of
 from mllm_edge.runtime.prompt.stage_text import StageTokens
 from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
 from mllm_edge.runtime.recall import PREFIX_CACHE, Recall
@@ -242,7 +242,7 @@ class VLM:
         then the call waits its turn.
 
         `prompt`: a question, or messages in chat format. `images`: paths, bytes, PIL images or arrays [H, W, 3] RGB,
-        and videos, each a `Video` of such frames.
+        and videos, each a `Video` of such frames, or a file by `Video.open`.
         Options that are None are as the checkpoint's own generation settings say, else 256 tokens, and no effect; its
         rules on which tokens may come (suppressed ones, bad words, n-grams that may not repeat) always apply.
         `temperature` 0 is greedy. `stop`: strings that end the answer and are not part of it; `stop_token_ids`: tokens,
@@ -355,7 +355,7 @@ class VLM:
             return image
         with self._turns.working(), trace.span("preprocess"):
             keeps = self.spec.image is not None and self.spec.image.seen_together
-            source = load_image(image) if keeps and not isinstance(image, Video) else None
+            source = load_image(image) if keeps and kind_of(image) == "image" else None  # type: ignore[arg-type]
             shown = self.processor.show(image if source is None else source)
         with self._turns.turn(stopping), self._record.call():
             return EncodedImage(source, self._recall.look(shown, trace), self.identity)

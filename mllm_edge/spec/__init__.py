@@ -5,6 +5,7 @@ that the bundle was made by a newer version.
 """
 
 from mllm_edge.spec.cross import CROSS_BIAS, CROSS_KV, CROSS_ROWS, ENCODED, cross_bytes, cross_names, is_cross
+from mllm_edge.spec.frames import FRAME_RULES, FrameRule, FrameSampling
 from mllm_edge.spec.images import (
     PIXELS,
     AspectRatioId,
@@ -95,6 +96,9 @@ __all__ = [
     "cross_bytes",
     "cross_names",
     "is_cross",
+    "FRAME_RULES",
+    "FrameRule",
+    "FrameSampling",
     "AspectRatioId",
     "FitCanvas",
     "FitPatches",

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from mllm_edge.spec.frames import FrameSampling
 from mllm_edge.spec.transforms import Patchify, Transform
 
 __all__ = [
@@ -202,7 +203,8 @@ class VideoSpec:
     side (rounded up), bilinearly; behind those of the last frame stands row 0 of the bundle's array `end`.
 
     `rate`: where positions follow grids, and nothing stands between frames, how many positions a second takes on the
-    first axis (truncated); None: a frame takes one."""
+    first axis (truncated); None: a frame takes one. `sampling`: which frames of a recording the model's own processor
+    takes; None: it does not say."""
 
     transforms: tuple[Transform, ...]
     token: str
@@ -216,6 +218,7 @@ class VideoSpec:
     close: str = ""
     together: bool = False
     rate: float | None = None
+    sampling: FrameSampling | None = None
 
     @property
     def written(self) -> str:

@@ -117,7 +117,7 @@ def test_image_from_standard_input(cli: Cli, tiny_bundle: Path, image_file: Path
 def test_standard_input_is_read_once(cli: Cli, tiny_bundle: Path) -> None:
     result = cli("run", tiny_bundle, "-", "--image", "-", input="Hi")
     assert result.exit_code == 2
-    assert "only one of PROMPT and --image" in result.stderr
+    assert "only one of PROMPT, --image and --video" in result.stderr
 
 
 def test_a_prompt_that_is_not_utf8(cli: Cli, tiny_bundle: Path) -> None:

@@ -14,17 +14,24 @@ from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.backends.tensorrt_build import build
 from mllm_edge.runtime.backends.tensorrt_engines import Limits, build_inputs
 from mllm_edge.runtime.vlm import VLM
+from tests.families.parity import check_comparison
 from tests.families.row import rows
 
 STANDARD = ("tensorrt", "tensorrt-10.3")
 CONFIGS = [
     pytest.param((family, config), id=f"{family}-{config}", marks=pytest.mark.xdist_group(f"bundle-{family}"))
     for family, row in rows().items()
-    for config in row.targets or (row.first,)
+    for config in row.for_targets
 ]
 
 
+WITH_OTHER_PARTS = ("idefics3", "florence2", "mllama", "deepseek_vl_hybrid")
+RECIPES = ("fp16", "int8", "int4")
 CODEBOOKS = (("chameleon", "connector"), ("emu3", "connector"))
+
+
+def _is_calibrated(family: str) -> bool:
+    return "calibration" not in rows()[family].spared
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -33,7 +40,7 @@ def of(request: pytest.FixtureRequest) -> tuple[str, str]:
     return request.param
 
 
-@pytest.fixture(scope="module", params=["fp16", "int8", "int4"])
+@pytest.fixture(scope="module", params=RECIPES)
 def exported(request: pytest.FixtureRequest, of: tuple[str, str], compared: Callable[..., Any]) -> Any:
     report, path = compared(*of, request.param)
     return report, Bundle.load(path)
@@ -43,6 +50,7 @@ def test_every_form_agrees_with_the_source(
     exported: Any, of: tuple[str, str], proves: Callable[[str, str, Iterable[str]], None]
 ) -> None:
     report, bundle = exported
+    check_comparison(report, bundle)
     assert report.targets == rows()[bundle.manifest.model.family].reached
     results = [bundle.manifest.parity, *bundle.manifest.parity["targets"].values()]
     assert [parity["target"] for parity in results] == list(report.targets)
@@ -87,7 +95,19 @@ def test_a_target_without_a_form_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+# Of each family engines in 8 bits are built, too, of what was calibrated: tests/export/test_quantize.py.
 @pytest.mark.parametrize("target", STANDARD)
+@pytest.mark.parametrize(
+    ("of", "exported"),
+    [
+        pytest.param(*one.values, recipe, id=f"{one.id}-{recipe}", marks=one.marks)
+        for recipe in RECIPES
+        for one in CONFIGS
+        if recipe != "int8" or _is_calibrated(one.values[0][0])
+    ],
+    indirect=True,
+    scope="module",
+)
 def test_tensorrt_builds_what_runs_before_the_decoder(exported: Any, target: str) -> None:
     _, bundle = exported
     components = [stage.component for stage in bundle.manifest.model.stages]
@@ -99,6 +119,8 @@ def test_tensorrt_builds_what_runs_before_the_decoder(exported: Any, target: str
         assert engine.nbytes > 0
 
 
+# Which files a bundle has follows from its components alone: one family of each list of them.
+@pytest.mark.parametrize("of", [one for one in CONFIGS if one.values[0][0] in WITH_OTHER_PARTS], indirect=True)
 def test_without_the_fallback_only_the_target_is_there(
     of: tuple[str, str], saved: Callable[..., Path], tmp_path: Path
 ) -> None:

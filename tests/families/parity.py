@@ -25,7 +25,16 @@ from mllm_edge.export.targets import TARGETS
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.prompt.processor import Prompt
 
-__all__ = ["FLOAT32_TARGETS", "PROMPTS", "Exported", "check_messages", "check_parity", "export_tiny", "make_image"]
+__all__ = [
+    "FLOAT32_TARGETS",
+    "PROMPTS",
+    "Exported",
+    "check_comparison",
+    "check_messages",
+    "check_parity",
+    "export_tiny",
+    "make_image",
+]
 
 FEATURES, LOGITS, GREEDY = 1e-4, 1e-3, 32
 # Those that the recipe fp32 has a form for: attention of ONNX Runtime's CUDA provider has none.
@@ -92,6 +101,16 @@ def check_parity(
     prompt, sizes = prompts[case]
     content = [{"type": "image"} for _ in sizes] + [{"type": "text", "text": prompt}]
     check_messages(exported, [{"role": "user", "content": content}], sizes, prompt)
+
+
+def check_comparison(report: Any, bundle: Bundle) -> None:
+    """What an export that was compared with its source says of it: all questions, and no error above its limit."""
+    image = bundle.manifest.model.image
+    assert image is not None
+    assert report.parity["samples"] == (2 if image.most_images == 1 else 3)  # the third question has two pictures
+    assert report.parity["pixel_values"] <= 1.0
+    limits = report.parity["limits"]
+    assert all(error <= limits.get(name, float("inf")) for name, error in report.parity["errors"].items())
 
 
 def check_messages(

@@ -89,6 +89,11 @@ class Row:
         return tuple(target for target in TARGETS if target not in self.refused)
 
     @property
+    def for_targets(self) -> tuple[str, ...]:
+        """The configs that are exported for every target."""
+        return self.targets or (self.first,)
+
+    @property
     def first(self) -> str:
         """The first config."""
         return next(iter(self.configs))

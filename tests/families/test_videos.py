@@ -13,15 +13,20 @@ import numpy as np
 import pytest
 
 from mllm_edge import VLM, Video
+from mllm_edge.bundle import Bundle
 from mllm_edge.errors import ConfigError, ImageError, OptionError, PromptError
 from mllm_edge.export.pipeline import export
+from mllm_edge.json_form import from_json, to_json
+from mllm_edge.runtime.prompt.frame_sampling import positions as taken
 from mllm_edge.runtime.prompt.layout import Layout, grid_positions
 from mllm_edge.runtime.prompt.timing import in_words
+from mllm_edge.spec import ImageSpec
 from tests.tiny import save_tiny_idefics3, save_tiny_qwen2_vl
 from tests.tiny_glm4v import save_tiny_glm4v
 from tests.tiny_internvl import save_tiny_internvl
 from tests.tiny_qwen3 import save_tiny_qwen3_vl
 from tests.tiny_qwen25 import save_tiny_qwen25_vl
+from tests.video_files import even, save_video
 
 ROOT = Path(__file__).parents[2]
 TORCHVISION = ROOT / "build" / "torchvision"
@@ -66,21 +71,36 @@ _SHARED = {"size": {"shortest_edge": 16 * 16**2, "longest_edge": 96 * 16**2}}
 ASKED: dict[str, Asked] = {
     "smolvlm": Asked(
         save_tiny_idefics3,
-        {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 64}},
+        {
+            "video_sampling": {"fps": 1, "max_frames": 24, "video_size": {"longest_edge": 64}},
+            "max_image_size": {"longest_edge": 64},
+        },
         (64, 64),
         {"model_type": "smolvlm"},
         mixes=False,  # in transformers 5.24 the pixels of videos take the place of those of images
     ),
-    "internvl": Asked(save_tiny_internvl, {"size": {"height": 32, "width": 32}}, (32, 32)),
-    "qwen2_vl": Asked(save_tiny_qwen2_vl, {**_CELLS, **_BOUNDS}, (48, 64)),
+    "internvl": Asked(save_tiny_internvl, {"size": {"height": 32, "width": 32}, "num_frames": 5}, (32, 32)),
+    "qwen2_vl": Asked(save_tiny_qwen2_vl, {**_CELLS, **_BOUNDS, "fps": 2}, (48, 64)),
     # So slowly that frames stay within the places of a frame's own cells: see `test_text_is_behind_the_last_frame`.
     "qwen2_5_vl": Asked(
-        save_tiny_qwen25_vl, {**_CELLS, **_BOUNDS}, (48, 64), {"vision": {"tokens_per_second": 1}}, fps=1.9
+        save_tiny_qwen25_vl,
+        {**_CELLS, **_BOUNDS, "num_frames": 6},
+        (48, 64),
+        {"vision": {"tokens_per_second": 1}},
+        fps=1.9,
     ),
     "qwen3_vl": Asked(save_tiny_qwen3_vl, {**_CELLS, **_SHARED}, (48, 64), replaced=((QWEN_VIDEO, "<|video_pad|>"),)),
     # transformers 5.24 counts the tokens of GLM-4V's videos as those of images, too.
-    "glm4v": Asked(save_tiny_glm4v, {**_CELLS, **_SHARED}, (48, 64), mixes=False),
+    "glm4v": Asked(save_tiny_glm4v, {**_CELLS, **_SHARED, "max_duration": 60}, (48, 64), mixes=False),
 }
+
+
+# Frames in all and in a second.
+RECORDINGS = [
+    (total, fps)
+    for total in (6, 7, 8, 31, 64, 90, 241, 899, 900, 1800, 5400, 16_567, 17_982, 54_000, 108_000)
+    for fps in (8.0, 12.5, 23.976, 24000 / 1001, 25.0, 30000 / 1001, 30.0, 120.0)
+]
 
 
 def shown(case: dict[str, Any]) -> list[Any]:
@@ -110,6 +130,7 @@ def save(name: str, folder: Path) -> None:
         stated = json.loads((folder / "processor_config.json").read_text())
         (folder / "processor_config.json").write_text(json.dumps({**stated, "processor_class": "SmolVLMProcessor"}))
     (folder / "video_preprocessor_config.json").write_text(json.dumps(asked.settings))
+    (folder / "recordings.json").write_text(json.dumps(RECORDINGS))
     cases = [
         {**case, "duration": max(case["duration"], (max(s[0] for s in case["shown"] if len(s) == 3) - 1) / case["fps"])}
         for case in asked.cases()
@@ -129,6 +150,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "out").mkdir()
     for name in ASKED:
         save(name, folder / "in" / name)
+    save_video(folder / "clip.mp4", even(120), size=(64, 96))
     path = os.pathsep.join([str(ROOT), str(TORCHVISION)])
     command = [sys.executable, "-m", "tests.families.video_reference", str(folder / "in"), str(folder / "out")]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
@@ -136,7 +158,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def of_transformers(compared: Path, name: str, case: int) -> dict[str, np.ndarray]:
+def of_transformers(compared: Path, name: str, case: int | str) -> dict[str, np.ndarray]:
     found = np.load(compared / "out" / f"{name}.npz")
     return {key.split(".", 1)[1]: found[key] for key in found.files if key.startswith(f"{case}.")}
 
@@ -165,10 +187,44 @@ def test_whole_path_agrees(compared: Path, tmp_path: Path, name: str) -> None:
                 np.testing.assert_allclose(found, expected["logits"], atol=2e-4 * scale)
             if len(case["shown"]) == 1:
                 pixels = expected.get("pixel_values_videos", expected.get("pixel_values"))
-                assert pixels is not None
-                assert prompt.pixel_values is not None
-                ours = prompt.pixel_values.reshape(pixels.reshape(-1, prompt.pixel_values.shape[-1]).shape)
-                assert np.abs(ours - pixels.reshape(ours.shape)).max() <= 1.0 / 255 / 0.22 + 1e-5
+                _require_close(prompt.pixel_values, pixels)
+        expected = of_transformers(compared, name, "file")
+        entry = {"type": "video", "video": str(compared / "clip.mp4")}
+        prompt = vlm.processor.process([{"role": "user", "content": [entry, {"type": "text", "text": "What?"}]}])
+        np.testing.assert_array_equal(prompt.token_ids, expected["input_ids"][0])
+        _require_close(prompt.pixel_values, expected.get("pixel_values_videos", expected.get("pixel_values")))
+
+
+def _require_close(ours: np.ndarray | None, pixels: np.ndarray | None) -> None:
+    assert ours is not None
+    assert pixels is not None
+    np.testing.assert_allclose(ours.reshape(-1), pixels.reshape(-1), atol=1.0 / 255 / 0.22 + 1e-5)
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_frames_of_a_recording_are_taken_as_by_transformers(
+    compared: Path, bundles: Callable[[str], Path], name: str
+) -> None:
+    image = Bundle.load(bundles(name)).manifest.model.image
+    assert image is not None
+    assert image.video is not None
+    assert image.video.sampling is not None
+    reference = np.load(compared / "out" / f"{name}.npz")
+    for i, (total, fps) in enumerate(RECORDINGS):
+        expected = reference[f"taken.{i}"]
+        # By rounding, Qwen2-VL's processor asks for a frame behind the last one of some recordings.
+        assert taken(image.video.sampling, total, fps) == expected[expected < total].tolist(), (total, fps)
+
+
+def test_a_bundle_without_a_rule_is_read(bundles: Callable[[str], Path]) -> None:
+    """As older versions wrote it."""
+    image = Bundle.load(bundles("qwen2_vl")).manifest.model.image
+    assert image is not None
+    written = to_json(image)
+    del written["video"]["sampling"]
+    video = from_json(ImageSpec, written).video
+    assert video is not None
+    assert video.sampling is None
 
 
 def _words(vlm: VLM) -> str:
@@ -258,6 +314,9 @@ def test_text_that_spells_a_videos_words_shows_nothing(bundles: Callable[[str], 
         ("qwen2_5_vl", {"do_resize": False}, "do_resize"),
         ("smolvlm", {"max_image_size": {"longest_edge": 32}}, "tiles of 32×32 px"),
         ("internvl", {"size": {"height": 64, "width": 64}}, "size is {'height': 64"),
+        ("qwen2_vl", {"fps": 0}, "fps = 0 of the frames of a video"),
+        ("qwen3_vl", {"min_frames": 9, "max_frames": 8}, "9 frames of a video at least, and 8 at most"),
+        ("internvl", {"num_frames": "8"}, "num_frames|frames = '8'"),
         ("internvl", {"video_processor_type": "SmolVLMVideoProcessor"}, "SmolVLMVideoProcessor"),
     ],
 )

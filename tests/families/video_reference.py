@@ -59,6 +59,36 @@ def answered(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     return {"answer": out.sequences[0, -STEPS:], "logits": torch.cat(out.logits)}
 
 
+def taken(processor: Any, checkpoint: Path) -> list[np.ndarray]:
+    """The frames that the video processor takes of each recording [total, frames a second]."""
+    from transformers.video_utils import VideoMetadata
+
+    recordings = json.loads((checkpoint / "recordings.json").read_text())
+    known = [VideoMetadata(total_num_frames=n, fps=fps, duration=n / fps) for n, fps in recordings]
+    return [np.array(processor.video_processor.sample_frames(one)) for one in known]
+
+
+def of_file(processor: Any, checkpoint: Path) -> dict[str, Any]:
+    """What becomes of the file beside the checkpoints, whose frames the processor takes of all of them."""
+    from transformers.video_utils import load_video
+
+    def every(metadata: Any, **_: Any) -> np.ndarray:
+        return np.arange(metadata.total_num_frames)
+
+    file = str(checkpoint.parent.parent / "clip.mp4")
+    frames, known = load_video(file, backend="pyav", sample_indices_fn=every)
+    message = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What?"}]}
+    text = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+    for old, new in json.loads((checkpoint / "asked.json").read_text())[0].get("replaced", []):
+        text = text.replace(old, new)
+    made = processor(text=[text], videos=[frames], video_metadata=[known], do_sample_frames=True, return_tensors="pt")
+    return {
+        f"file.{name}": made[name].numpy()
+        for name in ("input_ids", "pixel_values", "pixel_values_videos")
+        if name in made
+    }
+
+
 def main(folder: Path, out: Path) -> None:
     _library = declared()
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -66,7 +96,8 @@ def main(folder: Path, out: Path) -> None:
     for checkpoint in sorted(folder.iterdir()):
         processor = AutoProcessor.from_pretrained(checkpoint)
         model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
-        found: dict[str, np.ndarray] = {}
+        found = {f"taken.{i}": indices for i, indices in enumerate(taken(processor, checkpoint))}
+        found |= of_file(processor, checkpoint)
         for i, case in enumerate(json.loads((checkpoint / "asked.json").read_text())):
             inputs = inputs_of(processor, case)
             tensors = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor)}

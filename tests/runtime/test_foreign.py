@@ -213,3 +213,18 @@ def test_what_is_passed_on() -> None:
         importlib.import_module("nothing_of_this_name")
     except ImportError as e:
         pass_on(e)
+
+
+@pytest.mark.parametrize(("path", "own"), [("av/container/core.py", True), ("camera/grab.py", False)])
+def test_compiled_modules_are_known_by_their_paths(path: str, own: bool) -> None:
+    """Frames of Cython have no module's name."""
+    code = compile("def read():\n    raise ValueError('no such data')\n", path, "exec")
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    with pytest.raises(ValueError, match="no such data") as caught:
+        scope["read"]()
+    trace = caught.value.__traceback__
+    assert trace is not None
+    error = caught.value.with_traceback(trace.tb_next)  # without this file's
+    with contextlib.nullcontext() if own else pytest.raises(ValueError, match="no such data"):
+        pass_on(error, "av")

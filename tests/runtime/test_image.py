@@ -4,6 +4,7 @@ import base64
 import contextlib
 import io
 import struct
+import tracemalloc
 import warnings
 import zlib
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL import Image, ImageOps
 from transformers.image_utils import load_image as source_load_image
 
 from mllm_edge.errors import ImageError
-from mllm_edge.runtime.prompt.image import BGR, load_image
+from mllm_edge.runtime.prompt.image import BGR, Pixels, load_image
 
 from .reference import image_processor, picture
 
@@ -205,7 +206,7 @@ def test_a_read_only_array_is_fine():
         (np.zeros((4, 4, 3), np.int64), "int64"),
         (np.zeros((4, 4, 3), np.complex64), "complex64"),
         (np.zeros((4, 4), object), "object"),
-        (np.zeros((3, 4, 5), np.uint8), "transpose"),
+        (np.zeros((3, 4, 5), np.uint8), "channels='first'"),
         (np.zeros((4, 4, 2), np.uint8), "(4, 4, 2)"),
         (np.zeros((1, 4, 4, 3), np.uint8), "one by one"),
         (np.zeros(7, np.uint8), "(7,)"),
@@ -302,6 +303,91 @@ def test_bgr_frames(tiny_bundle):
 def test_bgr_of_something_else(array):
     with pytest.raises(ImageError, match="three or four channels"):
         load_image(BGR(array))
+
+
+@pytest.mark.parametrize("order", ["RGB", "BGR"])
+@pytest.mark.parametrize("channels", ["last", "first"])
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_stated_orders_and_axes(order, channels, count):
+    stored = np.random.default_rng(1).integers(0, 256, (5, 7, count), dtype=np.uint8)
+    places = {1: [0], 3: [2, 1, 0], 4: [2, 1, 0, 3]}[count]
+    plain = stored[..., places] if order == "BGR" else stored
+    given = stored.transpose(2, 0, 1) if channels == "first" else stored
+    for array in (given, np.ascontiguousarray(given), np.asfortranarray(given)):
+        np.testing.assert_array_equal(pixels(Pixels(array, order, channels)), pixels(plain))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "range_", "low", "high"),
+    [
+        (np.float32, {"white": 255}, 0, 255),
+        (np.float64, {"black": -1, "white": 1}, -1, 1),
+        (np.float16, {}, 0, 1),
+        (np.int64, {"white": 255}, 0, 255),
+        (np.int16, {"black": -128, "white": 127}, -128, 127),
+        (np.uint16, {"white": 1023}, 0, 1023),
+        (np.uint16, {"black": 64, "white": 4095}, 64, 4095),
+        (np.uint32, {"black": 0}, 0, 2**32 - 1),
+        (np.uint8, {"black": 16, "white": 235}, 16, 235),
+    ],
+)
+def test_stated_ranges(dtype, range_, low, high):
+    grey = np.array([0, 51, 102, 255])
+    values = np.asarray(low + grey / 255 * (high - low))
+    array = (np.rint(values) if np.dtype(dtype).kind != "f" else values).astype(dtype)[None]
+    found = pixels(Pixels(array, **range_))[0, :, 0]
+    step = 255 / (high - low) if np.dtype(dtype).kind != "f" else 0.1
+    assert np.abs(found - grey.astype(int)).max() <= max(1, step)
+    assert (found[0], found[-1]) == (0, 255)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (Pixels(np.full((2, 2), 1.5, np.float32), white=1.0), "outside 0..1"),
+        (Pixels(np.full((2, 2), np.nan), white=255), "outside 0..255"),
+        (Pixels(np.full((2, 2), 300), white=255), "outside 0..255"),
+        (Pixels(np.full((2, 2), 3, np.uint8), black=4), "outside 4..255"),
+        (Pixels(np.zeros((2, 2)), black=1, white=1), "black is 1 and white 1"),
+        (Pixels(np.zeros((2, 2)), white=float("inf")), "white inf"),
+        (Pixels(np.zeros((2, 2), bool), white=1), "black and white are of numbers"),
+        (Pixels(np.zeros((2, 2, 3), np.uint8), channels="first"), "leave channels='first' out"),
+        (Pixels(np.zeros((3, 2, 2), np.uint8)), "looks like [C, H, W]"),
+        (Pixels(np.zeros((2, 2, 3), np.uint8), "GRB"), "give 'RGB' or 'BGR'"),
+        (Pixels(np.zeros((2, 2, 3), np.uint8), channels="CHW"), "give 'last' or 'first'"),
+        (Pixels([[0]]), "pass Pixels a numpy array"),
+        (Pixels(np.zeros((0, 2), np.uint8)), "no pixels"),
+    ],
+)
+def test_statements_that_do_not_hold(wrong, told):
+    with pytest.raises(ImageError) as error:
+        load_image(wrong)
+    assert told in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [lambda a: a, BGR, lambda a: Pixels(a, "BGR"), lambda a: Pixels(a.transpose(2, 0, 1).copy(), "BGR", "first")],
+)
+def test_frames_are_not_copied_on_the_way_to_pillow(form):
+    source = form(np.zeros((300, 400, 3), np.uint8))
+    load_image(source)
+    tracemalloc.start()
+    try:
+        load_image(source)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 300 * 400 / 2
+
+
+def test_stated_pixels_stand_for_an_image(tiny_bundle):
+    import mllm_edge
+
+    rgb = np.asarray(picture(5, 7))
+    stated = mllm_edge.Pixels(rgb.transpose(2, 0, 1) / 127.5 - 1, channels="first", black=-1, white=1)
+    with mllm_edge.VLM.load(tiny_bundle) as vlm:
+        assert len({vlm.generate("Hi", one, max_new_tokens=4).token_ids for one in (rgb, stated)}) == 1
 
 
 @pytest.mark.parametrize("header", ["data:image/png;base64,", "DATA:;BASE64,", "data:image/png;name=a;base64,"])

@@ -6,11 +6,12 @@ from typing import Any
 from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.image_settings import resample_name, value_transforms
 from mllm_edge.export.checkpoint.processing import read_video_settings
-from mllm_edge.export.checkpoint.processor import require_switched_on
+from mllm_edge.export.checkpoint.processor import OWN_PROCESSOR, require_switched_on
 from mllm_edge.export.checkpoint.source import Source
-from mllm_edge.spec import Resize, Transform
+from mllm_edge.image_checks import sampling_problems
+from mllm_edge.spec import FrameRule, FrameSampling, Resize, Transform
 
-__all__ = ["frame_tiles", "video_settings"]
+__all__ = ["frame_sampling", "frame_tiles", "video_settings"]
 
 # Of the video processors of transformers 5.24, where they do not say otherwise.
 _DEFAULTS: dict[str, Any] = {
@@ -36,6 +37,17 @@ def video_settings(source: Source, processor: str, **defaults: Any) -> SimpleNam
     settings = SimpleNamespace(**{**_DEFAULTS, **defaults, **stated})
     require_switched_on(source, settings, "do_convert_rgb", "do_resize")
     return settings
+
+
+def frame_sampling(source: Source, settings: Any, rule: FrameRule = "even", **further: Any) -> FrameSampling | None:
+    """Which frames a video processor takes by its `settings` fps and num_frames, of which num_frames counts where both
+    are stated; `further`: as of `FrameSampling`. None where neither is: then it takes none by itself. Raises
+    ConfigError for what is no such number."""
+    fps, frames = (getattr(settings, name, None) for name in ("fps", "num_frames"))
+    made = FrameSampling(rule, fps=None if frames is not None else fps, frames=frames, **further)
+    if problem := next(sampling_problems(made), None):
+        raise ConfigError(f"{source.folder}: the video processor's settings: {problem}", OWN_PROCESSOR)
+    return None if fps is None and frames is None else made
 
 
 def frame_tiles(source: Source, settings: SimpleNamespace, tile: int) -> tuple[Transform, ...]:

@@ -70,6 +70,7 @@ def _video_spec(checkpoint: Checkpoint, patches: Patchify) -> VideoSpec | None:
         patches,
         "Glm4vVideoProcessor",
         {"patch_size": 14, "size": {"shortest_edge": 112**2, "longest_edge": 60_000 * 28**2}},
+        "steps",
         token=processor.image_token,
         token_id=checkpoint.token_id,
         placeholder=processor.video_token,

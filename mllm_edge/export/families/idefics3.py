@@ -5,6 +5,7 @@ as the last tile; in the prompt each tile is announced by its row and column. Wi
 """
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -14,10 +15,11 @@ from mllm_edge.export.checkpoint.image_settings import resample_name, value_tran
 from mllm_edge.export.checkpoint.processing import processor_class
 from mllm_edge.export.checkpoint.processor import load_processor, require_switched_on, require_tile, require_tokens
 from mllm_edge.export.checkpoint.source import Source
-from mllm_edge.export.checkpoint.video_settings import video_settings
+from mllm_edge.export.checkpoint.video_settings import frame_sampling, video_settings
 from mllm_edge.export.family import Checkpoint, Family, Parts
 from mllm_edge.export.plan import tile_components
 from mllm_edge.spec import (
+    FrameSampling,
     ImagePrompt,
     ImageSpec,
     Resize,
@@ -165,7 +167,17 @@ def _video_spec(checkpoint: Checkpoint, tile: int, tokens: int, single: str) -> 
         begin="You are provided the following series of {count} frames from a {duration} [H:MM:SS] video.\n",
         frame=f"\nFrame from {{clock}}:{single}",
         close="\n\n",
+        sampling=_frame_sampling(source, settings, sampling),
     )
+
+
+def _frame_sampling(source: Source, settings: Any, stated: Mapping[str, Any]) -> FrameSampling | None:
+    """At a rate, up to a number of frames; what is `stated` for both in one setting counts."""
+    rate = stated.get("fps", getattr(settings, "fps", None))
+    most = stated.get("max_frames", getattr(settings, "num_frames", None))
+    if rate is None or most is None:
+        return None
+    return frame_sampling(source, SimpleNamespace(fps=rate), "inner", most=most, seconds=1.0)
 
 
 FAMILY = Family(

@@ -23,7 +23,7 @@ from mllm_edge.export.checkpoint.processor import require_switched_on, require_t
 from mllm_edge.export.checkpoint.safetensors import Weights
 from mllm_edge.export.checkpoint.source import Source
 from mllm_edge.export.checkpoint.texts import Texts, read_texts
-from mllm_edge.export.checkpoint.video_settings import frame_tiles, video_settings
+from mllm_edge.export.checkpoint.video_settings import frame_sampling, frame_tiles, video_settings
 from mllm_edge.export.checkpoint.vocabulary import check_vocabulary, vocabulary
 from mllm_edge.export.families import internvl_chat
 from mllm_edge.export.families.internvl_chat import MODEL_TYPE as CHAT
@@ -216,6 +216,8 @@ def _video_spec(checkpoint: Checkpoint, tile: int, tokens: int, prompt: ImagePro
     settings = video_settings(source, "InternVLVideoProcessor", size={"height": 384, "width": 384})
     if settings is None:
         return None
+    shift = getattr(settings, "initial_shift", True)  # in frames; true: half of what lies between two
+    sampling = frame_sampling(source, settings, "stride", shift=None if shift is True else shift or 0.0)
     return VideoSpec(
         frame_tiles(source, settings, tile),
         prompt.token,
@@ -224,6 +226,7 @@ def _video_spec(checkpoint: Checkpoint, tile: int, tokens: int, prompt: ImagePro
         placeholder=checkpoint.processor.video_token,
         frame=f"Frame{{number}}: {prompt.single}",
         between="\n",
+        sampling=sampling,
     )
 
 

@@ -12,7 +12,7 @@ from mllm_edge.errors import ConfigError
 from mllm_edge.export.checkpoint.image_settings import resample_name, value_transforms
 from mllm_edge.export.checkpoint.processor import load_processor, require_switched_on, require_tile, require_tokens
 from mllm_edge.export.checkpoint.source import Source
-from mllm_edge.export.checkpoint.video_settings import frame_tiles, video_settings
+from mllm_edge.export.checkpoint.video_settings import frame_sampling, frame_tiles, video_settings
 from mllm_edge.export.families.llava_parts import (
     NEWLINE,
     SIGLIP,
@@ -105,7 +105,10 @@ def _video_spec(checkpoint: Checkpoint, tile: int) -> VideoSpec | None:
     settings of a video processor, which transformers does not open for videos either."""
     source, token, token_id = checkpoint.source, checkpoint.processor.video_token, checkpoint.top.take(_VIDEO_TOKEN)
     settings = video_settings(source, "LlavaOnevisionVideoProcessor", size={"height": 384, "width": 384})
-    return None if settings is None else VideoSpec(frame_tiles(source, settings, tile), token, token_id, NEWLINE)
+    if settings is None:
+        return None
+    sampling = frame_sampling(source, settings)
+    return VideoSpec(frame_tiles(source, settings, tile), token, token_id, NEWLINE, sampling=sampling)
 
 
 def _most_tiles(checkpoint: Checkpoint) -> int:

@@ -5,7 +5,7 @@ Those that fit an image into the best of many resolutions share these, and the l
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,6 +16,7 @@ from mllm_edge.export.checkpoint.image_settings import made_size, single_transfo
 from mllm_edge.export.checkpoint.processing import read_video_settings
 from mllm_edge.export.checkpoint.processor import OWN_PROCESSOR, load_processor, require_tile, require_tokens
 from mllm_edge.export.checkpoint.source import Source
+from mllm_edge.export.checkpoint.video_settings import frame_sampling
 from mllm_edge.export.family import Checkpoint
 from mllm_edge.export.plan import TracedComponent, tile_components
 from mllm_edge.spec import ImagePrompt, ImageSpec, VideoSpec
@@ -256,7 +257,8 @@ def read_video_spec(
         )
     transforms = single_transforms(source, clip_like({**defaults, **stated}))
     require_tile(source, made_size(transforms), tile)
-    return VideoSpec(transforms, token, token_id, features=features)
+    sampling = frame_sampling(source, SimpleNamespace(**stated))
+    return VideoSpec(transforms, token, token_id, features=features, sampling=sampling)
 
 
 # ---------------------------------------------------------------- images of many resolutions

@@ -37,7 +37,7 @@ def _describe(checkpoint: Checkpoint) -> Parts:
     if stated != text_hidden:
         raise ConfigError(f"vision_config: out_hidden_size {stated}, but the text model's is {text_hidden}", OWN_CONFIG)
     rate = float(vision.take("tokens_per_second"))
-    video = video_spec(checkpoint, patches, VIDEO_PROCESSOR, VIDEO_DEFAULTS, rate=rate)
+    video = video_spec(checkpoint, patches, VIDEO_PROCESSOR, VIDEO_DEFAULTS, "stride", rate=rate)
     tables = (grid_rope(vision, sizes.hidden_size // sizes.heads), GridWindows(tower.side))
     image = replace(image_spec(checkpoint, patches, tables), video=video)
     traced = cell_components(

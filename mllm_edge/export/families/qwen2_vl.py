@@ -40,7 +40,7 @@ def _describe(checkpoint: Checkpoint) -> Parts:
     if stated != text_hidden:
         raise ConfigError(f"vision_config: hidden_size {stated}, but the text model's is {text_hidden}", OWN_CONFIG)
     hidden, tables = tower.hidden_size, (grid_rope(vision, tower.hidden_size // tower.heads),)
-    video = video_spec(checkpoint, patches, VIDEO_PROCESSOR, VIDEO_DEFAULTS)
+    video = video_spec(checkpoint, patches, VIDEO_PROCESSOR, VIDEO_DEFAULTS, "stride")
     image = replace(image_spec(checkpoint, patches, tables), video=video)
     traced = cell_components(
         lambda: QwenVlTower(tower),

@@ -76,6 +76,7 @@ def _video_spec(checkpoint: Checkpoint, patches: Patchify) -> VideoSpec | None:
         patches,
         "Qwen3VLVideoProcessor",
         _VIDEO_DEFAULTS,
+        "ends",
         placeholder=f"{START}{checkpoint.processor.video_token}{END}",
         frame=f"<{{seconds}} seconds>{START}{{image}}{END}",
         together=True,

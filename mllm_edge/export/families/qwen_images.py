@@ -1,6 +1,7 @@
 """Images of Qwen's vision-language models: any size, as a grid of cells of patches, one feature each."""
 
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,19 @@ from mllm_edge.export.checkpoint.config import ConfigReader
 from mllm_edge.export.checkpoint.image_settings import resample_name, value_transforms
 from mllm_edge.export.checkpoint.processor import OWN_PROCESSOR, require_switched_on
 from mllm_edge.export.checkpoint.source import Source
-from mllm_edge.export.checkpoint.video_settings import video_settings
+from mllm_edge.export.checkpoint.video_settings import frame_sampling, video_settings
 from mllm_edge.export.family import Checkpoint
-from mllm_edge.spec import GridRope, ImagePrompt, ImageSpec, Patchify, ResizeToPixels, Table, VideoSpec
+from mllm_edge.spec import (
+    FrameRule,
+    FrameSampling,
+    GridRope,
+    ImagePrompt,
+    ImageSpec,
+    Patchify,
+    ResizeToPixels,
+    Table,
+    VideoSpec,
+)
 
 __all__ = [
     "END",
@@ -35,6 +46,8 @@ START, END = "<|vision_start|>", "<|vision_end|>"
 VIDEO_PROCESSOR = "Qwen2VLVideoProcessor"
 # Of the video processor, where the files do not say otherwise.
 VIDEO_DEFAULTS = {"patch_size": 14, "size": {"shortest_edge": 128 * 28**2, "longest_edge": 768 * 28**2}}
+# Of which frames are taken; the rate of Qwen2-VL's is that of the model's own code (qwen_vl_utils).
+_TAKEN = {"fps": 2.0, "min_frames": 4, "max_frames": 768, "max_duration": 300}
 _MAX_RATIO = 200.0  # of an image's sides; fixed in the reference
 _EDGES = ("shortest_edge", "longest_edge")
 _OF = {"image": "an image", "video": "a video"}
@@ -121,13 +134,19 @@ def image_spec(
 
 
 def video_spec(
-    checkpoint: Checkpoint, patches: Patchify, processor: str, defaults: Mapping[str, Any], **written: Any
+    checkpoint: Checkpoint,
+    patches: Patchify,
+    processor: str,
+    defaults: Mapping[str, Any],
+    rule: FrameRule,
+    **written: Any,
 ) -> VideoSpec | None:
     """Videos as cells of patches of a few frames each, by the settings of a video `processor`, and its `defaults` where
-    none are stated; `written`: how they are told, as of `VideoSpec`, the placeholder of images unless `token` and
-    `token_id` are others. None as of `video_settings`; errors as of `image_spec`."""
+    none are stated; `rule`: by which it takes frames of a recording; `written`: how they are told, as of `VideoSpec`,
+    the placeholder of images unless `token` and `token_id` are others. None as of `video_settings`; errors as of
+    `image_spec`."""
     source = checkpoint.source
-    fixed = {"merge_size": 2, "temporal_patch_size": 2, "cap_pixels_per_frame": False}
+    fixed = {"merge_size": 2, "temporal_patch_size": 2, "cap_pixels_per_frame": False, **_TAKEN}
     settings = video_settings(source, processor, **fixed, **defaults)
     if settings is None:
         return None
@@ -144,7 +163,16 @@ def video_spec(
         *value_transforms(settings),
         patches,
     )
-    return VideoSpec(transforms, **{**_placeholder(checkpoint), **written}, features=1)
+    sampling = _sampling(source, settings, patches, rule)
+    return VideoSpec(transforms, **{**_placeholder(checkpoint), **written}, features=1, sampling=sampling)
+
+
+def _sampling(source: Source, settings: Any, patches: Patchify, rule: FrameRule) -> FrameSampling | None:
+    if rule == "steps":  # reads no num_frames
+        return frame_sampling(source, SimpleNamespace(fps=settings.fps), rule, seconds=settings.max_duration)
+    multiple = patches.frames if rule == "stride" else 1
+    bounds = {"least": settings.min_frames, "most": settings.max_frames, "multiple": multiple}
+    return frame_sampling(source, settings, rule, **bounds)
 
 
 def _placeholder(checkpoint: Checkpoint) -> dict[str, Any]:

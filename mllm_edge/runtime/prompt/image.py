@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal, get_args
 from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
 
@@ -21,7 +21,10 @@ from PIL import Image
 from mllm_edge.errors import ImageError
 from mllm_edge.runtime.foreign import pass_on
 
-__all__ = ["BGR", "ImageSource", "Wanted", "image_path", "load_image"]
+__all__ = ["BGR", "ImageSource", "Pixels", "Wanted", "image_path", "load_image", "open_file"]
+
+Order = Literal["RGB", "BGR"]
+Channels = Literal["last", "first"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +34,24 @@ class BGR:
     array: np.ndarray
 
 
-ImageSource = str | os.PathLike | bytes | bytearray | memoryview | Image.Image | np.ndarray | BGR | IO[bytes]
+@dataclass(frozen=True, eq=False)
+class Pixels:
+    """An array and what its numbers mean, where that is not what `load_image` takes an array for.
+
+    `order`: of its colours. `channels`: "last" [H, W, C] or "first" [C, H, W], of 1, 3 or 4 channels; the fourth is
+    opacity. `black`, `white`: the numbers of the darkest and the brightest, of any whole or float dtype: 0 and 255 of
+    floats, −1 and 1 of what was normalized, 0 and 1023 of a sensor of 10 bits; None: 0 and, of floats, 1, else the
+    dtype's largest. What lies beyond them is refused, never clipped.
+    """
+
+    array: np.ndarray
+    order: Order = "RGB"
+    channels: Channels = "last"
+    black: float | None = None
+    white: float | None = None
+
+
+ImageSource = str | os.PathLike | bytes | bytearray | memoryview | Image.Image | np.ndarray | BGR | Pixels | IO[bytes]
 
 # Modules of Pillow and of its plugins (pillow_heif, pillow_avif, …).
 _PILLOW = ("PIL", "pillow")
@@ -58,7 +78,8 @@ def load_image(source: ImageSource, wanted: Wanted | None = None) -> Image.Image
 
     `source` is a path (`~` is the home folder), a `file:` URL, a base64 `data:` URI (line breaks and the URL-safe
     alphabet are fine), the bytes of an image file, a binary file object, a PIL image, or a numpy array [H, W],
-    [H, W, 1], [H, W, 3] or [H, W, 4] in RGB order. OpenCV frames are BGR: pass `BGR(frame)`.
+    [H, W, 1], [H, W, 3] or [H, W, 4] in RGB order. OpenCV frames are BGR: pass `BGR(frame)`; for any other order of
+    colours or axes, and other ranges, `Pixels` states them. Nothing of an array is guessed.
 
     - The EXIF orientation is applied; of an animation the first frame is taken.
     - Transparency (LA, RGBA, palette or colour key) is composited over white.
@@ -71,9 +92,12 @@ def load_image(source: ImageSource, wanted: Wanted | None = None) -> Image.Image
     decompression-bomb limit), empty, or of a type, shape or value range that is not listed here.
     """
     if isinstance(source, BGR):
-        return _from_array(_rgb(source.array))
+        _require_colours(source.array)
+        return _from_pixels(Pixels(source.array, "BGR"))
     if isinstance(source, np.ndarray):
-        return _from_array(source)
+        return _from_pixels(Pixels(source))
+    if isinstance(source, Pixels):
+        return _from_pixels(source)
     if isinstance(source, Image.Image):
         return _from_pil(source, f"PIL image ({source.mode}, {source.width}×{source.height})")
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -117,25 +141,28 @@ def _scheme(text: str) -> str:
     return (match[1] or match[2]).lower() if match else ""
 
 
-def _rgb(array: np.ndarray) -> np.ndarray:
+def _require_colours(array: np.ndarray) -> None:
     if not isinstance(array, np.ndarray) or array.ndim != 3 or array.shape[2] not in (3, 4):
         what = f"of shape {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
         raise ImageError(f"BGR({what}) has no three or four channels", "pass BGR an array [H, W, 3] or [H, W, 4]")
-    return array[..., [2, 1, 0, 3][: array.shape[2]]]
+
+
+def open_file(path: Path, kind: str = "image") -> IO[bytes]:
+    """The file of an image, or of another `kind`; raises ImageError for one that is not there or cannot be read."""
+    try:
+        return path.open("rb")
+    except FileNotFoundError as error:
+        pass_on(error)
+        raise ImageError(f"{path}: no such file", f"check the path of the {kind}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        pass_on(error)
+        reason = getattr(error, "strerror", None) or error
+        raise ImageError(f"{path}: cannot be opened ({reason})", f"pass the path of a readable {kind} file") from error
 
 
 def _from_path(source: str | os.PathLike, wanted: Wanted | None) -> Image.Image:
     path = image_path(source)
-    try:
-        file = path.open("rb")
-    except FileNotFoundError as error:
-        pass_on(error)
-        raise ImageError(f"{path}: no such file", "check the path of the image") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        pass_on(error)
-        reason = getattr(error, "strerror", None) or error
-        raise ImageError(f"{path}: cannot be opened ({reason})", "pass the path of a readable image file") from error
-    with file:
+    with open_file(path) as file:
         return _from_file(file, str(path), wanted)
 
 
@@ -224,21 +251,55 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         raise ImageError(f"{name}: colour mode {image.mode} has no conversion to RGB", "convert it to RGB") from error
 
 
-def _from_array(array: np.ndarray) -> Image.Image:
+def _from_pixels(source: Pixels) -> Image.Image:
+    array = source.array
+    _require_stated(source)
     name = f"array of shape {array.shape} and dtype {array.dtype}"
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
-        fix = "pass [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]"
-        if array.ndim == 3 and array.shape[0] in (1, 3, 4):
-            fix += "; this one looks like [C, H, W]: pass array.transpose(1, 2, 0)"
-        elif array.ndim == 4:
-            fix += "; of a batch pass the images one by one"
-        raise ImageError(f"{name}: not an image", fix)
+    axis = 0 if source.channels == "first" else 2
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[axis] not in (1, 3, 4)):
+        raise ImageError(f"{name}: not an image", _array_fix(array, axis))
     if array.size == 0:
         raise ImageError(f"{name}: the image has no pixels", "check where the image comes from")
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[..., 0]
-    pixels = np.ascontiguousarray(_to_uint8(array, name))
-    return _to_rgb(Image.fromarray(pixels), name)
+    stated = source.black is not None or source.white is not None
+    pixels = _scaled(source, name) if stated else _to_uint8(array, name)
+    if array.ndim == 3 and array.shape[axis] == 1:
+        pixels = pixels[0] if axis == 0 else pixels[..., 0]
+    return _to_rgb(_image_of(pixels, source.order, axis), name)
+
+
+def _require_stated(source: Pixels) -> None:
+    if not isinstance(source.array, np.ndarray):
+        raise ImageError(f"Pixels of {type(source.array).__name__}", "pass Pixels a numpy array")
+    for name, words in (("order", get_args(Order)), ("channels", get_args(Channels))):
+        if getattr(source, name) not in words:
+            raise ImageError(
+                f"Pixels with {name}={getattr(source, name)!r:.40}", f"give {' or '.join(map(repr, words))}"
+            )
+
+
+def _array_fix(array: np.ndarray, axis: int) -> str:
+    if axis == 0:
+        return "pass [1, H, W], [3, H, W] or [4, H, W], or leave channels='first' out"
+    fix = "pass [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]"
+    if array.ndim == 3 and array.shape[0] in (1, 3, 4):
+        fix += "; this one looks like [C, H, W]: pass Pixels(array, channels='first')"
+    elif array.ndim == 4:
+        fix += "; of a batch pass the images one by one"
+    return fix
+
+
+def _image_of(pixels: np.ndarray, order: Order, axis: int) -> Image.Image:
+    """uint8 pixels [H, W], [H, W, C] or [C, H, W] as Pillow has them: copied once, into its own memory."""
+    if pixels.ndim == 2:
+        return Image.fromarray(np.ascontiguousarray(pixels))
+    if axis == 0:
+        places = (2, 1, 0, 3) if order == "BGR" else (0, 1, 2, 3)
+        bands = [Image.fromarray(np.ascontiguousarray(pixels[i])) for i in places[: len(pixels)]]
+        return Image.merge("RGBA" if len(bands) == 4 else "RGB", bands)
+    height, width, count = pixels.shape
+    data, mode = np.ascontiguousarray(pixels), "RGBA" if count == 4 else "RGB"
+    stored = mode if order == "RGB" else "BGRA" if count == 4 else "BGR"
+    return Image.frombytes(mode, (width, height), data.data, "raw", stored)
 
 
 def _to_uint8(array: np.ndarray, name: str) -> np.ndarray:
@@ -250,7 +311,28 @@ def _to_uint8(array: np.ndarray, name: str) -> np.ndarray:
         return _grey16_to_8(array, name)
     if array.dtype.kind == "f":
         return _float_to_8(array, name)
-    raise ImageError(f"{name}: unsupported dtype", "convert it to uint8 (0..255), uint16 (0..65535) or float (0..1)")
+    fix = (
+        "convert it to uint8 (0..255), uint16 (0..65535) or float (0..1), or state its range: Pixels(array, white=255)"
+    )
+    raise ImageError(f"{name}: unsupported dtype", fix)
+
+
+def _scaled(source: Pixels, name: str) -> np.ndarray:
+    """Pixels of a stated range as uint8."""
+    array = source.array
+    if array.dtype.kind not in "uif":
+        raise ImageError(f"{name}: black and white are of numbers", "pass whole numbers or floats")
+    bright = 1.0 if array.dtype.kind == "f" else float(np.iinfo(array.dtype).max)
+    black, white = source.black or 0.0, bright if source.white is None else source.white
+    if not (np.isfinite([black, white]).all() and black < white):
+        raise ImageError(f"{name}: black is {black!r} and white {white!r}", "give two numbers, the smaller for black")
+    if (black, white) == (0, 255) and array.dtype == np.uint8:
+        return array
+    low, high = float(array.min()), float(array.max())
+    if not (low >= black and high <= white):  # also true for NaN
+        fix = "state the range that they have: Pixels(array, black=…, white=…)"
+        raise ImageError(f"{name}: values {low:g}..{high:g} are outside {black:g}..{white:g}", fix)
+    return np.rint((array.astype(np.float32) - np.float32(black)) * np.float32(255 / (white - black))).astype(np.uint8)
 
 
 def _grey16_to_8(array: np.ndarray, name: str) -> np.ndarray:

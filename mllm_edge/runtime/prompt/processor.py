@@ -95,7 +95,7 @@ class Processor:
         """`template` None: the bundle has no chat template, and only plain strings and raw prompts are accepted.
         `fast_jpeg`: decode large JPEG files at a smaller scale, see `load_image`. `stage_tokens`: where stages get the
         text, too. `model`: whose encoded images are taken."""
-        self._image, self._stage_tokens = spec.image, stage_tokens
+        self._image, self._stage_tokens, self._model_type = spec.image, stage_tokens, spec.model_type
         self._viewer = None if spec.image is None else Viewer(spec.image, fast_jpeg, model)
         self._follows_grids = spec.positions.images == "grid"
         self._tokenizer = tokenizer
@@ -188,7 +188,7 @@ class Processor:
 
     def show(self, source: Source) -> Shown:
         """One image or video as it is shown alone. Raises PromptError for a model that takes none, ImageError."""
-        self._require([kind_of(source)])
+        self.require([kind_of(source)])
         assert self._viewer is not None
         return self._viewer.show([source])[0]
 
@@ -247,7 +247,7 @@ class Processor:
     ) -> tuple[tuple[Piece, ...], bool | None]:
         """The prompt's text in pieces that are tokenized apart (nearly always one), and whether to add special tokens
         around it (None: as generation.json says)."""
-        self._require(kinds)
+        self.require(kinds)
         marked, marks = self._control.mark(conversation)
         if self._template is None:
             text, add_special_tokens = self._render_plain(marked), None
@@ -282,7 +282,7 @@ class Processor:
         return content if isinstance(content, str) else self._flatten(content, "")
 
     def _check_placeholders(self, pieces: Sequence[Piece], kinds: Sequence[Kind]) -> None:
-        self._require(kinds)
+        self.require(kinds)
         written = self._kinds_in(pieces)
         for kind in get_args(Kind):
             placeholders, given = written.count(kind), kinds.count(kind)
@@ -321,8 +321,8 @@ class Processor:
         return re.sub(rf"{re.escape(border)}(?=[^\s<])", f"{border} ", made.replace(border * 2, border))
 
     # ------------------------------------------------------------ images
-    def _require(self, kinds: Sequence[Kind]) -> None:
-        """That the model takes what is given."""
+    def require(self, kinds: Sequence[Kind]) -> None:
+        """Raises PromptError for kinds of which the model takes none, or not so many."""
         if kinds and self._image is None:
             raise PromptError(f"this model takes no images, and got {len(kinds)}", "pass text only")
         most, given = None if self._image is None else self._image.most_images, kinds.count("image")
@@ -331,7 +331,8 @@ class Processor:
             raise PromptError(f"this model takes {many} in a prompt, and got {given}", "ask about each by itself")
         if "video" in kinds and (self._image is None or self._image.video is None):
             count = kinds.count("video")
-            raise PromptError(f"this bundle takes no videos, and got {count}", "pass the frames as images")
+            what = f"this bundle takes no videos, and got {count}; its model is {self._model_type}"
+            raise PromptError(what, "pass the frames as images")
 
     def _layout(self, size: tuple[Any, ...], images: int) -> Layout:
         assert self._image is not None

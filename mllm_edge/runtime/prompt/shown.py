@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -13,12 +13,12 @@ from mllm_edge.errors import BundleError, ImageError
 from mllm_edge.runtime.prompt.image import ImageSource, load_image
 from mllm_edge.runtime.prompt.layout import Layout, layout_of, on_one_canvas, shared_bounds, video_layout
 from mllm_edge.runtime.prompt.shown_patches import shown_inputs
-from mllm_edge.runtime.prompt.sources import EncodedImage, Source, Video, kind_of
-from mllm_edge.runtime.prompt.timing import Timing
+from mllm_edge.runtime.prompt.sources import EncodedImage, Source, Video, VideoFile, kind_of
+from mllm_edge.runtime.prompt.timing import Timing, timing_of
 from mllm_edge.runtime.prompt.transforms.apply import apply_transforms, cut_of, first_size
 from mllm_edge.runtime.prompt.transforms.patches import frames_joined
 from mllm_edge.runtime.prompt.transforms.tiles import filled
-from mllm_edge.spec import PIXELS, ImageSpec, Transform
+from mllm_edge.spec import PIXELS, FrameSampling, ImageSpec, Transform
 
 __all__ = ["Shown", "Viewer"]
 
@@ -91,18 +91,19 @@ class Viewer:
                 return source.shown
             assert source.source is not None
             source = source.source
-        layout, made, size = self._video(source) if isinstance(source, Video) else self._image(source, images)
+        if isinstance(source, (Video, VideoFile)):
+            layout, made, size, timing = self._video(source)
+        else:
+            layout, made, size, timing = self._image(source, images)
         for name, shape in spec.inputs.items():
             found = made[name].shape[1:]
             if (found[:1] if spec.whole else found) != (shape[:1] if spec.whole else shape):
                 raise BundleError(
                     f"the transforms give {name} of {found}, the model takes {shape}", "export the bundle again"
                 )
-        if isinstance(source, Video):
-            return Shown(layout, made, (len(source.frames), *size), source.timing)
-        return Shown(layout, made, size)
+        return Shown(layout, made, size, timing)
 
-    def _image(self, source: ImageSource, images: int) -> tuple[Layout, Arrays, tuple[int, int]]:
+    def _image(self, source: ImageSource, images: int) -> tuple[Layout, Arrays, tuple[int, ...], Timing | None]:
         spec = self._spec
         ways = spec.transforms_for(images), *(view.transforms for view in spec.views)
         (pixels, *views), size = self._transformed(source, ways)
@@ -111,31 +112,32 @@ class Viewer:
         made = dict(zip((PIXELS, *(view.name for view in spec.views)), (pixels, *views), strict=True))
         if spec.shown is not None:
             made |= shown_inputs(spec.shown, cut_of(*size, spec.transforms_for(images)))
-        return layout, made, size
+        return layout, made, size, None
 
-    def _video(self, video: Video) -> tuple[Layout, Arrays, tuple[int, int]]:
+    def _video(self, video: Video | VideoFile) -> tuple[Layout, Arrays, tuple[int, ...], Timing | None]:
         spec = self._spec.video
         assert spec is not None
-        patches, shared = spec.patches, shared_bounds(spec, len(video.frames))
+        count, frames, timing = _frames_of(video, spec.sampling)
+        patches, shared = spec.patches, shared_bounds(spec, count)
         transforms = spec.transforms if patches is None else (*spec.transforms[:-1], replace(patches, frames=1))
         made, sizes = list[np.ndarray](), list[tuple[int, int]]()
-        for i, frame in enumerate(video.frames):
+        for i, frame in enumerate(frames):
             try:
                 (pixels,), size = self._transformed(frame, (transforms,), shared)
                 if patches is not None and sizes and size != sizes[0]:
                     (height, width), first = size, f"{sizes[0][0]}×{sizes[0][1]}"
                     raise ImageError(f"{height}×{width} px, and the first is {first}", "give frames of one size")
             except ImageError as error:
-                where = f"frame {i + 1} of {len(video.frames)}"
+                where = f"frame {i + 1} of {count}"
                 raise ImageError(f"{where}: {error.message}", error.fix) from error
             made.append(pixels)
             sizes.append(size)
-        layout = video_layout(self._spec, len(made), *sizes[0], video.timing)
+        layout = video_layout(self._spec, len(made), *sizes[0], timing)
         if patches is not None:
             made += [made[-1]] * (-len(made) % patches.frames)
             groups = (made[i : i + patches.frames] for i in range(0, len(made), patches.frames))
             made = [frames_joined(group, self._spec.channels) for group in groups]
-        return layout, {PIXELS: np.concatenate(made)}, sizes[0]
+        return layout, {PIXELS: np.concatenate(made)}, (count, *sizes[0]), timing
 
     def _transformed(
         self, source: ImageSource, ways: Sequence[Sequence[Transform]], frames: tuple[int, int] = (1, 1)
@@ -154,6 +156,16 @@ class Viewer:
         image = load_image(source, wanted) if self._fast_jpeg else load_image(source)
         size = sizes[0] if sizes else (image.height, image.width)
         return [apply_transforms(image, transforms, size, frames) for transforms in ways], size
+
+
+def _frames_of(
+    video: Video | VideoFile, sampling: FrameSampling | None
+) -> tuple[int, Iterable[ImageSource], Timing | None]:
+    """How many, which, and when: those of a file are decoded as they are asked for."""
+    if isinstance(video, Video):
+        return len(video.frames), video.frames, video.timing
+    clip = video.clip(sampling)
+    return len(clip.times), clip.frames(), timing_of(len(clip.times), clip.times, None, clip.duration)
 
 
 def _on_one_canvas(shown: Sequence[Shown]) -> tuple[Shown, ...]:
