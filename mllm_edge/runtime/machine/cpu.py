@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-__all__ = ["give_back_memory", "peak_rss", "physical_cores", "cpu_name"]
+__all__ = ["cpu_name", "give_back_memory", "peak_rss", "physical_cores", "rss"]
 
 _STATUS = Path("/proc/self/status")
 
@@ -31,19 +31,31 @@ def cpu_name() -> str:
     return os.uname().machine if hasattr(os, "uname") else sys.platform
 
 
+def rss() -> int:
+    """Resident memory of this process in bytes; 0 where it cannot be read."""
+    return _told("VmRSS") or 0
+
+
 def peak_rss() -> int:
     """Peak resident memory of this process in bytes; 0 where it cannot be read."""
-    if _STATUS.is_file():  # what getrusage tells may be the parent's peak, if that was larger
-        lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
-        told = next((line for line in lines if line.startswith("VmHWM:")), None)
-        if told is not None:
-            return 1024 * int(told.split()[1])
+    told = _told("VmHWM")  # what getrusage tells may be the parent's peak, if that was larger
+    if told is not None:
+        return told
     try:
         import resource
     except ImportError:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _told(name: str) -> int | None:
+    """Bytes of a line of the process's status; None where there is no such line."""
+    if not _STATUS.is_file():
+        return None
+    lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
+    told = next((line for line in lines if line.startswith(f"{name}:")), None)
+    return None if told is None else 1024 * int(told.split()[1])
 
 
 def give_back_memory() -> None:

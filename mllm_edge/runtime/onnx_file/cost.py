@@ -256,9 +256,14 @@ def _graph(message: bytes) -> Graph:
 def _node(message: bytes) -> Node:
     parts = _parts(message)
     attributes = [_parts(attribute) for attribute in parts.get(5, [])]
-    numbers = {a[1][0].decode(): a[3][0] for a in attributes if 1 in a and 3 in a}
+    numbers = {a[1][0].decode(): _signed(a[3][0]) for a in attributes if 1 in a and 3 in a}
     texts = [tuple(text.decode() for text in parts.get(number, [])) for number in (1, 2)]
     return Node(parts.get(3, [b""])[0].decode(), parts[4][0].decode(), texts[0], texts[1], numbers)
+
+
+def _signed(number: int) -> int:
+    """A varint as an int64."""
+    return number - (1 << 64) if number >= 1 << 63 else number
 
 
 def _initializer(message: bytes) -> tuple[str, Tensor]:
