@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -72,7 +73,7 @@ class Asking:
         """The call that `VLM.stream` makes of its options, which says what they mean and what is raised."""
         self._check_speculation(speculation)
         own = self.defaults
-        max_new_tokens = whole("max_new_tokens", first(max_new_tokens, own.max_new_tokens, MAX_NEW_TOKENS), 1)
+        max_new_tokens = self.new_tokens(max_new_tokens)
         budget, trace = budget_of(max_image_tokens, min_image_tokens), given_trace(trace)
         params = SamplingParams(
             temperature,
@@ -122,6 +123,10 @@ class Asking:
         if sought.longest > self._room(processed):
             raise ContextError(f"an answer of {sought.longest} tokens does not fit behind the prompt", "shorten it")
         return sought
+
+    def new_tokens(self, most: Any) -> int:
+        """The option max_new_tokens, or the checkpoint's own; raises OptionError."""
+        return whole("max_new_tokens", first(most, self.defaults.max_new_tokens, MAX_NEW_TOKENS), 1)
 
     def budget_for(self, most: int | None, least: int | None) -> TokenBudget:
         """The options max_image_tokens and min_image_tokens, or the model's own; raises OptionError."""

@@ -1,37 +1,26 @@
 """What a call will take, before it is made: tokens, room in the context, and memory; nothing is run."""
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
-
-import numpy as np
 
 from mllm_edge.bundle import CHAT_TEMPLATE, Bundle
 from mllm_edge.errors import BackendError
 from mllm_edge.install import install_hint
 from mllm_edge.runtime.backends.onnxruntime_cpu import import_onnxruntime
-from mllm_edge.runtime.limits import CAPACITY_STEP, PREFILL_CHUNK
+from mllm_edge.runtime.limits import CAPACITY_STEP
 from mllm_edge.runtime.machine.cpu import rss
-from mllm_edge.runtime.onnx_file.cost import Graph, read_graph
-from mllm_edge.runtime.planning.activations import arena_bytes
-from mllm_edge.runtime.planning.cache import cache_bytes
-from mllm_edge.runtime.planning.weights import weights_of
-from mllm_edge.runtime.profiling.shapes import crossed, crossed_bytes, stage_runs
+from mllm_edge.runtime.planning.memory import FIRST_USE, MemoryModel, PlannedMemory
+from mllm_edge.runtime.prompt.image import load_image
 from mllm_edge.runtime.prompt.layout import Layout
 from mllm_edge.runtime.prompt.processor import Messages, Processor
+from mllm_edge.runtime.prompt.sources import EncodedImage, Source, Video
 from mllm_edge.runtime.prompt.stage_text import StageTokens
-from mllm_edge.runtime.prompt.token_budget import FREE, TokenBudget, settings_of, within
+from mllm_edge.runtime.prompt.token_budget import TokenBudget, settings_of, within
 from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
-from mllm_edge.spec import DECODER, DEEPSTACK, ImageSpec, Variant
 
-__all__ = ["FIRST_USE", "Plan", "PlannedImage", "PlannedMemory", "Planner", "open_planner", "picture_bytes"]
-
-# What the libraries take when they are used for the first time, pages of their code above all, as measured on Linux
-# with ONNX Runtime 1.32: answers of bundles of a few KB leave a process so much larger than its imports did.
-FIRST_USE = 20 << 20
+__all__ = ["Plan", "PlannedImage", "Planner", "open_planner", "size_of"]
 
 
 @dataclass(frozen=True)
@@ -48,29 +37,6 @@ class PlannedImage:
     cells: bool
     pixels: tuple[int, int]
     settings: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class PlannedMemory:
-    """Bytes of a process that loads a bundle and makes one call on the CPU. `base`: of the process before, its
-    libraries and the tokenizer, once they were used; `weights` as the engine keeps them, and `opening`, which it needs
-    beside them for a moment; `images`: pictures as they are decoded and as pixel values; `vision` and `prefill`: what
-    the stages before the decoder and the decoder work in; `kv_cache`: what of it is written, and what cross-attention
-    looks at."""
-
-    base: int
-    weights: int
-    opening: int
-    images: int
-    vision: int
-    prefill: int
-    kv_cache: int
-
-    @property
-    def peak(self) -> int:
-        """The most at any time."""
-        call = self.images + self.vision + self.prefill + self.kv_cache
-        return self.base + self.weights + max(self.opening, call)
 
 
 @dataclass(frozen=True)
@@ -104,37 +70,34 @@ def open_planner(bundle: Bundle, target: str = "cpu") -> "Planner":
     processor = Processor(bundle.manifest.model, tokenizer, template, stage_tokens=stage_tokens)
     with suppress(BackendError):
         import_onnxruntime(install_hint("cpu"))
-    return Planner(bundle, target, processor, rss() + FIRST_USE)
+    return Planner(MemoryModel(bundle, target), processor, rss() + FIRST_USE)
 
 
 class Planner:
     """Plans calls of one bundle, for one target."""
 
-    def __init__(self, bundle: Bundle, target: str, processor: Processor, base: int):
+    def __init__(self, memory: MemoryModel, processor: Processor, base: int):
         """`base`: see `PlannedMemory`."""
-        self.model, self._processor, self._base = bundle.manifest.model, processor, base
-        self._bundle = bundle
-        self._variants = {name: bundle.variant(name, target) for name in bundle.manifest.components}
+        self._memory, self._processor, self._base = memory, processor, base
+        self._model = memory.model
 
     def plan(
         self,
         messages: Messages,
-        sizes: Sequence[tuple[float, ...]],
+        sizes: Sequence[tuple[Any, ...]],
+        budgets: Sequence[TokenBudget],
         max_new_tokens: int,
         context_length: int,
-        *,
         raw: bool = False,
-        budget: TokenBudget = FREE,
     ) -> Plan:
-        """The plan of a call; arguments and errors as of `Processor.count_tokens`, sizes in the order of the prompt."""
-        tokens, layouts = self._processor.laid_out(messages, sizes, raw=raw, budget=budget)
-        begun = self.model.begun(tokens)
-        room = context_length - max(begun, tokens if self.model.text_encoder is None else begun)
+        """The plan of a call; arguments and errors as of `Processor.laid_out`."""
+        tokens, order, layouts = self._processor.laid_out(messages, sizes, budgets, raw=raw)
+        begun = self._model.begun(tokens)
+        room = context_length - (begun if tokens <= context_length else tokens)
         new = max(0, min(max_new_tokens, room))
         capacity = min(-(-(begun + new) // CAPACITY_STEP) * CAPACITY_STEP, max(context_length, begun))
-        allocated, _ = cache_bytes(self.model, self._variants[DECODER], capacity, begun + new)
-        paired = zip(sizes, layouts, strict=True)
-        images = tuple(self._image(size, layout, len(sizes), budget) for size, layout in paired)
+        shown, count = [(sizes[i], budgets[i]) for i in order], sum(len(size) == 2 for size in sizes)
+        images = tuple(self._image(*one, layout, count) for one, layout in zip(shown, layouts, strict=True))
         return Plan(
             prompt_tokens=tokens,
             image_tokens=sum(layout.tokens for layout in layouts),
@@ -142,75 +105,12 @@ class Planner:
             max_new_tokens=new,
             room=room,
             context_length=context_length,
-            kv_cache_bytes=allocated,
-            memory=self.memory(tokens, layouts, sizes, new, capacity),
+            kv_cache_bytes=self._memory.cache_bytes(capacity, layouts, tokens),
+            memory=self._memory.predict(tokens, layouts, [size for size, _ in shown], new, capacity, self._base),
         )
 
-    def memory(
-        self, tokens: int, layouts: Sequence[Layout], sizes: Sequence[tuple[float, ...]], new: int, capacity: int
-    ) -> PlannedMemory:
-        """Of a call with so many tokens of a prompt, images of these layouts and sizes (height, width), `new` tokens of
-        the answer, and a cache for `capacity` tokens."""
-        weights = {name: weights_of(graph) for name, graph in self._graphs.items()}
-        kept, opening = 0, 0
-        for name in self._variants:  # they are opened in this order
-            opening = max(opening, kept + weights[name].resident + weights[name].opening)
-            kept += weights[name].resident
-        begun = self.model.begun(tokens)
-        _, held = cache_bytes(self.model, self._variants[DECODER], capacity, begun + new)
-        seen = crossed_bytes(self.model, self._variants, layouts, tokens)
-        return PlannedMemory(
-            base=self._base,
-            weights=kept,
-            opening=max(0, opening - kept),
-            images=picture_bytes(self.model.image, layouts, sizes),
-            vision=self._vision(layouts, tokens),
-            prefill=self._prefill(begun, tokens, new, capacity, crossed(self.model, layouts, tokens)),
-            kv_cache=held + seen,
-        )
-
-    @cached_property
-    def _graphs(self) -> Mapping[str, Graph]:
-        return {name: read_graph(self._bundle.listed(variant.file)) for name, variant in self._variants.items()}
-
-    def _vision(self, layouts: Sequence[Layout], tokens: int) -> int:
-        """The arenas of the stages, which stay, what they hand on, and the features."""
-        found, handed = 0, 0
-        for stage in self.model.stages:
-            runs = [sizes for sizes, _ in stage_runs(self.model, stage, self._variants, layouts, tokens)]
-            if runs:
-                found += arena_bytes(self._graphs[stage.component], runs)
-                handed += max(_values(self._variants[stage.component], sizes) for sizes in runs)
-        features = sum(layout.features for layout in layouts) * self.model.hidden_size * (1 + self._deepstack)
-        return found + 4 * (handed + features)
-
-    def _prefill(self, begun: int, tokens: int, new: int, capacity: int, features: int) -> int:
-        """The decoder's arena, and what goes in and out: embeddings of the whole prompt and of a piece, and logits."""
-        image, runs = self.model.image, list[dict[str, int]]()
-        piece = begun if image is not None and image.both_ways == "prompt" else PREFILL_CHUNK
-        common = {"batch": 1, "rows": 1, "capacity": capacity, "positions": capacity, "features": max(1, features)}
-        for start in range(0, begun, piece):
-            end = min(begun, start + piece)
-            runs.append({**common, "sequence": end - start, "length": end})
-        if new > 1:
-            runs.append({**common, "sequence": 1, "length": begun + new})
-        variant, largest = self._variants[DECODER], max((run["sequence"] for run in runs), default=0)
-        biases = [tensor.shape for tensor in variant.inputs if tensor.name.startswith("attention_bias")]
-        rows = (tokens + (begun if begun != tokens else 0)) * (1 + self._deepstack) + largest
-        host = self.model.hidden_size * rows + self.model.vocab_size + 2 * capacity * self._rope_width
-        host += sum(_product(shape, runs[0]) for shape in biases)
-        return arena_bytes(self._graphs[DECODER], runs) + 4 * host
-
-    @property
-    def _deepstack(self) -> int:
-        return sum(tensor.name.startswith(DEEPSTACK) for tensor in self._variants[DECODER].inputs)
-
-    @property
-    def _rope_width(self) -> int:
-        return sum(rope.dim // 2 for rope in self.model.positions.ropes)
-
-    def _image(self, size: tuple[float, ...], layout: Layout, images: int, budget: TokenBudget) -> PlannedImage:
-        spec = self.model.image
+    def _image(self, size: tuple[Any, ...], budget: TokenBudget, layout: Layout, images: int) -> PlannedImage:
+        spec = self._model.image
         assert spec is not None
         settings: Mapping[str, Any] = {}
         if len(size) == 2:
@@ -218,22 +118,17 @@ class Planner:
         cells = spec.patches is not None or spec.whole
         parts = layout.grids[0] if len(layout.grids) > 1 else (1, 1)  # tiles of cells
         pixels = layout.rows * parts[0] * spec.height, layout.cols * parts[1] * spec.width
-        return PlannedImage(size, layout.tokens, layout.tiles, (layout.rows, layout.cols), cells, pixels, settings)
+        return PlannedImage(size[:3], layout.tokens, layout.tiles, (layout.rows, layout.cols), cells, pixels, settings)
 
 
-def picture_bytes(image: ImageSpec | None, layouts: Sequence[Layout], sizes: Sequence[tuple[float, ...]]) -> int:
-    """Of decoded pictures of these sizes (height, width), and of all that is cut of them, as numbers of 8 bits and in
-    float32."""
-    if image is None:
-        return 0
-    values = sum(layout.slices for layout in layouts) * sum(map(math.prod, image.inputs.values()))
-    return int(3 * sum(math.prod(size[:3]) for size in sizes)) + 5 * values
-
-
-def _values(variant: Variant, sizes: Mapping[str, int]) -> int:
-    """Of all outputs of a run."""
-    return sum(_product(tensor.shape, sizes) for tensor in variant.outputs)
-
-
-def _product(shape: Sequence[int | str], sizes: Mapping[str, int]) -> int:
-    return int(np.prod([size if isinstance(size, int) else sizes.get(size, 1) for size in shape], dtype=np.int64))
+def size_of(source: Source) -> tuple[Any, ...]:
+    """An image's (height, width), a video's (frames, height, width) and its `Timing` where it has one; raises
+    ImageError."""
+    if isinstance(source, EncodedImage):
+        shown = source.shown
+        return shown.size if shown.timing is None else (*shown.size, shown.timing)
+    if isinstance(source, Video):
+        first, timing = load_image(source.frames[0]), source.timing
+        return (len(source.frames), first.height, first.width, *(() if timing is None else (timing,)))
+    picture = load_image(source)
+    return picture.height, picture.width
