@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from mllm_edge.runtime.onnx_file.cost import Graph, Node
 from mllm_edge.runtime.onnx_file.expressions import dimension
 from mllm_edge.runtime.planning.arena import Arena
@@ -24,6 +26,8 @@ _FLOAT = 1
 _SAME = {"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"}
 _IN_PLACE = {"Relu", "Sigmoid", "Tanh", "Sqrt", "Neg", "Abs", "Clip", "Erf"}
 _SMALL = {"Shape", "Constant", "Range", "Size"}
+_MOVES = {"Reshape", "Transpose", "Unsqueeze", "Squeeze"}
+_ELEMENTS = {"Add", "Sub", "Mul", "Div", "Where", "Pow", "Min", "Max"}
 _NORMS = {"SkipLayerNormalization", "SkipSimplifiedLayerNormalization"}
 
 
@@ -131,11 +135,14 @@ class _Run:
         if node.kind in _SMALL or not inputs:
             return (8,)
         data = inputs[0]
+        if node.kind in _MOVES:
+            return _moved(node, data, self.graph.constants.get(node.inputs[-1]))
         if node.kind == "MatMulNBits":
             return (*data[:-1], node.numbers["N"])
         if node.kind in ("MatMul", "DynamicQuantizeMatMul", "FusedMatMul") and len(inputs[1]) > 1:
-            rows = data[:-1] if data and data[-1] == inputs[1][-2] else (math.prod(data) // max(1, inputs[1][-2]),)
-            return (*rows, inputs[1][-1])
+            if len(data) < 2 or data[-1] != inputs[1][-2]:
+                return (math.prod(data) // max(1, inputs[1][-2]), inputs[1][-1])
+            return (*_broadcast(data[:-2], inputs[1][:-2]), data[-2], inputs[1][-1])
         if node.kind == "Concat":
             axis = node.numbers.get("axis", 0)
             return (*data[:axis], sum(s[axis] for s in inputs), *data[axis:][1:]) if len(data) > abs(axis) else (8,)
@@ -149,7 +156,7 @@ class _Run:
             return (1,)
         if node.kind == "GatherND":
             return (*inputs[1][:-1], *data[-1:])
-        return max(inputs, key=math.prod)
+        return _broadcast(*inputs) if node.kind in _ELEMENTS else max(inputs, key=math.prod)
 
     def _before(self, node: Node) -> Iterator[int]:
         """Bytes that an operator works in and takes before its output."""
@@ -184,3 +191,28 @@ class _Run:
 def _with(shape: Shape, axis: int, size: int) -> Shape:
     axis %= len(shape)
     return (*shape[:axis], size, *shape[axis + 1 :])
+
+
+def _broadcast(*shapes: Shape) -> Shape:
+    """The shape that values of several shapes have together; the largest, where they do not fit."""
+    try:
+        return tuple(np.broadcast_shapes(*shapes))
+    except ValueError:
+        return max(shapes, key=math.prod)
+
+
+def _moved(node: Node, data: Shape, told: tuple[int, ...] | None) -> Shape:
+    """The shape behind an operator that keeps all values; a row of them, where the file does not tell how."""
+    if node.kind == "Transpose":
+        order = node.lists.get("perm", tuple(reversed(range(len(data)))))
+        return tuple(data[i] for i in order) if len(order) == len(data) else data
+    if told is None or not data:
+        return (math.prod(data),)
+    if node.kind == "Reshape":
+        sizes = [data[i] if size == 0 and i < len(data) else size for i, size in enumerate(told)]
+        rest = math.prod(data) // max(1, math.prod(size for size in sizes if size > 0))
+        return tuple(rest if size < 0 else size for size in sizes)
+    if node.kind == "Squeeze":
+        return tuple(size for i, size in enumerate(data) if i not in told and i - len(data) not in told)
+    axes, sizes = {axis % (len(data) + len(told)) for axis in told}, list(data)
+    return tuple(1 if i in axes else sizes.pop(0) for i in range(len(data) + len(told)))
