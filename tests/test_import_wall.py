@@ -42,7 +42,7 @@ FLOORS = {
         ("machine", "onnx_file"),
         ("backends", "prompt"),
         ("decode",),
-        ("arguments", "encode", "turns"),
+        ("arguments", "encode", "planning", "turns"),
         ("encoded_image", "recall"),
         ("answer", "saved_state"),
         ("scoring",),

@@ -23,13 +23,13 @@ from mllm_edge.errors import BackendError, BundleError, ImageError, MllmEdgeErro
 from mllm_edge.runtime import limits
 from mllm_edge.runtime.machine.power import IDLE_SAMPLES, PowerMeter
 from mllm_edge.runtime.planning.memory import MemoryModel
+from mllm_edge.runtime.planning.shapes import layouts_of
 from mllm_edge.runtime.profiling import files, measure, memory, roofline
 from mllm_edge.runtime.profiling import runs as runs_module
 from mllm_edge.runtime.profiling.environment import Clock, read_clocks, read_environment, versions
 from mllm_edge.runtime.profiling.first_use import first_use
 from mllm_edge.runtime.profiling.measure import Profile, profile, synthetic_image
 from mllm_edge.runtime.profiling.runs import shares
-from mllm_edge.runtime.profiling.shapes import layouts_of
 from mllm_edge.runtime.profiling.statistics import (
     PERCENTILES,
     Distribution,

@@ -13,8 +13,8 @@ from mllm_edge.runtime.limits import PREFILL_CHUNK
 from mllm_edge.runtime.onnx_file.cost import Graph, read_graph
 from mllm_edge.runtime.planning.activations import arena_bytes
 from mllm_edge.runtime.planning.cache import cache_bytes
+from mllm_edge.runtime.planning.shapes import crossed, crossed_bytes, stage_runs
 from mllm_edge.runtime.planning.weights import weights_of
-from mllm_edge.runtime.profiling.shapes import crossed, crossed_bytes, stage_runs
 from mllm_edge.runtime.prompt.layout import Layout
 from mllm_edge.spec import DECODER, DEEPSTACK, ImageSpec, Variant
 

@@ -22,13 +22,13 @@ from mllm_edge.runtime.machine.cpu import peak_rss
 from mllm_edge.runtime.machine.power import PowerMeter, PowerReading
 from mllm_edge.runtime.machine.threads import Spin, Threads
 from mllm_edge.runtime.numbers import whole
+from mllm_edge.runtime.planning.shapes import layouts_of
 from mllm_edge.runtime.profiling.environment import Environment, read_environment, versions
 from mllm_edge.runtime.profiling.first_use import first_use
 from mllm_edge.runtime.profiling.memory import MemoryUse, WatchedTrace, can_watch, gpu_memory, measured
 from mllm_edge.runtime.profiling.operators import Operator, profile_operators
 from mllm_edge.runtime.profiling.roofline import MachineLimits, StageRoof, Workload, machine_limits, roofline
 from mllm_edge.runtime.profiling.runs import Asker, Call, Run, shares
-from mllm_edge.runtime.profiling.shapes import layouts_of
 from mllm_edge.runtime.profiling.statistics import Distribution, Jitter, Noise, jitter, noise
 from mllm_edge.runtime.prompt.image import ImageSource, load_image
 from mllm_edge.runtime.prompt.processor import Messages

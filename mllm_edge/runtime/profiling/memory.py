@@ -16,7 +16,7 @@ from mllm_edge.runtime.budget import memory
 from mllm_edge.runtime.limits import PREFILL_CHUNK
 from mllm_edge.runtime.machine.cpu import peak_rss
 from mllm_edge.runtime.planning.memory import MemoryModel
-from mllm_edge.runtime.profiling.shapes import crossed_bytes, stage_runs
+from mllm_edge.runtime.planning.shapes import crossed_bytes, stage_runs
 from mllm_edge.runtime.prompt.layout import Layout
 from mllm_edge.runtime.trace import Metrics, Trace
 from mllm_edge.spec import DECODER, DEEPSTACK, Variant
