@@ -42,7 +42,7 @@ FLOORS = {
         ("machine", "onnx_file"),
         ("backends", "prompt"),
         ("decode",),
-        ("arguments", "encode", "health", "turns"),
+        ("arguments", "encode", "health", "planning", "turns"),
         ("encoded_image", "recall"),
         ("answer", "guiding", "saved_state"),
         ("scoring",),

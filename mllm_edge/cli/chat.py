@@ -60,6 +60,8 @@ def command(
     spin: "Spin",
     affinity: str | None,
     max_context: int | None,
+    max_image_tokens: int | None,
+    min_image_tokens: int | None,
     fast_jpeg: bool,
     backend: str,
     quiet: bool,
@@ -75,7 +77,7 @@ def command(
     from mllm_edge.runtime.vlm import VLM
 
     setting: dict[str, Any] = {"threads": threads, "spin": spin, "affinity": affinity, "max_context": max_context}
-    setting["fast_jpeg"] = fast_jpeg
+    setting |= {"fast_jpeg": fast_jpeg, "max_image_tokens": max_image_tokens, "min_image_tokens": min_image_tokens}
     guide_of(options)  # one at most
     unused = without_effect(options)
     if unused:

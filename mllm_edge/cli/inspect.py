@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from mllm_edge.cli.inspect_plan import plan_as_dict, plan_of, plan_text
 from mllm_edge.cli.options import POSITIVE, json_option
 from mllm_edge.cli.output import bytes_text, print_json, table, write_answer
 from mllm_edge.cli.progress import stages
@@ -15,6 +16,8 @@ from mllm_edge.cli.proof import layers_table
 if TYPE_CHECKING:
     from mllm_edge.bundle import Bundle
     from mllm_edge.runtime.budget import ImageCost, Memory
+    from mllm_edge.runtime.planning.plan import Plan
+    from mllm_edge.runtime.prompt.token_budget import TokenBudget
     from mllm_edge.spec import StateSpec, TensorSpec, Variant
 
 __all__ = ["command"]
@@ -38,26 +41,47 @@ def _size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
 @click.option("--context", type=POSITIVE, metavar="N", help="Tell the memory needed for N tokens.")
 @click.option("--image", metavar="FILE", help="Tell the tiles and tokens of an image.")
 @click.option("--image-size", metavar="HxW", callback=_size, help="The same for any image of H x W px.")
-@json_option("Print the manifest as JSON.")
+@click.option("--plan", is_flag=True, help="Tell tokens and peak memory of a call instead, without opening the model.")
+@click.option("--images", type=click.IntRange(min=0), metavar="K", help="Of the plan; default: one, 1080x1920 px.")
+@click.option("--max-image-tokens", type=POSITIVE, metavar="N", help="Show no image in more tokens.")
+@click.option("--min-image-tokens", type=POSITIVE, metavar="N", help="Enlarge small images to so many tokens.")
+@json_option("Print the manifest, or the plan, as JSON.")
 def command(
     bundle: str,
     verify: bool,
     context: int | None,
     image: str | None,
     image_size: tuple[int, int] | None,
+    plan: bool,
+    images: int | None,
+    max_image_tokens: int | None,
+    min_image_tokens: int | None,
     as_json: bool,
 ) -> None:
-    """Show the model, graphs, files and measurements of BUNDLE; nothing is run."""
+    """Show the model, graphs, files and measurements of BUNDLE; nothing is run.
+
+    With --plan, what a short question about K images takes: tokens, room in the context, and the peak memory of a
+    process that answers it on the CPU; --context is then of prompt and answer together.
+    """
     from mllm_edge.bundle import Bundle
     from mllm_edge.json_form import to_json
+    from mllm_edge.runtime.prompt.token_budget import budget_of
 
     if image and image_size:
         raise click.UsageError("--image and --image-size exclude each other")
+    if images is not None and not plan:
+        raise click.UsageError("--images is of a --plan")
+    if plan and image:
+        raise click.UsageError("--plan wants --image-size, not --image")
 
     opened = Bundle.load(bundle)
     if verify:
         _verify(opened)
-    needs, costs = _needs(opened, context), _costs(opened, image or image_size)
+    budget = budget_of(max_image_tokens, min_image_tokens)
+    if plan:
+        _write_plan(plan_of(opened, context, images, image_size, budget), opened, as_json)
+        return
+    needs, costs = _needs(opened, context), _costs(opened, image or image_size, budget)
     if as_json:
         facts = {"path": str(opened.path), "nbytes": opened.nbytes, "verified": verify}
         facts |= {"memory": [{**to_json(m), "resident": m.resident} for m in needs]} if needs else {}
@@ -97,10 +121,17 @@ def _needs(bundle: "Bundle", context: int | None) -> "list[Memory]":
     return memory(bundle, context) if context else []
 
 
-def _costs(bundle: "Bundle", image: "str | tuple[int, int] | None") -> "ImageCost | None":
+def _costs(bundle: "Bundle", image: "str | tuple[int, int] | None", budget: "TokenBudget") -> "ImageCost | None":
     from mllm_edge.runtime.budget import image_cost
 
-    return image_cost(bundle, image) if image else None
+    return image_cost(bundle, image, budget) if image else None
+
+
+def _write_plan(plan: "Plan", bundle: "Bundle", as_json: bool) -> None:
+    if as_json:
+        print_json({"path": str(bundle.path), "plan": plan_as_dict(plan)})
+    else:
+        write_answer(plan_text(plan) + "\n")
 
 
 def _memory(needs: "Memory") -> str:

@@ -82,6 +82,8 @@ _RUNTIME = (
     ),
     click.option("--affinity", metavar="CPUS", help="CPUs that the threads run on, such as 4-7."),
     click.option("--max-context", type=POSITIVE, help="Most tokens of prompt and answer together."),
+    click.option("--max-image-tokens", type=POSITIVE, metavar="N", help="Show no image in more tokens."),
+    click.option("--min-image-tokens", type=POSITIVE, metavar="N", help="Enlarge small images to so many tokens."),
     click.option("--fast-jpeg", is_flag=True, help="Decode large JPEGs at a smaller scale; pixels differ a little."),
     click.option("--backend", type=click.Choice(["auto", *TARGETS]), default="auto", show_default=True),
 )

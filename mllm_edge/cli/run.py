@@ -54,6 +54,8 @@ def command(
     spin: "Spin",
     affinity: str | None,
     max_context: int | None,
+    max_image_tokens: int | None,
+    min_image_tokens: int | None,
     fast_jpeg: bool,
     backend: str,
     verify: bool,
@@ -85,6 +87,8 @@ def command(
         "affinity": affinity,
         "max_context": max_context,
         "fast_jpeg": fast_jpeg,
+        "max_image_tokens": max_image_tokens,
+        "min_image_tokens": min_image_tokens,
         "verify": verify,
     }
     unused, loading = without_effect(options), Trace()

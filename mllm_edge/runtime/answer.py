@@ -15,6 +15,7 @@ from mllm_edge.runtime.decode.generate import generate, prefill
 from mllm_edge.runtime.decode.sampling import Sampler
 from mllm_edge.runtime.decode.scores import Scoring, TokenScore
 from mllm_edge.runtime.decode.speculation import Guesser
+from mllm_edge.runtime.limits import CAPACITY_STEP
 from mllm_edge.runtime.prompt.embedder import Embedder
 from mllm_edge.runtime.prompt.processor import Prompt
 from mllm_edge.runtime.prompt.tokenizer import StopStrings, StreamDecoder, Tokenizer
@@ -25,9 +26,6 @@ from mllm_edge.runtime.trace import Metrics, Trace
 __all__ = ["Call", "Chunk", "FinishReason", "Pace", "Result", "answer", "begin", "unanswered"]
 
 FinishReason = Literal["stop", "stop_string", "length", "timeout"]
-
-# The cache grows in steps of this many positions, so that similar prompts share one allocation.
-_CAPACITY_STEP = 256
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ def answer(
     """The pieces of the answer to an encoded prompt; None stands for a token that completes none."""
     stops, trace, most = call.stops, call.trace, call.max_new_tokens
     whole = len(prompt.encoded if isinstance(prompt, Reused) else prompt)
-    capacity = -(-(whole + most) // _CAPACITY_STEP) * _CAPACITY_STEP
+    capacity = -(-(whole + most) // CAPACITY_STEP) * CAPACITY_STEP
     encoded, reused = begin(prompt, decoder, min(capacity, context_length) - whole, trace)
     text = StreamDecoder(tokenizer)
     ids: list[int] = []

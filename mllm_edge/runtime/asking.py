@@ -89,7 +89,7 @@ class Asking:
         stopping = Stopping(cancel, timeout)
         self._check_speculation(speculation)
         own = self.defaults
-        max_new_tokens = whole("max_new_tokens", first(max_new_tokens, own.max_new_tokens, MAX_NEW_TOKENS), 1)
+        max_new_tokens = self.new_tokens(max_new_tokens)
         budget, trace = budget_of(max_image_tokens, min_image_tokens), _stopped(trace, stopping)
         params = SamplingParams(
             temperature,
@@ -149,6 +149,10 @@ class Asking:
         if sought.longest > self._room(processed):
             raise ContextError(f"an answer of {sought.longest} tokens does not fit behind the prompt", "shorten it")
         return sought
+
+    def new_tokens(self, most: Any) -> int:
+        """The option max_new_tokens, or the checkpoint's own; raises OptionError."""
+        return whole("max_new_tokens", first(most, self.defaults.max_new_tokens, MAX_NEW_TOKENS), 1)
 
     def budget_for(self, most: int | None, least: int | None) -> TokenBudget:
         """The options max_image_tokens and min_image_tokens, or the model's own; raises OptionError."""

@@ -11,6 +11,7 @@ from mllm_edge.errors import ContextError, ImageError
 from mllm_edge.runtime.prompt.image import ImageSource, load_image
 from mllm_edge.runtime.prompt.processor import Processor
 from mllm_edge.runtime.prompt.stage_text import StageTokens
+from mllm_edge.runtime.prompt.token_budget import FREE, TokenBudget
 from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
 from mllm_edge.spec import MOST_PIXELS, ModelSpec, cross_bytes, state_bytes
 
@@ -83,8 +84,9 @@ def _features(model: ModelSpec, context: int) -> int:
     return image.features * (image.tiles or 1) if image is not None and crossed else 0
 
 
-def image_cost(bundle: Bundle, image: ImageSource | tuple[int, int]) -> ImageCost:
-    """The cost of an image, or of any image of that (height, width); raises ImageError, PromptError."""
+def image_cost(bundle: Bundle, image: ImageSource | tuple[int, int], budget: TokenBudget = FREE) -> ImageCost:
+    """The cost of an image, or of any image of that (height, width), that keeps a `budget`; raises ImageError,
+    PromptError, and OptionError for the budget."""
     if isinstance(image, tuple):
         height, width = image
         if not 0 < math.prod(image) <= MOST_PIXELS:
@@ -100,7 +102,7 @@ def image_cost(bundle: Bundle, image: ImageSource | tuple[int, int]) -> ImageCos
         template,
         stage_tokens=StageTokens.load(bundle.path, model.image),
     )
-    prompt = processor.process("", [picture])
+    prompt = processor.process("", [picture], budget=budget)
     assert model.image is not None
     assert prompt.pixel_values is not None
     return ImageCost(

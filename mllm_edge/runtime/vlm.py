@@ -38,10 +38,12 @@ from mllm_edge.runtime.machine.cpu import resident
 from mllm_edge.runtime.machine.threads import Spin, Threads
 from mllm_edge.runtime.numbers import whole
 from mllm_edge.runtime.options import CallOptions, Options
+from mllm_edge.runtime.planning.memory import FIRST_USE, MemoryModel
+from mllm_edge.runtime.planning.plan import Plan, Planner, size_of
 from mllm_edge.runtime.prompt.embedder import Embedder
 from mllm_edge.runtime.prompt.image import load_image
 from mllm_edge.runtime.prompt.processor import Messages, Processor, Prompt
-from mllm_edge.runtime.prompt.sources import EncodedImage, Source, kind_of
+from mllm_edge.runtime.prompt.sources import EncodedImage, Source, as_sources, kind_of
 from mllm_edge.runtime.prompt.stage_text import StageTokens
 from mllm_edge.runtime.prompt.token_budget import FREE, TokenBudget, budget_of
 from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
@@ -90,6 +92,7 @@ class VLM:
         self.identity = f"{bundle.identity}-{backend.target}"  # of what encoded images and saved states are of
         self.processor = Processor(self.spec, self.tokenizer, template, fast_jpeg, stage_tokens, self.identity)
         self.stop_ids = frozenset(generation.eos_token_ids)
+        before = resident()
         names = bundle.manifest.components
         opened = {name: open_component(bundle, name, backend, threads, notice) for name in names}
         self._types = {name: {t.name: t.dtype for t in component.variant.inputs} for name, component in opened.items()}
@@ -112,6 +115,7 @@ class VLM:
         guiding = Guiding(self.tokenizer, Guides(self.tokenizer, self.spec.vocab_size), self.spec.vocab_size)
         self._asking = Asking(self.spec, self.processor, generation.defaults, *steps, guiding, image_tokens)
         self.embed = Embedder(bundle.embeddings(), self.spec.embedding, bundle.touched(self.spec.embedding.file))
+        self._planner = Planner(MemoryModel(bundle, backend.target), self.processor, before + FIRST_USE)
         parts = self._components, self._arrays, self.embed, self._decoder
         self._remembered: Recall | None = Recall(*parts, image_cache, prefix_cache)
         free = weakref.WeakMethod(self._free)  # without a circle: a VLM that is dropped goes at once
@@ -324,6 +328,36 @@ class VLM:
         budget = self._asking.budget_for(max_image_tokens, min_image_tokens)
         with self._turns.working():
             return self.processor.count_tokens(prompt, image_sizes_of(image_sizes), budget=budget)
+
+    def plan(
+        self,
+        prompt: Messages,
+        images: Source | Iterable[Source] = (),
+        *,
+        image_sizes: Sequence[tuple[float, ...]] | None = None,
+        max_new_tokens: int | None = None,
+        raw: bool = False,
+        max_image_tokens: int | None = None,
+        min_image_tokens: int | None = None,
+    ) -> Plan:
+        """What a call will take: tokens, what each image becomes, room in the context, bytes of the cache and of the
+        whole process at its peak; nothing is run. Of `images` only the sizes matter: `image_sizes` in their place are
+        as in `count_tokens`. The others are as in `stream`.
+
+        The memory is that of a process that opens the bundle on the CPU and makes this one call. Raises as `stream`
+        does, but for a prompt that is too long: then `Plan.room` is below zero.
+        """
+        budget = self._asking.budget_for(max_image_tokens, min_image_tokens)
+        new = self._asking.new_tokens(max_new_tokens)
+        with self._turns.working():
+            if image_sizes is None:
+                sources = as_sources(images) if raw else self.processor.sources(prompt, images)
+                sizes = [size_of(source) for source in sources]
+                budgets = [s.shown.budget if isinstance(s, EncodedImage) else budget for s in sources]
+            else:
+                sizes = image_sizes_of(image_sizes)
+                budgets = [budget] * len(sizes)
+            return self._planner.plan(prompt, sizes, budgets, new, self.context_length, raw)
 
     def component(self, name: str, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Run one component by itself (all but the decoder), its inputs cast to the graph's types.

@@ -15,7 +15,7 @@ from mllm_edge.export.vision import vqgan
 from mllm_edge.image_checks import image_problems
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.budget import image_cost
-from mllm_edge.runtime.profiling.shapes import layouts_of, stage_runs
+from mllm_edge.runtime.planning.shapes import layouts_of, stage_runs
 from mllm_edge.spec import Resize
 
 pytestmark = pytest.mark.xdist_group("bundle-emu3")

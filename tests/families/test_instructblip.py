@@ -13,7 +13,7 @@ from mllm_edge import VLM
 from mllm_edge.bundle import Bundle
 from mllm_edge.errors import BundleError, PromptError
 from mllm_edge.manifest_checks import check_manifest
-from mllm_edge.runtime.profiling.shapes import layouts_of, stage_runs
+from mllm_edge.runtime.planning.shapes import layouts_of, stage_runs
 from tests.families.parity import Exported, export_tiny, make_image
 from tests.tiny_blip import save_tiny_instructblip, word_tokenizer
 

@@ -17,8 +17,8 @@ from mllm_edge.export.checkpoint.source import open_source
 from mllm_edge.export.family import family_for, open_weights, understand
 from mllm_edge.export.pipeline import export
 from mllm_edge.runtime.budget import image_cost
+from mllm_edge.runtime.planning.shapes import layouts_of, stage_runs
 from mllm_edge.runtime.profiling.memory import predict_images
-from mllm_edge.runtime.profiling.shapes import layouts_of, stage_runs
 from mllm_edge.runtime.prompt.layout import layout_of
 from mllm_edge.runtime.prompt.tables import table_inputs
 from mllm_edge.spec import ImageSpec

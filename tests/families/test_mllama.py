@@ -20,9 +20,9 @@ from mllm_edge.export.quantize import quantize
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from mllm_edge.runtime.budget import memory
 from mllm_edge.runtime.onnx_file.cost import graph_cost, read_graph
+from mllm_edge.runtime.planning.shapes import crossed_bytes
 from mllm_edge.runtime.profiling.memory import predict_activations
 from mllm_edge.runtime.profiling.roofline import MachineLimits, Workload, roofline
-from mllm_edge.runtime.profiling.shapes import crossed_bytes
 from mllm_edge.runtime.prompt.layout import layout_of
 from tests.export.test_adapters import train
 from tests.export.test_quantize import samples

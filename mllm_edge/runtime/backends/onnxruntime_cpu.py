@@ -43,6 +43,8 @@ class OnnxRuntimeCpu:
         stepping = variant.kv_mode is not None
         threads = self._threads.for_graph(stepping, _weights(path))
         options.intra_op_num_threads = threads.count
+        # A pattern takes a second time what the first run of a shape took, for a µs or two of a run.
+        options.enable_mem_pattern = False
         for key, value in threads.settings(stepping, version_numbers(self._ort.__version__)).items():
             options.add_session_config_entry(key, value)
         if self._profiles is not None:

@@ -31,10 +31,15 @@ def cpu_name() -> str:
     return os.uname().machine if hasattr(os, "uname") else sys.platform
 
 
+def resident() -> int:
+    """Resident memory of this process in bytes; 0 where it cannot be read."""
+    return _told("VmRSS") or 0
+
+
 def peak_rss() -> int:
     """Peak resident memory of this process in bytes; 0 where it cannot be read."""
-    told = _status("VmHWM:")  # what getrusage tells may be the parent's peak, if that was larger
-    if told:
+    told = _told("VmHWM")  # what getrusage tells may be the parent's peak, if that was larger
+    if told is not None:
         return told
     try:
         import resource
@@ -44,17 +49,13 @@ def peak_rss() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def resident() -> int:
-    """Resident memory of this process in bytes; 0 where it cannot be read."""
-    return _status("VmRSS:")
-
-
-def _status(name: str) -> int:
-    """Bytes that the system tells of this process under that name; 0 where it does not."""
+def _told(name: str) -> int | None:
+    """Bytes of a line of the process's status; None where there is no such line."""
     if not _STATUS.is_file():
-        return 0
+        return None
     lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(name)), 0)
+    told = next((line for line in lines if line.startswith(f"{name}:")), None)
+    return None if told is None else 1024 * int(told.split()[1])
 
 
 def give_back_memory() -> None:

@@ -18,7 +18,8 @@ __all__ = ["Graph", "GraphCost", "Node", "Tensor", "graph_cost", "read_graph"]
 # Bits of a value by TensorProto.DataType; strings have none.
 _BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 14: 64, 15: 128, 16: 16}
 _BITS |= {17: 8, 18: 8, 19: 8, 20: 8, 21: 4, 22: 4, 23: 4, 24: 8, 25: 2, 26: 2}
-_HALF = (10, 16)
+_HALF, _INT64 = (10, 16), 7
+_FEW = 8  # values
 _INT8 = {"DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "ConvInteger"}
 _INT8 |= {"QLinearMatMul", "QLinearConv", "QGemm"}
 _PRODUCTS = {"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv", "FusedConv", "MatMulNBits"} | _INT8
@@ -43,22 +44,25 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Node:
-    """An operator; `numbers` are its attributes that are integers."""
+    """An operator; `numbers` are its attributes that are integers, `lists` those that are several."""
 
     name: str
     kind: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     numbers: Mapping[str, int]
+    lists: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Graph:
-    """Nodes in order; `weights` are the initializers, `tensors` all others whose shapes the file tells."""
+    """Nodes in order; `weights` are the initializers, `tensors` all others whose shapes the file tells. `constants`:
+    the values of initializers that are a few int64, such as shapes and axes."""
 
     nodes: tuple[Node, ...]
     weights: Mapping[str, Tensor]
     tensors: Mapping[str, Tensor]
+    constants: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -238,32 +242,46 @@ def _arithmetic(node: Node, weight: Tensor | None) -> str:
 
 # ---------------------------------------------------------------- reading; numbers are those of onnx.proto
 def _graph(message: bytes) -> Graph:
-    nodes, weights, tensors = [], {}, {}
+    nodes, weights, tensors, constants = [], {}, {}, {}
     for number, kind, _, content in fields(message):
         if kind != BYTES:
             continue
         if number == 1:
             nodes.append(_node(message[content]))
         elif number == 5:
-            name, tensor = _initializer(message[content])
+            name, tensor, values = _initializer(message[content])
             weights[name] = tensor
+            if values is not None:
+                constants[name] = values
         elif number in (11, 12, 13):
             name, tensor = _value_info(message[content])
             tensors[name] = tensor
-    return Graph(tuple(nodes), weights, {name: t for name, t in tensors.items() if name not in weights})
+    told = {name: tensor for name, tensor in tensors.items() if name not in weights}
+    return Graph(tuple(nodes), weights, told, constants)
 
 
 def _node(message: bytes) -> Node:
     parts = _parts(message)
     attributes = [_parts(attribute) for attribute in parts.get(5, [])]
-    numbers = {a[1][0].decode(): a[3][0] for a in attributes if 1 in a and 3 in a}
+    numbers = {a[1][0].decode(): _signed(a[3][0]) for a in attributes if 1 in a and 3 in a}
     texts = [tuple(text.decode() for text in parts.get(number, [])) for number in (1, 2)]
-    return Node(parts.get(3, [b""])[0].decode(), parts[4][0].decode(), texts[0], texts[1], numbers)
+    lists = {a[1][0].decode(): tuple(map(_signed, _numbers(a[8]))) for a in attributes if 1 in a and 8 in a}
+    return Node(parts.get(3, [b""])[0].decode(), parts[4][0].decode(), texts[0], texts[1], numbers, lists)
 
 
-def _initializer(message: bytes) -> tuple[str, Tensor]:
+def _signed(number: int) -> int:
+    """A varint as an int64."""
+    return number - (1 << 64) if number >= 1 << 63 else number
+
+
+def _initializer(message: bytes) -> tuple[str, Tensor, tuple[int, ...] | None]:
+    """Name, type and shape, and the values of a few int64."""
     parts = _parts(message)
-    return parts[8][0].decode(), Tensor(parts.get(2, [0])[0], tuple(_numbers(parts.get(1, []))))
+    tensor, values = Tensor(parts.get(2, [0])[0], tuple(_numbers(parts.get(1, [])))), None
+    if tensor.dtype == _INT64 and tensor.nbytes <= 8 * _FEW and (7 in parts or 9 in parts):
+        raw = parts.get(9, [b""])[0]
+        values = tuple(memoryview(raw).cast("q")) if raw else tuple(map(_signed, _numbers(parts.get(7, []))))
+    return parts[8][0].decode(), tensor, values
 
 
 def _value_info(message: bytes) -> tuple[str, Tensor]:

@@ -22,16 +22,17 @@ from mllm_edge.runtime.machine.cpu import peak_rss
 from mllm_edge.runtime.machine.power import PowerMeter, PowerReading
 from mllm_edge.runtime.machine.threads import Spin, Threads
 from mllm_edge.runtime.numbers import whole
+from mllm_edge.runtime.planning.shapes import layouts_of
 from mllm_edge.runtime.profiling.environment import Environment, read_environment, versions
 from mllm_edge.runtime.profiling.first_use import first_use
 from mllm_edge.runtime.profiling.memory import MemoryUse, WatchedTrace, can_watch, gpu_memory, measured
 from mllm_edge.runtime.profiling.operators import Operator, profile_operators
 from mllm_edge.runtime.profiling.roofline import MachineLimits, StageRoof, Workload, machine_limits, roofline
 from mllm_edge.runtime.profiling.runs import Asker, Call, Run, shares
-from mllm_edge.runtime.profiling.shapes import layouts_of
 from mllm_edge.runtime.profiling.statistics import Distribution, Jitter, Noise, jitter, noise
 from mllm_edge.runtime.prompt.image import ImageSource, load_image
 from mllm_edge.runtime.prompt.processor import Messages
+from mllm_edge.runtime.prompt.token_budget import TokenBudget, budget_of
 from mllm_edge.runtime.trace import LOAD_STAGES, Metrics, Trace, in_order
 from mllm_edge.runtime.vlm import VLM
 
@@ -57,8 +58,8 @@ class BundleInfo:
 @dataclass(frozen=True)
 class Setting:
     """What was asked, and how. `images` in words; `image_sizes` (width, height) in px; `warmup`: the most calls that
-    each run could take to settle; `iterations`: counted calls of all runs together; `speculation`: as in
-    `VLM.stream`."""
+    each run could take to settle; `iterations`: counted calls of all runs together; `speculation` and the bounds on
+    image tokens: as in `VLM.stream`."""
 
     backend: str
     threads: int | None
@@ -73,6 +74,13 @@ class Setting:
     warmup: int
     iterations: int
     speculation: int = 0
+    max_image_tokens: int | None = None
+    min_image_tokens: int | None = None
+
+    @property
+    def budget(self) -> TokenBudget:
+        """The bounds on image tokens."""
+        return TokenBudget(self.max_image_tokens, self.min_image_tokens)
 
 
 @dataclass(frozen=True)
@@ -243,6 +251,8 @@ def profile(
     affinity: str | Iterable[int] | None = None,
     max_context: int | None = None,
     fast_jpeg: bool = False,
+    max_image_tokens: int | None = None,
+    min_image_tokens: int | None = None,
     speculation: int = 0,
     power: bool = False,
     operators: bool = False,
@@ -256,7 +266,8 @@ def profile(
     call (the first one's memory is watched), up to `warmup` calls until they settle, and this run's share of the
     `iterations` that are counted; a run has one at least. The model's end is ignored, so that all answers have one
     length (the context can still cut them short). A model that takes images and is given none gets `synthetic_image()`.
-    `threads`, `spin`, `affinity` and `max_context` as in `VLM.load`, `speculation` as in `VLM.stream`. `power`
+    `threads`, `spin`, `affinity`, `max_context` and the bounds on image tokens as in `VLM.load`, `speculation` as in
+    `VLM.stream`. `power`
     measures what the counted calls draw, and `operators` where another call's time goes, on the CPU or
     TensorRT. `limits`: compare the stages with what the CPU can do, which takes some seconds the first time.
     `progress(1)` is called after each call; `notice` as in `VLM.load`.
@@ -268,6 +279,7 @@ def profile(
     for name, value in (("new_tokens", new_tokens), ("runs", runs), ("iterations", iterations)):
         whole(name, value, 1)
     whole("warmup", warmup, 0)
+    budget = budget_of(max_image_tokens, min_image_tokens)
     check_speculation(speculation)
     given = list(images)
     sizes = [load_image(image).size for image in given]
@@ -277,6 +289,7 @@ def profile(
     places = None if affinity is None else Threads.of(None, spin, affinity).affinity
     options: dict[str, Any] = {"backend": backend, "threads": threads, "max_context": max_context, "notice": notice}
     options |= {"spin": spin, "affinity": places, "fast_jpeg": fast_jpeg}
+    options |= {"max_image_tokens": budget.most, "min_image_tokens": budget.least}
     found: Profile | None = None
     for number, share in enumerate(shares(iterations, runs), 1):
         watched = watch and found is None
@@ -300,9 +313,13 @@ def profile(
                     bundle=_bundle_info(vlm, vlm.backend.target),
                     versions=versions(vlm.backend.name),
                     machine=machine,
-                    setting=_setting(vlm, cold, given, sizes, max_context, (runs, warmup, iterations, speculation)),
+                    setting=replace(
+                        _setting(vlm, cold, given, sizes, max_context, (runs, warmup, iterations, speculation)),
+                        max_image_tokens=budget.most,
+                        min_image_tokens=budget.least,
+                    ),
                     runs=(),
-                    memory=_memory(vlm, cold, sizes, (loading, first), opened, before, new),
+                    memory=_memory(vlm, cold, sizes, budget, (loading, first), opened, before, new),
                 )
             traces = [(f"run {number}, {title}", trace) for title, trace in [("load", loading), *asker.traces]]
             found = replace(found, runs=(*found.runs, run), traces=(*found.traces, *traces))
@@ -352,6 +369,7 @@ def _memory(
     vlm: VLM,
     cold: Metrics,
     sizes: Sequence[tuple[int, int]],
+    budget: TokenBudget,
     traces: Sequence[Trace],
     opened: int | None,
     before: int,
@@ -369,7 +387,9 @@ def _memory(
     target, gpu = vlm.backend.target, gpu_memory(vlm.backend)
     used = first_use() if new and target == "cpu" else 0
     base = known.get("backend", before) + (used or 0)
-    found = measured(vlm.bundle, target, cold, sizes, cache.capacity, known or None, base, gpu, on_gpu or None)
+    layouts = layouts_of(vlm.spec.image, sizes, budget)
+    shown = list(zip(layouts, sizes, strict=bool(layouts)))
+    found = measured(vlm.bundle, target, cold, shown, cache.capacity, known or None, base, gpu, on_gpu or None)
     note = "the base lacks what the first use of the libraries takes: no other process could measure it"
     return replace(found, notes=(*found.notes, note)) if used is None else found
 
@@ -382,7 +402,7 @@ def _with_roofline(found: Profile) -> Profile:
     steps = found.speculation
     if "decode" in seconds:  # of one step
         seconds["decode"] /= steps.decode_steps / len(found.calls)
-    images = tuple(layouts_of(bundle.manifest.model.image, s.image_sizes))
+    images = tuple(layouts_of(bundle.manifest.model.image, s.image_sizes, s.budget))
     work = Workload(s.prompt_tokens, s.new_tokens, images, steps.width)
     variants = {name: bundle.variant(name, "cpu") for name in bundle.manifest.components}
     return replace(found, limits=limits, roofline=roofline(bundle, variants, seconds, work, limits))

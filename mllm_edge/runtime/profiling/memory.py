@@ -15,7 +15,8 @@ from mllm_edge.runtime.backends.base import Backend
 from mllm_edge.runtime.budget import memory
 from mllm_edge.runtime.limits import PREFILL_CHUNK
 from mllm_edge.runtime.machine.cpu import peak_rss
-from mllm_edge.runtime.profiling.shapes import crossed_bytes, layouts_of, stage_runs
+from mllm_edge.runtime.planning.memory import MemoryModel
+from mllm_edge.runtime.planning.shapes import crossed_bytes, stage_runs
 from mllm_edge.runtime.prompt.layout import Layout
 from mllm_edge.runtime.trace import Metrics, Trace
 from mllm_edge.spec import DECODER, DEEPSTACK, Variant
@@ -39,9 +40,10 @@ _LIVE = 9
 
 @dataclass(frozen=True)
 class Predicted:
-    """Bytes, from the bundle and the images' sizes: `weights` of all components as stored, the `kv_cache` for its whole
-    capacity, `activations` of the largest run of each component (an engine keeps that memory), `images` as they are
-    decoded and as pixel values, and with the base the `total`."""
+    """Bytes, from the bundle and the images' sizes: `weights` of all components, the `kv_cache`, `activations` of the
+    runs of each component (an engine keeps that memory), `images` as they are decoded and as pixel values, and with the
+    base the `total`. On the CPU they are those of `PlannedMemory`: weights as the engine keeps them, and of the cache
+    what is written. Elsewhere weights are as stored, and the cache has its whole capacity."""
 
     weights: int
     kv_cache: int
@@ -132,23 +134,17 @@ def measured(
     bundle: Bundle,
     target: str,
     call: Metrics,
-    image_sizes: Sequence[tuple[int, int]],
+    shown: Sequence[tuple[Layout, tuple[int, int]]],
     capacity: int,
     peaks: Mapping[str, int] | None,
     base: int,
     gpu: int | None,
     gpu_stages: Mapping[str, int] | None,
 ) -> MemoryUse:
-    """The measurement beside the prediction for a `call` with images of these (width, height) and a cache of `capacity`
-    tokens. `peaks`: those of the spans of the load and the first call; the others as in `MemoryUse`."""
+    """The measurement beside the prediction for a `call` with images of these layouts and (width, height), and a cache
+    of `capacity` tokens. `peaks`: those of the spans of the load and the first call; the others as in `MemoryUse`."""
     bytes_of = next(m for m in memory(bundle, capacity) if m.target == target)
-    weights = sum(bytes_of.weights.values())
-    layouts = layouts_of(bundle.manifest.model.image, image_sizes)
-    activations = predict_activations(bundle, target, call.prompt_tokens, layouts)
-    images = predict_images(bundle, layouts, image_sizes)
-    variants = {name: bundle.variant(name, target) for name in bundle.manifest.components}
-    kept = bytes_of.kv_cache + crossed_bytes(bundle.manifest.model, variants, layouts, call.prompt_tokens)
-    total = base + weights + kept + activations + images
+    predicted = (_on_cpu if target == "cpu" else _elsewhere)(bundle, target, call, shown, capacity, base)
     notes = [] if peaks is not None else ["peak of each stage: this system does not tell a process's peak anew"]
     if gpu is None:
         notes.append("GPU memory: no GPU is in use" if target == "cpu" else f"GPU memory: not told on target {target}")
@@ -161,9 +157,40 @@ def measured(
         kv_cache=call.kv_cache_bytes,
         gpu=gpu,
         gpu_stages=gpu_stages,
-        predicted=Predicted(weights, kept, activations, images, total),
+        predicted=predicted,
         notes=tuple(notes),
     )
+
+
+def _on_cpu(
+    bundle: Bundle,
+    target: str,
+    call: Metrics,
+    shown: Sequence[tuple[Layout, tuple[int, int]]],
+    capacity: int,
+    base: int,
+) -> Predicted:
+    layouts, sizes = [layout for layout, _ in shown], [(height, width) for _, (width, height) in shown]
+    p = MemoryModel(bundle, target).predict(call.prompt_tokens, layouts, sizes, call.new_tokens, capacity, base)
+    return Predicted(p.weights, p.kv_cache, p.vision + p.prefill, p.images, p.peak)
+
+
+def _elsewhere(
+    bundle: Bundle,
+    target: str,
+    call: Metrics,
+    shown: Sequence[tuple[Layout, tuple[int, int]]],
+    capacity: int,
+    base: int,
+) -> Predicted:
+    bytes_of = next(m for m in memory(bundle, capacity) if m.target == target)
+    layouts, sizes = [layout for layout, _ in shown], [size for _, size in shown]
+    variants = {name: bundle.variant(name, target) for name in bundle.manifest.components}
+    weights = sum(bytes_of.weights.values())
+    kept = bytes_of.kv_cache + crossed_bytes(bundle.manifest.model, variants, layouts, call.prompt_tokens)
+    activations = predict_activations(bundle, target, call.prompt_tokens, layouts)
+    images = predict_images(bundle, layouts, sizes)
+    return Predicted(weights, kept, activations, images, base + weights + kept + activations + images)
 
 
 def predict_activations(bundle: Bundle, target: str, prompt_tokens: int, layouts: Sequence[Layout]) -> int:

@@ -29,7 +29,7 @@ from mllm_edge.runtime.machine.cpu import cpu_name
 from mllm_edge.runtime.machine.threads import Threads
 from mllm_edge.runtime.onnx_file.cost import GraphCost, graph_cost, read_graph
 from mllm_edge.runtime.onnx_file.protobuf import encode_bytes, encode_number
-from mllm_edge.runtime.profiling.shapes import crossed, crossed_bytes, stage_runs
+from mllm_edge.runtime.planning.shapes import crossed, crossed_bytes, stage_runs
 from mllm_edge.runtime.prompt.layout import Layout
 from mllm_edge.spec import Variant, state_bytes
 

@@ -23,7 +23,7 @@ from mllm_edge.runtime.prompt.layout import (
 from mllm_edge.runtime.prompt.shown import Shown, Viewer
 from mllm_edge.runtime.prompt.sources import Kind, Source, as_sources, entry_source, in_order, kind_of, merged
 from mllm_edge.runtime.prompt.stage_text import StageTokens
-from mllm_edge.runtime.prompt.timing import timing_of
+from mllm_edge.runtime.prompt.timing import Timing, timing_of
 from mllm_edge.runtime.prompt.token_budget import FREE, TokenBudget, within
 from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
 from mllm_edge.spec import PIXELS, ImagePrompt, ImageSpec, ModelSpec, VideoSpec
@@ -130,12 +130,17 @@ class Processor:
         Raises PromptError when messages, images and template do not fit together; ImageError when an image cannot be
         decoded; OptionError for a budget that the model cannot keep.
         """
-        sources = as_sources(images)
-        conversation, entries = self._parse(messages, [kind_of(source) for source in sources])
-        sources = merged(entries, sources)
+        given = as_sources(images)
+        conversation, entries = self._parse(messages, [kind_of(source) for source in given])
+        sources = merged(entries, given)
         kinds = [kind_of(source) for source in sources]
         pieces, add_special_tokens = self._render(conversation, kinds, add_generation_prompt)
         return self._assemble(pieces, self._shown(self._as_written(pieces, sources), budget), add_special_tokens)
+
+    def sources(self, messages: Messages, images: Source | Iterable[Source] = ()) -> list[Source]:
+        """What the entries of messages show, their own or of `images`, in their order; errors as of `process`."""
+        given = as_sources(images)
+        return merged(self._parse(messages, [kind_of(source) for source in given])[1], given)
 
     def process_text(self, text: str, images: Source | Iterable[Source] = (), budget: TokenBudget = FREE) -> Prompt:
         """The prompt for an already rendered `text` with one placeholder per image, such as "<image>Describe this."
@@ -162,17 +167,19 @@ class Processor:
         in order, are those of the upright images. `raw`: `messages` is a rendered text, as for `process_text`.
         `budget`: the tokens that each image may have.
         """
-        return self.laid_out(messages, image_sizes, add_generation_prompt, raw, budget)[0]
+        budgets = [budget] * len(image_sizes)
+        return self.laid_out(messages, image_sizes, budgets, add_generation_prompt, raw)[0]
 
     def laid_out(
         self,
         messages: Messages,
-        image_sizes: Sequence[tuple[float, ...]],
+        image_sizes: Sequence[tuple[Any, ...]],
+        budgets: Sequence[TokenBudget],
         add_generation_prompt: bool = True,
         raw: bool = False,
-        budget: TokenBudget = FREE,
-    ) -> tuple[int, list[Layout]]:
-        """`count_tokens`, and the layouts of images and videos as they follow each other in the text."""
+    ) -> tuple[int, list[int], list[Layout]]:
+        """`count_tokens`, and which of the images and videos follow each other in the text, with their layouts. Each
+        has its budget; a video's fourth number may be its `Timing`."""
         kinds: list[Kind] = ["image" if len(size) == 2 else "video" for size in image_sizes]
         if raw:
             pieces: tuple[Piece, ...] = (Piece(str(messages)),)
@@ -186,9 +193,9 @@ class Processor:
                     "give one (height, width) per image, in order",
                 )
             pieces, add_special_tokens = self._render(conversation, kinds, add_generation_prompt)
-        sizes = in_order(self._kinds_in(pieces), list(zip(kinds, image_sizes, strict=True)))
-        layouts = [self._layout(size, kinds.count("image"), budget) for size in sizes]
-        return len(self._encode(pieces, layouts, add_special_tokens)), layouts
+        order = in_order(self._kinds_in(pieces), list(zip(kinds, range(len(kinds)), strict=True)))
+        layouts = [self._layout(image_sizes[i], kinds.count("image"), budgets[i]) for i in order]
+        return len(self._encode(pieces, layouts, add_special_tokens)), order, layouts
 
     def answer_tokens(self, prompt: Prompt, answer: Any, raw: bool = False) -> list[int]:
         """Token ids of an answer behind a prompt, with a blank before it where the prompt ends in a text without one
@@ -355,7 +362,9 @@ class Processor:
         if len(size) == 2:
             return layout_of(within(self._image, *size, budget, images), *size, images)
         frames, height, width, *fps = size
-        return video_layout(self._image, frames, height, width, timing_of(frames, None, fps[0] if fps else None, None))
+        given = fps[0] if fps else None
+        timing = given if isinstance(given, Timing) else timing_of(frames, None, given, None)
+        return video_layout(self._image, frames, height, width, timing)
 
     def _shown(self, sources: Sequence[Source], budget: TokenBudget) -> tuple[Shown, ...]:
         return () if self._viewer is None else self._viewer.show(sources, budget)

@@ -1,0 +1,137 @@
+"""What a call will take, before it is made: tokens, room in the context, and memory; nothing is run."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from mllm_edge.bundle import CHAT_TEMPLATE, Bundle
+from mllm_edge.errors import BackendError
+from mllm_edge.install import install_hint
+from mllm_edge.runtime.backends.onnxruntime_cpu import import_onnxruntime
+from mllm_edge.runtime.limits import CAPACITY_STEP
+from mllm_edge.runtime.machine.cpu import resident
+from mllm_edge.runtime.planning.memory import FIRST_USE, MemoryModel, PlannedMemory
+from mllm_edge.runtime.prompt.image import load_image
+from mllm_edge.runtime.prompt.layout import Layout
+from mllm_edge.runtime.prompt.processor import Messages, Processor
+from mllm_edge.runtime.prompt.sources import EncodedImage, Source, Video, VideoFile
+from mllm_edge.runtime.prompt.stage_text import StageTokens
+from mllm_edge.runtime.prompt.token_budget import TokenBudget, settings_of, within
+from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
+
+__all__ = ["Plan", "PlannedImage", "Planner", "open_planner", "size_of"]
+
+
+@dataclass(frozen=True)
+class PlannedImage:
+    """What an image (or a video) of `size` (height, width; frames before them) becomes: `tokens` of the prompt, `tiles`
+    that the vision encoder sees, in a `grid` of (rows, columns), which is one of `cells` where images keep their shape.
+    `pixels` (height, width): what is left of the image in the grid. `settings`: those of the model's that were changed
+    for the budget, by their names, none where the image keeps it as it is."""
+
+    size: tuple[float, ...]
+    tokens: int
+    tiles: int
+    grid: tuple[int, int]
+    cells: bool
+    pixels: tuple[int, int]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`prompt_tokens`, of which `image_tokens` are of `images`, in their order in the prompt; `max_new_tokens` that the
+    answer may have, and the `room` that a context of `context_length` tokens has behind the prompt, below zero where
+    the prompt does not fit; `kv_cache_bytes` as they are allocated for both."""
+
+    prompt_tokens: int
+    image_tokens: int
+    images: tuple[PlannedImage, ...]
+    max_new_tokens: int
+    room: int
+    context_length: int
+    kv_cache_bytes: int
+    memory: PlannedMemory
+
+    @property
+    def fits(self) -> bool:
+        """Whether the prompt and one token at least fit into the context."""
+        return self.room > 0
+
+
+def open_planner(bundle: Bundle, target: str = "cpu") -> "Planner":
+    """A planner of a bundle that is not opened. The base is this process's, as it is; without the libraries of the
+    target's engine, which may not be installed here, where that is not the CPU."""
+    generation = bundle.generation()
+    template = ChatTemplate.load(bundle.path, generation) if CHAT_TEMPLATE in bundle.manifest.files else None
+    tokenizer = Tokenizer.load(bundle.path, generation)
+    stage_tokens = StageTokens.load(bundle.path, bundle.manifest.model.image)
+    processor = Processor(bundle.manifest.model, tokenizer, template, stage_tokens=stage_tokens)
+    with suppress(BackendError):
+        import_onnxruntime(install_hint("cpu"))
+    return Planner(MemoryModel(bundle, target), processor, resident() + FIRST_USE)
+
+
+class Planner:
+    """Plans calls of one bundle, for one target."""
+
+    def __init__(self, memory: MemoryModel, processor: Processor, base: int):
+        """`base`: see `PlannedMemory`."""
+        self._memory, self._processor, self._base = memory, processor, base
+        self._model = memory.model
+
+    def plan(
+        self,
+        messages: Messages,
+        sizes: Sequence[tuple[Any, ...]],
+        budgets: Sequence[TokenBudget],
+        max_new_tokens: int,
+        context_length: int,
+        raw: bool = False,
+    ) -> Plan:
+        """The plan of a call; arguments and errors as of `Processor.laid_out`."""
+        tokens, order, layouts = self._processor.laid_out(messages, sizes, budgets, raw=raw)
+        begun = self._model.begun(tokens)
+        room = context_length - (begun if tokens <= context_length else tokens)
+        new = max(0, min(max_new_tokens, room))
+        capacity = min(-(-(begun + new) // CAPACITY_STEP) * CAPACITY_STEP, max(context_length, begun))
+        shown, count = [(sizes[i], budgets[i]) for i in order], sum(len(size) == 2 for size in sizes)
+        images = tuple(self._image(*one, layout, count) for one, layout in zip(shown, layouts, strict=True))
+        return Plan(
+            prompt_tokens=tokens,
+            image_tokens=sum(layout.tokens for layout in layouts),
+            images=images,
+            max_new_tokens=new,
+            room=room,
+            context_length=context_length,
+            kv_cache_bytes=self._memory.cache_bytes(capacity, layouts, tokens),
+            memory=self._memory.predict(tokens, layouts, [size for size, _ in shown], new, capacity, self._base),
+        )
+
+    def _image(self, size: tuple[Any, ...], budget: TokenBudget, layout: Layout, images: int) -> PlannedImage:
+        spec = self._model.image
+        assert spec is not None
+        settings: Mapping[str, Any] = {}
+        if len(size) == 2:
+            settings = settings_of(spec, within(spec, int(size[0]), int(size[1]), budget, images))
+        cells = spec.patches is not None or spec.whole
+        parts = layout.grids[0] if len(layout.grids) > 1 else (1, 1)  # tiles of cells
+        pixels = layout.rows * parts[0] * spec.height, layout.cols * parts[1] * spec.width
+        return PlannedImage(size[:3], layout.tokens, layout.tiles, (layout.rows, layout.cols), cells, pixels, settings)
+
+
+def size_of(source: Source) -> tuple[Any, ...]:
+    """An image's (height, width), a video's (frames, height, width) and its `Timing` where it has one; raises
+    ImageError, and OptionError for a video file."""
+    if isinstance(source, EncodedImage):
+        shown = source.shown
+        return shown.size if shown.timing is None else (*shown.size, shown.timing)
+    if isinstance(source, Video):
+        first, timing = load_image(source.frames[0]), source.timing
+        return (len(source.frames), first.height, first.width, *(() if timing is None else (timing,)))
+    if isinstance(source, VideoFile):
+        what = "how large the frames of a video file are is known when it is decoded"
+        raise OptionError(what, "plan with its numbers: image_sizes=[(frames, height, width, frames a second)]")
+    picture = load_image(source)
+    return picture.height, picture.width
