@@ -32,7 +32,8 @@ class Result:
     whitespace it begins with (unless the prompt was raw).
 
     `logprobs`: of each of them, where they are asked for. `finish_reason`: stop (the model ended), stop_string, or
-    length (max_new_tokens or the context is used up).
+    length (max_new_tokens or the context is used up). `dropped_turns`: of a conversation, for want of room; see
+    `VLM.chat`.
     """
 
     text: str
@@ -40,6 +41,7 @@ class Result:
     finish_reason: FinishReason
     metrics: Metrics
     logprobs: tuple[TokenScore, ...] = ()
+    dropped_turns: int = 0
 
 
 @dataclass(frozen=True)
