@@ -24,7 +24,7 @@ from mllm_edge.cli.output import note, write_answer
 from mllm_edge.errors import ContextError, MllmEdgeError
 
 if TYPE_CHECKING:
-    from mllm_edge.runtime.conversation import Conversation
+    from mllm_edge.runtime.conversation import Conversation, WhenFull
     from mllm_edge.runtime.machine.threads import Spin
     from mllm_edge.runtime.vlm import VLM, Result
 
@@ -43,6 +43,13 @@ _HELP = """/image FILE  attach an image to the next message; several are allowed
 @click.argument("bundle", type=click.Path())
 @click.option("--system", metavar="TEXT", help="A system message before the conversation.")
 @video_options
+@click.option(
+    "--when-full",
+    type=click.Choice(["error", "drop-oldest"]),
+    default="error",
+    show_default=True,
+    help="Whether the oldest turns go when the context is full.",
+)
 @sampling_options
 @guide_options
 @speculation_option
@@ -56,6 +63,7 @@ def command(
     fps: float | None,
     frames: int | None,
     system: str | None,
+    when_full: str,
     threads: int | None,
     spin: "Spin",
     affinity: str | None,
@@ -85,7 +93,8 @@ def command(
     with VLM.load(bundle, backend=backend, notice=note, **setting) as vlm:
         if context_cut(vlm, max_context):
             note(context_cut(vlm, max_context))
-        chat = _Chat(vlm, Conversation(vlm, system), quiet, options, (fps, frames))
+        policy: WhenFull = "drop_oldest" if when_full == "drop-oldest" else "error"
+        chat = _Chat(vlm, Conversation(vlm, system, policy), quiet, options, (fps, frames))
         for video in videos:
             chat.attach_video(video)
         for line in _lines():
@@ -191,6 +200,9 @@ class _Chat:
         self._answers, self._tokens = self._answers + 1, self._tokens + m.new_tokens
         self._steps, self._seconds = self._steps + len(m.token_seconds), self._seconds + sum(m.token_seconds)
         used = m.prompt_tokens + m.new_tokens
+        if result.dropped_turns:
+            turns = "oldest turn is" if result.dropped_turns == 1 else f"{result.dropped_turns} oldest turns are"
+            note(f"the context was full: the {turns} forgotten")
         if result.finish_reason == "length":
             full = used >= self._vlm.context_length
             note("cut short: the context is full; /reset begins anew" if full else "cut short by --max-new-tokens")
@@ -201,7 +213,8 @@ class _Chat:
         self.failed = True
         if isinstance(error, MllmEdgeError):
             note(f"error: {error.message}")
-            fix = "/reset, or a shorter message; " + error.fix if isinstance(error, ContextError) else error.fix
+            more = "/reset, --when-full drop-oldest, or a shorter message; "
+            fix = more + error.fix if isinstance(error, ContextError) else error.fix
             note(f"  fix: {fix}")
         else:
             note(f"error: {error.filename}: {error.strerror}")

@@ -35,7 +35,8 @@ class Result:
 
     `logprobs`: of each of them, where they are asked for. `finish_reason`: stop (the model ended, or a guide did),
     stop_string, length (max_new_tokens or the context is used up), or timeout (the answer is as long as its time was).
-    By the last two a guided text is the beginning of one that is allowed.
+    By the last two a guided text is the beginning of one that is allowed. `dropped_turns`: of a conversation, for want
+    of room; see `VLM.chat`.
     """
 
     text: str
@@ -43,6 +44,7 @@ class Result:
     finish_reason: FinishReason
     metrics: Metrics
     logprobs: tuple[TokenScore, ...] = ()
+    dropped_turns: int = 0
 
 
 @dataclass(frozen=True)

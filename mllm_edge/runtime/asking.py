@@ -23,7 +23,7 @@ from mllm_edge.runtime.numbers import whole
 from mllm_edge.runtime.options import MAX_NEW_TOKENS
 from mllm_edge.runtime.prompt.processor import Messages, Processor, Prompt
 from mllm_edge.runtime.prompt.sources import Source
-from mllm_edge.runtime.prompt.token_budget import TokenBudget, budget_of
+from mllm_edge.runtime.prompt.token_budget import FREE, TokenBudget, budget_of
 from mllm_edge.runtime.scoring import Sought
 from mllm_edge.runtime.stopping import Cancel, Stopping
 from mllm_edge.runtime.trace import Trace
@@ -149,6 +149,11 @@ class Asking:
         if sought.longest > self._room(processed):
             raise ContextError(f"an answer of {sought.longest} tokens does not fit behind the prompt", "shorten it")
         return sought
+
+    def left(self, prompt: Messages, images: Images = ()) -> int:
+        """Tokens that still fit behind a prompt; below zero where it is too long itself."""
+        tokens = len(self._process(prompt, images, False, FREE).token_ids)
+        return self.context_length - (self.model.begun(tokens) if tokens <= self.context_length else tokens)
 
     def new_tokens(self, most: Any) -> int:
         """The option max_new_tokens, or the checkpoint's own; raises OptionError."""

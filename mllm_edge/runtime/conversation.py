@@ -6,18 +6,19 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from PIL import Image
 
 from mllm_edge.bundle import CHAT_TEMPLATE
-from mllm_edge.errors import PromptError
+from mllm_edge.errors import OptionError, PromptError
 from mllm_edge.files import write_whole
 from mllm_edge.runtime.answer import Chunk
-from mllm_edge.runtime.arguments import given_trace
+from mllm_edge.runtime.arguments import first, given_trace
 from mllm_edge.runtime.numbers import whole
-from mllm_edge.runtime.options import Options
+from mllm_edge.runtime.options import MAX_NEW_TOKENS, Options
 from mllm_edge.runtime.prompt.image import image_path, load_image
 from mllm_edge.runtime.prompt.sources import EncodedImage, Source, Video, VideoFile, entry_source, kind_of
 from mllm_edge.runtime.saved_state import Model, load_state, save_state
@@ -25,7 +26,9 @@ from mllm_edge.runtime.saved_state import Model, load_state, save_state
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["Conversation"]
+__all__ = ["Conversation", "WhenFull"]
+
+WhenFull = Literal["error", "drop_oldest"]
 
 _SAVED = "give a file that /save wrote"
 _KINDS = ("image", "video")
@@ -41,13 +44,20 @@ class Conversation:
     bundle without a chat template.
     """
 
-    def __init__(self, vlm: Model, system: str | None = None):
+    def __init__(self, vlm: Model, system: str | None = None, when_full: WhenFull = "error"):
+        """`when_full`: what happens to a turn that leaves no room for its answer (as many tokens as it may have, or a
+        quarter of the context, if that is less). error: the answer is short, or there is a ContextError. drop_oldest:
+        the oldest turns are forgotten, each with its images and its answer, until a quarter of the context is free;
+        `Result.dropped_turns` tells how many. The system message stays. So much at once, for what is behind a dropped
+        turn has to be run again. Raises OptionError."""
+        if when_full not in get_args(WhenFull):
+            raise OptionError(f"when_full is {when_full!r:.60}", f"choose from {', '.join(get_args(WhenFull))}")
         if CHAT_TEMPLATE not in vlm.bundle.manifest.files:
             raise PromptError(
                 f"{vlm.bundle.path} has no chat template, so it holds no conversation",
                 "ask single questions with `mllm-edge run`",
             )
-        self._vlm = vlm
+        self._vlm, self._when_full = vlm, when_full
         self._first = [] if system is None else [{"role": "system", "content": system}]
         # By the identity of what an entry holds, which is kept beside it: another's could be the same once it is gone.
         self._seen: dict[int, tuple[Any, EncodedImage]] = {}
@@ -81,6 +91,7 @@ class Conversation:
         """Another conversation that goes on from here; the two share what was run so far."""
         other = copy(self)
         other._messages, other._waiting = list(self._messages), list(self._waiting)
+        other._seen = dict(self._seen)
         return other
 
     def truncate(self, turns: int) -> None:
@@ -105,19 +116,37 @@ class Conversation:
         options.setdefault("reuse", True)
         question = {"role": "user", "content": [*self._waiting, {"type": "text", "text": text}]}
         asked = [self._looked_at(message, options) for message in (*self._messages, question)]
+        dropped = self._too_old(asked, options.get("max_new_tokens")) if self._when_full == "drop_oldest" else 0
+        *kept, _ = _without_turns([*self._messages, question], dropped)
+        asked = _without_turns(asked, dropped)
         rest: Options = {**options, "max_image_tokens": None, "min_image_tokens": None}
         said: list[str] = []
         finished = False
         try:
             for chunk in self._vlm.stream(asked, **rest):
                 said.append(chunk.text)
-                yield chunk
+                yield _told(chunk, dropped)
             finished = True
         finally:
             answer = "".join(said).strip()
             if answer or finished:
-                self._messages += [question, {"role": "assistant", "content": answer}]
+                self._messages = [*kept, question, {"role": "assistant", "content": answer}]
                 self._waiting = []
+                self._forget_images()
+
+    def _too_old(self, asked: list[dict[str, Any]], most: int | None) -> int:
+        """How many of the first turns have to go for the last one's answer."""
+        quarter, turns = self._vlm.context_length // 4, sum(m["role"] == "user" for m in asked)
+        wanted = first(most, self._vlm.bundle.generation().defaults.max_new_tokens, MAX_NEW_TOKENS)
+        if self._vlm.room(asked) >= min(quarter, whole("max_new_tokens", wanted, 1)):
+            return 0
+        rooms = ((n, self._vlm.room(_without_turns(asked, n))) for n in range(1, turns))
+        return next((n for n, room in rooms if room >= quarter), turns - 1)
+
+    def _forget_images(self) -> None:
+        """Let go of what was made of images that are not shown any more."""
+        shown = {id(entry[entry["type"]]) for m in self._messages for entry in _entries(m) if entry["type"] in _KINDS}
+        self._seen = {key: value for key, value in self._seen.items() if key in shown}
 
     def messages(self) -> list[dict[str, Any]]:
         """The messages so far as `VLM.generate` takes them and as JSON holds them: images with their paths, or as data
@@ -203,6 +232,19 @@ def _entry(source: Source) -> dict[str, Any]:
     if not isinstance(source, (str, os.PathLike)) or str(source).lower().startswith("data:"):
         return entry
     return {**entry, "path": str(image_path(source).absolute())}
+
+
+def _without_turns(messages: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The messages without the first `count` turns: questions, and all that follows each."""
+    begins = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    return [*messages[: begins[0]], *messages[begins[count] :]] if count else list(messages)
+
+
+def _told(chunk: Chunk, dropped: int) -> Chunk:
+    """The chunk, whose result tells how many turns were dropped."""
+    if chunk.result is None or not dropped:
+        return chunk
+    return replace(chunk, result=replace(chunk.result, dropped_turns=dropped))
 
 
 def _entries(message: dict[str, Any]) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ class Model(Protocol):
 
     bundle: Bundle
     identity: str
+    context_length: int
 
     @property
     def stream(self) -> Callable[..., Iterator[Any]]: ...
@@ -45,6 +46,8 @@ class Model(Protocol):
     def load_image(self, path: str | os.PathLike[str] | IO[bytes]) -> EncodedImage: ...
 
     def count_tokens(self, prompt: Any, image_sizes: Sequence[tuple[float, ...]] = ()) -> int: ...
+
+    def room(self, prompt: Any) -> int: ...
 
     def held(self, messages: Any) -> tuple[np.ndarray, DecoderSnapshot] | None: ...
 

@@ -22,7 +22,7 @@ from mllm_edge.runtime.asking import Asking
 from mllm_edge.runtime.backends.base import Backend, Keeping, Session
 from mllm_edge.runtime.backends.choose import open_backend
 from mllm_edge.runtime.backends.components import open_component
-from mllm_edge.runtime.conversation import Conversation
+from mllm_edge.runtime.conversation import Conversation, WhenFull
 from mllm_edge.runtime.decode import along
 from mllm_edge.runtime.decode.decoder import Decoder, DecoderSnapshot
 from mllm_edge.runtime.decode.encoded import Encoded
@@ -425,10 +425,17 @@ class VLM:
             raise PromptError("this model takes no images", "pass text only")
         return load_encoded(path, self.spec.image, self.identity)
 
-    def chat(self, system: str | None = None) -> Conversation:
-        """A conversation, each turn of which runs only what is new; raises PromptError for a bundle without a chat
-        template."""
-        return Conversation(self, system)
+    def chat(self, system: str | None = None, *, when_full: WhenFull = "error") -> Conversation:
+        """A conversation, each turn of which runs only what is new. `when_full`: error, or drop_oldest, which forgets
+        the oldest turns where the context leaves no room for an answer; see `Conversation`. Raises PromptError for a
+        bundle without a chat template."""
+        return Conversation(self, system, when_full)
+
+    def room(self, prompt: Messages, images: Source | Iterable[Source] = ()) -> int:
+        """Tokens of the context that a prompt leaves for its answer, below zero where it is too long itself; nothing is
+        run. Raises as `stream` does for prompts and images."""
+        with self._turns.working():
+            return self._asking.left(prompt, images)
 
     def held(self, messages: Messages) -> tuple[np.ndarray, DecoderSnapshot] | None:
         """What is held of a conversation that begins with these messages: the keys of its tokens, and a snapshot of the

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mllm_edge.bundle import CHAT_TEMPLATE, Bundle
-from mllm_edge.errors import BackendError
+from mllm_edge.errors import BackendError, OptionError
 from mllm_edge.install import install_hint
 from mllm_edge.runtime.backends.onnxruntime_cpu import import_onnxruntime
 from mllm_edge.runtime.limits import CAPACITY_STEP
