@@ -34,6 +34,7 @@ def test_every_module_of_a_verb_is_listed() -> None:
         "__init__",
         "doctor_checkpoint",
         "exporter",
+        "guiding",
         "options",
         "output",
         "progress",
