@@ -35,6 +35,7 @@ def test_every_module_of_a_verb_is_listed() -> None:
         "doctor_checkpoint",
         "exporter",
         "guiding",
+        "inspect_plan",
         "options",
         "output",
         "progress",
