@@ -22,6 +22,7 @@ from mllm_edge.errors import BusyError, ClosedError, GivenUpError, MllmEdgeError
 from mllm_edge.runtime import turns
 from mllm_edge.runtime.conversation import Conversation
 from mllm_edge.runtime.trace import Trace
+from tests.runtime.hook import Hook
 
 IMAGES = [np.random.default_rng(i).integers(0, 256, (50, 90, 3), dtype=np.uint8) for i in range(4)]
 LONG = 60  # seconds, after which a test that waits has failed
@@ -50,21 +51,6 @@ def queued(monkeypatch: pytest.MonkeyPatch) -> threading.Semaphore:
 
     monkeypatch.setattr(turns, "_gate", Gate)
     return told
-
-
-class Hook(Trace):
-    """Calls `act` when the stage `name` begins, for the n-th time."""
-
-    def __init__(self, name: str, act: Callable[[], Any], n: int = 1):
-        super().__init__()
-        self._name, self._act, self._left = name, act, n
-
-    def span(self, name: str) -> Any:
-        if name == self._name:
-            self._left -= 1
-            if self._left == 0:
-                self._act()
-        return super().span(name)
 
 
 @contextmanager

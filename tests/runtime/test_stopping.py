@@ -17,6 +17,7 @@ from mllm_edge.runtime import stopping
 from mllm_edge.runtime.asynchronous import AsyncVLM
 from mllm_edge.runtime.decode import generate
 from mllm_edge.runtime.trace import Trace
+from tests.runtime.hook import Hook
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8)
 LONG = 60  # seconds, after which a test that waits has failed
@@ -35,21 +36,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     clock.perf_counter = lambda: clock.now
     monkeypatch.setattr(stopping, "time", clock)
     return clock
-
-
-class Hook(Trace):
-    """Calls `act` when the stage `name` begins, for the n-th time."""
-
-    def __init__(self, name: str, act: Callable[[], Any], n: int = 1):
-        super().__init__()
-        self._name, self._act, self._left = name, act, n
-
-    def span(self, name: str) -> Any:
-        if name == self._name:
-            self._left -= 1
-            if self._left == 0:
-                self._act()
-        return super().span(name)
 
 
 def ask(vlm: VLM, **options: Any) -> Any:
