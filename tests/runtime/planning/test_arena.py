@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mllm_edge.runtime.machine.cpu import rss
+from mllm_edge.runtime.machine.cpu import resident
 from mllm_edge.runtime.onnx_file.cost import read_graph
 from mllm_edge.runtime.onnx_file.expressions import dimension
 from mllm_edge.runtime.planning.activations import arena_bytes
@@ -104,11 +104,11 @@ def test_the_engine_touches_as_much(tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     session.run(None, {"x": np.zeros((1, WIDTH), np.float32)})
     x = np.ones((rows, WIDTH), np.float32)
-    before = rss()
+    before = resident()
     binding = session.io_binding()
     binding.bind_ortvalue_input("x", onnxruntime.OrtValue.ortvalue_from_numpy(x))
     binding.bind_output("y9", "cpu")
     session.run_with_iobinding(binding)
-    taken = rss() - before
+    taken = resident() - before
     planned = arena_bytes(read_graph(path), [{"n": 1}, {"n": rows}])
     assert planned == pytest.approx(taken, rel=0.15)
