@@ -125,9 +125,9 @@ class Cache:
         """Make room for up to `capacity` tokens, more than there is: one buffer after the other is copied and bound
         anew, so that not all of them are there twice. What lies behind the lengths is lost."""
         self.capacity = capacity
-        for name, buffer in list(self._buffers.items()):
+        for name in self._buffers:
             larger = self._allocated(name)
-            larger.write(self._axis, buffer.read(self._axis, self.length))
+            larger.write(self._axis, self._buffers[name].read(self._axis, self.length))
             self._buffers[name] = larger
             if self.mode == "in_place":
                 self._bind(session, {name: larger}, {name: larger})
