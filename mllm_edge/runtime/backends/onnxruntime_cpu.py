@@ -1,6 +1,8 @@
 """ONNX Runtime on the CPU: the backend that always works."""
 
 import contextlib
+import math
+import mmap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from mllm_edge.spec import Variant
 __all__ = ["OnnxRuntimeCpu", "import_onnxruntime", "open_graph", "run_bound"]
 
 _PROVIDER = "CPUExecutionProvider"
+_MAPPED, _HUGE = 256 << 10, 4 << 20  # bytes
 
 
 class OnnxRuntimeCpu:
@@ -30,6 +33,7 @@ class OnnxRuntimeCpu:
     """
 
     name = "cpu"
+    grows = True  # a cache's buffers may be others from one run to the next
 
     def __init__(self, threads: int | Threads | None = None, target: str = "cpu", profiles: Path | None = None):
         self._threads = threads if isinstance(threads, Threads) else Threads.of(threads)
@@ -56,7 +60,21 @@ class OnnxRuntimeCpu:
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> "_Buffer":
         """Zeroed host memory."""
-        return _Buffer(np.zeros(shape, dtype))
+        return _Buffer(_zeros(shape, dtype))
+
+
+def _zeros(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Large arrays have memory of their own, which goes back to the system with them: of what a cache frees as it
+    grows, the heap would keep most. They get huge pages from the size on from which numpy asks for such."""
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    if nbytes < _MAPPED:
+        return np.zeros(shape, dtype)
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    memory = mmap.mmap(-1, nbytes, **private)
+    if nbytes >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype).reshape(shape)
 
 
 class _Buffer:

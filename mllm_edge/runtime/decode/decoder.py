@@ -13,7 +13,7 @@ from mllm_edge.runtime.decode.logits import Logits
 from mllm_edge.runtime.decode.positions import check_positions, inverse_frequencies
 from mllm_edge.runtime.decode.state import Cache, Snapshot
 from mllm_edge.runtime.decode.step_inputs import Step, contract_for
-from mllm_edge.runtime.limits import MOST_ROWS
+from mllm_edge.runtime.limits import CAPACITY_STEP, MOST_ROWS
 from mllm_edge.spec import ModelSpec, Variant, is_cross, rewindable
 
 __all__ = ["Decoder", "DecoderSnapshot"]
@@ -67,12 +67,16 @@ class Decoder:
         self.rows = min(MOST_ROWS, session.limits.get("rows", MOST_ROWS))
         self.deepest = session.limits.get("past")
         self.cache: Cache | None = None
+        self._grows = bool(getattr(backend, "grows", False)) and "capacity" not in session.limits
+        self._most = 0  # tokens that the cache may grow to
         self.starts = 0  # how often the sequences began anew
 
     def start(self, prompt: Encoded, room: int = 0) -> Cache:
         """Start an empty sequence that holds `prompt` and `room` tokens behind it, with what its cross-attention sees;
-        the prompt is not run yet. Raises as `reset`."""
-        cache = self.reset(len(prompt) + room)
+        the prompt is not run yet. Where the backend lets it, the cache begins with less room and grows. Raises as
+        `reset`."""
+        cache = self.reset(self._at_first(prompt, room))
+        self._most = len(prompt) + room
         if prompt.cross:
             self.set_cross(prompt.cross)
         return cache
@@ -96,6 +100,7 @@ class Decoder:
             self._contract.reset(capacity)
             self._bound_token = False
         self.cache.truncate(0)
+        self._most = capacity
         self._begin(0 if batch == 1 else None)
         self.starts += 1
         return self.cache
@@ -104,17 +109,35 @@ class Decoder:
         """Hold the first `count` tokens of what the cache holds, or of a snapshot, and have room for `prompt`, which
         begins with these, and `room` tokens behind it; with what its cross-attention sees. The rest of the prompt is
         not run yet. Raises as `reset`."""
-        held, wanted = self.cache, len(prompt) + room
+        held, wanted = self.cache, self._at_first(prompt, room)
         if held is None or held.batch != 1 or held.capacity < wanted:
             snapshot = self.snapshot() if snapshot is None else snapshot
             held = self.reset(wanted)
         if snapshot is not None:
             held.restore(snapshot.cache)
         held.truncate(count)
+        self._most = len(prompt) + room
         self._begin(0)
         if prompt.cross:
             self.set_cross(prompt.cross)
         return held
+
+    def _at_first(self, prompt: Encoded, room: int) -> int:
+        """The capacity that a sequence begins with: long answers are rare where many tokens are allowed."""
+        return len(prompt) + room if not self._grows else min(len(prompt) + room, _stepped(len(prompt) + CAPACITY_STEP))
+
+    def _make_room(self, tokens: int) -> None:
+        """Let the cache of one sequence grow for so many tokens more, by a half at least, as far as it may."""
+        cache = self._opened()
+        wanted = cache.length + tokens
+        if self._grows and cache.batch == 1 and cache.capacity < wanted <= self._most:
+            try:
+                cache.grow(min(self._most, _stepped(max(wanted, cache.capacity * 3 // 2))), self._session)
+            except BaseException:  # some buffers may have grown, and some not
+                self.forget()
+                raise
+            self._contract.reset(cache.capacity)
+            self._bound_token = False
 
     @property
     def held_bytes(self) -> int:
@@ -224,6 +247,7 @@ class Decoder:
         if first.positions is not None:
             check_positions(self._model.positions.ropes, first.positions, counts[0])
         self._contract.check(first.per_token)
+        self._make_room(max(counts))
         shifts, last = self._shifts, self._contract.last
         cache.advance(counts, self._session, sequence)
         try:
@@ -305,6 +329,10 @@ class Decoder:
     def _opened(self) -> Cache:
         assert self.cache is not None, "reset() comes first"
         return self.cache
+
+
+def _stepped(capacity: int) -> int:
+    return -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
 
 
 def _encoded(tokens: Tokens) -> Encoded:

@@ -33,7 +33,7 @@ class Snapshot:
 
 
 class Cache:
-    """What a decoder remembers of `batch` sequences of up to `capacity` tokens, allocated once.
+    """What a decoder remembers of `batch` sequences of up to `capacity` tokens, allocated once unless it has to grow.
 
     Growing state, `in_place`: past and present are one buffer [batch, heads, capacity, head_dim], which the graph
     updates. `append`: the graph reads a prefix of a buffer [batch, capacity, heads, head_dim], one sequence at a time,
@@ -56,6 +56,7 @@ class Cache:
     ):
         """`dtypes`: those of the graph's inputs, by name; float32 where nothing is said."""
         self.capacity, self.mode, self.batch = capacity, mode, batch
+        self._backend, self._shapes = backend, dict[str, tuple[tuple[int, int], str]]()
         self.lengths = np.zeros(batch, np.int64)
         self.rewindable = rewindable(state)
         self._axis = 2 if mode == "in_place" else 1
@@ -67,8 +68,8 @@ class Cache:
                 dtype = (dtypes or {}).get(tensor, "float32")
                 if spec.kind == _GROWING:
                     heads, size = spec.shape
-                    places = (heads, capacity) if mode == "in_place" else (capacity, heads)
-                    self._buffers[name] = backend.allocate((batch, *places, size), dtype)
+                    self._shapes[name] = (heads, size), dtype
+                    self._buffers[name] = self._allocated(name)
                 else:
                     shape = (batch, *spec.shape)
                     self._pairs[name] = (backend.allocate(shape, dtype), backend.allocate(shape, dtype))
@@ -119,6 +120,23 @@ class Cache:
             self._bind_pairs(session, row)
         self._bound = (session, row)
         self.lengths[chosen] = lengths
+
+    def grow(self, capacity: int, session: Session) -> None:
+        """Make room for up to `capacity` tokens, more than there is: one buffer after the other is copied and bound
+        anew, so that not all of them are there twice. What lies behind the lengths is lost."""
+        self.capacity = capacity
+        for name in self._buffers:
+            larger = self._allocated(name)
+            larger.write(self._axis, self._buffers[name].read(self._axis, self.length))
+            self._buffers[name] = larger
+            if self.mode == "in_place":
+                self._bind(session, {name: larger}, {name: larger})
+        self._bound = None
+
+    def _allocated(self, name: str) -> Buffer:
+        (heads, size), dtype = self._shapes[name]
+        places = (heads, self.capacity) if self.mode == "in_place" else (self.capacity, heads)
+        return self._backend.allocate((self.batch, *places, size), dtype)
 
     def turn(self, row: int | None = None) -> None:
         """A run behind `advance` has succeeded: what it wrote is the recurrent state now."""

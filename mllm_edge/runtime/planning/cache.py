@@ -10,7 +10,7 @@ from mllm_edge.spec import ModelSpec, Variant
 
 __all__ = ["cache_bytes"]
 
-# Linux gives memory page by page when it is written. numpy asks for huge pages for arrays of 4 MB and more.
+# Linux gives memory page by page when it is written; huge pages are asked for where an array has 4 MB or more.
 _PAGE, _HUGE_PAGE, _HUGE_ARRAY = 4 << 10, 2 << 20, 4 << 20
 _SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
