@@ -21,6 +21,7 @@ from mllm_edge.calibration.linears import find_layers
 from mllm_edge.calibration.recipes import Recipe, is_quantized, part_of, recipe
 from mllm_edge.compare.cases import Case
 from mllm_edge.errors import ExportError
+from mllm_edge.export.checkpoint.casts import to_float16
 from mllm_edge.export.checkpoint.files import local_path
 from mllm_edge.export.checkpoint.safetensors import Weights
 from mllm_edge.export.checkpoint.source import Source
@@ -392,14 +393,13 @@ class ExportJob:
             header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(f, header)
             for rows in self._pieces(name):
-                f.write(rows.astype(dtype).data)
+                f.write((to_float16(rows) if half else rows).data)
                 self._progress.advance(len(rows))
         return replace(self._plan.model, embedding=replace(embedding, dtype=dtype))
 
     def _fits_half(self, name: str, exactly: bool) -> bool:
         for rows in self._pieces(name):
-            with np.errstate(over="ignore"):
-                half = rows.astype(np.float16).astype(np.float32)
+            half = to_float16(rows)
             if not np.isfinite(half).all() or (exactly and not np.array_equal(half, rows)):
                 return False
         return True

@@ -139,7 +139,8 @@ def pack_blocks(codes: np.ndarray, bits: int) -> np.ndarray:
     """Codes [N, blocks, block] uint8 to MatMulNBits' B [N, blocks, block·bits/8] uint8, low bits first."""
     if bits == 8:
         return codes
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+    pairs = codes.view("<u2")
+    return (pairs | (pairs >> 4)).astype(np.uint8)
 
 
 def _float(graph: "GraphBuilder", x: ir.Value, layer: Linear, half: bool) -> ir.Value:
@@ -232,7 +233,7 @@ def _blocks_of_4(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Codes around 8 and scales for `kind`; fewer bits than 4 lie in the middle of the range."""
     codes, scales = _blocks_of(layer, precision.bits, block, kind, positive_scales)
-    return codes + np.uint8(8 - (1 << (precision.bits - 1))), scales
+    return codes if precision.bits == 4 else codes + np.uint8(8 - (1 << (precision.bits - 1))), scales
 
 
 def _int4_columns(codes: np.ndarray, row: int) -> np.ndarray:

@@ -6,7 +6,15 @@ import numpy as np
 from mllm_edge.graph.chunks import for_each_chunk
 from mllm_edge.graph.scales import reciprocal
 
-__all__ = ["FP8_MAX", "quantize_blocks", "quantize_channels", "quantize_fp8", "rounded_blocks"]
+__all__ = [
+    "FP8_MAX",
+    "in_blocks",
+    "peak_scales",
+    "quantize_blocks",
+    "quantize_channels",
+    "quantize_fp8",
+    "rounded_blocks",
+]
 
 FP8_MAX = 448.0  # of float8 e4m3
 
@@ -26,25 +34,34 @@ def quantize_blocks(
     rows, row = weight.shape
     blocks = -(-row // block)
     codes, scales = np.empty((rows, blocks, block), np.uint8), np.empty((rows, blocks), np.float32)
+    zero = 1 << (bits - 1)
 
     def work(start: int, stop: int) -> None:
-        part = weight[start:stop]
-        if blocks * block != row:
-            part = np.pad(part, ((0, 0), (0, blocks * block - row)))
-        grouped = part.reshape(len(part), blocks, block)
-        _round_blocks(grouped, 1 << (bits - 1), positive_scales, codes[start:stop], scales[start:stop])
+        grouped = in_blocks(weight[start:stop], block)
+        magnitudes = np.abs(grouped)
+        scales[start:stop] = peak_scales(grouped, magnitudes, zero, positive_scales)
+        _round_blocks(grouped, scales[start:stop], zero, codes[start:stop], magnitudes)
 
     for_each_chunk(rows, row, work)
     return codes, scales
 
 
-def _round_blocks(grouped: np.ndarray, zero: int, positive_scales: bool, codes: np.ndarray, scales: np.ndarray) -> None:
-    """Fill `codes` and `scales` for the blocks [n, blocks, block]."""
-    work = np.abs(grouped)
-    peak = np.take_along_axis(grouped, work.argmax(-1)[..., None], -1)[..., 0]
-    np.divide(np.abs(peak) if positive_scales else peak, zero - 1 if positive_scales else -zero, out=scales)
-    inverse = reciprocal(scales)
-    np.multiply(grouped, inverse[..., None], out=work)
+def in_blocks(part: np.ndarray, block: int) -> np.ndarray:
+    """Rows [n, K] as [n, blocks, block], with zeros behind where the last block is not full."""
+    missing = -part.shape[1] % block
+    return (np.pad(part, ((0, 0), (0, missing))) if missing else part).reshape(len(part), -1, block)
+
+
+def peak_scales(grouped: np.ndarray, magnitudes: np.ndarray, zero: int, positive_scales: bool) -> np.ndarray:
+    """Scales [n, blocks] of `quantize_blocks` for the blocks [n, blocks, block] with these `magnitudes`."""
+    if positive_scales:
+        return magnitudes.max(-1) / np.float32(zero - 1)
+    return np.take_along_axis(grouped, magnitudes.argmax(-1)[..., None], -1)[..., 0] / np.float32(-zero)
+
+
+def _round_blocks(grouped: np.ndarray, scales: np.ndarray, zero: int, codes: np.ndarray, work: np.ndarray) -> None:
+    """Fill `codes` for the blocks [n, blocks, block]; `work` has their shape."""
+    np.multiply(grouped, reciprocal(scales)[..., None], out=work)
     np.rint(work, out=work)
     work += zero
     np.clip(work, 0, 2 * zero - 1, out=work)

@@ -18,9 +18,9 @@ import ml_dtypes
 import numpy as np
 
 from mllm_edge.errors import WeightsError
+from mllm_edge.export.checkpoint.casts import fill_float32
 from mllm_edge.export.checkpoint.files import LFS_POINTER
 from mllm_edge.export.checkpoint.weights import weight_files
-from mllm_edge.graph.chunks import for_each_chunk
 
 __all__ = ["Change", "Weights", "open_files", "open_weights", "stored_types"]
 
@@ -39,6 +39,7 @@ _DTYPES: dict[str, Any] = {
     "BOOL": np.bool_,
 }
 _MAX_HEADER = 100_000_000
+_PIECE = 1 << 20  # elements: what is read stays in the processor's cache until it is converted
 Change = Callable[[np.ndarray, int], None]
 
 
@@ -193,7 +194,8 @@ class Weights:
         values = np.empty(entry.shape, np.float32)
         flat = values.reshape(-1)
         _announce(entry)
-        for_each_chunk(len(flat), 1, lambda start, stop: _read(entry, start, flat[start:stop]))
+        for start in range(0, len(flat), _PIECE):
+            _read(entry, start, flat[start : start + _PIECE])
         self._correct(name, values, 0)
         return values
 
@@ -279,7 +281,7 @@ def _read(entry: _Entry, first: int, values: np.ndarray) -> None:
             if not count:
                 raise WeightsError(f"{entry.file}: the file became shorter while it was read", "download it again")
             buffer = buffer[count:]
-    values[:] = raw
+    fill_float32(values, raw)
 
 
 def open_weights(folder: Path) -> Weights:
