@@ -37,9 +37,7 @@ def quantize_blocks(
     return codes, scales
 
 
-def _search(
-    grouped: np.ndarray, importance: np.ndarray, zero: int, codes: np.ndarray, scales: np.ndarray
-) -> None:
+def _search(grouped: np.ndarray, importance: np.ndarray, zero: int, codes: np.ndarray, scales: np.ndarray) -> None:
     """Fill `codes` for the blocks [n, blocks, block], and better `scales`; they hold those of rounding to nearest."""
     relative = grouped * reciprocal(scales)[..., None]
     best, chosen = np.zeros_like(scales), np.ones_like(scales)
