@@ -109,11 +109,10 @@ def _row(bundle: Path, asked: tuple[int, int, int, int], base: int) -> dict[str,
 def _base() -> int:
     """A process that imports what an answer needs."""
     import mllm_edge.runtime.vlm  # noqa: F401
-    from mllm_edge.install import install_hint
     from mllm_edge.runtime.backends.onnxruntime_cpu import import_onnxruntime
     from mllm_edge.runtime.machine.cpu import resident
 
-    import_onnxruntime(install_hint("cpu"))
+    import_onnxruntime()
     return resident()
 
 

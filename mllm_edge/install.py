@@ -1,8 +1,6 @@
 """How to install a part of this package that is missing: from where this copy came, for it is on no package index."""
 
 import json
-from importlib.metadata import PackageNotFoundError, distribution
-from urllib.parse import unquote, urlparse
 
 __all__ = ["install_hint"]
 
@@ -22,6 +20,10 @@ def install_hint(*extras: str) -> str:
 
 def _origin() -> str | None:
     """The directory or wheel that was installed; None where that is not known, or not a file of this machine."""
+    # Imported where something is missing alone: with what they import they take longer than a third of this package.
+    from importlib.metadata import PackageNotFoundError, distribution
+    from urllib.parse import unquote, urlparse
+
     try:
         text = distribution(_NAME).read_text("direct_url.json")
         url = urlparse(json.loads(text)["url"]) if text else None

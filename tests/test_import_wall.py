@@ -241,6 +241,26 @@ def test_the_device_side_runs_without_the_rest(tiny_bundle: Path) -> None:
     assert done.stdout == "4\n"
 
 
+# What answers do without, and what takes longest to import of that.
+LATER = ("email", "http", "importlib.metadata", "numpy.ma", "numpy.random", "ssl", "urllib.request", "zipfile")
+
+
+def test_a_first_token_waits_for_nothing_that_it_does_without(tiny_bundle: Path) -> None:
+    code = (
+        "import sys\n"
+        "from PIL import Image\n"
+        "from mllm_edge import VLM\n"
+        "with VLM.load(sys.argv[1]) as vlm:\n"
+        "    next(iter(vlm.stream('Hi', images=[Image.new('RGB', (60, 80))], max_new_tokens=4)))\n"
+        "print(*sys.modules)\n"
+    )
+    done = _run(code, str(tiny_bundle))
+    assert done.returncode == 0, done.stderr
+    loaded = done.stdout.split()
+    assert "onnxruntime" in loaded
+    assert not [name for name in loaded if name in LATER or name.startswith("mllm_edge.runtime.planning")]
+
+
 def test_importing_the_package_is_light() -> None:
     code = "import sys, mllm_edge; print(*sorted({n.partition('.')[0] for n in sys.modules}))"
     loaded = set(_run(code).stdout.split())

@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -38,8 +38,6 @@ from mllm_edge.runtime.machine.cpu import resident
 from mllm_edge.runtime.machine.threads import Spin, Threads
 from mllm_edge.runtime.numbers import whole
 from mllm_edge.runtime.options import CallOptions, Options
-from mllm_edge.runtime.planning.memory import FIRST_USE, MemoryModel
-from mllm_edge.runtime.planning.plan import Plan, Planner, size_of
 from mllm_edge.runtime.prompt.embedder import Embedder
 from mllm_edge.runtime.prompt.image import load_image
 from mllm_edge.runtime.prompt.processor import Messages, Processor, Prompt
@@ -56,6 +54,8 @@ from mllm_edge.spec import ENCODED
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from mllm_edge.runtime.planning.plan import Plan, Planner
 
 __all__ = ["VLM", "Chunk", "Result"]
 
@@ -92,7 +92,7 @@ class VLM:
         self.identity = f"{bundle.identity}-{backend.target}"  # of what encoded images and saved states are of
         self.processor = Processor(self.spec, self.tokenizer, template, fast_jpeg, stage_tokens, self.identity)
         self.stop_ids = frozenset(generation.eos_token_ids)
-        before = resident()
+        self._before = resident()
         names = bundle.manifest.components
         opened = {name: open_component(bundle, name, backend, threads, notice) for name in names}
         self._types = {name: {t.name: t.dtype for t in component.variant.inputs} for name, component in opened.items()}
@@ -115,7 +115,6 @@ class VLM:
         guiding = Guiding(self.tokenizer, Guides(self.tokenizer, self.spec.vocab_size), self.spec.vocab_size)
         self._asking = Asking(self.spec, self.processor, generation.defaults, *steps, guiding, image_tokens)
         self.embed = Embedder(bundle.embeddings(), self.spec.embedding, bundle.touched(self.spec.embedding.file))
-        self._planner = Planner(MemoryModel(bundle, backend.target), self.processor, before + FIRST_USE)
         parts = self._components, self._arrays, self.embed, self._decoder
         self._remembered: Recall | None = Recall(*parts, image_cache, prefix_cache)
         free = weakref.WeakMethod(self._free)  # without a circle: a VLM that is dropped goes at once
@@ -347,6 +346,8 @@ class VLM:
         The memory is that of a process that opens the bundle on the CPU and makes this one call. Raises as `stream`
         does, but for a prompt that is too long: then `Plan.room` is below zero.
         """
+        from mllm_edge.runtime.planning.plan import size_of
+
         budget = self._asking.budget_for(max_image_tokens, min_image_tokens)
         new = self._asking.new_tokens(max_new_tokens)
         with self._turns.working():
@@ -358,6 +359,14 @@ class VLM:
                 sizes = image_sizes_of(image_sizes)
                 budgets = [budget] * len(sizes)
             return self._planner.plan(prompt, sizes, budgets, new, self.context_length, raw)
+
+    @cached_property
+    def _planner(self) -> Planner:
+        from mllm_edge.runtime.planning.memory import FIRST_USE, MemoryModel  # answers do without
+        from mllm_edge.runtime.planning.plan import Planner
+
+        model = MemoryModel(self.bundle, self.backend.target)
+        return Planner(model, self.processor, self._before + FIRST_USE)
 
     def component(self, name: str, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Run one component by itself (all but the decoder), its inputs cast to the graph's types.

@@ -4,9 +4,12 @@ import importlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import Distribution, distributions
+from typing import TYPE_CHECKING
 
 from mllm_edge.runtime.foreign import pass_on
+
+if TYPE_CHECKING:
+    from importlib.metadata import Distribution
 
 __all__ = ["MINIMUM", "Engine", "engines", "extras", "version_numbers", "wheels"]
 
@@ -85,11 +88,13 @@ def version_numbers(text: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _distributions(path: Sequence[str] | None) -> Iterable[Distribution]:
+def _distributions(path: Sequence[str] | None) -> "Iterable[Distribution]":
+    from importlib.metadata import distributions  # backends that want versions alone do without
+
     return distributions() if path is None else distributions(path=list(path))
 
 
-def _packages(distribution: Distribution) -> set[str]:
+def _packages(distribution: "Distribution") -> set[str]:
     """Top-level packages by the files with code that it lists; tools beside an engine share its name, not its files."""
     files = [file for file in distribution.files or () if file.name == "__init__.py" and len(file.parts) == 2]
     return {file.parts[0] for file in files}

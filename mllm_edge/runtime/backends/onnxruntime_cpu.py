@@ -37,7 +37,7 @@ class OnnxRuntimeCpu:
 
     def __init__(self, threads: int | Threads | None = None, target: str = "cpu", profiles: Path | None = None):
         self._threads = threads if isinstance(threads, Threads) else Threads.of(threads)
-        self._ort, self.target = import_onnxruntime(install_hint("cpu")), target
+        self._ort, self.target = import_onnxruntime(), target
         self._profiles = profiles
         self.threads = self._threads.count
 
@@ -138,13 +138,14 @@ def _prefix(axis: int, length: int) -> tuple[slice, ...]:
     return (slice(None),) * axis + (slice(length),)
 
 
-def import_onnxruntime(install: str) -> Any:
-    """ONNX Runtime's module; raises BackendError with the command that installs it."""
+def import_onnxruntime(install: str = "") -> Any:
+    """ONNX Runtime's module; raises BackendError with the command that installs it, that for the CPU where none is
+    told."""
     try:
         import onnxruntime
     except ImportError as e:
         pass_on(e)
-        raise BackendError(f"ONNX Runtime is not installed ({e})", install) from e
+        raise BackendError(f"ONNX Runtime is not installed ({e})", install or install_hint("cpu")) from e
     if logger.level:  # whoever has set it wants to hear of this package what it says, and not its engine's chatter
         onnxruntime.set_default_logger_severity(3)
     return onnxruntime

@@ -7,7 +7,6 @@ from typing import Any
 
 from mllm_edge.bundle import CHAT_TEMPLATE, Bundle
 from mllm_edge.errors import BackendError, OptionError
-from mllm_edge.install import install_hint
 from mllm_edge.runtime.backends.onnxruntime_cpu import import_onnxruntime
 from mllm_edge.runtime.limits import CAPACITY_STEP
 from mllm_edge.runtime.machine.cpu import resident
@@ -69,7 +68,7 @@ def open_planner(bundle: Bundle, target: str = "cpu") -> "Planner":
     stage_tokens = StageTokens.load(bundle.path, bundle.manifest.model.image)
     processor = Processor(bundle.manifest.model, tokenizer, template, stage_tokens=stage_tokens)
     with suppress(BackendError):
-        import_onnxruntime(install_hint("cpu"))
+        import_onnxruntime()
     return Planner(MemoryModel(bundle, target), processor, resident() + FIRST_USE)
 
 

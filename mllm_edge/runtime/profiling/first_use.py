@@ -13,7 +13,6 @@ from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
-from mllm_edge.install import install_hint
 from mllm_edge.runtime.machine.cpu import resident
 
 __all__ = ["first_use"]
@@ -37,7 +36,7 @@ def _measure() -> int:
     from mllm_edge.runtime.backends.onnxruntime_cpu import import_onnxruntime
     from mllm_edge.runtime.profiling.roofline import product_graph
 
-    ort, size = import_onnxruntime(install_hint("cpu")), 8
+    ort, size = import_onnxruntime(), 8
     before = resident()
     if not before:
         sys.exit("the system does not tell how much memory a process has")

@@ -22,7 +22,6 @@ import numpy as np
 
 from mllm_edge.bundle import Bundle
 from mllm_edge.files import write_whole
-from mllm_edge.install import install_hint
 from mllm_edge.runtime.backends.onnxruntime_cpu import import_onnxruntime
 from mllm_edge.runtime.limits import PREFILL_CHUNK
 from mllm_edge.runtime.machine.cpu import cpu_name
@@ -95,7 +94,7 @@ def machine_limits(threads: int | None = None, cache: Path | None = None) -> Mac
     """The CPU's limits with so many threads (default: physical cores): measured in 2 s, or as kept in `cache`
     (default: `limits_file()`; a folder that cannot be written to is no error). Raises BackendError without ONNX
     Runtime."""
-    ort, threads = import_onnxruntime(install_hint("cpu")), Threads.of(threads).count
+    ort, threads = import_onnxruntime(), Threads.of(threads).count
     place = cache or limits_file()
     key = ", ".join((cpu_name(), platform.machine(), f"onnxruntime {ort.__version__}", f"{threads} threads"))
     kept = _kept(place)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal, get_args
 from urllib.parse import unquote, urlsplit
-from urllib.request import url2pathname
 
 import numpy as np
 from PIL import Image
@@ -127,6 +126,8 @@ def image_path(source: str | os.PathLike) -> Path:
         url = urlsplit(str(source))
         if url.netloc not in ("", "localhost"):
             raise ImageError(f"{source}: the file is on another machine", "write file:///PATH, or pass the path")
+        from urllib.request import url2pathname  # with it come HTTP and TLS, which take a while to import
+
         return Path(url2pathname(url.path))
     path = Path(source)
     try:
