@@ -28,7 +28,7 @@ __all__ = ["main"]
 _ROOT = Path(__file__).parents[1]
 _EDGE = 2048  # px; SmolVLM-256M cuts a square of that into 16 tiles and the overview
 _SAMPLE = _ROOT / "examples" / "sample_vlm" / "model"
-_ANSWERS = ["yes", "no", "red", "blue", "two", "three", "left", "right", "cat", "dog"]
+_WORDS = "nothing everything yesterday tomorrow somewhere anything understanding otherwise meanwhile afterwards".split()
 _LONG = "The quick brown fox jumps over the lazy dog beside the old mill, and nobody looks. "
 
 
@@ -124,13 +124,19 @@ def _score_ten(vlm: VLM, round_: int) -> dict[str, float]:
     alone = vlm.generate(prompt, max_new_tokens=1, ignore_eos=True).metrics
     tokens = vlm.count_tokens(prompt)
     began = time.perf_counter()
-    scores = vlm.score_answers(prompt, answers=[f"{word} {word}" for word in _ANSWERS])
+    scores = vlm.score_answers(prompt, answers=[_three(vlm, word) for word in _WORDS])
     scored = time.perf_counter() - began
     mean = statistics.mean(len(score.tokens) for score in scores)
     return {
         "first, s": alone.ttft, "second, s": scored, "ratio": scored / alone.ttft, "tokens": tokens,
         "tokens of an answer": mean,
     }  # fmt: skip
+
+
+def _three(vlm: VLM, word: str) -> str:
+    """The beginning of `word word word` that is three tokens, of whatever vocabulary."""
+    ids = vlm.tokenizer.encode(f"{word} {word} {word}")
+    return vlm.tokenizer.decode(ids[:3])
 
 
 def _lookup(text: str) -> Callable[[VLM, int], dict[str, float]]:
