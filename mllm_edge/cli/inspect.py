@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from mllm_edge.cli.inspect_plan import plan_as_dict, plan_of, plan_text
-from mllm_edge.cli.options import POSITIVE, json_option
+from mllm_edge.cli.options import POSITIVE, json_option, video_options, videos_of
 from mllm_edge.cli.output import bytes_text, print_json, table, write_answer
 from mllm_edge.cli.progress import stages
 from mllm_edge.cli.proof import layers_table
@@ -43,6 +43,8 @@ def _size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
 @click.option("--image-size", metavar="HxW", callback=_size, help="The same for any image of H x W px.")
 @click.option("--plan", is_flag=True, help="Tell tokens and peak memory of a call instead, without opening the model.")
 @click.option("--images", type=click.IntRange(min=0), metavar="K", help="Of the plan; default: one, 1080x1920 px.")
+@video_options
+@click.option("--video-size", metavar="HxW", callback=_size, help="In place of a video: its frames' size in px.")
 @click.option("--max-image-tokens", type=POSITIVE, metavar="N", help="Show no image in more tokens.")
 @click.option("--min-image-tokens", type=POSITIVE, metavar="N", help="Enlarge small images to so many tokens.")
 @json_option("Print the manifest, or the plan, as JSON.")
@@ -54,14 +56,19 @@ def command(
     image_size: tuple[int, int] | None,
     plan: bool,
     images: int | None,
+    videos: tuple[str, ...],
+    fps: float | None,
+    frames: int | None,
+    video_size: tuple[int, int] | None,
     max_image_tokens: int | None,
     min_image_tokens: int | None,
     as_json: bool,
 ) -> None:
     """Show the model, graphs, files and measurements of BUNDLE; nothing is run.
 
-    With --plan, what a short question about K images takes: tokens, room in the context, and the peak memory of a
-    process that answers it on the CPU; --context is then of prompt and answer together.
+    With --plan, what a short question about K images, or about videos, takes: tokens, room in the context, and the peak
+    memory of a process that answers it on the CPU; --context is then of prompt and answer together. Of a video file one
+    frame is decoded, of --video-size nothing: --frames says how many it has.
     """
     from mllm_edge.bundle import Bundle
     from mllm_edge.json_form import to_json
@@ -73,13 +80,14 @@ def command(
         raise click.UsageError("--images is of a --plan")
     if plan and image:
         raise click.UsageError("--plan wants --image-size, not --image")
+    shown = _videos(plan, videos, fps, frames, video_size)
 
     opened = Bundle.load(bundle)
     if verify:
         _verify(opened)
     budget = budget_of(max_image_tokens, min_image_tokens)
     if plan:
-        _write_plan(plan_of(opened, context, images, image_size, budget), opened, as_json)
+        _write_plan(plan_of(opened, context, images, image_size, budget, shown), opened, as_json)
         return
     needs, costs = _needs(opened, context), _costs(opened, image or image_size, budget)
     if as_json:
@@ -93,6 +101,27 @@ def command(
         sections += [*map(_memory, needs), _cost(costs) if costs else ""]
         sections.append("every file is as it was exported" if verify else _checked(opened))
         write_answer("\n\n".join(section for section in sections if section) + "\n")
+
+
+def _videos(
+    plan: bool,
+    files: tuple[str, ...],
+    fps: float | None,
+    frames: int | None,
+    size: tuple[int, int] | None,
+) -> list[Any]:
+    """The videos of a plan: files, or one as its frames, height, width and perhaps frames a second."""
+    if (files or size) and not plan:
+        raise click.UsageError("--video and --video-size are of a --plan")
+    if files and size:
+        raise click.UsageError("--video and --video-size exclude each other")
+    if (fps or frames) and not (files or size):
+        raise click.UsageError("--fps and --frames are of videos, and there is no --video")
+    if size is None:
+        return videos_of(files, fps, frames)
+    if frames is None:
+        raise click.UsageError("--video-size wants --frames: how many there are")
+    return [(frames, *size) if fps is None else (frames, *size, fps)]
 
 
 def _verify(bundle: "Bundle") -> None:

@@ -41,7 +41,7 @@ from mllm_edge.runtime.options import CallOptions, Options
 from mllm_edge.runtime.prompt.embedder import Embedder
 from mllm_edge.runtime.prompt.image import load_image
 from mllm_edge.runtime.prompt.processor import Messages, Processor, Prompt
-from mllm_edge.runtime.prompt.sources import EncodedImage, Source, as_sources, kind_of
+from mllm_edge.runtime.prompt.sources import EncodedImage, Source, VideoFile, as_sources, kind_of
 from mllm_edge.runtime.prompt.stage_text import StageTokens
 from mllm_edge.runtime.prompt.token_budget import FREE, TokenBudget, budget_of
 from mllm_edge.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
@@ -341,7 +341,8 @@ class VLM:
     ) -> Plan:
         """What a call will take: tokens, what each image becomes, room in the context, bytes of the cache and of the
         whole process at its peak; nothing is run. Of `images` only the sizes matter: `image_sizes` in their place are
-        as in `count_tokens`. The others are as in `stream`.
+        as in `count_tokens`. Of a video file one frame is decoded: the file tells how many are taken, and when. The
+        others are as in `stream`.
 
         The memory is that of a process that opens the bundle on the CPU and makes this one call. Raises as `stream`
         does, but for a prompt that is too long: then `Plan.room` is below zero.
@@ -353,12 +354,15 @@ class VLM:
         with self._turns.working():
             if image_sizes is None:
                 sources = as_sources(images) if raw else self.processor.sources(prompt, images)
-                sizes = [size_of(source) for source in sources]
+                self.processor.require([kind_of(source) for source in sources])
+                video = None if self.spec.image is None else self.spec.image.video
+                sizes = [size_of(source, video.sampling if video else None) for source in sources]
                 budgets = [s.shown.budget if isinstance(s, EncodedImage) else budget for s in sources]
+                files = [i for i, source in enumerate(sources) if isinstance(source, VideoFile)]
             else:
-                sizes = image_sizes_of(image_sizes)
+                sizes, files = image_sizes_of(image_sizes), []
                 budgets = [budget] * len(sizes)
-            return self._planner.plan(prompt, sizes, budgets, new, self.context_length, raw)
+            return self._planner.plan(prompt, sizes, budgets, new, self.context_length, raw, files)
 
     @cached_property
     def _planner(self) -> Planner:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mllm_edge import VLM
+from mllm_edge import VLM, Video
 from mllm_edge.bundle import CHAT_TEMPLATE, Bundle
 from mllm_edge.errors import ImageError, PromptError
 from mllm_edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
@@ -63,6 +63,21 @@ def test_an_encoded_image_is_the_image(vlm: VLM, tmp_path: Path) -> None:
             np.testing.assert_allclose(found.cross[name], rows, atol=1e-5)
         assert vlm.spec.image is not None
         assert (trace.runs("vision_encoder") == 0) == (vlm.spec.image.text is None)
+
+
+def test_a_plan_of_a_video_is_what_it_takes(vlm: VLM) -> None:
+    assert vlm.spec.image is not None
+    video = Video([picture(50, 71)] * 3, fps=2)
+    if vlm.spec.image.video is None:
+        for given in ({"images": video}, {"image_sizes": [(3, 50, 71, 2.0)]}):
+            with pytest.raises(PromptError, match="takes no videos, and got 1; its model is"):
+                vlm.plan("What?", **given)
+        return
+    expected = vlm.processor.process("What?", video)
+    for plan in (vlm.plan("What?", video), vlm.plan("What?", image_sizes=[(3, 50, 71, 2.0)])):
+        assert plan.prompt_tokens == len(expected.token_ids)
+        assert plan.image_tokens == len(expected.image_positions)
+        assert plan.images[0].tiles == expected.layouts[0].tiles
 
 
 def test_a_second_question_runs_what_is_new(vlm: VLM) -> None:

@@ -147,6 +147,60 @@ def test_chat_takes_videos(bundle: Path, clip: Path) -> None:
     assert "absent.mp4: no such file" in wrong.stderr
 
 
+def test_inspect_plans_videos(bundle: Path, clip: Path, vlm: VLM) -> None:
+    def planned(*options: Any) -> dict[str, Any]:
+        done = run("inspect", bundle, "--plan", *options, "--json")
+        assert done.exit_code == 0, done.stderr
+        found: dict[str, Any] = json.loads(done.stdout)["plan"]
+        return found
+
+    taken = vlm.plan("Describe the image.", Video.open(clip, fps=1))
+    assert planned("--video", clip, "--fps", 1)["prompt_tokens"] == taken.prompt_tokens
+    (video,) = planned("--video-size", "64x96", "--frames", 4, "--fps", 1)["images"]
+    assert (video["size"], video["tokens"]) == ([4, 64, 96], taken.image_tokens)
+    both = planned("--video", clip, "--video", clip, "--images", 1, "--image-size", "48x64")
+    assert [len(shown["size"]) for shown in both["images"]] == [2, 3, 3]
+    told = run("inspect", bundle, "--plan", "--video-size", "64x96", "--frames", 4, "--fps", 1).stdout
+    assert f"a video of 4 frames of 64 x 96 px: {taken.image_tokens} tokens, 4 times 1 x 1 tiles, 64 x 64 px" in told
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "word"),
+    [
+        (["--video-size", "64x96"], 2, "are of a --plan"),
+        (["--plan", "--video-size", "64x96"], 2, "--video-size wants --frames"),
+        (["--plan", "--fps", "2"], 2, "there is no --video"),
+        (["--plan", "--video-size", "64x96", "--video", "clip.mp4"], 2, "exclude each other"),
+        (["--plan", "--video-size", "64x96", "--frames", "4"], 1, "--fps 2"),
+    ],
+)
+def test_plans_of_videos_that_cannot_be(
+    bundle: Path, clip: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], code: int, word: str
+) -> None:
+    monkeypatch.chdir(clip.parent)
+    done = run("inspect", bundle, *options)
+    assert done.exit_code == code
+    assert word in done.stderr
+
+
+def test_a_plan_for_a_model_without_videos(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "clip.mp4"
+    broken.write_bytes(b"no video")
+    monkeypatch.setattr(video_file, "_import_av", lambda: pytest.fail("it was decoded"))
+    with VLM.load(tiny_bundle) as vlm, pytest.raises(PromptError, match="its model is idefics3"):
+        vlm.plan("What?", Video.open(broken))
+    for options in (["--video", broken], ["--video-size", "48x64", "--frames", 4]):
+        done = run("inspect", tiny_bundle, "--plan", *options)
+        assert done.exit_code == 1
+        assert "this bundle takes no videos, and got 1; its model is idefics3" in done.stderr
+
+
+def test_frames_of_a_file_are_planned_one_at_a_time(vlm: VLM, clip: Path) -> None:
+    file = Video.open(clip, fps=1)
+    held, read = (vlm.plan("What?", video).memory.images for video in (file, file.read()))
+    assert read - held == 3 * 64 * 96 * 3
+
+
 def test_options_without_a_video(bundle: Path) -> None:
     done = run("run", bundle, "What?", "--fps", "2")
     assert done.exit_code == 2

@@ -17,6 +17,7 @@ from mllm_edge.bundle import Bundle
 from mllm_edge.errors import ConfigError, ImageError, OptionError, PromptError
 from mllm_edge.export.pipeline import export
 from mllm_edge.json_form import from_json, to_json
+from mllm_edge.runtime.prompt import video_file
 from mllm_edge.runtime.prompt.frame_sampling import positions as taken
 from mllm_edge.runtime.prompt.layout import Layout, grid_positions
 from mllm_edge.runtime.prompt.timing import in_words
@@ -214,6 +215,30 @@ def test_frames_of_a_recording_are_taken_as_by_transformers(
         expected = reference[f"taken.{i}"]
         # By rounding, Qwen2-VL's processor asks for a frame behind the last one of some recordings.
         assert taken(image.video.sampling, total, fps) == expected[expected < total].tolist(), (total, fps)
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_a_plan_of_a_file_is_what_the_call_takes(
+    bundles: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Of which one frame is decoded."""
+    file, decode = save_video(tmp_path / "clip.mp4", even(50), size=(45, 70)), video_file._pixels_and_matrix
+    decoded: list[int] = []
+    with VLM.load(bundles(name), backend="cpu") as vlm:
+        for clip in (Video.open(file), Video.open(file, fps=5, start=0.5), Video.open(file, frames=4)):
+            expected = vlm.processor.process("What?", clip)
+            monkeypatch.setattr(video_file, "_pixels_and_matrix", lambda *a: (decoded.append(1), decode(*a))[1])
+            plan = vlm.plan("What?", clip)
+            monkeypatch.undo()
+            assert plan.prompt_tokens == len(expected.token_ids)
+            assert plan.image_tokens == len(expected.image_positions)
+            (planned,), (shown,) = plan.images, expected.shown
+            assert planned.size == shown.size
+            assert planned.grid == (shown.layout.rows, shown.layout.cols)
+            timing = () if shown.timing is None else (shown.timing.rate,)
+            if "duration" not in _words(vlm):
+                assert vlm.plan("What?", image_sizes=[(*shown.size, *timing)]).prompt_tokens == plan.prompt_tokens
+    assert len(decoded) == 3
 
 
 def test_a_bundle_without_a_rule_is_read(bundles: Callable[[str], Path]) -> None:

@@ -107,7 +107,8 @@ def video_layout(image: ImageSpec, frames: int, height: int, width: int, timing:
     video = image.video
     assert video is not None
     if video.timed and timing is None:
-        raise PromptError("this model reads when a video's frames were taken", "say it: Video(frames, fps=2)")
+        fix = "say it: Video(frames, fps=2); of a size (frames, height, width, 2), or --fps 2"
+        raise PromptError("this model reads when a video's frames were taken", fix)
     cut = cut_of(height, width, video.transforms, shared_bounds(video, frames))
     shown = -(-frames // video.patches.frames) if video.patches is not None else frames
     pack = packed_frames(image, video, frames) if video.features is None else None

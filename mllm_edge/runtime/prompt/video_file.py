@@ -45,6 +45,12 @@ class Clip:
     _index: "_Index"
     _taken: tuple[int, ...]
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the first taken frame, upright, which is decoded for it; errors as of `frames`."""
+        height, width = next(self.frames()).shape[:2]
+        return height, width
+
     def frames(self) -> Iterator[np.ndarray]:
         """Each as an array [H, W, 3] uint8 RGB, or [H, W, 4] where the file has opacity; decoded as they are asked for.
         Raises ImageError for a file that cannot be decoded so far."""
