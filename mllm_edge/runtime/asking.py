@@ -191,6 +191,10 @@ class Asking:
         fix = "raise --max-context" if smaller else "use fewer or smaller images, or a shorter prompt"
         if self.context_length == self.engine_context < self.model.context_length:
             fix = f"mllm-edge build --max-seq N, with {wanted} or more"
+        if any(layout.kind == "video" for layout in prompt.layouts):
+            fix = (
+                f"show fewer frames of the video: Video.open(path, frames=N), or fps=R (--frames N, --fps R); or {fix}"
+            )
         raise ContextError(
             f"the prompt has {tokens} tokens ({image} of them for images) and an answer needs at least one; "
             f"the context holds {self.context_length}: {wanted - self.context_length} too many",

@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 
 from mllm_edge import VLM, FrameWindow, Video
 from mllm_edge.cli import main
-from mllm_edge.errors import ImageError, OptionError, PromptError
+from mllm_edge.errors import ContextError, ImageError, OptionError, PromptError
 from mllm_edge.export.pipeline import export
 from mllm_edge.runtime.prompt import shown, video_file
 from tests.families.test_videos import save
@@ -227,6 +227,20 @@ def test_a_model_without_videos_refuses_before_anything_is_decoded(
 def test_a_message_to_a_model_without_videos(tiny_bundle: Path) -> None:
     with VLM.load(tiny_bundle) as vlm, pytest.raises(PromptError, match="its model is idefics3"):
         vlm.generate([{"role": "user", "content": [{"type": "video", "video": "absent.mp4"}]}])
+
+
+def test_where_a_video_is_too_long_fewer_frames_are_named(bundle: Path, clip: Path) -> None:
+    with VLM.load(bundle, backend="cpu", max_context=256) as small:
+        with pytest.raises(ContextError, match=r"the context holds 256: \d+ too many") as caught:
+            small.generate("What?", Video.open(clip, frames="all"))
+        assert "Video.open(path, frames=N), or fps=R (--frames N, --fps R); or raise --max-context" in caught.value.fix
+        with pytest.raises(ContextError) as caught:
+            small.generate("What? " * 400)
+        assert caught.value.fix == "raise --max-context"
+        assert small.generate("What?", Video.open(clip, frames=1), max_new_tokens=2, ignore_eos=True).token_ids
+    done = run("run", bundle, "What?", "--video", clip, "--fps", 30, "--max-context", 256)
+    assert done.exit_code == 1
+    assert "fix: show fewer frames" in done.stderr
 
 
 def test_a_broken_file_is_named_and_the_next_call_works(vlm: VLM, clip: Path, tmp_path: Path) -> None:
