@@ -3,8 +3,9 @@
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from threading import Thread
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import click
 
 from mllm_edge.cli.guiding import guide_of, guide_options
 from mllm_edge.cli.options import (
+    choices_option,
     context_cut,
     runtime_options,
     sampling_options,
@@ -20,12 +22,13 @@ from mllm_edge.cli.options import (
     videos_of,
     without_effect,
 )
-from mllm_edge.cli.output import note, write_answer
-from mllm_edge.errors import ContextError, MllmEdgeError
+from mllm_edge.cli.output import note, write_answer, write_shares
+from mllm_edge.errors import CancelledError, ContextError, MllmEdgeError
 
 if TYPE_CHECKING:
     from mllm_edge.runtime.conversation import Conversation, WhenFull
     from mllm_edge.runtime.machine.threads import Spin
+    from mllm_edge.runtime.stopping import Cancel
     from mllm_edge.runtime.vlm import VLM, Result
 
 __all__ = ["command"]
@@ -50,6 +53,7 @@ _HELP = """/image FILE  attach an image to the next message; several are allowed
     show_default=True,
     help="Whether the oldest turns go when the context is full.",
 )
+@choices_option
 @sampling_options
 @guide_options
 @speculation_option
@@ -64,6 +68,7 @@ def command(
     frames: int | None,
     system: str | None,
     when_full: str,
+    scored: tuple[str, ...],
     threads: int | None,
     spin: "Spin",
     affinity: str | None,
@@ -79,14 +84,15 @@ def command(
 
     Answers go to standard output, everything else to standard error. Ctrl-C stops an answer and keeps the
     conversation, Ctrl-D leaves. Without a terminal, lines are read from standard input, and the exit code is 1 when one
-    of them failed.
+    of them failed. With --choices the answer to each message is the likeliest of these: all stand behind their shares,
+    the likeliest first.
     """
     from mllm_edge.runtime.conversation import Conversation
     from mllm_edge.runtime.vlm import VLM
 
     setting: dict[str, Any] = {"threads": threads, "spin": spin, "affinity": affinity, "max_context": max_context}
     setting |= {"fast_jpeg": fast_jpeg, "max_image_tokens": max_image_tokens, "min_image_tokens": min_image_tokens}
-    guide_of(options)  # one at most
+    guide_of(options, scored)  # one at most
     unused = without_effect(options)
     if unused:
         note(unused)
@@ -94,7 +100,7 @@ def command(
         if context_cut(vlm, max_context):
             note(context_cut(vlm, max_context))
         policy: WhenFull = "drop_oldest" if when_full == "drop-oldest" else "error"
-        chat = _Chat(vlm, Conversation(vlm, system, policy), quiet, options, (fps, frames))
+        chat = _Chat(vlm, Conversation(vlm, system, policy), quiet, options, (fps, frames), scored)
         for video in videos:
             chat.attach_video(video)
         for line in _lines():
@@ -115,9 +121,10 @@ class _Chat:
         quiet: bool,
         options: dict[str, Any],
         sampled: tuple[float | None, int | None] = (None, None),
+        choices: Sequence[str] = (),
     ):
         self._vlm, self._conversation = vlm, conversation
-        self._quiet, self._options, self._sampled = quiet, options, sampled
+        self._quiet, self._options, self._sampled, self._choices = quiet, options, sampled, choices
         self._answers = self._tokens = self._steps = 0
         self._seconds = 0.0
         self.failed = False
@@ -130,6 +137,8 @@ class _Chat:
         try:
             if text.startswith("/"):
                 self._obey(text)
+            elif text and self._choices:
+                self._choose(text)
             elif text:
                 self._answer(text)
         except (MllmEdgeError, OSError) as e:
@@ -195,14 +204,32 @@ class _Chat:
         elif stopped:
             note("stopped; the answer so far is kept")
 
+    def _choose(self, text: str) -> None:
+        from mllm_edge.runtime.stopping import Cancel
+
+        cancel, turns = Cancel(), self._conversation.turns
+        try:
+            with _stoppable(cancel):
+                scores = self._conversation.score_answers(text, answers=self._choices, keep=True, cancel=cancel)
+        except CancelledError:
+            note("stopped; the question is forgotten")
+            return
+        write_shares(scores)
+        self._answers += 1
+        self._dropped(turns + 1 - self._conversation.turns)
+
+    def _dropped(self, turns: int) -> None:
+        if turns:
+            note(
+                f"the context was full: the {'oldest turn is' if turns == 1 else f'{turns} oldest turns are'} forgotten"
+            )
+
     def _count(self, result: "Result") -> None:
         m = result.metrics
         self._answers, self._tokens = self._answers + 1, self._tokens + m.new_tokens
         self._steps, self._seconds = self._steps + len(m.token_seconds), self._seconds + sum(m.token_seconds)
         used = m.prompt_tokens + m.new_tokens
-        if result.dropped_turns:
-            turns = "oldest turn is" if result.dropped_turns == 1 else f"{result.dropped_turns} oldest turns are"
-            note(f"the context was full: the {turns} forgotten")
+        self._dropped(result.dropped_turns)
         if result.finish_reason == "length":
             full = used >= self._vlm.context_length
             note("cut short: the context is full; /reset begins anew" if full else "cut short by --max-new-tokens")
@@ -257,8 +284,8 @@ def _lines() -> Iterator[str]:
 
 
 @contextmanager
-def _stoppable() -> Iterator[list[int]]:
-    """A list that the first Ctrl-C makes true; a second one raises KeyboardInterrupt.
+def _stoppable(cancel: "Cancel | None" = None) -> Iterator[list[int]]:
+    """A list that the first Ctrl-C makes true, which ends calls with `cancel`; a second one raises KeyboardInterrupt.
 
     The answer ends between two tokens: an exception inside the engine could leave half-bound buffers behind.
     """
@@ -268,6 +295,8 @@ def _stoppable() -> Iterator[list[int]]:
         if received:
             raise KeyboardInterrupt
         received.append(number)
+        if cancel is not None:  # takes a lock, which this thread may hold
+            Thread(target=cancel.cancel).start()
 
     before = signal.signal(signal.SIGINT, handle)
     try:

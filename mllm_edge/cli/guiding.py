@@ -1,6 +1,6 @@
 """Options that say what an answer must be, by the names that `VLM.stream` has for them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,11 +19,14 @@ def guide_options(command: _F) -> _F:
     return command
 
 
-def guide_of(options: Mapping[str, Any]) -> str:
-    """The option that guides the answer; empty where there is none. Raises UsageError for two."""
+def guide_of(options: Mapping[str, Any], scored: Sequence[str] = ()) -> str:
+    """The option that guides the answer; empty where there is none. Raises UsageError for two, and for one where
+    choices are `scored`."""
     given = [flag for name, flag in _GUIDES.items() if options[name] is not None]
     if len(given) > 1:
         raise click.UsageError(f"{' and '.join(given)} exclude each other: an answer follows one")
+    if given and scored:
+        raise click.UsageError(f"{given[0]} and --choices exclude each other: with --choices no answer is made")
     return given[0] if given else ""
 
 

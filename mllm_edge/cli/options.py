@@ -14,6 +14,7 @@ __all__ = [
     "POSITIVE",
     "RecipeName",
     "calibration_options",
+    "choices_option",
     "context_cut",
     "json_option",
     "runtime_options",
@@ -122,6 +123,13 @@ def videos_of(files: Sequence[Any], fps: float | None, frames: int | None) -> li
     from mllm_edge.runtime.prompt.sources import Video
 
     return [Video.open(file, fps=fps, frames=frames) for file in files]
+
+
+def choices_option(command: _F) -> _F:
+    """`--choices`, for the verbs that make answers, as `scored`."""
+    return click.option(
+        "--choices", "scored", multiple=True, metavar="TEXT", help="Tell how likely this answer is; repeatable."
+    )(command)
 
 
 def speculation_option(command: _F) -> _F:

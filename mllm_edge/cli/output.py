@@ -6,13 +6,16 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mllm_edge.errors import WriteError
 
-__all__ = ["bytes_text", "milliseconds", "note", "print_json", "table", "write_answer"]
+if TYPE_CHECKING:
+    from mllm_edge.runtime.decode.scores import AnswerScore
+
+__all__ = ["bytes_text", "milliseconds", "note", "print_json", "table", "write_answer", "write_shares"]
 
 _STEP = 1000
 
@@ -39,6 +42,12 @@ def write_answer(text: str) -> None:
             raise
         _give_up_stdout()
         raise WriteError(f"standard output: {e.strerror or e}", "free some space, or send the output elsewhere") from e
+
+
+def write_shares(scores: "Sequence[AnswerScore]") -> None:
+    """A line on standard output for each answer, its share before it, the likeliest first."""
+    for score in sorted(scores, key=lambda score: -score.share):
+        write_answer(f"{score.share:.3f}  {score.answer}\n")
 
 
 def _give_up_stdout() -> None:

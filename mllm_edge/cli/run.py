@@ -7,6 +7,7 @@ import click
 
 from mllm_edge.cli.guiding import guide_of, guide_options
 from mllm_edge.cli.options import (
+    choices_option,
     context_cut,
     json_option,
     runtime_options,
@@ -16,7 +17,7 @@ from mllm_edge.cli.options import (
     videos_of,
     without_effect,
 )
-from mllm_edge.cli.output import milliseconds, note, print_json, write_answer
+from mllm_edge.cli.output import milliseconds, note, print_json, write_answer, write_shares
 
 if TYPE_CHECKING:
     from mllm_edge.runtime.machine.threads import Spin
@@ -31,7 +32,7 @@ __all__ = ["command"]
 @click.option("--image", "images", multiple=True, metavar="FILE", help="An image, '-' for standard input; repeatable.")
 @video_options
 @click.option("--system", metavar="TEXT", help="A system message before the question.")
-@click.option("--choices", "scored", multiple=True, metavar="TEXT", help="Tell how likely this answer is; repeatable.")
+@choices_option
 @sampling_options
 @guide_options
 @speculation_option
@@ -70,9 +71,7 @@ def command(
     """
     if raw and system is not None:
         raise click.UsageError("--system and --raw exclude each other: a raw prompt holds its system message itself")
-    guide = guide_of(options)
-    if guide and scored:
-        raise click.UsageError(f"{guide} and --choices exclude each other: with --choices no answer is made")
+    guide = guide_of(options, scored)
     if (fps or frames) and not videos:
         raise click.UsageError("--fps and --frames are of videos, and there is no --video")
     shown, text = _inputs((*images, *videos), prompt)
@@ -144,8 +143,7 @@ def _scores(vlm: "VLM", messages: Any, images: list[Any], choices: tuple[str, ..
     if as_json:
         print_json({"choices": [{"answer": s.answer, "share": s.share, "logprob": s.logprob} for s in scores]})
         return
-    for score in sorted(scores, key=lambda score: -score.share):
-        write_answer(f"{score.share:.3f}  {score.answer}\n")
+    write_shares(scores)
 
 
 def _answer(vlm: "VLM", messages: Any, images: list[Any], show: bool, **options: Any) -> "Result":

@@ -102,6 +102,14 @@ class AsyncConversation:
         cancel = options["cancel"] = options.get("cancel") or Cancel()
         return _pieces(cancel, partial(self.conversation.ask, text, **options))
 
+    async def score_answers(
+        self, text: str, *, answers: Sequence[str], cancel: Cancel | None = None, **options: Any
+    ) -> list[AnswerScore]:
+        """As `Conversation.score_answers`."""
+        cancel = cancel or Cancel()
+        call = partial(self.conversation.score_answers, text, answers=answers, cancel=cancel, **options)
+        return await _ended(cancel, call)
+
 
 async def _ended(cancel: Cancel, call: Callable[[], T], executor: ThreadPoolExecutor | None = None) -> T:
     """What a call in a thread returns; when this task is cancelled, so is the call, whose end is waited for."""

@@ -4,7 +4,7 @@ import base64
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from mllm_edge.errors import OptionError, PromptError
 from mllm_edge.files import write_whole
 from mllm_edge.runtime.answer import Chunk
 from mllm_edge.runtime.arguments import first, given_trace
+from mllm_edge.runtime.decode.scores import AnswerScore
 from mllm_edge.runtime.numbers import whole
 from mllm_edge.runtime.options import MAX_NEW_TOKENS, Options
 from mllm_edge.runtime.prompt.image import image_path, load_image
@@ -114,11 +115,7 @@ class Conversation:
         """
         options["trace"] = given_trace(options.get("trace"))
         options.setdefault("reuse", True)
-        question = {"role": "user", "content": [*self._waiting, {"type": "text", "text": text}]}
-        asked = [self._looked_at(message, options) for message in (*self._messages, question)]
-        dropped = self._too_old(asked, options.get("max_new_tokens")) if self._when_full == "drop_oldest" else 0
-        *kept, _ = _without_turns([*self._messages, question], dropped)
-        asked = _without_turns(asked, dropped)
+        kept, asked, dropped = self._with_question(text, options, options.get("max_new_tokens"))
         rest: Options = {**options, "max_image_tokens": None, "min_image_tokens": None}
         said: list[str] = []
         finished = False
@@ -130,9 +127,43 @@ class Conversation:
         finally:
             answer = "".join(said).strip()
             if answer or finished:
-                self._messages = [*kept, question, {"role": "assistant", "content": answer}]
-                self._waiting = []
-                self._forget_images()
+                self._said(kept, answer)
+
+    def score_answers(
+        self, text: str, *, answers: Sequence[str], keep: bool = False, **options: Any
+    ) -> list[AnswerScore]:
+        """How likely each of some answers to `text` is, behind all that was said; options and errors are those of
+        `VLM.score_answers`. Of the turns before nothing is run again.
+
+        The conversation and its waiting images are as before, and the same question may be asked; where the context is
+        full, turns are dropped for this call alone. `keep`: the question becomes a turn, the likeliest answer (the
+        first of several that are) its answer.
+        """
+        options["trace"] = given_trace(options.get("trace"))
+        options.setdefault("reuse", True)
+        longest = max((len(answer.encode()) for answer in answers if isinstance(answer, str)), default=0)
+        kept, asked, _ = self._with_question(text, options, longest + 2)  # tokens at most: its bytes, a blank, an end
+        rest = {**options, "max_image_tokens": None, "min_image_tokens": None}
+        scores: list[AnswerScore] = self._vlm.score_answers(asked, answers=answers, **rest)
+        if keep:
+            self._said(kept, max(scores, key=lambda score: score.share).answer.strip())
+        return scores
+
+    def _with_question(
+        self, text: str, options: Mapping[str, Any], most: int | None
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
+        """The messages with a new question, as they are kept and with encoded images, and how many turns were dropped
+        for an answer of `most` tokens."""
+        question = {"role": "user", "content": [*self._waiting, {"type": "text", "text": text}]}
+        asked = [self._looked_at(message, options) for message in (*self._messages, question)]
+        dropped = self._too_old(asked, most) if self._when_full == "drop_oldest" else 0
+        return _without_turns([*self._messages, question], dropped), _without_turns(asked, dropped), dropped
+
+    def _said(self, asked: Sequence[dict[str, Any]], answer: str) -> None:
+        """The conversation is these messages and the answer from now on."""
+        self._messages = [*asked, {"role": "assistant", "content": answer}]
+        self._waiting = []
+        self._forget_images()
 
     def _too_old(self, asked: list[dict[str, Any]], most: int | None) -> int:
         """How many of the first turns have to go for the last one's answer."""
@@ -198,13 +229,13 @@ class Conversation:
             self._vlm.count_tokens(loaded, [_ANY_VIDEO if kind_of(one) == "video" else one.size[::-1] for one in shown])
         self._messages, self._waiting = loaded, []
 
-    def _looked_at(self, message: dict[str, Any], options: Options) -> dict[str, Any]:
+    def _looked_at(self, message: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
         """The message with encoded images; each is looked at once."""
         if not isinstance(message["content"], list):
             return message
         return {**message, "content": [self._encoded(entry, options) for entry in message["content"]]}
 
-    def _encoded(self, entry: dict[str, Any], options: Options) -> dict[str, Any]:
+    def _encoded(self, entry: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
         kind = entry["type"]
         if kind not in _KINDS:
             return entry

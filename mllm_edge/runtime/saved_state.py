@@ -34,6 +34,9 @@ class Model(Protocol):
     @property
     def stream(self) -> Callable[..., Iterator[Any]]: ...
 
+    @property
+    def score_answers(self) -> Callable[..., Any]: ...
+
     def encode_image(
         self,
         image: Source,

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -183,3 +184,48 @@ def test_every_answer_is_guided(cli: Cli, tiny_bundle: Path) -> None:
     assert set(result.stdout.split()) <= {"yes", "no"}
     assert len(result.stdout.split()) == 2
     assert cli("chat", tiny_bundle, "--one-of", "a", "--regex", "a", input="").exit_code == 2
+
+
+def test_of_some_choices_the_likeliest_is_the_answer(
+    cli: Cli, tiny_bundle: Path, image_file: Path, tmp_path: Path
+) -> None:
+    file, choices = tmp_path / "talk.json", ("--choices", "yes", "--choices", "not at all")
+    result = cli("chat", tiny_bundle, *choices, input=f"/image {image_file}\nIs it red?\nAnd blue?\n/save {file}\n")
+    assert result.exit_code == 0, result.stderr
+    messages, lines = json.loads(file.read_text(encoding="utf-8")), result.stdout.splitlines()
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 2
+    with VLM.load(tiny_bundle) as vlm:
+        for end in (1, 3):
+            found = vlm.score_answers(messages[:end], answers=["yes", "not at all"])
+            ranked = sorted(found, key=lambda score: -score.share)
+            assert lines[end - 1 : end + 1] == [f"{score.share:.3f}  {score.answer}" for score in ranked]
+            assert messages[end]["content"] == ranked[0].answer
+    assert result.stderr.splitlines()[-1] == "2 answers, 0 tokens"
+
+
+def test_choices_that_cannot_be(cli: Cli, tiny_bundle: Path) -> None:
+    result = cli("chat", tiny_bundle, "--choices", " ", input="Hi\n")
+    assert result.exit_code == 1
+    assert "an answer is ' '" in result.stderr
+    both = cli("chat", tiny_bundle, "--choices", "yes", "--regex", "a", input="Hi\n")
+    assert both.exit_code == 2
+    assert "--regex and --choices exclude each other" in both.stderr
+
+
+def test_an_interruption_stops_the_scores(cli: Cli, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    score, calls = VLM.score_answers, []
+
+    def interrupting(vlm: VLM, *arguments: Any, cancel: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            stopped = Event()
+            with cancel.waking(stopped.set):
+                signal.raise_signal(signal.SIGINT)
+                assert stopped.wait(30)
+        return score(vlm, *arguments, cancel=cancel, **options)
+
+    monkeypatch.setattr(VLM, "score_answers", interrupting)
+    result = cli("chat", tiny_bundle, "--choices", "yes", "--choices", "no", input="Hi\nAnd?\n")
+    assert result.exit_code == 0, result.stderr
+    assert "stopped; the question is forgotten" in result.stderr
+    assert len(result.stdout.splitlines()) == 2

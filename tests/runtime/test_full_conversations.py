@@ -107,6 +107,44 @@ def test_forks_keep_what_the_other_one_forgot(vlm: VLM) -> None:
     assert trace.runs("vision_encoder") == 0, "what was made of the picture is still there"
 
 
+def test_scores_are_those_of_the_whole_messages(vlm: VLM) -> None:
+    """Of the turns before nothing is run again, and the conversation is as it was."""
+    chat, answers, question = vlm.chat("Be brief."), ["yes", "not at all"], {"type": "text", "text": "Is it?"}
+    chat.attach(frame(1))
+    say(chat, "What is this?")
+    before = chat.messages()
+    expected = vlm.score_answers([*before, {"role": "user", "content": [question]}], answers=answers)
+    say(chat.fork(), "And now?")  # the decoder holds another's
+    for _ in range(2):
+        found = chat.score_answers("Is it?", answers=answers, trace=(trace := Trace()))
+        np.testing.assert_allclose([score.logprob for score in found], [s.logprob for s in expected], atol=1e-4)
+        np.testing.assert_allclose([score.share for score in found], [s.share for s in expected], atol=1e-4)
+        assert not trace.runs("vision_encoder")
+    assert chat.messages() == before
+    fork = chat.fork()
+    kept = fork.score_answers("Is it?", answers=answers, keep=True)
+    likeliest = max(kept, key=lambda score: score.share).answer
+    assert fork.messages()[len(before) :] == [
+        {"role": "user", "content": [question]},
+        {"role": "assistant", "content": likeliest},
+    ]
+    asked = say(chat, "Is it?")
+    assert asked.token_ids == vlm.generate(chat.messages()[:-1], **SHORT).token_ids
+    assert asked.metrics.reused > 0
+
+
+def test_scores_of_a_new_picture_leave_it_waiting(vlm: VLM) -> None:
+    chat = vlm.chat()
+    chat.attach(frame(1))
+    with pytest.raises(OptionError, match="no answers"):
+        chat.score_answers("Is it?", answers=[])
+    chat.score_answers("Is it?", answers=["yes"])
+    assert (chat.waiting, chat.messages()) == (1, [])
+    chat.score_answers("Is it?", answers=["yes"], keep=True)
+    assert chat.waiting == 0
+    assert chat.turns == 1
+
+
 def test_another_word_is_refused(vlm: VLM) -> None:
     with pytest.raises(OptionError, match="drop_oldest"):
         vlm.chat(when_full="drop")  # type: ignore[arg-type]
