@@ -28,7 +28,7 @@ __all__ = ["main"]
 _ROOT = Path(__file__).parents[1]
 _EDGE = 2048  # px; SmolVLM-256M cuts a square of that into 16 tiles and the overview
 _SAMPLE = _ROOT / "examples" / "sample_vlm" / "model"
-_WORDS = "nothing everything yesterday tomorrow somewhere anything understanding otherwise meanwhile afterwards".split()
+_WORDS = ["nothing", "everything", "yesterday", "tomorrow", "somewhere", "anything", "understanding", "otherwise", "meanwhile", "afterwards"]
 _LONG = "The quick brown fox jumps over the lazy dog beside the old mill, and nobody looks. "
 
 
