@@ -28,7 +28,7 @@ __all__ = ["main"]
 _ROOT = Path(__file__).parents[1]
 _EDGE = 2048  # px; SmolVLM-256M cuts a square of that into 16 tiles and the overview
 _SAMPLE = _ROOT / "examples" / "sample_vlm" / "model"
-_WORDS = ["nothing", "everything", "yesterday", "tomorrow", "somewhere", "anything", "understanding", "otherwise", "meanwhile", "afterwards"]
+_WORDS = "nothing everything yesterday tomorrow somewhere anything understanding otherwise meanwhile after"  # ten
 _LONG = "The quick brown fox jumps over the lazy dog beside the old mill, and nobody looks. "
 
 
@@ -124,7 +124,7 @@ def _score_ten(vlm: VLM, round_: int) -> dict[str, float]:
     alone = vlm.generate(prompt, max_new_tokens=1, ignore_eos=True).metrics
     tokens = vlm.count_tokens(prompt)
     began = time.perf_counter()
-    scores = vlm.score_answers(prompt, answers=[_three(vlm, word) for word in _WORDS])
+    scores = vlm.score_answers(prompt, answers=[_three(vlm, word) for word in _WORDS.split()])
     scored = time.perf_counter() - began
     mean = statistics.mean(len(score.tokens) for score in scores)
     return {
