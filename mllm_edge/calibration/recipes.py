@@ -204,8 +204,8 @@ _KEYS: Mapping[str, tuple[Any, ...]] = {
     "ranges": ("minmax", "percentile", "entropy", "mse", "search", "token"),
 }
 _EXAMPLE = (
-    'base = "int4", kv = "int8", attention = "float", more_bits_above = 0.1, most_bits = 6.15, and tables [vision], [connector], '
-    f"[decoder], [head], [[rules]] with {', '.join(_KEYS)}"
+    'base = "int4", kv = "int8", attention = "float", more_bits_above = 0.1, most_bits = 6.15, and tables [vision], '
+    f"[connector], [decoder], [head], [[rules]] with {', '.join(_KEYS)}"
 )
 
 
@@ -219,7 +219,8 @@ def read_recipe(path: Path) -> Recipe:
         raise RecipeError(f"{path}: {e.strerror}", "--recipe takes a name or a .toml file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise RecipeError(f"{path}: {e}", f"a recipe holds {_EXAMPLE}") from None
-    unknown = sorted(set(data) - {"name", "base", "size", "kv", "attention", "more_bits_above", "most_bits", "rules", *_PARTS})
+    known = {"name", "base", "size", "kv", "attention", "more_bits_above", "most_bits", "rules", *_PARTS}
+    unknown = sorted(set(data) - known)
     if unknown:
         raise RecipeError(f"{path}: unknown key {unknown[0]!r}", f"a recipe holds {_EXAMPLE}")
     base = calibrated_recipe(str(data.get("base", "int4")))

@@ -181,6 +181,12 @@ def _attention(builder: GraphBuilder, node: ir.Node, dialect: str) -> ir.Value:
     inputs = [value for value in node.inputs if value is not None]
     if len(inputs) == 1:  # q, k and v side by side
         inputs = list(builder.nodes("Split", inputs, f"{name}.qkv", outputs=3, axis=-1, num_outputs=3))
+        packed = node.inputs[0].shape if node.inputs[0] is not None else None
+        assert packed is not None
+        width = packed[-1]
+        assert isinstance(width, int)
+        for part in inputs:
+            part.type, part.shape = ir.TensorType(builder.float_type), ir.Shape([*packed[:-1], width // 3])
     query, key, value, *bias = inputs
     heads, scale = node.attributes["heads"].as_int(), node.attributes["scale"].as_float()
     where = builder, name, heads, scale
