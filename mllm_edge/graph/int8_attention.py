@@ -5,8 +5,9 @@ patches take little more memory than a thousand.
 
 - q, k and v are quantized as they come (DynamicQuantizeLinear), with one scale each. ONNX Runtime multiplies uint8 by
   int8: the other way round is ten times slower, uint8 by uint8 twice.
-- Softmax is float32. Each row of it is quantized by its own largest weight, which becomes 255: with one scale, 1/255,
-  weights below 1/510 would be lost, and of thousands of patches that see each other evenly that is all of them.
+- Softmax is float32. Each row of it is quantized by its own largest weight, which becomes 127: with one scale for all,
+  1/255, weights below 1/510 would be lost, and of thousands of patches that see each other evenly that is all of them.
+  (Not 255: processors without VNNI add two products in 16 bits, which 127 · 128 · 2 just fits.)
 - The zero point of each column of v is its mean over the patches. Weights sum to 1, so the mean is added behind the
   product, and stands for what many small weights lose beside one that is large. (SageAttention, arXiv 2410.02367,
   takes the mean out of k to the same end.)
@@ -27,6 +28,7 @@ __all__ = ["LEAST_KEYS", "OPSET", "int8_attention", "quantize_attention"]
 LEAST_KEYS = 256  # fewer are attended to as fast in float32
 OPSET = 18  # BitwiseXor, and Pad along a named axis
 _MOST_SCORES = 1 << 20  # at a time: 4 MB of float32
+_LARGEST = 127  # code of a row's largest weight
 _Number = int | ir.Value  # known, or [1] int64
 _UINT8, _INT8, _FLOAT = ir.DataType.UINT8, ir.DataType.INT8, ir.DataType.FLOAT
 
@@ -210,7 +212,7 @@ def _head(graph: GraphBuilder, name: str, q: _Codes, k: _Codes, v: _Codes) -> ir
     weights = inner.node("Softmax", [scores], f"{name}.weights", axis=-1)
     last = _value(graph, -1)
     largest = inner.node("ReduceMax", [weights, last], f"{name}.largest", keepdims=1)
-    step = graph.constant("attention.step", np.array(1 / 255, np.float32))
+    step = graph.constant("attention.step", np.array(1 / _LARGEST, np.float32))
     steps = inner.node("Reshape", [inner.node("Mul", [largest, step], f"{name}.step"), last], f"{name}.steps")
     codes = inner.node("QuantizeLinear", [weights, steps], f"{name}.codes", axis=0)
     product = inner.node("MatMulIntegerToFloat", [codes, values, step, v.scale, None, centre], f"{name}.sum", MICROSOFT)
