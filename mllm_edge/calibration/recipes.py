@@ -66,7 +66,7 @@ class Recipe:
     of what it was in half precision. `kv`: how the decoder's cache holds keys and values; int8 has ranges from
     calibration. `more_bits_above`: the divergence in nats from which on the decoder's bits are spread by what each part
     costs (`mixed.spread`), so that all take at most `most_bits` a weight (None: 8); None: never. `attention`: how a
-    vision encoder with layers in int8 multiplies its attention on the CPU (`int8_attention`); float elsewhere.
+    vision encoder with layers in int8 multiplies its attention on the CPU (`int8_attention`); it is float elsewhere.
     """
 
     name: str
@@ -94,7 +94,7 @@ MOST_BITS = 6.15  # what small decoders take in llama.cpp's Q4_K_M
 RECIPES = {
     "fp32": Recipe("fp32", FLOAT32, FLOAT32, FLOAT32, FLOAT32),
     "fp16": Recipe("fp16", FLOAT16, FLOAT16, FLOAT16, FLOAT16),
-    "int8": Recipe("int8", INT8_DYNAMIC, INT8_DYNAMIC, BLOCKS_8, HEAD_8, attention="int8"),
+    "int8": Recipe("int8", INT8_DYNAMIC, INT8_DYNAMIC, BLOCKS_8, HEAD_8),
     "int4": Recipe(
         "int4",
         INT8_DYNAMIC,
@@ -103,16 +103,15 @@ RECIPES = {
         HEAD_8,
         more_bits_above=_MORE_BITS_ABOVE,
         most_bits=MOST_BITS,
-        attention="int8",
     ),
 }
 _MOST_BITS_ARE = "bits a weight of the decoder, scales included: 6.15"
 # With calibration data.
 CALIBRATED = {
-    "int8": Recipe("int8", INT8_STATIC, INT8_STATIC, INT8_TOKEN, HEAD_8, attention="int8"),
+    "int8": Recipe("int8", INT8_STATIC, INT8_STATIC, INT8_TOKEN, HEAD_8),
     "int4": replace(RECIPES["int4"], vision=INT8_STATIC, connector=INT8_STATIC, decoder=CALIBRATED_4),
     "fp8": Recipe("fp8", FP8, FP8, FP8, HEAD_8),
-    "w4a8": Recipe("w4a8", INT8_STATIC, INT8_STATIC, W4A8, HEAD_8, attention="int8"),
+    "w4a8": Recipe("w4a8", INT8_STATIC, INT8_STATIC, W4A8, HEAD_8),
     "mixed": Recipe("mixed", CALIBRATED_4, CALIBRATED_4, CALIBRATED_4, HEAD_8, raised=BLOCKS_8, size=0.4),
 }
 

@@ -120,15 +120,15 @@ def test_its_cost_and_memory_are_told(tmp_path: Path) -> None:
 
 def test_which_recipes_ask_for_it(tmp_path: Path) -> None:
     for recipe in (RECIPES["int4"], RECIPES["int8"], CALIBRATED["int4"], CALIBRATED["int8"]):
-        assert attention_of(recipe, "vision", "cpu") == "int8"
-        assert attention_of(recipe, "connector", "cpu") == "float"
-        assert attention_of(recipe, "vision", "cuda") == "float"
-        assert attention_of(replace(recipe, vision=FLOAT32), "vision", "cpu") == "float"
-    for recipe in (RECIPES["fp32"], RECIPES["fp16"], CALIBRATED["mixed"]):
         assert attention_of(recipe, "vision", "cpu") == "float"
+        asked = replace(recipe, attention="int8")
+        assert attention_of(asked, "vision", "cpu") == "int8"
+        assert attention_of(asked, "connector", "cpu") == "float"
+        assert attention_of(asked, "vision", "cuda") == "float"
+        assert attention_of(replace(asked, vision=FLOAT32), "vision", "cpu") == "float"
     mine = tmp_path / "mine.toml"
-    mine.write_text('base = "int8"\nattention = "float"')
-    assert attention_of(calibrated_recipe(str(mine)), "vision", "cpu") == "float"
+    mine.write_text('base = "int8"\nattention = "int8"')
+    assert attention_of(calibrated_recipe(str(mine)), "vision", "cpu") == "int8"
     mine.write_text('attention = "int4"')
     with pytest.raises(RecipeError, match="attention = 'int4'"):
         calibrated_recipe(str(mine))
