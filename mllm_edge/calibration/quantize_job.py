@@ -30,7 +30,7 @@ from mllm_edge.calibration.mixed import (
     ranked,
     weight_bytes,
 )
-from mllm_edge.calibration.recipes import Recipe, is_quantized, part_of, precision_of
+from mllm_edge.calibration.recipes import Recipe, attention_of, is_quantized, part_of, precision_of
 from mllm_edge.calibration.requantize import requantize
 from mllm_edge.calibration.sensitivity import Unit, affordable, answered, measure
 from mllm_edge.calibration.whole import Losses, against_rounding, of_rounding
@@ -321,10 +321,11 @@ class QuantizeJob:
         model = ir.load(path)
         role = self._source.manifest.model.role(component)
         precision = partial(precision_of, self._recipe, component, role=role)
+        attention = attention_of(self._recipe, role, variant.target)
         data = folder / f"{variant.file}.data"
         try:
             with DataFile(data, self._progress.advance) as sink:
-                requantize(model, variant.dialect, precision, findings, sink)
+                requantize(model, variant.dialect, precision, findings, sink, attention == "int8")
         except OverflowError as e:
             raise ExportError(f"recipe {self._recipe.name}: {e}", "export the float bundle with --recipe fp32") from e
         hashes[data] = sink.entry

@@ -28,11 +28,13 @@ from mllm_edge.spec import DECODER, Role
 
 __all__ = [
     "CALIBRATED",
+    "Attention",
     "MOST_BITS",
     "RECIPES",
     "Recipe",
     "Rule",
     "at_most",
+    "attention_of",
     "calibrated_recipe",
     "check_rules",
     "is_quantized",
@@ -42,6 +44,7 @@ __all__ = [
     "recipe",
 ]
 
+Attention = Literal["float", "int8"]
 HEAD = "lm_head"  # the decoder's projection onto the vocabulary
 
 
@@ -62,7 +65,8 @@ class Recipe:
     `raised`: what the layers with the largest errors get instead, as many as the bundle stays under `size` with, a part
     of what it was in half precision. `kv`: how the decoder's cache holds keys and values; int8 has ranges from
     calibration. `more_bits_above`: the divergence in nats from which on the decoder's bits are spread by what each part
-    costs (`mixed.spread`), so that all take at most `most_bits` a weight (None: 8); None: never.
+    costs (`mixed.spread`), so that all take at most `most_bits` a weight (None: 8); None: never. `attention`: how a
+    vision encoder with layers in int8 multiplies its attention on the CPU (`int8_attention`); it is float elsewhere.
     """
 
     name: str
@@ -76,6 +80,7 @@ class Recipe:
     kv: Literal["float", "int8"] = "float"
     more_bits_above: float | None = None
     most_bits: float | None = None
+    attention: Attention = "float"
 
     @property
     def limits_bits(self) -> bool:
@@ -155,6 +160,12 @@ def part_of(recipe: Recipe, role: Role) -> Precision:
     return parts[role]
 
 
+def attention_of(recipe: Recipe, role: Role, target: str) -> Attention:
+    """How a component of this role multiplies its attention in the form for `target`."""
+    in_int8 = recipe.vision.kind in ("int8_dynamic", "int8_static")
+    return recipe.attention if role == "vision" and in_int8 and target == "cpu" else "float"
+
+
 def precision_of(recipe: Recipe, component: str, layer: str, role: Role = "text") -> Precision:
     """What `recipe` says about one linear layer of a component, by the component's role (`ModelSpec.role`)."""
     chosen = part_of(recipe, role)
@@ -183,6 +194,7 @@ def check_rules(recipe: Recipe, layers: Mapping[str, Iterable[str]]) -> None:
 # ---------------------------------------------------------------- TOML
 _PARTS = ("vision", "connector", "decoder", "head")
 _CACHES = ("float", "int8")
+_ATTENTIONS = ("float", "int8")
 _KEYS: Mapping[str, tuple[Any, ...]] = {
     "kind": ("float32", "float16", "int8", "int8_dynamic", "fp8", "blocks", "w4a8"),
     "bits": (2, 3, 4, 8),
@@ -191,8 +203,8 @@ _KEYS: Mapping[str, tuple[Any, ...]] = {
     "ranges": ("minmax", "percentile", "entropy", "mse", "search", "token"),
 }
 _EXAMPLE = (
-    'base = "int4", kv = "int8", more_bits_above = 0.1, most_bits = 6.15, and tables [vision], [connector], '
-    f"[decoder], [head], [[rules]] with {', '.join(_KEYS)}"
+    'base = "int4", kv = "int8", attention = "float", more_bits_above = 0.1, most_bits = 6.15, and tables [vision], '
+    f"[connector], [decoder], [head], [[rules]] with {', '.join(_KEYS)}"
 )
 
 
@@ -206,7 +218,8 @@ def read_recipe(path: Path) -> Recipe:
         raise RecipeError(f"{path}: {e.strerror}", "--recipe takes a name or a .toml file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise RecipeError(f"{path}: {e}", f"a recipe holds {_EXAMPLE}") from None
-    unknown = sorted(set(data) - {"name", "base", "size", "kv", "more_bits_above", "most_bits", "rules", *_PARTS})
+    known = {"name", "base", "size", "kv", "attention", "more_bits_above", "most_bits", "rules", *_PARTS}
+    unknown = sorted(set(data) - known)
     if unknown:
         raise RecipeError(f"{path}: unknown key {unknown[0]!r}", f"a recipe holds {_EXAMPLE}")
     base = calibrated_recipe(str(data.get("base", "int4")))
@@ -218,6 +231,12 @@ def read_recipe(path: Path) -> Recipe:
     kv = data.get("kv", base.kv)
     if kv not in _CACHES:
         raise RecipeError(f"{path}: kv = {kv!r}", f"kv, the decoder's cache, is one of {', '.join(_CACHES)}")
+    attention = data.get("attention", base.attention)
+    if attention not in _ATTENTIONS:
+        raise RecipeError(
+            f"{path}: attention = {attention!r}",
+            f"attention, that of the vision encoder on the CPU, is one of {', '.join(_ATTENTIONS)}",
+        )
     above = _more_bits_above(path, data.get("more_bits_above", base.more_bits_above))
     most = _most_bits(path, data.get("most_bits", base.most_bits))
     vision, connector, decoder, head = (
@@ -229,7 +248,7 @@ def read_recipe(path: Path) -> Recipe:
     rules = tuple(_rule(f"{path}: [[rules]] {i}", rule) for i, rule in enumerate(listed, 1))
     name = str(data.get("name", path.stem))
     rules = base.rules + rules
-    chosen = Recipe(name, vision, connector, decoder, head, rules, base.raised, float(size), kv, above, most)
+    chosen = Recipe(name, vision, connector, decoder, head, rules, base.raised, float(size), kv, above, most, attention)
     if not chosen.decoder.fewer_than_8:
         for key in ("more_bits_above", "most_bits"):
             if key in data and getattr(chosen, key) is not None:

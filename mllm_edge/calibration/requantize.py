@@ -13,6 +13,7 @@ from mllm_edge.calibration.overflow import IN_FLOAT32, half_values
 from mllm_edge.graph.builder import GraphBuilder
 from mllm_edge.graph.datafile import DataSink
 from mllm_edge.graph.gate import check_cuda_graph, check_graph
+from mllm_edge.graph.int8_attention import OPSET, quantize_attention
 from mllm_edge.graph.linear import (
     Linear,
     Quantized,
@@ -34,9 +35,11 @@ def requantize(
     precision: Callable[[str], Precision],
     findings: Findings,
     data: DataSink,
+    int8_attention: bool = False,
 ) -> ir.Model:
     """`model`, changed in place: its weights are written to `data` in the forms that `precision(layer name)` asks for;
-    its cache becomes int8 where `findings` hold ranges of it.
+    its cache becomes int8 where `findings` hold ranges of it, and the products of its attention if asked for (`contrib`
+    in float32 alone).
 
     Raises OverflowError where a weight does not fit half precision, ExportError for an operator that the dialect does
     not have.
@@ -63,6 +66,9 @@ def requantize(
             *rest, last = layer.nodes
             builder.splice(graph, last, result, rest)
             opset = max(opset, builder.opset)
+    if int8_attention:
+        quantize_attention(graph, data)
+        opset = max(opset, OPSET)
     graph.opset_imports[""] = opset
     quantize_cache(graph, dialect, findings)
     if dialect == "contrib":

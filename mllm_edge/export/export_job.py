@@ -18,7 +18,7 @@ from mllm_edge.bundle import CHAT_TEMPLATE, GENERATION, MANIFEST, TOKENIZER, Bun
 from mllm_edge.calibration.bits import check_bits, fits, measured, told
 from mllm_edge.calibration.half import KEY, keep_in_range
 from mllm_edge.calibration.linears import find_layers
-from mllm_edge.calibration.recipes import Recipe, is_quantized, part_of, recipe
+from mllm_edge.calibration.recipes import Recipe, attention_of, is_quantized, part_of, recipe
 from mllm_edge.compare.cases import Case
 from mllm_edge.errors import ExportError
 from mllm_edge.export.checkpoint.casts import to_float16
@@ -332,7 +332,9 @@ class ExportJob:
             return build(decoder, self._weights, chosen or self._recipe, sink, form.dialect, form.float_type)
         component = next(c for c in self._plan.traced if c.name == name)
         precision, kind = self._precision(name, chosen), self._float_type(name, form)
-        model = lower(component, self._traces[name, kind], self._weights, precision, sink, form.dialect, kind)
+        attention = attention_of(chosen or self._recipe, self._plan.model.role(name), form.target)
+        trace, int8 = self._traces[name, kind], attention == "int8"
+        model = lower(component, trace, self._weights, precision, sink, form.dialect, kind, int8)
         if form.target == "cuda" and kind != form.float_type:
             check_cuda_graph(model)  # that a kernel takes float32 alone is nowhere written down
         return model

@@ -15,6 +15,7 @@ from mllm_edge.graph.builder import MICROSOFT, GraphBuilder
 from mllm_edge.graph.datafile import DataSink
 from mllm_edge.graph.dialects.known import DIALECTS
 from mllm_edge.graph.gate import check_cuda_graph, check_graph
+from mllm_edge.graph.int8_attention import quantize_attention
 from mllm_edge.graph.linear import Linear, linear, to_float
 from mllm_edge.graph.precision import Precision
 
@@ -83,9 +84,11 @@ def lower(
     data: DataSink,
     dialect: str = "contrib",
     float_type: ir.DataType = _FLOAT,
+    int8_attention: bool = False,
 ) -> ir.Model:
     """A copy of the graph that was traced in `float_type`, in `dialect`, its weights written to `data` as they are
-    needed. Raises ExportError for an operator that the dialect does not have."""
+    needed; attention in 8-bit products if asked for (`contrib` in float32 alone). Raises ExportError for an operator
+    that the dialect does not have."""
     model = traced.clone()
     graph = model.graph
     sources = _sources(component, weights)
@@ -108,6 +111,8 @@ def lower(
             result = _attention(builder, node, dialect)
         builder.splice(graph, node, result)
         opset = max(opset, builder.opset)
+    if int8_attention:
+        quantize_attention(graph, data)
     graph.opset_imports.pop(DOMAIN, None)
     graph.opset_imports[""] = opset
     if dialect == "contrib":
@@ -176,6 +181,12 @@ def _attention(builder: GraphBuilder, node: ir.Node, dialect: str) -> ir.Value:
     inputs = [value for value in node.inputs if value is not None]
     if len(inputs) == 1:  # q, k and v side by side
         inputs = list(builder.nodes("Split", inputs, f"{name}.qkv", outputs=3, axis=-1, num_outputs=3))
+        packed = node.inputs[0].shape if node.inputs[0] is not None else None
+        assert packed is not None
+        width = packed[-1]
+        assert isinstance(width, int)
+        for part in inputs:
+            part.type, part.shape = ir.TensorType(builder.float_type), ir.Shape([*packed[:-1], width // 3])
     query, key, value, *bias = inputs
     heads, scale = node.attributes["heads"].as_int(), node.attributes["scale"].as_float()
     where = builder, name, heads, scale

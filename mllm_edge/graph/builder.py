@@ -16,7 +16,7 @@ MICROSOFT = "com.microsoft"
 
 
 class GraphBuilder:
-    """Builds one ONNX graph. Shapes are numbers or symbols; an empty input of a node is None.
+    """Builds one ONNX graph. Shapes are numbers or symbols (None: not told); an empty input of a node is None.
 
     `float_type` is that of hidden states and float weights. `contrib` says whether ONNX Runtime's own operators may be
     used; otherwise quantized weights take the standard Q/DQ form.
@@ -39,13 +39,13 @@ class GraphBuilder:
         self._names: set[str] = set()
         self._initializers: dict[str, ir.Value] = {}
 
-    def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+    def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str | None]) -> ir.Value:
         """Declare a graph input."""
         value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
         self._inputs.append(value)
         return value
 
-    def output(self, value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> None:
+    def output(self, value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str | None]) -> None:
         """Declare a graph output; the value takes its name."""
         value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
         self._outputs.append(value)
@@ -110,6 +110,11 @@ class GraphBuilder:
         """x in `dtype`, without an operator where it is that already (`float_type` and float32 are told apart)."""
         return x if dtype == self.float_type else self.node("Cast", [x], name, to=dtype)
 
+    def inner(self, name: str) -> "GraphBuilder":
+        """Builds the body of a loop, whose nodes may read what this builder made; see `graph`. Weights and constants
+        are added here, not there."""
+        return GraphBuilder(name, self.opset, self._data, self.float_type, self.contrib)
+
     def splice(self, graph: ir.Graph, node: ir.Node, result: ir.Value, before: Sequence[ir.Node] = ()) -> None:
         """Put the nodes and weights built so far into `graph` in the place of `node`, whose output `result` becomes.
 
@@ -145,9 +150,9 @@ class GraphBuilder:
             if present is not value:
                 value.replace_all_uses_with(present)
 
-    def model(self) -> ir.Model:
-        """The finished model."""
-        graph = ir.Graph(
+    def graph(self) -> ir.Graph:
+        """The finished graph."""
+        return ir.Graph(
             self._inputs,
             self._outputs,
             nodes=self._nodes,
@@ -155,7 +160,10 @@ class GraphBuilder:
             opset_imports=self._opsets,
             name=self._name,
         )
-        return ir.Model(graph, ir_version=10, producer_name="mllm-edge")
+
+    def model(self) -> ir.Model:
+        """The finished model."""
+        return ir.Model(self.graph(), ir_version=10, producer_name="mllm-edge")
 
 
 def save_model(model: ir.Model, path: Path) -> None:

@@ -24,7 +24,8 @@ _INT8 = {"DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "Conv
 _INT8 |= {"QLinearMatMul", "QLinearConv", "QGemm"}
 _PRODUCTS = {"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv", "FusedConv", "MatMulNBits"} | _INT8
 _MATRICES = {"MatMul", "FusedMatMul"}
-_ATTENTION = {"Attention", "GroupQueryAttention", "MultiHeadAttention"}
+_LOOPED = "Scan"  # over heads: attention in 8-bit products
+_ATTENTION = {"Attention", "GroupQueryAttention", "MultiHeadAttention", _LOOPED}
 # Nodes that hand a weight on to a product.
 _PASS = {"DequantizeLinear", "QuantizeLinear", "Cast", "Identity", "Transpose"}
 
@@ -235,7 +236,11 @@ def _depth(node: Node, weight: Tensor) -> int:
 
 def _arithmetic(node: Node, weight: Tensor | None) -> str:
     """The type of the numbers that are multiplied."""
-    if node.kind in _INT8 or (node.kind == "MatMulNBits" and node.numbers.get("accuracy_level") == 4):
+    if (
+        node.kind in _INT8
+        or node.kind == _LOOPED
+        or (node.kind == "MatMulNBits" and node.numbers.get("accuracy_level") == 4)
+    ):
         return "int8"
     return "float16" if weight is not None and weight.dtype in _HALF else "float32"
 

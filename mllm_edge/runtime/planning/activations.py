@@ -26,6 +26,7 @@ _FLOAT = 1
 _SAME = {"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"}
 _IN_PLACE = {"Relu", "Sigmoid", "Tanh", "Sqrt", "Neg", "Abs", "Clip", "Erf"}
 _SMALL = {"Shape", "Constant", "Range", "Size"}
+_SCORES = 1 << 20  # at a time, of attention in 8 bits
 _MOVES = {"Reshape", "Transpose", "Unsqueeze", "Squeeze"}
 _ELEMENTS = {"Add", "Sub", "Mul", "Div", "Where", "Pow", "Min", "Max"}
 _NORMS = {"SkipLayerNormalization", "SkipSimplifiedLayerNormalization"}
@@ -176,6 +177,10 @@ class _Run:
             yield from (4 * query, *(4 * other for other in others))
             if len(node.inputs) > 5 and any(node.inputs[3:6]):  # with a bias all scores are kept
                 yield from self._scores(node)
+        if node.kind == "Scan":  # over heads: scores, their softmax, its codes
+            rows, keys = (self.shape(name) or () for name in node.inputs[:2])
+            scores = rows[2] * keys[2] if len(rows) == 4 and len(keys) == 3 else _SCORES
+            yield from (4 * scores, 4 * scores, scores)
         if node.kind == "GroupQueryAttention":
             packed = 4 * sum(math.prod(self.shape(name) or ()) for name in node.inputs[:3] if name)
             yield packed

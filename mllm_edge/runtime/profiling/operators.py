@@ -23,6 +23,7 @@ from mllm_edge.runtime.vlm import VLM
 __all__ = ["Operator", "by_kind", "by_layer", "profile_operators", "top"]
 
 _SUFFIX = "_kernel_time"
+_LOOP = "Scan"  # its time is that of the nodes in it, which are listed too
 _EVENTS = 1_000_000  # ONNX Runtime drops those beyond, with no word in the profile
 _LAYER = re.compile(r"(?<!\w)(?:layers?|blocks?)\.(\d+)(?!\w)")
 
@@ -113,7 +114,7 @@ def _events(folder: Path, file: str) -> list[dict[str, Any]]:
     events = json.loads(profile.read_text(encoding="utf-8"))
     if len(events) >= _EVENTS:
         raise BackendError(f"{file}: this call makes more than the {_EVENTS:,} events of a profile", "use a smaller -n")
-    ours = [e for e in events if _is_run(e) or e["name"].endswith(_SUFFIX)]
+    ours = [e for e in events if _is_run(e) or (e["name"].endswith(_SUFFIX) and e["args"]["op_name"] != _LOOP)]
     return sorted(ours, key=lambda e: (e["ts"], not _is_run(e)))
 
 
