@@ -82,7 +82,11 @@ def fours(saved: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="session")
 def compared(saved: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """`compared(family, config, recipe)`: the report and the bundle for all targets that there is a form for, of an
-    export that was compared with its source in each; read only."""
+    export that was compared with its source in each; read only. Which layers of `int4` get more bits, for which all of
+    them are measured, is left to tests/export/test_more_bits.py."""
+    from dataclasses import replace
+
+    from mllm_edge.calibration.recipes import RECIPES
     from mllm_edge.export.pipeline import export
     from tests.families.row import rows
 
@@ -92,7 +96,9 @@ def compared(saved: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
     def made(family: str, config: str, recipe: str) -> tuple[Any, Path]:
         out = folder / f"{family}-{config}-{recipe}"
         targets = rows()[family].reached
-        return export(str(saved(family, config)), out, targets=targets, recipe_name=recipe), out
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(RECIPES, recipe, replace(RECIPES[recipe], more_bits_above=None))
+            return export(str(saved(family, config)), out, targets=targets, recipe_name=recipe), out
 
     return made
 

@@ -79,7 +79,17 @@ def placed(vlm: VLM, embeds: np.ndarray) -> np.ndarray:
     return embeds + vlm.bundle.array(positions.table)[: len(embeds)] if positions.kind == "learned" else embeds
 
 
-@pytest.mark.parametrize("cache", [128 << 20, 1])
+# Without room for what is kept each goes by itself, whatever the family.
+@pytest.mark.parametrize(
+    ("bundle", "cache"),
+    [
+        pytest.param(*one.values, cache, id=f"{one.values[0]}-{cache}", marks=one.marks)
+        for cache in (128 << 20, 1)
+        for one in families_of("" if cache > 1 else "calibration")
+    ],
+    indirect=["bundle"],
+    scope="module",
+)
 def test_recorded_answers_are_those_of_each_prompt_alone(
     bundle: Path, tmp_path: Path, sizes: list[int], monkeypatch: pytest.MonkeyPatch, cache: int
 ) -> None:

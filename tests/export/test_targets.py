@@ -27,6 +27,7 @@ CONFIGS = [
 
 WITH_OTHER_PARTS = ("idefics3", "florence2", "mllama", "deepseek_vl_hybrid")
 RECIPES = ("fp16", "int8", "int4")
+NEEDED = (("fp16", "tensorrt"), ("fp16", "tensorrt-10.3"), ("int4", "tensorrt"))  # of every family
 CODEBOOKS = (("chameleon", "connector"), ("emu3", "connector"))
 
 
@@ -95,17 +96,18 @@ def test_a_target_without_a_form_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-# Of each family engines in 8 bits are built, too, of what was calibrated: tests/export/test_quantize.py.
-@pytest.mark.parametrize("target", STANDARD)
+# Of each family engines in 8 bits are built, too, of what was calibrated: tests/export/test_quantize.py. What is
+# rounded for TensorRT 10.3 differs by operators, whatever the family.
 @pytest.mark.parametrize(
-    ("of", "exported"),
+    ("of", "exported", "target"),
     [
-        pytest.param(*one.values, recipe, id=f"{one.id}-{recipe}", marks=one.marks)
+        pytest.param(*one.values, recipe, target, id=f"{one.id}-{recipe}-{target}", marks=one.marks)
         for recipe in RECIPES
+        for target in STANDARD
         for one in CONFIGS
-        if recipe != "int8" or _is_calibrated(one.values[0][0])
+        if (recipe, target) in NEEDED or _is_calibrated(one.values[0][0])
     ],
-    indirect=True,
+    indirect=["of", "exported"],
     scope="module",
 )
 def test_tensorrt_builds_what_runs_before_the_decoder(exported: Any, target: str) -> None:

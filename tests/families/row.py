@@ -15,7 +15,7 @@ from tests.families.parity import PROMPTS
 
 __all__ = ["MECHANISMS", "Bad", "Row", "Tensor", "families_of", "rows", "sets"]
 
-MECHANISMS = ("calibration", "int8_cache", "segments", "speculation")
+MECHANISMS = ("calibration", "eight_bits", "int8_cache", "segments", "speculation")
 
 
 @dataclass(frozen=True)

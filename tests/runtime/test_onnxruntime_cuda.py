@@ -25,11 +25,6 @@ from tests.runtime.test_tensorrt import answers, batch_and_again
 HALF = np.dtype("float16")
 
 
-@pytest.fixture(scope="module", params=families_of("", "cuda"))
-def family(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 @pytest.fixture(scope="module")
 def single(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("single") / "bundle"
@@ -41,7 +36,15 @@ def gpu() -> OnnxRuntimeCuda:
     return OnnxRuntimeCuda("CPUExecutionProvider", "cpu")
 
 
-@pytest.mark.parametrize("recipe", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    [
+        pytest.param(*one.values, recipe, id=f"{one.values[0]}-{recipe}", marks=one.marks)
+        for recipe in ("fp16", "int8", "int4")
+        # Weights of 8 and 4 bits are blocks of the same kind.
+        for one in families_of("calibration" if recipe == "int8" else "", "cuda")
+    ],
+)
 def test_answers_are_those_of_the_processor(compared: Callable[..., Any], family: str, recipe: str) -> None:
     """The graphs agree with the source model as well, which the export checks."""
     report, path = compared(family, rows()[family].first, recipe)
@@ -189,6 +192,7 @@ def test_auto(single: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) 
     assert open_backend("auto", bundle=bundle).name == "cpu"
 
 
+@pytest.mark.parametrize("family", families_of("", "cuda"))
 def test_float32_is_refused(saved: Callable[..., Path], family: str, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="GroupQueryAttention takes half precision"):
         export(str(saved(family)), tmp_path / "out", targets=["cuda"], recipe_name="fp32")

@@ -170,6 +170,11 @@ def test_steps_that_cannot_be_recorded_run_all_the_same(machine: StandIn, bundle
     assert machine.counts["replays"] == replays
 
 
+# The decoders of all, and one that cannot forget tokens.
+CHECKING = [*families_of("speculation"), pytest.param("lfm2_vl", marks=pytest.mark.xdist_group("bundle-lfm2_vl"))]
+
+
+@pytest.mark.parametrize("exported", CHECKING, indirect=True)
 @pytest.mark.parametrize("target", TARGETS)
 def test_guesses_are_checked_in_decode_steps(machine: StandIn, exported: Path, tmp_path: Path, target: str) -> None:
     """The tokens of single steps, with and without images; the decode profile takes them."""

@@ -48,6 +48,7 @@ ROW = Row(
     probed=("experts",),
     spared={
         "calibration": "experts are calibrated in test_qwen3_vl.py; the tower is idefics2's",
+        "eight_bits": "experts are calibrated in test_qwen3_vl.py; the tower is idefics2's",
         "int8_cache": "attention as in one of llava's decoders",
         "segments": "attention as in one of llava's decoders",
         "speculation": "attention as in one of llava's decoders",

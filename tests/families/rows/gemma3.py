@@ -36,6 +36,7 @@ ROW = Row(
     refused={"cuda": "GroupQueryAttention with attention_bias"},
     spared={
         "calibration": "tower as that of llava; the decoder is one of llava's",
+        "eight_bits": "tower as that of llava; the decoder is one of llava's",
         "int8_cache": "one of llava's decoders",
         "segments": "one of llava's decoders",
         "speculation": "one of llava's decoders",

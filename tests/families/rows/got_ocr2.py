@@ -45,6 +45,7 @@ ROW = Row(
     probed=("windows_and_one_whole_layer",),
     spared={
         "calibration": "the tower is that of deepseek_vl_hybrid, the decoder that of llava_onevision",
+        "eight_bits": "the tower is that of deepseek_vl_hybrid, the decoder that of llava_onevision",
         "int8_cache": "llava_onevision's decoder",
         "segments": "llava_onevision's decoder",
         "speculation": "llava_onevision's decoder",

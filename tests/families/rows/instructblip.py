@@ -46,6 +46,7 @@ ROW = Row(
     probed=("llama",),
     spared={
         "calibration": "tower and Q-Former as BLIP-2's, the decoder is one of llava's",
+        "eight_bits": "tower and Q-Former as BLIP-2's, the decoder is one of llava's",
         "int8_cache": "one of llava's decoders",
         "segments": "one of llava's decoders",
         "speculation": "one of llava's decoders",

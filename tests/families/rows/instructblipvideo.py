@@ -32,7 +32,9 @@ ROW = Row(
     CASES,
     compared=("llama",),
     probed=("llama",),
-    spared=dict.fromkeys(("calibration", "int8_cache", "segments", "speculation"), "the graphs are InstructBLIP's"),
+    spared=dict.fromkeys(
+        ("calibration", "eight_bits", "int8_cache", "segments", "speculation"), "the graphs are InstructBLIP's"
+    ),
     placeholder="<video>",
     bad=(
         Bad("text_config.model_type = 'gpt2'", sets("text_config", model_type="gpt2")),

@@ -34,6 +34,7 @@ ROW = Row(
     probed=("llama",),
     spared={
         "calibration": "tower and decoder as those of llava",
+        "eight_bits": "tower and decoder as those of llava",
         "int8_cache": "llava's decoder",
         "segments": "llava's decoder",
         "speculation": "llava's decoder",

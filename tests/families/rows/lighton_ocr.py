@@ -30,6 +30,7 @@ ROW = Row(
     probed=("patches_left_over",),
     spared={
         "calibration": "cells as those of qwen2_vl; the decoder is one of internvl's",
+        "eight_bits": "cells as those of qwen2_vl; the decoder is one of internvl's",
         "int8_cache": "one of internvl's decoders",
         "segments": "decoders as those of llava and qwen2_vl",
         "speculation": "decoders as those of llava and qwen2_vl",

@@ -46,6 +46,7 @@ ROW = Row(
     probed=("mistral",),
     spared={
         "calibration": "tower and decoder as those of llava",
+        "eight_bits": "tower and decoder as those of llava",
         "int8_cache": "a decoder as llava's",
         "segments": "a decoder as llava's",
         "speculation": "a decoder as llava's",

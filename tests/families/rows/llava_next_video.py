@@ -28,6 +28,7 @@ ROW = Row(
     probed=("llama",),
     spared={
         "calibration": "tower and decoder as those of llava",
+        "eight_bits": "tower and decoder as those of llava",
         "int8_cache": "a decoder as llava's",
         "segments": "a decoder as llava's",
         "speculation": "a decoder as llava's",

@@ -41,6 +41,7 @@ ROW = Row(
     probed=("qwen2",),
     spared={
         "calibration": "tower and decoder as those of llava",
+        "eight_bits": "tower and decoder as those of llava",
         "int8_cache": "a decoder as internvl's",
         "segments": "a decoder as llava's, with the biases of qwen2_vl's",
         "speculation": "a decoder as llava's, with the biases of qwen2_vl's",

@@ -34,6 +34,7 @@ ROW = Row(
     probed=("original_names",),
     spared={
         "calibration": "tiles as those of internvl",
+        "eight_bits": "tiles as those of internvl",
         "int8_cache": "one of internvl's decoders",
         "segments": "decoders as those of llava and qwen2_vl",
         "speculation": "decoders as those of llava and qwen2_vl",

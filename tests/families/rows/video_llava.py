@@ -25,6 +25,7 @@ ROW = Row(
     probed=("llama",),
     spared={
         "calibration": "towers and decoder as those of llava",
+        "eight_bits": "towers and decoder as those of llava",
         "int8_cache": "a decoder as llava's",
         "segments": "a decoder as llava's",
         "speculation": "a decoder as llava's",

@@ -26,6 +26,7 @@ ROW = Row(
     probed=("three_layers",),
     spared={
         "calibration": "layers as those of llava, behind norms as in every tower",
+        "eight_bits": "layers as those of llava, behind norms as in every tower",
         "int8_cache": _LLAVA,
         "segments": _LLAVA,
         "speculation": _LLAVA,
