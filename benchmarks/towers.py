@@ -35,7 +35,9 @@ def save(family: str, folder: Path) -> None:
     stand_in_for_timm()
     row, told = rows()[family], TOWERS[family].told
     first = row.configs[row.first]
-    parts = {name: {**first.get(name, {}), **part} if isinstance(part, Mapping) else part for name, part in told.items()}
+    parts = {
+        name: {**first.get(name, {}), **part} if isinstance(part, Mapping) else part for name, part in told.items()
+    }
     context = {"max_position_embeddings": 65536}
     text = {**context, **first.get("text", {}), **parts.get("text", {})}
     row.save(folder, **{**first, **parts, "text": text})
@@ -93,7 +95,12 @@ TOWERS: Mapping[str, Tower] = {
         "Emu3",
         0,
         {
-            "vision": {"base_channels": 32, "channel_multiplier": [1, 2, 2, 4], "num_res_blocks": 1},
+            "vision": {
+                "base_channels": 32,
+                "hidden_size": 128,
+                "channel_multiplier": [1, 2, 2, 4],
+                "num_res_blocks": 1,
+            },
             "image_settings": {"min_pixels": 512 * 512, "max_pixels": 1024 * 1024},
         },
         here=0,
@@ -122,6 +129,7 @@ TOWERS: Mapping[str, Tower] = {
                 "patch_padding": [3, 1, 1, 1],
                 "patch_prenorm": [False, True, True, True],
                 "window_size": 12,
+                "max_position_embeddings": 50,
             },
             "image_settings": {**_square(768), "image_seq_length": 577},
         },
@@ -138,7 +146,13 @@ TOWERS: Mapping[str, Tower] = {
         here=1,
     ),
     "gemma3": Tower(
-        "Gemma 3 4B", 27, {"vision": _vit(*_SO400M, 896, 14), "config": {"mm_tokens_per_image": 256}}
+        "Gemma 3 4B",
+        27,
+        {
+            "text": {"sliding_window": 1024},
+            "vision": _vit(*_SO400M, 896, 14),
+            "config": {"mm_tokens_per_image": 256},
+        },
     ),
     "glm4v": Tower(
         "GLM-4.1V 9B",
@@ -227,9 +241,7 @@ TOWERS: Mapping[str, Tower] = {
         here=3,
     ),
     "llava": Tower("LLaVA 1.5 7B", 24, {"vision": _CLIP_L}, here=3),
-    "llava_next": Tower(
-        "LLaVA-NeXT 7B", 24, {"vision": _CLIP_L, "config": {"image_grid_pinpoints": _ANYRES}}, here=3
-    ),
+    "llava_next": Tower("LLaVA-NeXT 7B", 24, {"vision": _CLIP_L, "config": {"image_grid_pinpoints": _ANYRES}}, here=3),
     "llava_next_video": Tower(
         "LLaVA-NeXT-Video 7B", 24, {"vision": _CLIP_L, "config": {"image_grid_pinpoints": _ANYRES}}, here=3
     ),
@@ -261,18 +273,22 @@ TOWERS: Mapping[str, Tower] = {
             "vision": {
                 **{"hidden_size": 1280, "intermediate_size": 5120, "attention_heads": 16, "image_size": 560},
                 **{"patch_size": 14, "num_hidden_layers": 3, "num_global_layers": 2},
+                "vision_output_dim": 3 * 1280,
             }
         },
         here=5,
     ),
-    "ovis2": Tower(
-        "Ovis2 1B", 24, {"vision": _vit(1024, 2816, 8, 448, 14), "image_settings": {"max_patches": 9}}
-    ),
+    "ovis2": Tower("Ovis2 1B", 24, {"vision": _vit(1024, 2816, 8, 448, 14), "image_settings": {"max_patches": 9}}),
     "paligemma": Tower("PaliGemma 2 3B, 224 px", 27, {"vision": _vit(*_SO400M, 224, 14)}),
+    "perception_lm": Tower(
+        "Perception LM 1B",
+        23,
+        {"tower": {"embed_dim": 1024, "depth": _FEW, "img_size": [448, 448], "ref_feat_shape": [32, 32]}},
+    ),
     "phi4_multimodal": Tower(
         "Phi-4 multimodal",
         27,
-        {"vision": _vit(*_SO400M, 448, 14, 3), "image_settings": {"dynamic_hd": 36}},
+        {"vision": {**_vit(*_SO400M, 448, 14, 3), "crop_size": 448}, "image_settings": {"dynamic_hd": 36}},
         here=3,
     ),
     "qianfan_ocr": Tower(
