@@ -68,11 +68,11 @@ class _Ours:
 
     def ask(self, text: str, tokens: int, image: Path | None) -> dict[str, Any]:
         """Seconds to the first token, prompt tokens and stages; an image begins a conversation."""
-        frame = None if image is None else np.load(image)
+        pixels = np.load(image) if image else np.empty(0)
         began = time.perf_counter()
         if image is not None:
             if image not in self._seen:
-                self._seen = {image: self._vlm.encode_image(frame)}
+                self._seen = {image: self._vlm.encode_image(pixels)}
             self._chat = self._vlm.chat()
             self._chat.attach(self._seen[image])
         at, result = None, None

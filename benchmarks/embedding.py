@@ -34,8 +34,10 @@ _ROOT = Path(__file__).parents[1]
 _PEER = "against_peer"
 _EDGE = 2048  # px; SmolVLM-256M cuts a square of that into 16 tiles and the overview
 _SAMPLE = _ROOT / "examples" / "sample_vlm" / "model"
-_WORDS = ("nothing", "everything", "yesterday", "tomorrow", "somewhere", "anything", "understanding", "otherwise")
-_WORDS += ("meanwhile", "afterwards")
+_WORDS = (
+    *("nothing", "everything", "yesterday", "tomorrow", "somewhere"),
+    *("anything", "understanding", "otherwise", "meanwhile", "afterwards"),
+)
 _LONG = "The quick brown fox jumps over the lazy dog beside the old mill, and nobody looks. "
 
 

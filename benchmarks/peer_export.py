@@ -54,7 +54,7 @@ def _measure(folder: Path, peer: Path, rounds: int) -> list[dict[str, Any]]:
     checkpoint, out = folder / "checkpoint", folder / "out"
     GEOMETRIES[MODEL](checkpoint)
     own = [sys.executable, "-m", "mllm_edge", "export", checkpoint, out, "--recipe", "int4", "--target", "cpu"]
-    commands = {
+    commands: dict[str, list[Any]] = {
         "mllm-edge": [*own, "--verify", "off"],
         "optimum-cli export openvino": [*export_command(peer, checkpoint, out), "--disable-convert-tokenizer"],
     }

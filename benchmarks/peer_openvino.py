@@ -55,8 +55,9 @@ def environment(cache: Path) -> Path:
 
 def export_command(python: Path, checkpoint: Path, folder: Path) -> list[str | Path]:
     """What exports a model with a decoder of 4 bits to `folder`; more options may follow."""
-    model = ["--model", checkpoint, "--task", "image-text-to-text", "--weight-format", "int4"]
-    return [python.with_name("optimum-cli"), "export", "openvino", *model, folder]
+    model: list[str | Path] = ["--model", checkpoint, "--task", "image-text-to-text", "--weight-format", "int4"]
+    cli: list[str | Path] = [python.with_name("optimum-cli"), "export", "openvino"]
+    return [*cli, *model, folder]
 
 
 def export(python: Path, checkpoint: Path, folder: Path) -> None:
@@ -89,7 +90,7 @@ class _Chat:
         import openvino  # type: ignore[import-not-found]
         import openvino_genai as genai  # type: ignore[import-not-found]
 
-        class First(genai.StreamerBase):  # type: ignore[misc]
+        class First(genai.StreamerBase):
             """When the first token came; the text's own streamer keeps back some tokens."""
 
             def __init__(self) -> None:
@@ -131,7 +132,7 @@ class _Chat:
         self._history.append({"role": "assistant", "content": result.texts[0]})
         metrics = result.perf_metrics
         return {
-            "ttft": first.at - began,
+            "ttft": first.at and first.at - began,
             "told": metrics.get_ttft().mean / 1000,
             "tokens": metrics.get_num_input_tokens(),
             "text": result.texts[0],
