@@ -35,7 +35,7 @@ def against_peer(report: Report, folder: Path, cache: Path, rounds: int) -> None
 
     Both sides get the same random checkpoint in 4 bits, the same image and texts, as many threads; answers have the
     same lengths, and none is guessed. Each turn is asked of one after the other, begun by another one in each round.
-    The peer has two ways to attend; the faster one, for each figure, is the one compared.
+    Of the peer's backends the faster one, for each figure, is the one compared.
     """
     python = peer_openvino.environment(cache)
     checkpoint, exported = folder / "checkpoint", folder / "openvino"
