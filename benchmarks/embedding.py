@@ -1,10 +1,15 @@
 """What an application gains that asks more than once: TTFT of a second question about an image, of a tenth turn, and
 the time of scores, each over what it is without.
 
-python -m benchmarks.embedding [--only CHECK …] [--sizes sample smolvlm] [--rounds N] [--json F]
+python -m benchmarks.embedding [--only CHECK …] [--sizes sample smolvlm] [--rounds N] [--json F] [--folder DIR]
+                               [--cache DIR]
 
 Exported with the recipe int4: the sample model, and random weights of SmolVLM-256M's sizes at 17 tiles. Within a round
 the two sides of a ratio follow each other; medians of the rounds' ratios count. Speculation is off but for `lookup_*`.
+
+`against_peer` runs when it is asked for: conversations about an image beside OpenVINO GenAI, in an environment of its
+own below --cache that is set up at first (5 GB), on random weights of sizes of its own; 5 GB below --folder while it
+runs, and 8 GB of memory while the peer exports. There "first" is the peer's TTFT and "second" ours.
 """
 
 import argparse
@@ -15,9 +20,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from benchmarks.against_peer import against_peer
 from benchmarks.bundles import export_by
+from benchmarks.frames import frame
 from benchmarks.report import Report
 from benchmarks.vlm_checkpoints import smolvlm_256m
 from mllm_edge.runtime.conversation import Conversation
@@ -26,30 +31,39 @@ from mllm_edge.runtime.vlm import VLM
 __all__ = ["main"]
 
 _ROOT = Path(__file__).parents[1]
+_PEER = "against_peer"
 _EDGE = 2048  # px; SmolVLM-256M cuts a square of that into 16 tiles and the overview
 _SAMPLE = _ROOT / "examples" / "sample_vlm" / "model"
-_WORDS = "nothing everything yesterday tomorrow somewhere anything understanding otherwise meanwhile after"  # ten
+_WORDS = (
+    *("nothing", "everything", "yesterday", "tomorrow", "somewhere"),
+    *("anything", "understanding", "otherwise", "meanwhile", "afterwards"),
+)
 _LONG = "The quick brown fox jumps over the lazy dog beside the old mill, and nobody looks. "
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--only", nargs="+", choices=_CHECKS, default=list(_CHECKS))
+    parser.add_argument("--only", nargs="+", choices=[*_CHECKS, _PEER], default=list(_CHECKS))
     parser.add_argument("--sizes", nargs="+", choices=("sample", "smolvlm"), default=["sample", "smolvlm"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--folder", type=Path, help="where the temporary folder goes")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "mllm-edge-benchmarks")
     options = parser.parse_args()
     report = Report(f"Asking more than once, medians of {options.rounds} rounds")
-    with tempfile.TemporaryDirectory(prefix="mllm-edge-") as folder:
-        for size in options.sizes:
+    checks = [name for name in options.only if name != _PEER]
+    with tempfile.TemporaryDirectory(prefix="mllm-edge-", dir=options.folder) as folder:
+        for size in options.sizes if checks else ():
             with VLM.load(_bundle(size, Path(folder))) as vlm:
-                for name in options.only:
+                for name in checks:
                     check, target, least = _CHECKS[name]
                     found = [check(vlm, i) for i in range(1 + options.rounds)][1:]  # the first warms up
                     medians = {key: statistics.median(row[key] for row in found) for key in found[0]}
                     report.row({"check": name, "model": size, **_told(medians)})
                     if size == "smolvlm" or name.startswith("lookup"):
                         (report.at_least if least else report.at_most)(f"{name}, {size}", medians["ratio"], target)
+        if _PEER in options.only:
+            against_peer(report, Path(folder), options.cache, options.rounds)
     report.print()
     if options.json:
         report.write(options.json)
@@ -69,17 +83,10 @@ def _bundle(size: str, folder: Path) -> Path:
     return export_by(_ROOT, model, folder / size)
 
 
-def _frame(seed: int) -> np.ndarray:
-    """A square picture without noise, which costs what a photograph costs."""
-    ramp = np.linspace(0, 255, _EDGE, dtype=np.float32)
-    plane = (ramp[:, None] * (1 + seed % 3) + ramp) % 256
-    return np.stack([plane, plane.T, 255 - plane], axis=-1).astype(np.uint8)
-
-
 def _second_question(vlm: VLM, round_: int) -> dict[str, float]:
-    frame = _frame(round_)
+    picture = frame(round_, _EDGE)
     began = time.perf_counter()
-    image = vlm.encode_image(frame)
+    image = vlm.encode_image(picture)
     looked = time.perf_counter() - began
     first = looked + vlm.generate("What is in the picture?", image, max_new_tokens=1).metrics.ttft
     second = vlm.generate("Which colours are there, and where?", image, max_new_tokens=1).metrics
@@ -89,7 +96,7 @@ def _second_question(vlm: VLM, round_: int) -> dict[str, float]:
 def _tenth_turn(vlm: VLM, round_: int) -> dict[str, float]:
     """Over a fresh prompt of the turn's new tokens alone; behind it the history is only looked at."""
     chat = vlm.chat()
-    chat.attach(_frame(round_))
+    chat.attach(frame(round_, _EDGE))
     for i in range(9):
         _said(chat, f"What is there to see in row {i} of the picture?", 12)
     metrics = _said(chat, "And what is there to see in the last row?", 1)
@@ -124,7 +131,7 @@ def _score_ten(vlm: VLM, round_: int) -> dict[str, float]:
     alone = vlm.generate(prompt, max_new_tokens=1, ignore_eos=True).metrics
     tokens = vlm.count_tokens(prompt)
     began = time.perf_counter()
-    scores = vlm.score_answers(prompt, answers=[_three(vlm, word) for word in _WORDS.split()])
+    scores = vlm.score_answers(prompt, answers=[_three(vlm, word) for word in _WORDS])
     scored = time.perf_counter() - began
     mean = statistics.mean(len(score.tokens) for score in scores)
     return {

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peer_openvino import environment, export_command
 from benchmarks.report import Report
 from benchmarks.vlm_checkpoints import GEOMETRIES
 
@@ -26,13 +27,6 @@ __all__ = ["main"]
 MODEL = "Qwen3-VL-2B"
 NEEDED_BYTES = 16e9
 MOST_TIME, MOST_MEMORY = 0.25, 0.3
-# torch comes first and exactly, so that nothing else chooses another build of it. The peer asks for torchvision, too,
-# which it does not need here.
-_PACKAGES = (
-    ("torch==2.13.0",),
-    ("optimum-intel==2.2.0", "openvino==2026.4.1", "nncf==3.4.0", "openvino-tokenizers==2026.4.1.0"),
-    ("transformers==5.0.0",),
-)
 
 
 def main() -> None:
@@ -42,7 +36,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the temporary folder goes (16 GB)")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "mllm-edge-benchmarks")
     options = parser.parse_args()
-    peer = _environment(options.cache)
+    peer = environment(options.cache)
     with tempfile.TemporaryDirectory(prefix="mllm-edge-", dir=options.folder) as folder:
         if shutil.disk_usage(folder).free < NEEDED_BYTES:
             raise SystemExit(f"{folder}: less than {NEEDED_BYTES / 1e9:.0f} GB free; name another place with --folder")
@@ -60,10 +54,9 @@ def _measure(folder: Path, peer: Path, rounds: int) -> list[dict[str, Any]]:
     checkpoint, out = folder / "checkpoint", folder / "out"
     GEOMETRIES[MODEL](checkpoint)
     own = [sys.executable, "-m", "mllm_edge", "export", checkpoint, out, "--recipe", "int4", "--target", "cpu"]
-    other = [peer, "export", "openvino", "--model", checkpoint, "--task", "image-text-to-text"]
-    commands = {
+    commands: dict[str, list[Any]] = {
         "mllm-edge": [*own, "--verify", "off"],
-        "optimum-cli export openvino": [*other, "--weight-format", "int4", "--disable-convert-tokenizer", out],
+        "optimum-cli export openvino": [*export_command(peer, checkpoint, out), "--disable-convert-tokenizer"],
     }
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     sizes = dict.fromkeys(commands, 0)
@@ -93,21 +86,6 @@ def _timed(command: list[Any]) -> tuple[float, float]:
     if process.returncode:
         raise SystemExit(f"{command[0]} failed")
     return seconds, used.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-def _environment(cache: Path) -> Path:
-    """The peer's command, in an environment below `cache` that is set up when it is not there yet."""
-    home = cache / f"optimum-intel-{_PACKAGES[1][0].partition('==')[2]}"
-    done = home / ".installed"
-    if not done.is_file():
-        print(f"setting up {home}", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", "--clear", home], check=True)
-        pip: list[str | Path] = [home / "bin" / "python", "-m", "pip", "--quiet", "--disable-pip-version-check"]
-        for packages in _PACKAGES:
-            subprocess.run([*pip, "install", *packages], check=True)
-        subprocess.run([*pip, "uninstall", "-y", "torchvision"], check=True)
-        done.touch()
-    return home / "bin" / "optimum-cli"
 
 
 if __name__ == "__main__":

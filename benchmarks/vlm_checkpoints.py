@@ -83,6 +83,19 @@ def qwen3_vl_2b(folder: Path) -> None:
     _write(folder, save_tiny_qwen3_vl, text, {**sizes, **added}, {}, images)
 
 
+def qwen3_vl_06b(folder: Path) -> None:
+    """The tower of Qwen3-VL-2B before Qwen3-0.6B, which answers with printable ASCII alone."""
+    from tests.tiny_qwen3 import save_tiny_qwen3_vl
+
+    text = {**_text(1024, 3072, 28, 16, 8, 151936, 5e6), "head_dim": 128}
+    text["rope_parameters"] |= {"mrope_section": [24, 20, 20], "mrope_interleaved": True}
+    sizes = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "patch_size": 16}
+    added = {"num_position_embeddings": 2304, "out_hidden_size": 1024, "deepstack_visual_indexes": [5, 11, 17]}
+    images = {"size": {"shortest_edge": 65536, "longest_edge": 16777216}, "patch_size": 16}
+    _write(folder, save_tiny_qwen3_vl, text, {**sizes, **added}, {}, images)
+    _answer_in_ascii(folder)
+
+
 def deepseek_vl_13b(folder: Path) -> None:
     """SigLIP-L/16 at 384 px and DeepSeek-LLM-1.3B."""
     from tests.tiny_deepseek import save_tiny_deepseek_vl
@@ -136,6 +149,7 @@ GEOMETRIES: Mapping[str, Callable[[Path], None]] = {
     "Qwen2-VL-2B": qwen2_vl_2b,
     "LLaVA-OneVision-0.5B": llava_onevision_05b,
     "Qwen3-VL-2B": qwen3_vl_2b,
+    "Qwen3-VL, Qwen3-0.6B": qwen3_vl_06b,
     "DeepSeek-VL-1.3B": deepseek_vl_13b,
     "Gemma-3-4B": gemma3_4b,
     "BLIP-2 OPT-2.7B": blip2_opt_27b,
@@ -200,6 +214,25 @@ def _write(
         if stated:
             more = processor if name == "processor_config.json" else {}
             path.write_text(json.dumps({**stated, **more}), encoding="utf-8")
+
+
+def _answer_in_ascii(folder: Path) -> None:
+    """Shrink the tied embedding's rows of all tokens that are not one printable character of ASCII, so that none of
+    them is ever the likeliest: an answer's text has then the ids that were answered, to whoever tokenizes it again."""
+    stored = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    kept = [i for token, i in stored.items() if len(token) == 1 and "!" <= token <= "~"]
+    weight_map = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
+    (name,) = (name for name in weight_map if name.endswith("embed_tokens.weight"))
+    path = folder / weight_map[name]
+    with path.open("rb") as f:
+        (length,) = struct.unpack("<Q", f.read(8))
+        entry = json.loads(f.read(length))[name]
+    begin, shape = 8 + length + entry["data_offsets"][0], tuple(entry["shape"])
+    rows = np.memmap(path, np.float16, "r+", begin, shape)
+    answered = rows[kept].copy()
+    rows *= np.float16(0.01)
+    rows[kept] = answered
+    rows.flush()
 
 
 def write_random(config: Any, folder: Path, seed: int = 0) -> None:

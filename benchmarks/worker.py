@@ -14,10 +14,11 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-__all__ = ["Engine", "Measurement", "Memory", "Worker", "serve"]
+__all__ = ["Engine", "Measurement", "Memory", "Worker", "answer_lines", "serve"]
 
 # The first steps after a prompt find cold caches and sleeping threads.
 WARM_STEPS = 4
@@ -57,14 +58,19 @@ class Memory:
 
 
 def serve(open_engine: Callable[[], Engine]) -> None:
-    """Answer requests {ids, steps, logits} from standard input, one JSON document a line, until it ends."""
+    """Answer requests {ids, steps, logits} from standard input until it ends."""
+    answer_lines(lambda: partial(_answer, open_engine()))
+
+
+def answer_lines(open_answers: Callable[[], Callable[[Mapping[str, Any]], Mapping[str, Any]]]) -> None:
+    """Answer requests from standard input, one JSON document a line, until it ends."""
     # Libraries may print: answers go to a copy of standard output, and everything else to the log.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    engine = open_engine()
+    answer = open_answers()
     print("{}", file=answers, flush=True)
     for line in sys.stdin:
-        print(json.dumps(_answer(engine, json.loads(line))), file=answers, flush=True)
+        print(json.dumps(answer(json.loads(line))), file=answers, flush=True)
 
 
 def _answer(engine: Engine, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,7 +88,8 @@ def _seconds(work: Callable[[], None]) -> float:
 
 
 class Worker:
-    """The measuring side of a process that runs `serve`. Between requests the process is stopped: it takes no core."""
+    """The measuring side of a process that runs `serve` or `answer_lines`. Between requests the process is stopped: it
+    takes no core."""
 
     def __init__(self, name: str, command: Sequence[str | Path], log: Path):
         self.name, self._log = name, log
@@ -101,14 +108,23 @@ class Worker:
             self.close()
             raise
 
+    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The process's answer to a request."""
+        self._process.send_signal(signal.SIGCONT)
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # then there is no answer either, and that is reported
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        return self._read()
+
     def measure(self, ids: Sequence[int], steps: int) -> Measurement:
         """Run a prompt and then `steps` tokens."""
-        answer = self._ask(ids, steps, logits=False)
+        answer = self.ask({"ids": list(ids), "steps": steps, "logits": False})
         return Measurement(answer["prefill"], answer["step"])
 
     def logits(self, ids: Sequence[int]) -> list[float]:
         """Logits [V] behind a prompt."""
-        return self._ask(ids, 0, logits=True)["logits"]
+        return self.ask({"ids": list(ids), "steps": 0, "logits": True})["logits"]
 
     def memory(self) -> Memory:
         """From the kernel's own count, which starts anew with the program (`ru_maxrss` is inherited)."""
@@ -132,14 +148,6 @@ class Worker:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _ask(self, ids: Sequence[int], steps: int, logits: bool) -> dict[str, Any]:
-        self._process.send_signal(signal.SIGCONT)
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # then there is no answer either, and that is reported
-            self._process.stdin.write(json.dumps({"ids": list(ids), "steps": steps, "logits": logits}) + "\n")
-            self._process.stdin.flush()
-        return self._read()
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None

@@ -109,10 +109,12 @@ class Decoder:
         """Hold the first `count` tokens of what the cache holds, or of a snapshot, and have room for `prompt`, which
         begins with these, and `room` tokens behind it; with what its cross-attention sees. The rest of the prompt is
         not run yet. Raises as `reset`."""
-        held, wanted = self.cache, self._at_first(prompt, room)
-        if held is None or held.batch != 1 or held.capacity < wanted:
+        held, least = self.cache, len(prompt) + room
+        if self._grows:  # when tokens come; what is held is copied but once
+            least = 0 if snapshot is None else snapshot.cache.length
+        if held is None or held.batch != 1 or held.capacity < least:
             snapshot = self.snapshot() if snapshot is None else snapshot
-            held = self.reset(wanted)
+            held = self.reset(self._at_first(prompt, room))
         if snapshot is not None:
             held.restore(snapshot.cache)
         held.truncate(count)
