@@ -71,7 +71,7 @@ class Bundle:
     def identity(self) -> str:
         """A checksum of its files' checksums: of another content another."""
         listed = sorted((name, entry.sha256) for name, entry in self.manifest.files.items())
-        return own_checksum("".join(f"{name} {digest}\n" for name, digest in listed).encode())
+        return own_checksum("".join(f"{name} {digest}\n" for name, digest in listed).encode(errors="surrogatepass"))
 
     def file(self, name: str) -> Path:
         """The path of a file of the bundle; raises BundleError for a name that leads outside it."""

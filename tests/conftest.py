@@ -83,7 +83,7 @@ def fours(saved: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) 
 def compared(saved: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """`compared(family, config, recipe)`: the report and the bundle for all targets that there is a form for, of an
     export that was compared with its source in each; read only. Which layers of `int4` get more bits, for which all of
-    them are measured, is left to tests/export/test_more_bits.py."""
+    them are measured, is left to tests/export/test_more_bits.py, and without these a tiny model may lose much."""
     from dataclasses import replace
 
     from mllm_edge.calibration.recipes import RECIPES
@@ -98,7 +98,7 @@ def compared(saved: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
         targets = rows()[family].reached
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(RECIPES, recipe, replace(RECIPES[recipe], more_bits_above=None))
-            return export(str(saved(family, config)), out, targets=targets, recipe_name=recipe), out
+            return export(str(saved(family, config)), out, targets=targets, recipe_name=recipe, allow_loss=True), out
 
     return made
 

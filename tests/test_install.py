@@ -13,14 +13,13 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from mllm_edge import install
 from mllm_edge.install import install_hint
 
 ROOT = Path(__file__).parents[1]
 
 
 def remembered(monkeypatch: pytest.MonkeyPatch, text: str | None) -> None:
-    monkeypatch.setattr(install, "distribution", lambda name: SimpleNamespace(read_text=lambda file: text))
+    monkeypatch.setattr(metadata, "distribution", lambda name: SimpleNamespace(read_text=lambda file: text))
 
 
 @pytest.mark.parametrize(
@@ -47,7 +46,7 @@ def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(install, "distribution", missing)
+    monkeypatch.setattr(metadata, "distribution", missing)
     assert '".[cpu]" in the checkout' in install_hint("cpu")
 
 
