@@ -6,15 +6,13 @@ This module runs in both environments: on top it imports the standard library on
 """
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.worker import serve
+from benchmarks.worker import checked_run, serve
 
 if TYPE_CHECKING:
     from benchmarks.checkpoints import Geometry
@@ -38,11 +36,11 @@ def environment(folder: Path) -> Path:
     python, done = home / "bin" / "python", home / ".installed"
     if not done.is_file():
         print(f"setting up {home}", file=sys.stderr)
-        _run([sys.executable, "-m", "venv", "--clear", home], f"no environment in {home}")
+        checked_run([sys.executable, "-m", "venv", "--clear", home], f"no environment in {home}")
         pip: list[str | Path] = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         # torch comes first and exactly, so that nothing else chooses another build of it.
         for packages in ([f"torch=={TORCH}"], [f"{NAME}=={VERSION}", f"onnxruntime=={runtime}", *_BUILDER_NEEDS]):
-            _run([*pip, *packages], f"pip cannot install {' '.join(packages)}")
+            checked_run([*pip, *packages], f"pip cannot install {' '.join(packages)}")
         done.touch()
     return python
 
@@ -76,24 +74,12 @@ def build(python: Path, checkpoint: Path, folder: Path, block: int, prune_head: 
     pairs = [f"{key}={value}" for key, value in options.items()]
     places: list[str | Path] = ["-i", checkpoint, "-o", folder, "-c", folder.with_name("builder-cache")]
     module: list[str | Path] = [python, "-m", "onnxruntime_genai.models.builder", *places]
-    _run([*module, "-p", "int4", "-e", "cpu", "--extra_options", *pairs], f"{NAME} cannot build the model")
+    checked_run([*module, "-p", "int4", "-e", "cpu", "--extra_options", *pairs], f"{NAME} cannot build the model")
 
 
 def command(python: Path, folder: Path, threads: int, capacity: int) -> list[str]:
     """What starts the worker for a model that `build` wrote."""
     return [str(python), "-m", "benchmarks.peer_genai", str(folder), str(threads), str(capacity)]
-
-
-def _run(command: Sequence[str | Path], failure: str) -> None:
-    done = subprocess.run(
-        [str(part) for part in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )
-    if done.returncode:
-        raise SystemExit(f"{failure}\n{done.stdout[-2000:]}")
 
 
 class _Engine:

@@ -5,15 +5,13 @@ python -m benchmarks.peer_openvino FOLDER THREADS BACKEND     (with the environm
 This module runs in both environments: on top it imports the standard library only.
 """
 
-import os
-import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.worker import answer_lines
+from benchmarks.worker import answer_lines, checked_run
 
 __all__ = ["BACKENDS", "NAME", "command", "environment", "export", "export_command"]
 
@@ -41,15 +39,15 @@ def environment(cache: Path) -> Path:
     python, done = home / "bin" / "python", home / ".installed"
     if not done.is_file():
         print(f"setting up {home}", file=sys.stderr)
-        _run([sys.executable, "-m", "venv", "--clear", home], f"no environment in {home}")
+        checked_run([sys.executable, "-m", "venv", "--clear", home], f"no environment in {home}")
     there = done.read_text(encoding="utf-8").splitlines() if done.is_file() else []
     pip: list[str | Path] = [python, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     for packages in _PACKAGES:
         if not set(packages) <= set(there):
-            _run([*pip, "install", *packages], f"pip cannot install {' '.join(packages)}")
+            checked_run([*pip, "install", *packages], f"pip cannot install {' '.join(packages)}")
     wanted = list(dict.fromkeys(package for packages in _PACKAGES for package in packages))
     if there != wanted:
-        _run([*pip, "uninstall", "-y", "torchvision"], "pip cannot remove torchvision")
+        checked_run([*pip, "uninstall", "-y", "torchvision"], "pip cannot remove torchvision")
         done.write_text("\n".join(wanted) + "\n", encoding="utf-8")
     return python
 
@@ -63,24 +61,12 @@ def export_command(python: Path, checkpoint: Path, folder: Path) -> list[str | P
 
 def export(python: Path, checkpoint: Path, folder: Path) -> None:
     """Export a model with a decoder of 4 bits, and its tokenizer; raises SystemExit with the exporter's words."""
-    _run(export_command(python, checkpoint, folder), f"optimum-intel cannot export {checkpoint}")
+    checked_run(export_command(python, checkpoint, folder), f"optimum-intel cannot export {checkpoint}")
 
 
 def command(python: Path, folder: Path, threads: int, backend: str) -> list[str]:
     """What starts the worker for a model that `export` wrote, with one of BACKENDS."""
     return [str(python), "-m", "benchmarks.peer_openvino", str(folder), str(threads), backend]
-
-
-def _run(command: Sequence[str | Path], failure: str) -> None:
-    done = subprocess.run(
-        [str(part) for part in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )
-    if done.returncode:
-        raise SystemExit(f"{failure}\n{done.stdout[-2000:]}")
 
 
 class _Chat:

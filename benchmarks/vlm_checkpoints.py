@@ -73,27 +73,24 @@ def llava_onevision_05b(folder: Path) -> None:
 
 def qwen3_vl_2b(folder: Path) -> None:
     """Qwen3-VL-2B with its own bounds on an image's pixels."""
-    from tests.tiny_qwen3 import save_tiny_qwen3_vl
-
-    text = {**_text(2048, 6144, 28, 16, 8, 151936, 5e6), "head_dim": 128}
-    text["rope_parameters"] |= {"mrope_section": [24, 20, 20], "mrope_interleaved": True}
-    sizes = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "patch_size": 16}
-    added = {"num_position_embeddings": 2304, "out_hidden_size": 2048, "deepstack_visual_indexes": [5, 11, 17]}
-    images = {"size": {"shortest_edge": 65536, "longest_edge": 16777216}, "patch_size": 16}
-    _write(folder, save_tiny_qwen3_vl, text, {**sizes, **added}, {}, images)
+    _qwen3_vl(folder, 2048, 6144)
 
 
 def qwen3_vl_06b(folder: Path) -> None:
     """The tower of Qwen3-VL-2B before Qwen3-0.6B, which answers with printable ASCII alone."""
+    _qwen3_vl(folder, 1024, 3072)
+    _answer_in_ascii(folder)
+
+
+def _qwen3_vl(folder: Path, hidden: int, inner: int) -> None:
     from tests.tiny_qwen3 import save_tiny_qwen3_vl
 
-    text = {**_text(1024, 3072, 28, 16, 8, 151936, 5e6), "head_dim": 128}
+    text = {**_text(hidden, inner, 28, 16, 8, 151936, 5e6), "head_dim": 128}
     text["rope_parameters"] |= {"mrope_section": [24, 20, 20], "mrope_interleaved": True}
     sizes = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "patch_size": 16}
-    added = {"num_position_embeddings": 2304, "out_hidden_size": 1024, "deepstack_visual_indexes": [5, 11, 17]}
+    added = {"num_position_embeddings": 2304, "out_hidden_size": hidden, "deepstack_visual_indexes": [5, 11, 17]}
     images = {"size": {"shortest_edge": 65536, "longest_edge": 16777216}, "patch_size": 16}
     _write(folder, save_tiny_qwen3_vl, text, {**sizes, **added}, {}, images)
-    _answer_in_ascii(folder)
 
 
 def deepseek_vl_13b(folder: Path) -> None:

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-__all__ = ["Engine", "Measurement", "Memory", "Worker", "answer_lines", "serve"]
+__all__ = ["Engine", "Measurement", "Memory", "Worker", "answer_lines", "checked_run", "serve"]
 
 # The first steps after a prompt find cold caches and sleeping threads.
 WARM_STEPS = 4
@@ -158,3 +158,16 @@ class Worker:
         # The signal works when the process is next scheduled: nobody else may be measured before that.
         os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         return json.loads(line)
+
+
+def checked_run(command: Sequence[str | Path], failure: str) -> None:
+    """Run a command of an environment, without the hub; raises SystemExit with its last words."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    if done.returncode:
+        raise SystemExit(f"{failure}\n{done.stdout[-2000:]}")
