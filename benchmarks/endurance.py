@@ -32,7 +32,7 @@ __all__ = ["main"]
 _ROOT = Path(__file__).parents[1]
 _SAMPLE = _ROOT / "examples" / "sample_vlm" / "model"
 _QUESTION, _KNOWN_EVERY = "What is in the picture?", 100
-_IMAGE_CACHE = 4 << 20  # bytes; small, so that it turns over
+_CACHE = 4 << 20  # bytes for images, and for prefixes; small, so that they turn over from early on
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
     report = Report(f"{options.calls} calls of all kinds")
     with tempfile.TemporaryDirectory(prefix="mllm-edge-") as folder:
         path = options.bundle or export_by(_ROOT, _SAMPLE, Path(folder) / "sample")
-        with VLM.load(path, image_cache=_IMAGE_CACHE) as vlm:
+        with VLM.load(path, image_cache=_CACHE, prefix_cache=_CACHE) as vlm:
             _endure(vlm, options.calls, report)
         gc.collect()
         give_back_memory()

@@ -52,6 +52,7 @@ LONG = frozenset(
         "test_tensorrt_runs.py",
         "test_timm.py",
         "test_tower_engines.py",
+        "test_videos.py",
         "test_vision_attention.py",
     )
 )
