@@ -60,6 +60,10 @@ def _grid(side: int, most: int) -> list[list[int]]:
 _CLIP_L = _vit(1024, 4096, 16, 336, 14, 3)
 _SO400M = (1152, 4304, 16)
 _EVA = {"vision": _vit(1408, 6144, 16, 224, 14)}
+_INTERN_VIT: dict[str, Any] = {
+    "vision": {**_vit(1024, 4096, 16, 448, 14, 3), "image_size": [448, 448], "patch_size": [14, 14]},
+    "images": {"max_patches": 12},
+}
 _SAM = {"hidden_size": 768, "num_hidden_layers": 2, "num_attention_heads": 12, "mlp_dim": 3072, "output_channels": 256}
 _SAM_GRID = {"image_size": 1024, "patch_size": 16, "window_size": 14, "global_attn_indexes": [1]}
 _ANYRES = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
@@ -210,10 +214,7 @@ TOWERS: Mapping[str, Tower] = {
     "internvl": Tower(
         "InternVL 2.5 1B",
         24,
-        {
-            "vision": {**_vit(1024, 4096, 16, 448, 14, 3), "image_size": [448, 448], "patch_size": [14, 14]},
-            "images": {"max_patches": 12},
-        },
+        _INTERN_VIT,
         here=3,
     ),
     "janus": Tower("Janus-Pro 1B", 24, {"vision": {**_vit(1024, 4096, 16, 384, 16), "mlp_ratio": 4}}),
@@ -294,10 +295,7 @@ TOWERS: Mapping[str, Tower] = {
     "qianfan_ocr": Tower(
         "Qianfan-OCR",
         24,
-        {
-            "vision": {**_vit(1024, 4096, 16, 448, 14, 3), "image_size": [448, 448], "patch_size": [14, 14]},
-            "images": {"max_patches": 12},
-        },
+        _INTERN_VIT,
         here=3,
     ),
     "qwen2_5_vl": Tower(
